@@ -1,0 +1,61 @@
+# Everything a fresh clone needs: python3 (3.10 or newer), g++ and make. No GPU. CUDA kernels are compiled if there is an nvcc.
+# The first target that needs it makes a virtual environment in .venv, which nothing outside of this folder sees.
+
+PYTHON ?= python3
+CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
+BIN := .venv/bin
+CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv build lint format test bench dist clean
+.DEFAULT_GOAL := help
+
+help: ## list these targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+venv: .venv/ready ## make the virtual environment in .venv, with the package in it (editable)
+
+build: .venv/ready ## compile what has changed, in place
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+lint: .venv/ready ## check the style of Python and C++
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@echo "$(BIN)/clang-format --dry-run -Werror (csrc)"
+	@$(BIN)/clang-format --dry-run -Werror $(CXX_FILES)
+
+format: .venv/ready ## rewrite Python and C++ in that style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_FILES)
+
+test: build lint ## build, lint, run all tests
+	$(BIN)/pytest
+
+bench: build ## build, then time every op against PyTorch: two minutes on two cores
+	$(BIN)/python -m benchmarks.run --quick
+
+dist: .venv/ready ## the sdist, and a wheel built from it, in dist/
+	rm -rf dist && mkdir dist
+	$(BIN)/python -c "from setuptools import build_meta; build_meta.build_sdist('dist')"
+	$(BIN)/pip wheel --no-deps --no-build-isolation --wheel-dir dist dist/*.tar.gz
+
+clean: ## remove everything that was made here, the virtual environment too
+	rm -rf .venv build dist *.egg-info specdec_ops/_C*.so .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# PyTorch for CPUs is 200 MB, with CUDA it is several GB. Without a GPU the former is taken, where its index is in reach.
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
+		{ echo "specdec_ops needs Python 3.10 or newer; name one with 'make PYTHON=...'." >&2; exit 1; }
+	@rm -rf .venv
+	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || \
+		{ rm -rf .venv; echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu, install python3-venv." >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'setuptools>=77' wheel pybind11 ninja
+	@index=""; \
+	if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
+		"import urllib.request; urllib.request.urlopen('$(CPU_WHEELS)/torch/', timeout=10)" 2>/dev/null; \
+	then index="--extra-index-url $(CPU_WHEELS)"; fi; \
+	echo "installing PyTorch and the tools, then building; this takes minutes"; \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation $$index --editable '.[dev]'
+	@touch $@

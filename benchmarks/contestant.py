@@ -1,0 +1,108 @@
+"""What is timed, and the rule that comes first: a wrong result gets no time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+# The largest relative error of one rounding.
+ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+
+
+@dataclass
+class Contestant:
+    """One way to compute a case.
+
+    role: "ours", "pytorch" (a peer: the ratio is against the fastest of them) or "control" (a yardstick that computes
+        something else, such as a plain read of K and V; it is timed, never checked, never a peer).
+    to_result: brings what `call` returns to the form that the check expects.
+    reads: the large tensors it reads, evicted before each cold call.
+    before, after: run around each call, untimed.
+    problem: why it gets no time ("WRONG ..." or the reason why it can't run), or "".
+    """
+
+    name: str
+    role: str
+    call: Callable[[], Any]
+    to_result: Callable[[Any], Any] = lambda result: result
+    reads: Sequence[torch.Tensor] = ()
+    before: Callable[[], Any] | None = None
+    after: Callable[[], Any] | None = None
+    error: float | None = None
+    problem: str = ""
+
+    def run(self) -> Any:
+        if self.before is not None:
+            self.before()
+        try:
+            return self.call()
+        finally:
+            if self.after is not None:
+                self.after()
+
+
+def unavailable(name: str, role: str, reason: str) -> Contestant:
+    """A contestant that can't take part, listed with the reason."""
+    return Contestant(name, role, call=lambda: None, problem=reason)
+
+
+@dataclass
+class Expected:
+    """Parts of the exact result, with the error that each part may have.
+
+    take: picks from a result the parts (tensors) that were computed exactly; checking all of a large case in float64
+        would take longer than timing it.
+    """
+
+    take: Callable[[Any], list[torch.Tensor]]
+    exact: list[torch.Tensor]
+    allowed: list[float]
+
+    def worst(self, result: Any) -> float:
+        """The largest error, as a multiple of what is allowed. NaN counts as infinitely wrong."""
+        worst = 0.0
+        for got, exact, allowed in zip(self.take(result), self.exact, self.allowed, strict=True):
+            if got.shape != exact.shape:
+                return float("inf")
+            error = largest_error(got, exact)
+            worst = max(worst, error / allowed if allowed > 0 else (0.0 if error == 0 else float("inf")))
+        return worst
+
+
+def largest_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    error = (got.double() - exact.double()).abs()
+    return float("inf") if not torch.isfinite(error).all() else float(error.max()) if error.numel() else 0.0
+
+
+def allowed_error(exact: torch.Tensor, torch_error: float, dtype: torch.dtype) -> float:
+    """Twice the error of plain PyTorch in the same dtype, two roundings of the result, and float32's own sums.
+
+    The last term counts where the result is the mean of thousands of values of size 1 and so much smaller than they
+    are. PyTorch's error counts up to a tenth of the result only: it must not excuse a wrong mask.
+    """
+    largest = float(exact.abs().max())
+    return min(2 * torch_error, 0.1 * largest) + 4 * ROUNDING[dtype] * largest + 16 * ROUNDING[torch.float32]
+
+
+def check(contestant: Contestant, expected: Expected) -> Contestant:
+    """Run a contestant once and set `problem` unless its result is right. Controls are only run."""
+    if contestant.problem:
+        return contestant
+    try:
+        result = contestant.run()
+        if contestant.role != "control":
+            contestant.error = expected.worst(contestant.to_result(result))
+    except Exception as error:  # a contestant that fails must not end the run
+        contestant.problem = f"fails: {short(error)}"
+        return contestant
+    if contestant.error is not None and not contestant.error <= 1.0:
+        contestant.problem = f"WRONG: error is {contestant.error:.3g} times what is allowed"
+    return contestant
+
+
+def short(error: BaseException, length: int = 120) -> str:
+    text = " ".join(f"{type(error).__name__}: {error}".split())
+    return text if len(text) <= length else text[: length - 3] + "..."

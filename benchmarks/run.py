@@ -1,0 +1,279 @@
+"""Measure specdec_ops against PyTorch: `python -m benchmarks.run [--quick | --full]`. See benchmarks/README.md."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import specdec_ops
+
+from . import machine, report, results, roofs
+from .cases import PRESETS, Case
+from .contestant import check
+from .peers import OPS
+from .timing import CpuTimer, Evictor, Measurement
+
+LOCAL_RESULTS = Path(__file__).parent / "results" / "local"
+QUICK_SECONDS = 95.0  # for everything after the imports
+FLEX_RESERVE = 30.0  # of them, kept for the first compilation of FlexAttention
+CELL_SECONDS = {"quick": 3.0, "standard": 4.0, "full": 8.0}
+PATIENCE_SECONDS = {"quick": 0.0, "standard": 15.0, "full": 30.0}
+FLEX_SECONDS = {"quick": 40.0, "standard": 120.0, "full": 300.0}
+GEMM_ROWS = 64  # query rows per KV head from which a matrix product runs beside the contestants
+
+
+@dataclass
+class Options:
+    """What the contestants' factories need to know."""
+
+    preset: str = "standard"
+    backends: tuple[str, ...] = ()
+    isas: tuple[str, ...] = ("avx2",)
+    flex_seconds: float = 0.0
+    device: str = "cpu"
+    patience: float = 0.0
+
+
+class Clock:
+    """How long each cell may take, so that a preset ends in time."""
+
+    def __init__(self, preset: str, cells: int, cell_seconds: float | None = None, flex: bool = False) -> None:
+        self.start = time.perf_counter()
+        self.left = self.cells = cells
+        self.cell_seconds = cell_seconds or CELL_SECONDS[preset]
+        self.limit = QUICK_SECONDS if preset == "quick" else None
+        self.reserve = FLEX_RESERVE if flex else 0.0
+        self.flex_limit = FLEX_SECONDS[preset]
+        self.untimed = 0.0  # inputs, checks and compilation so far
+
+    def remaining(self) -> float:
+        return float("inf") if self.limit is None else self.limit - (time.perf_counter() - self.start)
+
+    def for_flex(self) -> float:
+        """Seconds for one compilation; only the first one is slow enough to be provided for."""
+        self.reserve = 0.0
+        return max(0.0, min(self.flex_limit, self.remaining() - 2))
+
+    def for_cell(self) -> float:
+        """Seconds of timing for the next cell: its share of what is left after inputs and checks."""
+        overhead = self.untimed / max(self.cells - self.left, 1)
+        share = (self.remaining() - self.reserve) / max(self.left, 1) - overhead
+        return max(0.1, min(self.cell_seconds, share))
+
+    def done(self, untimed: float) -> None:
+        self.left -= 1
+        self.untimed += untimed
+
+    def eta(self) -> str:
+        finished = max(self.cells - self.left, 1)
+        seconds = (time.perf_counter() - self.start) / finished * self.left
+        seconds = min(seconds, max(0.0, self.remaining()))
+        return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
+
+
+class Runner:
+    """Runs cells one after another and keeps their rows."""
+
+    def __init__(self, options: Options, measured_roofs: roofs.Roofs, columns: dict[str, str], clock: Clock) -> None:
+        self.options, self.roofs, self.columns, self.clock = options, measured_roofs, columns, clock
+        self.rows: list[dict] = []
+        self.timer = CpuTimer()
+        self.gemm = {}  # dtype -> Contestant
+
+    def run(self, case: Case, modes: tuple[str, ...]) -> list[list[dict]]:
+        """Check every contestant of a case, then time it in each mode; returns the rows of each cell."""
+        start = time.perf_counter()
+        needed = 3 * case.memory  # K and V, the copy in another layout, scores
+        if self.options.device == "cpu" and needed > 0.8 * machine.available_bytes():
+            return self._skipped(case, modes, f"needs about {needed >> 30} GiB of memory")
+        groups = self._contestants(case)
+        untimed = time.perf_counter() - start
+        finished = []
+        for mode in modes:
+            measured = self._measure(groups, mode)
+            rows = results.rows_of(case, mode, groups[0], measured, self.roofs, self.columns)
+            self.rows += rows
+            finished.append(rows)
+            self.clock.done(untimed)
+            untimed = 0.0
+        return finished
+
+    def _contestants(self, case: Case) -> list[list]:
+        """The checked contestants over each copy of the inputs; one copy on a CPU."""
+        op, device, copies = OPS[case.op], self.options.device, 1
+        if device == "cuda":
+            from .gpu_timing import copies_needed
+
+            copies = copies_needed(case.memory)
+        self.options.flex_seconds = self.clock.for_flex() if case.flex else 0.0
+        groups = []
+        for copy in range(copies):
+            inputs = op.make_inputs(case, device)
+            group = op.contestants(inputs, self.options)
+            if copy == 0:
+                expected = op.expected(inputs)
+                group = [check(contestant, expected) for contestant in group]
+            if case.op == "tree_attention" and case.nodes * case.model.group >= GEMM_ROWS:
+                group += self._gemm_control(case.dtype)
+            groups.append(group)
+        return groups
+
+    def _gemm_control(self, dtype: str) -> list:
+        if dtype not in self.gemm:
+            self.gemm[dtype] = roofs.gemm_control(self.roofs, dtype, self.options.device)
+        return [self.gemm[dtype]] if self.gemm[dtype] is not None else []
+
+    def _measure(self, groups: list[list], mode: str) -> Measurement:
+        if self.options.device == "cuda":
+            from .gpu_timing import GpuTimer
+
+            return GpuTimer().measure(groups, self.clock.for_cell())
+        return self.timer.measure(groups[0], mode, self.clock.for_cell(), self.options.patience)
+
+    def _skipped(self, case: Case, modes: tuple[str, ...], reason: str) -> list[list[dict]]:
+        from .contestant import unavailable
+
+        finished = []
+        for mode in modes:
+            nobody = [unavailable("specdec_ops", "ours", reason)]
+            finished.append(results.rows_of(case, mode, nobody, Measurement(), self.roofs, self.columns))
+            self.rows += finished[-1]
+            self.clock.done(0.0)
+        return finished
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--quick", action="store_const", const="quick", dest="preset", help="two minutes on two cores")
+    size.add_argument("--full", action="store_const", const="full", dest="preset", help="every cell, for hours")
+    parser.add_argument("--op", action="append", choices=sorted(OPS), help="only this op (may be repeated)")
+    parser.add_argument("--filter", help="only cases whose label, as --list shows it, matches this regular expression")
+    parser.add_argument("--csv", type=Path, help="where to write the lines (default: benchmarks/results/local)")
+    parser.add_argument("--plot", type=Path, help="where to write the plot (default: beside the CSV)")
+    parser.add_argument("--no-plot", action="store_true", help="write no plot")
+    parser.add_argument("--backends", default="", help="also time these backends of specdec_ops, comma-separated")
+    parser.add_argument("--isa", default="avx2", help="also time the CPU kernel held to these, comma-separated")
+    mode = parser.add_mutually_exclusive_group()
+    mode.add_argument("--cold", action="store_const", const=("cold",), dest="modes", help="every cell cold only")
+    mode.add_argument("--warm", action="store_const", const=("warm",), dest="modes", help="every cell warm only")
+    parser.add_argument("--seconds", type=float, help="seconds of timing per cell")
+    parser.add_argument("--patience", type=float, help="seconds to wait, per cell, for rounds undisturbed by others")
+    parser.add_argument("--threads", type=int, help="threads (default: PyTorch's)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--list", action="store_true", help="show the cases and stop")
+    return parser.parse_args(arguments)
+
+
+def select(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
+    """The chosen cases, each with its modes. On a GPU every cell is cold."""
+    chosen = []
+    for case in PRESETS[options.preset or "standard"]():
+        if options.op and case.op not in options.op:
+            continue
+        if options.filter and not re.search(options.filter, case.label):
+            continue
+        modes = ("cold",) if options.device == "cuda" else options.modes or case.modes
+        chosen.append((case, modes))
+    return chosen
+
+
+def introduce(columns: dict[str, str], device: str) -> None:
+    say(f"{columns['machine']}, {columns['isa']}, {columns['threads']} threads")
+    say(f"specdec_ops {columns['specdec_ops']} (commit {columns['commit']}), torch {columns['torch']}")
+    available = specdec_ops.backends("tree_attention", device)
+    for backend, reason in available.items():
+        say(f"tree_attention backend {backend}: {'yes' if reason is None else reason}")
+
+
+def say(line: str = "") -> None:
+    print(line, flush=True)
+
+
+def progress(cell: results.Cell, clock: Clock) -> str:
+    """One line about a finished cell."""
+    count, ours = f"[{clock.cells - clock.left}/{clock.cells}]", cell.ours
+    if ours is None:
+        return f"{count} {cell.label}: no time: {report.problem(cell)}"
+    text = f"{count} {cell.label}: {report.microseconds(ours['p50_us'])}"
+    if ours["ratio"] != "":
+        text += f", {ours['ratio']:.2f}x against {ours['best_pytorch']}"
+    if ours["gflops"] != "":
+        text += f", {ours['gflops']:.0f} GFLOP/s"
+    if cell.noisy:
+        text += f" (others used {ours['others_percent']:.0f}%)"
+    return f"{text}; {ours['rounds']} rounds; {clock.eta()} left"
+
+
+def run_all(runner: Runner, chosen, csv: Path) -> None:
+    """Run, print and write each cell at once, so that an interrupted run keeps what it has."""
+    results.write(csv, [], header=True)
+    try:
+        for case, modes in chosen:
+            for rows in runner.run(case, modes):
+                results.write(csv, rows, header=False)
+                say(progress(results.Cell(rows), runner.clock))
+            gc.collect()
+    except KeyboardInterrupt:
+        say("interrupted: what follows covers the cells above")
+
+
+def draw(rows: list[dict], target: Path) -> None:
+    try:
+        from . import plot
+    except ImportError:
+        say("no plot: matplotlib is not installed")
+        return
+    for path in plot.save(rows, target):
+        say(f"plot: {path.name}")
+
+
+@torch.no_grad()
+def main(arguments: list[str] | None = None) -> int:
+    """Returns 1 when a kernel of ours gave a wrong result, else 0."""
+    asked = parse(arguments)
+    preset = asked.preset or "standard"
+    chosen = select(asked)
+    if asked.list or not chosen:
+        for case, modes in chosen:
+            say(f"{case.label} {' '.join(modes)}")
+        say(f"{len(chosen)} cases")
+        return 0
+    if asked.threads:
+        torch.set_num_threads(asked.threads)
+
+    flex = any(case.flex for case, _ in chosen)
+    clock = Clock(preset, sum(len(modes) for _, modes in chosen), asked.seconds, flex)
+    columns = machine.describe(asked.device, sys.argv[1:] if arguments is None else arguments)
+    introduce(columns, asked.device)
+    if asked.device == "cpu" and any("cold" in modes for _, modes in chosen):
+        say(Evictor().how)
+    dtypes = list(dict.fromkeys(case.dtype for case, _ in chosen if case.op == "tree_attention"))
+    measured_roofs = roofs.measure(asked.device, dtypes)
+    say(f"roofs: {measured_roofs.describe()}")
+
+    isas = tuple(filter(None, asked.isa.split(",")))
+    backends = tuple(filter(None, asked.backends.split(",")))
+    patience = PATIENCE_SECONDS[preset] if asked.patience is None else asked.patience
+    options = Options(preset, backends, isas, device=asked.device, patience=patience)
+    runner = Runner(options, measured_roofs, columns, clock)
+    csv = asked.csv or LOCAL_RESULTS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}.csv"
+    run_all(runner, chosen, csv)
+    for line in report.summary(results.cells(runner.rows)):
+        say(line)
+    say(f"lines: {csv.name}, in {'benchmarks/results/local' if asked.csv is None else 'the folder given'}")
+    if not asked.no_plot:
+        draw(runner.rows, asked.plot or csv.with_suffix(".png"))
+    wrong = [row for row in runner.rows if row["role"] == "ours" and row["problem"].startswith(("WRONG", "fails"))]
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

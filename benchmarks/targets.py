@@ -1,0 +1,110 @@
+"""The speed that is asked of tree_attention, checked against a run: one line each, with every cell that misses it.
+
+Ratios are against the fastest PyTorch form of the same cell. Ragged batches are shown in the table but count for no
+target: PyTorch computes their padding, which would flatter us.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .results import Cell, geometric_mean
+
+
+@dataclass
+class Verdict:
+    """met: None when the run has no cell for it."""
+
+    text: str
+    measured: str
+    met: bool | None
+    missed: list[str]
+
+    def lines(self) -> list[str]:
+        outcome = {True: "met", False: "NOT MET", None: "no cell in this run"}[self.met]
+        first = f"target: {self.text}; measured {self.measured}; {outcome}" if self.measured else ""
+        first = first or f"target: {self.text}; {outcome}"
+        return [first] + [f"    missed by {cell}" for cell in self.missed]
+
+
+def each_and_mean(text: str, chosen: list[Cell], mean: float, each: float) -> Verdict:
+    """Ratios: a geometric mean, and a floor for every cell."""
+    if not chosen:
+        return Verdict(text, "", None, [])
+    ratios = [cell.ours["ratio"] for cell in chosen]
+    average = geometric_mean(ratios)
+    missed = [f"{c.label}: {ratio:.2f}x" for c, ratio in zip(chosen, ratios, strict=True) if ratio < each]
+    measured = f"{average:.2f}x, least {min(ratios):.2f}x over {len(ratios)} cells"
+    return Verdict(text, measured, average >= mean and not missed, missed)
+
+
+def floor(text: str, chosen: list[Cell], value: Callable[[Cell], float | None], least: float, unit: str) -> Verdict:
+    """A floor for one figure of every cell that has it."""
+    values = [(cell, value(cell)) for cell in chosen]
+    values = [(cell, figure) for cell, figure in values if figure is not None]
+    if not values:
+        return Verdict(text, "", None, [])
+    missed = [f"{cell.label}: {figure:.3g}{unit}" for cell, figure in values if figure < least]
+    figures = [figure for _, figure in values]
+    return Verdict(text, f"{min(figures):.3g}{unit} to {max(figures):.3g}{unit}", not missed, missed)
+
+
+def column(name: str, contestant: str = "specdec_ops") -> Callable[[Cell], float | None]:
+    def value(cell: Cell) -> float | None:
+        row = cell.of(contestant)
+        return row[name] if row is not None and row[name] != "" else None
+
+    return value
+
+
+def relative_efficiency(all_cells: list[Cell]) -> Callable[[Cell], float | None]:
+    """FLOP rate relative to matrix products, as a percentage of that of the 64-node cell of Llama-3-8B."""
+
+    def key(cell: Cell) -> tuple:
+        return cell.first["dtype"], cell.first["context"], cell.first["batch"], cell.first["mode"]
+
+    base = {
+        key(cell): cell.ours["gemm_percent"]
+        for cell in all_cells
+        if cell.first["model"] == "Llama-3-8B" and cell.first["nodes"] == 64 and cell.first["tree"] == "random"
+    }
+
+    def value(cell: Cell) -> float | None:
+        percent, reference = cell.ours["gemm_percent"], base.get(key(cell))
+        return 100 * percent / reference if percent and reference else None
+
+    return value
+
+
+def verdicts(all_cells: list[Cell]) -> list[Verdict]:
+    usable = [
+        cell
+        for cell in all_cells
+        if cell.first["op"] == "tree_attention" and cell.first["lengths"] == "equal" and cell.ours
+        if cell.ours["ratio"] != ""
+    ]
+
+    def some(dtype: str, least: int, most: int = 1 << 30, mode: str | None = None) -> list[Cell]:
+        shape = [cell for cell in usable if least <= cell.first["nodes"] <= most]
+        return [c for c in shape if dtype in ("", c.first["dtype"]) and mode in (None, c.first["mode"])]
+
+    decode = some("bf16", 1, 1, "cold")
+    sweep = [
+        cell
+        for cell in some("", 64)
+        if (cell.first["model"] == "Llama-3-8B" and cell.first["nodes"] in (128, 256))
+        or (cell.first["model"].startswith("32/8") and cell.first["nodes"] == 64)
+    ]
+    return [
+        each_and_mean("bf16, 16 nodes and more: mean 4.5x, each 3.5x", some("bf16", 16), 4.5, 3.5),
+        floor(
+            *("bf16, 60 nodes and more: 80% of the matrix product's rate", some("bf16", 60), column("gemm_percent")),
+            *(80, "%"),
+        ),
+        each_and_mean("fp32, 16 nodes and more: mean 2.3x, each 1.8x", some("fp32", 16), 2.3, 1.8),
+        floor("bf16, one node, cold: 4x", decode, column("ratio"), 4, "x"),
+        floor("bf16, one node, cold: 70% of a plain read", decode, column("read_percent"), 70, "%"),
+        floor("AVX2 alone against all of PyTorch: 1x", usable, column("ratio", "specdec_ops avx2"), 1, "x"),
+        floor("128-256 nodes, dims 64 and 80: 90% of 64 nodes at dim 128", sweep, relative_efficiency(usable), 90, "%"),
+    ]

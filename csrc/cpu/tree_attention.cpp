@@ -1,0 +1,243 @@
+// Tree attention on CPUs: checks what only a kernel can see, cuts the call into lanes and chunks (cpu/lane.h), and runs
+// them on OpenMP threads. The arithmetic is in cpu/wide.h and the engines it is compiled with.
+//
+// Scratch: each thread holds one lane's packed queries, one tile of scores and up to two partial states, together at
+// most about 3 MB whatever the context length. When there are fewer lanes than threads want, the chunks of a lane run
+// side by side and their states wait in one buffer of at most 4 * threads * kMaxChunks states. Buffers are freed at the
+// end of the call.
+#include <algorithm>
+#include <cmath>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+#include "cpu/isa.h"
+#include "cpu/kernels.h"
+#include "cpu/lane.h"
+
+namespace specdec {
+namespace {
+
+constexpr int kChunkSlots = 2048;
+constexpr int kMaxChunks = 64;
+constexpr int kChunkAlignment = 384;  // a multiple of every engine's tile (64, 96, 128)
+constexpr int kRowFloats = 1 << 17;   // a lane's output state, so that it stays in the second-level cache
+
+const LaneKernel* select_kernel(DType dtype, int rows, int dim) {
+  const LaneKernel* kernel = nullptr;
+  switch (current_isa()) {
+    case Isa::kAmx:
+#ifdef SPECDEC_HAVE_AMX
+      if ((kernel = amx::select_kernel(dtype, rows, dim))) return kernel;
+#endif
+      [[fallthrough]];
+    case Isa::kAvx512Bf16:
+#ifdef SPECDEC_HAVE_AVX512_BF16
+      if ((kernel = avx512_bf16::select_kernel(dtype, rows, dim))) return kernel;
+#endif
+      [[fallthrough]];
+    case Isa::kAvx512:
+#ifdef SPECDEC_X86
+      if ((kernel = avx512::select_kernel(dtype, rows, dim))) return kernel;
+#endif
+      [[fallthrough]];
+    case Isa::kAvx2:
+#ifdef SPECDEC_X86
+      if ((kernel = avx2::select_kernel(dtype, rows, dim))) return kernel;
+#endif
+      [[fallthrough]];
+    case Isa::kGeneric:
+      break;
+  }
+  return generic::select_kernel(dtype, rows, dim);
+}
+
+[[noreturn]] void refuse(const std::string& message) {
+  throw std::invalid_argument("specdec_ops.tree_attention: " + message);
+}
+
+struct Request {
+  int64_t first_query;     // row of q where the request starts
+  int queries;             // rows of q that it has
+  int first_row, end_row;  // those whose node exists
+  int first_node, context_len, slots;
+};
+
+Request read_request(const TreeAttentionParams& p, int b) {
+  Request r{};
+  r.first_query = p.offsets ? p.offsets[b] : 0;
+  r.queries = p.offsets ? p.offsets[b + 1] - p.offsets[b] : p.queries;
+  const std::string which = "[" + std::to_string(b) + "]";
+  if (p.offsets && (r.queries < 0 || p.offsets[b] < 0 || p.offsets[b + 1] > p.queries))
+    refuse("topology.offsets must rise from 0 to at most " + std::to_string(p.queries) + " rows, got " +
+           std::to_string(p.offsets[b]) + " and " + std::to_string(p.offsets[b + 1]) + " at " + which);
+  r.context_len = p.context_lens[b];
+  if (r.context_len < 0) refuse("context_lens" + which + " must not be negative, got " + std::to_string(r.context_len));
+  r.slots = r.context_len;
+  r.end_row = r.queries;
+  if (p.ancestors) {
+    r.first_node = p.query_start + (p.query_starts ? p.query_starts[b] : 0);
+    const int nodes = std::clamp(p.num_nodes[p.topology_batch == 1 ? 0 : b], 0, p.nodes);
+    r.first_row = std::clamp(-r.first_node, 0, r.queries);
+    r.end_row = std::clamp(nodes - r.first_node, r.first_row, r.queries);
+    // A node sees none that come after it, so slots beyond the last query's node need not hold anything yet.
+    if (r.end_row > r.first_row) r.slots += r.first_node + r.end_row;
+  }
+  if (r.slots > p.slots)
+    refuse("context_lens" + which + " is " + std::to_string(r.context_len) + " and with its tree it needs " +
+           std::to_string(r.slots) + " slots, but the cache has " + std::to_string(p.slots));
+  if (p.page_table && r.end_row > r.first_row)
+    for (int page = 0; page * p.page_size < r.slots; page++) {
+      const int id = p.page_table[b * p.page_table_stride + page];
+      if (id < 0 || id >= p.pages)
+        refuse("page_table[" + std::to_string(b) + ", " + std::to_string(page) + "] must be a page below " +
+               std::to_string(p.pages) + ", got " + std::to_string(id));
+    }
+  return r;
+}
+
+void blank_row(const TreeAttentionParams& p, int b, int64_t row) {
+  const size_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+  for (int h = 0; h < p.heads; h++) {
+    char* out = static_cast<char*>(p.out) +
+                (b * p.out_stride_batch + row * p.out_stride_row + h * p.out_stride_head) * int64_t(element);
+    std::fill(out, out + p.dim * element, char(0));  // all-zero bits are 0 in every dtype
+    if (p.lse) p.lse[((p.offsets ? 0 : int64_t(b) * p.queries) + row) * p.heads + h] = -INFINITY;
+  }
+}
+
+struct Plan {
+  Lane lane;
+  const LaneKernel* kernel;
+  int chunk_slots, chunks;
+};
+
+// Chunk sizes depend on the request's length alone (and on num_splits, when the caller fixes it).
+void plan_chunks(Plan& plan, int num_splits) {
+  const int slots = std::max(plan.lane.slots, 1);
+  const int wanted = num_splits > 0 ? (slots + num_splits - 1) / num_splits
+                                    : std::max(kChunkSlots, (slots + kMaxChunks - 1) / kMaxChunks);
+  const int alignment = num_splits > 0 ? kGroupSlots : kChunkAlignment;
+  plan.chunk_slots = (wanted + alignment - 1) / alignment * alignment;
+  plan.chunks = (slots + plan.chunk_slots - 1) / plan.chunk_slots;
+}
+
+std::vector<Plan> make_plans(const TreeAttentionParams& p) {
+  std::vector<Plan> plans;
+  const int group = p.heads / p.kv_heads;
+  for (int b = 0; b < p.batch; b++) {
+    const Request r = read_request(p, b);
+    for (int row = 0; row < r.queries; row++)
+      if (row < r.first_row || row >= r.end_row) blank_row(p, b, r.first_query + row);
+    if (r.first_row == r.end_row) continue;
+    const int rows = (r.end_row - r.first_row) * group;
+    const int most = std::max(kRowFloats / p.dim / 64 * 64, 64);
+    const int groups = (rows + most - 1) / most;
+    const int per_group = ((rows + groups - 1) / groups + 63) & ~63;
+    for (int h = 0; h < p.kv_heads; h++)
+      for (int first = 0; first < rows; first += per_group) {
+        Plan plan{};
+        const int first_row = r.first_row * group + first, count = std::min(per_group, rows - first);
+        const int last_query = (first_row + count - 1) / group;
+        const int slots = p.ancestors ? r.context_len + r.first_node + last_query + 1 : r.slots;
+        plan.lane = {&p, b, h, r.first_query, r.first_node, first_row, count, r.context_len, slots};
+        plan.kernel = select_kernel(p.dtype, count, p.dim);
+        plan_chunks(plan, p.num_splits);
+        plans.push_back(plan);
+      }
+  }
+  if (p.offsets && p.batch > 0)
+    for (int64_t row = p.offsets[p.batch]; row < p.queries; row++) blank_row(p, 0, row);
+  return plans;
+}
+
+struct Sizes {
+  size_t partial = 0, scratch = 0;
+  int chunks = 1;
+};
+
+Sizes largest(const std::vector<Plan>& plans) {
+  Sizes sizes;
+  for (const Plan& plan : plans) {
+    const Lane& lane = plan.lane;
+    sizes.partial = std::max(sizes.partial, plan.kernel->partial_size(lane.rows, lane.params->dim));
+    sizes.scratch = std::max(sizes.scratch, plan.kernel->scratch_size(lane.rows, lane.params->dim));
+    sizes.chunks = std::max(sizes.chunks, plan.chunks);
+  }
+  sizes.partial = (sizes.partial + 31) & ~size_t(15);
+  return sizes;
+}
+
+void attend_chunk(const Plan& plan, int chunk, float* scratch, float* partial) {
+  const int begin = chunk * plan.chunk_slots;
+  plan.kernel->attend(plan.lane, begin, std::min(begin + plan.chunk_slots, plan.lane.slots), scratch, partial);
+}
+
+std::unique_ptr<float[]> uninitialised(size_t floats) { return std::unique_ptr<float[]>(new float[floats]); }
+
+// Each thread takes whole lanes and folds chunks as it goes.
+void run_lanes(const std::vector<Plan>& plans, const Sizes& sizes, int threads) {
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    auto buffer = uninitialised(sizes.scratch + 2 * sizes.partial);
+    float *partial = buffer.get() + sizes.scratch, *later = partial + sizes.partial;
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < plans.size(); i++) {
+      attend_chunk(plans[i], 0, buffer.get(), partial);
+      for (int c = 1; c < plans[i].chunks; c++) {
+        attend_chunk(plans[i], c, buffer.get(), later);
+        plans[i].kernel->merge(plans[i].lane, partial, later);
+      }
+      plans[i].kernel->finish(plans[i].lane, partial, buffer.get());
+    }
+  }
+}
+
+// Chunks of one lane run on different threads; their states are folded in the same order as above.
+void run_chunks(const std::vector<Plan>& plans, const Sizes& sizes, int threads) {
+  std::vector<std::pair<int, int>> work;
+  for (int c = 0; c < sizes.chunks; c++)
+    for (size_t i = 0; i < plans.size(); i++)
+      if (c < plans[i].chunks) work.push_back({int(i), c});
+  auto states = uninitialised(plans.size() * sizes.chunks * sizes.partial);
+  auto state = [&](int i, int c) { return states.get() + (size_t(i) * sizes.chunks + c) * sizes.partial; };
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    auto scratch = uninitialised(sizes.scratch);
+#pragma omp for schedule(dynamic, 1)
+    for (size_t w = 0; w < work.size(); w++) {
+      const auto [i, c] = work[w];
+      attend_chunk(plans[i], c, scratch.get(), state(i, c));
+    }
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < plans.size(); i++) {
+      for (int c = 1; c < plans[i].chunks; c++)
+        plans[i].kernel->merge(plans[i].lane, state(int(i), 0), state(int(i), c));
+      plans[i].kernel->finish(plans[i].lane, state(int(i), 0), scratch.get());
+    }
+  }
+}
+
+}  // namespace
+
+std::string cpu_isa() { return isa_name(current_isa()); }
+void set_cpu_isa(const std::string& name) { limit_isa(name); }
+
+void tree_attention_cpu(const TreeAttentionParams& p, int threads) {
+  const std::vector<Plan> plans = make_plans(p);
+  if (plans.empty()) return;
+  const Sizes sizes = largest(plans);
+  threads = std::max(threads, 1);
+  const bool few_lanes = plans.size() < size_t(4) * threads;
+  if (threads > 1 && few_lanes && sizes.chunks > 1)
+    run_chunks(plans, sizes, threads);
+  else
+    run_lanes(plans, sizes, std::min<int>(threads, int(plans.size())));
+}
+
+}  // namespace specdec

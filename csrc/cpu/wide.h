@@ -1,0 +1,481 @@
+// Attention with the packed query rows as the vector dimension.
+//
+// A lane's rows are cut into blocks of a few vectors. For a tile of slots the kernel forms S^T [slot][row], turns it
+// into weights P^T [slot][row] and adds V^T P^T to O^T [dim][row]. Rows lie along the lanes of a vector, so the running
+// maximum and sum are plain vector operations, a tree mask is one vector mask per slot, and K is used as it lies in the
+// cache: broadcast (or loaded as a matrix tile), never transposed. Only Q is transposed, once per lane and chunk.
+//
+// Per tile, K and V come from memory once for all row blocks: 2 * dim * sizeof(element) bytes a slot. Tiles of plain
+// context carry no mask. Tiles that reach into the tree, past the window's edge or past the end are masked from the
+// ancestor words, and a row block skips tree tiles in which none of its rows sees anything.
+//
+// An Engine says how to multiply: it packs V, forms scores and weights, and accumulates outputs. The running maximum is
+// raised only when a score exceeds it by 2^8, so most tiles rescale nothing; weights then reach at most 2^8.
+#pragma once
+
+#include "cpu/lane.h"
+#include "cpu/simd.h"
+
+namespace specdec::SPECDEC_ISA {
+
+constexpr float kNoMaximum = -1e30f;  // finite, so that subtracting it from itself is 0
+constexpr float kMaximumSlack = 8.0f;
+
+using Word = float __attribute__((may_alias));  // 32 bits of memory: one float, or a pair of bfloat16
+
+// Rows of K or V: sixteen slots at a constant stride, in the cache or in a zero-padded copy.
+template <class Element>
+struct Group {
+  const Element* base;
+  int64_t stride;  // elements
+};
+
+// The rows of the next tile, fetched ahead while the first row block of this one is multiplied.
+struct Ahead {
+  const char *k = nullptr, *v = nullptr;
+  int64_t k_stride = 0, v_stride = 0;  // bytes
+  int slots = 0, bytes = 0;
+
+  SPECDEC_INLINE void fetch(int part, int parts) const {
+    for (int i = slots * part / parts; i < slots * (part + 1) / parts; i++)
+      for (int b = 0; b < bytes; b += 64) {
+        __builtin_prefetch(k + i * k_stride + b, 0, 2);
+        __builtin_prefetch(v + i * v_stride + b, 0, 2);
+      }
+  }
+};
+
+template <class Element, int kTile>
+struct Tile {
+  int begin, count, padded;  // first slot, slots, slots with padding
+  bool masked;
+  Group<Element> k[kTile / kGroupSlots], v[kTile / kGroupSlots];
+  Ahead ahead;
+};
+
+// Outputs kept as O^T [dim][rows of the block].
+struct ColumnOutput {
+  static SPECDEC_INLINE int depth(int dim) { return dim; }
+
+  template <int kVecs>
+  static SPECDEC_INLINE void scale(float* out, int dim, const Vec (&factor)[kVecs]) {
+    for (int d = 0; d < dim; d++) SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
+        float* at = out + (size_t(d) * kVecs + j) * kWidth;
+        store(at, load(at) * factor[j]);
+      }
+  }
+
+  // out = out * a + later * b for the rows of vector j.
+  static void merge(float* out, const float* later, int dim, int vecs, int j, Vec a, Vec b) {
+    for (int d = 0; d < dim; d++) {
+      const size_t at = (size_t(d) * vecs + j) * kWidth;
+      store(out + at, fma(load(out + at), a, load(later + at) * b));
+    }
+  }
+
+  // Dims d .. d + kWidth of kWidth rows from row `first` of the block on.
+  static SPECDEC_INLINE void read(const float* out, int, int width, int first, int d, Vec (&lines)[kWidth]) {
+    SPECDEC_UNROLL for (int i = 0; i < kWidth; i++) lines[i] = load(out + size_t(d + i) * width + first);
+    transpose(lines);
+  }
+};
+
+template <class Engine>
+class Wide {
+  using Storage = typename Engine::Storage;
+  using Element = typename Storage::Element;
+  static constexpr int kTile = Engine::kTile;
+  static constexpr int kBlockRows = Engine::kMaxVecs * kWidth;
+
+ public:
+  static size_t partial_size(int rows, int dim) {
+    return size_t(round_up(rows, kWidth)) * (Engine::Output::depth(dim) + 2);
+  }
+
+  static size_t scratch_size(int rows, int dim) {
+    const size_t padded = round_up(rows, kWidth);
+    return padded * (Engine::query_depth(dim) + 3) + Engine::key_floats(dim) + Engine::value_floats(dim) +
+           size_t(kTile) * (2 * dim + (1 + Engine::kWeightFloats) * kBlockRows) + 16 * 16;
+  }
+
+  static void attend(const Lane& lane, int begin, int end, float* scratch, float* partial) {
+    Wide run(lane, scratch, partial);
+    run.pack_queries();
+    run.clear();
+    Engine::enter();
+    for (int slot = run.first_visible(begin); slot < end; slot += kTile) run.tile(slot, end);
+    Engine::leave();
+  }
+
+  static void merge(const Lane& lane, float* partial, const float* later) {
+    const int dim = Engine::Output::depth(lane.params->dim), rows = round_up(lane.rows, kWidth);
+    float *m = partial + size_t(rows) * dim, *l = m + rows;
+    const float *m2 = later + size_t(rows) * dim, *l2 = m2 + rows;
+    for (int row = 0, vecs; row < lane.rows; row += vecs * kWidth) {
+      vecs = block_vecs(lane.rows - row);
+      for (int j = 0; j < vecs; j++) {
+        const int r = row + j * kWidth;
+        const Vec top = maximum(load(m + r), load(m2 + r));
+        const Vec a = exp2(load(m + r) - top), b = exp2(load(m2 + r) - top);
+        store(m + r, top);
+        store(l + r, fma(load(l + r), a, load(l2 + r) * b));
+        const size_t block = size_t(row) * dim;
+        Engine::Output::merge(partial + block, later + block, dim, vecs, j, a, b);
+      }
+    }
+  }
+
+  static void finish(const Lane& lane, float* partial, float* scratch) {
+    Wide run(lane, scratch, partial);
+    for (int row = 0, vecs; row < lane.rows; row += vecs * kWidth) {
+      vecs = block_vecs(lane.rows - row);
+      run.write_block(row, vecs);
+    }
+  }
+
+ private:
+  Wide(const Lane& lane, float* scratch, float* partial)
+      : lane_(lane), p_(*lane.params), dim_(lane.params->dim), rows_(round_up(lane.rows, kWidth)) {
+    group_ = p_.heads / p_.kv_heads;
+    out_ = partial;
+    depth_out_ = Engine::Output::depth(dim_);
+    max_ = out_ + size_t(rows_) * depth_out_;
+    sum_ = max_ + rows_;
+    auto take = [&scratch](size_t floats) {
+      scratch = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
+      float* taken = scratch;
+      scratch += floats;
+      return taken;
+    };
+    q_ = take(size_t(rows_) * Engine::query_depth(dim_));
+    depth_ = take(rows_);
+    slope_ = take(rows_);
+    node_ = reinterpret_cast<int32_t*>(take(rows_));
+    k_copy_ = reinterpret_cast<Element*>(take(size_t(kTile) * dim_));
+    v_copy_ = reinterpret_cast<Element*>(take(size_t(kTile) * dim_));
+    k_packed_ = take(Engine::key_floats(dim_));
+    v_packed_ = take(Engine::value_floats(dim_));
+    s_ = take(size_t(kTile) * kBlockRows);
+    p_t_ = take(size_t(kTile) * kBlockRows * Engine::kWeightFloats);
+
+    // Scores are transformed (scaled, capped, biased) in a pass of their own only when a feature asks for it; else the
+    // scale rides on the exponential's multiply-add, which needs it positive.
+    transform_ = p_.softcap > 0 || p_.alibi_slopes || !(p_.scale > 0);
+    exponent_scale_ = transform_ ? 1.0f : p_.scale * kLog2e;
+    ancestors_ = p_.ancestors ? p_.ancestors + topology_row() * p_.words : nullptr;
+    depths_ = p_.depths ? p_.depths + topology_row() : nullptr;
+  }
+
+  int64_t topology_row() const { return p_.topology_batch == 1 ? 0 : int64_t(lane_.request) * p_.nodes; }
+
+  // The widest block of 2^n vectors that the remaining rows fill.
+  static int block_vecs(int remaining) {
+    const int need = (remaining + kWidth - 1) / kWidth;
+    int vecs = Engine::kMaxVecs;
+    while (vecs > need) vecs /= 2;
+    return vecs;
+  }
+
+  const Element* query(int row) const {
+    const int packed = lane_.first_row + row;
+    return static_cast<const Element*>(p_.q) + lane_.request * p_.q_stride_batch +
+           (lane_.first_query + packed / group_) * p_.q_stride_row +
+           (lane_.kv_head * group_ + packed % group_) * p_.q_stride_head;
+  }
+
+  // kWidth words of a query from word d on: floats, or pairs of bfloat16 as they lie. Words past the end are 0.
+  SPECDEC_INLINE Vec query_words(int row, int d, int used) const {
+    const Element* source = query(row) + d * Engine::kPairs;
+    if constexpr (Engine::kPairs == 1) return Storage::load_vec(source);
+    if (d + kWidth <= used) return load(reinterpret_cast<const Word*>(source));
+    float words[kWidth] = {};
+    std::memcpy(words, source, (used - d) * sizeof(float));
+    return load(words);
+  }
+
+  // Block by block, Q^T [depth][rows of the block], where a depth is one float or a pair of bfloat16.
+  void pack_queries() {
+    const int depth = Engine::query_depth(dim_);
+    const int used = dim_ / Engine::kPairs;
+    for (int row = 0, vecs; row < lane_.rows; row += vecs * kWidth) {
+      vecs = block_vecs(lane_.rows - row);
+      const int width = vecs * kWidth;
+      float* block = q_ + size_t(row) * depth;
+      if (depth > used) std::memset(block + size_t(used) * width, 0, size_t(depth - used) * width * sizeof(float));
+      for (int first = 0; first < width; first += kWidth)
+        for (int d = 0; d < used; d += kWidth) {
+          Vec lines[kWidth];
+          for (int r = 0; r < kWidth; r++)
+            lines[r] = row + first + r < lane_.rows ? query_words(row + first + r, d, used) : splat(0.0f);
+          transpose(lines);
+          for (int i = 0; i < kWidth && d + i < used; i++) store(block + size_t(d + i) * width + first, lines[i]);
+        }
+    }
+    for (int r = 0; r < rows_; r++) {
+      const int node = lane_.first_node + (lane_.first_row + min_of(r, lane_.rows - 1)) / group_;
+      node_[r] = node;
+      depth_[r] = depths_ ? float(depths_[node]) : 0.0f;
+      if (p_.alibi_slopes)
+        slope_[r] = p_.alibi_slopes[lane_.kv_head * group_ + (lane_.first_row + min_of(r, lane_.rows - 1)) % group_];
+    }
+  }
+
+  void clear() {
+    std::memset(out_, 0, size_t(rows_) * (depth_out_ + 2) * sizeof(float));
+    for (int r = 0; r < rows_; r++) max_[r] = kNoMaximum;
+  }
+
+  // With a window, context slots before every row's window are never read. The result keeps the tiles' alignment.
+  int first_visible(int begin) const {
+    if (p_.window == 0) return begin;
+    float lowest = depth_[0];
+    for (int r = 1; r < lane_.rows; r++) lowest = min_of(lowest, depth_[r]);
+    const int first = min_of(lane_.context_len + int(lowest) - p_.window + 1, lane_.context_len);
+    return first <= begin ? begin : begin + (first - begin) / kTile * kTile;
+  }
+
+  template <class T>
+  static const T* slot_address(const TreeAttentionParams& p, const void* cache, int request, int64_t stride_batch,
+                               int64_t stride_slot, int slot) {
+    const T* base = static_cast<const T*>(cache);
+    if (!p.page_table) return base + request * stride_batch + slot * stride_slot;
+    const int page = p.page_table[request * p.page_table_stride + slot / p.page_size];
+    return base + page * stride_batch + (slot % p.page_size) * stride_slot;
+  }
+
+  const Element* k_at(int slot) const {
+    return slot_address<Element>(p_, p_.k_cache, lane_.request, p_.k_stride_batch, p_.k_stride_slot, slot) +
+           lane_.kv_head * p_.k_stride_head;
+  }
+  const Element* v_at(int slot) const {
+    return slot_address<Element>(p_, p_.v_cache, lane_.request, p_.v_stride_batch, p_.v_stride_slot, slot) +
+           lane_.kv_head * p_.v_stride_head;
+  }
+
+  // Sixteen slots as they lie, when all of them are there at one stride; else a copy, with zeros past the end.
+  void gather(int slot, int end, Group<Element>& k, Group<Element>& v, Element* k_copy, Element* v_copy) const {
+    const bool whole = slot + kGroupSlots <= end;
+    const bool run = !p_.page_table || slot % p_.page_size + kGroupSlots <= p_.page_size;
+    const bool even = (p_.k_stride_slot | p_.v_stride_slot) % Engine::kPairs == 0;
+    if (whole && run && even) {
+      k = {k_at(slot), p_.k_stride_slot};
+      v = {v_at(slot), p_.v_stride_slot};
+      return;
+    }
+    const size_t bytes = dim_ * sizeof(Element);
+    for (int i = 0; i < kGroupSlots; i++) {
+      if (slot + i < end) {
+        std::memcpy(k_copy + i * dim_, k_at(slot + i), bytes);
+        std::memcpy(v_copy + i * dim_, v_at(slot + i), bytes);
+      } else {
+        std::memset(k_copy + i * dim_, 0, bytes);
+        std::memset(v_copy + i * dim_, 0, bytes);
+      }
+    }
+    k = {k_copy, dim_};
+    v = {v_copy, dim_};
+  }
+
+  void tile(int begin, int end) {
+    Tile<Element, kTile> t;
+    t.begin = begin;
+    t.count = min_of(kTile, end - begin);
+    t.padded = round_up(t.count, Engine::kStep);
+    t.masked = begin + t.count > lane_.context_len || t.padded > t.count || p_.window > 0;
+    for (int g = 0; g * kGroupSlots < round_up(t.padded, kGroupSlots); g++)
+      gather(begin + g * kGroupSlots, end, t.k[g], t.v[g], k_copy_ + size_t(g) * kGroupSlots * dim_,
+             v_copy_ + size_t(g) * kGroupSlots * dim_);
+    t.ahead = Engine::kFetchesAhead ? ahead(begin + kTile, end) : Ahead{};
+    Engine::pack_keys(t, dim_, k_packed_);
+    Engine::pack_values(t, dim_, v_packed_);
+    for (int row = 0, vecs; row < lane_.rows; row += vecs * kWidth) {
+      vecs = block_vecs(lane_.rows - row);
+      if (begin >= lane_.context_len && !anyone_sees(row, vecs, t)) continue;
+      if (vecs == 1) block<1>(row, t);
+      if constexpr (Engine::kMaxVecs >= 2)
+        if (vecs == 2) block<2>(row, t);
+      if constexpr (Engine::kMaxVecs >= 4)
+        if (vecs == 4) block<4>(row, t);
+    }
+  }
+
+  Ahead ahead(int slot, int end) const {
+    const int count = min_of(kTile, end - slot);
+    if (count <= 0 || (p_.page_table && slot % p_.page_size + count > p_.page_size)) return Ahead{};
+    Ahead next;
+    next.k = reinterpret_cast<const char*>(k_at(slot));
+    next.v = reinterpret_cast<const char*>(v_at(slot));
+    next.k_stride = int64_t(p_.k_stride_slot * sizeof(Element));
+    next.v_stride = int64_t(p_.v_stride_slot * sizeof(Element));
+    next.slots = count;
+    next.bytes = int(dim_ * sizeof(Element));
+    return next;
+  }
+
+  bool anyone_sees(int row, int vecs, const Tile<Element, kTile>& t) const {
+    const int first = t.begin - lane_.context_len, last = first + t.count - 1;
+    const int rows = min_of(vecs * kWidth, lane_.rows - row);
+    for (int w = first / 64; w <= last / 64; w++) {
+      uint64_t range = ~uint64_t(0);
+      if (w == first / 64) range &= ~uint64_t(0) << (first % 64);
+      if (w == last / 64) range &= ~uint64_t(0) >> (63 - last % 64);
+      for (int r = 0; r < rows; r++)
+        if (ancestors_[int64_t(node_[row + r]) * p_.words + w] & range) return true;
+    }
+    return false;
+  }
+
+  template <int kVecs>
+  void block(int row, const Tile<Element, kTile>& t) {
+    const float* q = q_ + size_t(row) * Engine::query_depth(dim_);
+    float* out = out_ + size_t(row) * depth_out_;
+    Engine::template scores<kVecs>(t, dim_, q, k_packed_, s_);
+    if (transform_) transform<kVecs>(row, t);
+    if (t.masked) mask<kVecs>(row, t);
+    raise_maximum<kVecs>(row, t.padded);
+    Vec minus_max[kVecs], sum[kVecs];
+    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
+      minus_max[j] = splat(0.0f) - load(max_ + row + j * kWidth);
+      sum[j] = load(sum_ + row + j * kWidth);
+    }
+    Engine::template weigh<kVecs>(s_, t.padded, splat(exponent_scale_), minus_max, p_t_, sum);
+    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) store(sum_ + row + j * kWidth, sum[j]);
+    Engine::template accumulate<kVecs>(t, v_packed_, dim_, p_t_, out);
+  }
+
+  // Depth-relative position of a slot: context slots count backwards from the root's position, nodes by their depth.
+  float relative_position(int slot) const {
+    const int node = slot - lane_.context_len;
+    return node < 0 ? float(node) : float(depths_[node]);
+  }
+
+  template <int kVecs>
+  void transform(int row, const Tile<Element, kTile>& t) {
+    const Vec scale = splat(p_.scale);
+    for (int i = 0; i < t.count; i++) {
+      const Vec position = splat(p_.alibi_slopes ? relative_position(t.begin + i) : 0.0f);
+      for (int j = 0; j < kVecs; j++) {
+        float* at = s_ + (i * kVecs + j) * kWidth;
+        Vec s = load(at) * scale;
+        if (p_.softcap > 0) s = soft_cap(s, p_.softcap);
+        if (p_.alibi_slopes) {
+          const int r = row + j * kWidth;
+          s = s - load(slope_ + r) * (load(depth_ + r) - position);
+        }
+        store(at, s * splat(kLog2e));
+      }
+    }
+  }
+
+  template <int kVecs>
+  void mask(int row, const Tile<Element, kTile>& t) {
+    alignas(64) uint64_t words[kVecs * kWidth];
+    int loaded = -1;
+    for (int i = 0; i < t.padded; i++) {
+      float* at = s_ + i * kVecs * kWidth;
+      const int slot = t.begin + i, node = slot - lane_.context_len;
+      if (i >= t.count) {
+        for (int j = 0; j < kVecs; j++) store(at + j * kWidth, splat(-__builtin_inff()));
+        continue;
+      }
+      if (p_.window > 0) {
+        const Vec position = splat(relative_position(slot)), window = splat(float(p_.window));
+        for (int j = 0; j < kVecs; j++) {
+          const Vec distance = load(depth_ + row + j * kWidth) - position;
+          store(at + j * kWidth, keep_where_less(load(at + j * kWidth), distance, window));
+        }
+      }
+      if (node < 0) continue;
+      if (node / 64 != loaded) {
+        loaded = node / 64;
+        for (int r = 0; r < kVecs * kWidth; r++) words[r] = ancestors_[int64_t(node_[row + r]) * p_.words + loaded];
+      }
+      for (int j = 0; j < kVecs; j++)
+        store(at + j * kWidth, keep_where_bit(load(at + j * kWidth), words + j * kWidth, node % 64));
+    }
+  }
+
+  template <int kVecs>
+  void raise_maximum(int row, int slots) {
+    const Vec scale = splat(exponent_scale_);
+    Vec top[kVecs];
+    bool raise = false;
+    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) top[j] = load(s_ + j * kWidth);
+    for (int i = 1; i < slots; i++)
+      SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) top[j] = maximum(load(s_ + (i * kVecs + j) * kWidth), top[j]);
+    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
+      top[j] = top[j] * scale;
+      raise |= any_above(top[j], load(max_ + row + j * kWidth) + splat(kMaximumSlack));
+    }
+    if (!raise) return;
+    Vec factor[kVecs];
+    bool fresh = true;
+    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
+      const int r = row + j * kWidth;
+      const Vec old = load(max_ + r), now = maximum(top[j], old);
+      fresh &= !any_above(old, splat(kNoMaximum));
+      factor[j] = exp2(old - now);
+      store(max_ + r, now);
+      store(sum_ + r, load(sum_ + r) * factor[j]);
+    }
+    if (fresh) return;  // the outputs are still zero
+    Engine::Output::template scale<kVecs>(out_ + size_t(row) * depth_out_, depth_out_, factor);
+  }
+
+  // Normalises a block, adds its sinks to the denominator and writes its rows.
+  void write_block(int row, int vecs) {
+    const int width = vecs * kWidth;
+    alignas(64) float factor[kBlockRows], log_sum[kBlockRows];
+    for (int r = 0; r < width && row + r < lane_.rows; r++) {
+      float m = max_[row + r], l = sum_[row + r], keep = 1.0f;
+      const int packed = lane_.first_row + row + r;
+      if (p_.sinks) {
+        const float sink = p_.sinks[lane_.kv_head * group_ + packed % group_] * kLog2e;
+        const float top = max_of(m, sink);
+        keep = __builtin_exp2f(m - top);
+        l = l * keep + __builtin_exp2f(sink - top);
+        m = top;
+      }
+      factor[r] = l > 0 ? keep * p_.out_scale / l : (l == 0 ? 0.0f : l);
+      log_sum[r] = l > 0 ? (m + __builtin_log2f(l)) * kLn2 : (l == 0 ? -__builtin_inff() : l);
+    }
+    const float* block = out_ + size_t(row) * depth_out_;
+    for (int first = 0; first < width && row + first < lane_.rows; first += kWidth) {
+      const int count = min_of(kWidth, lane_.rows - row - first);
+      Element* to[kWidth];
+      for (int r = 0; r < count; r++) {
+        const int packed = lane_.first_row + row + first + r, head = lane_.kv_head * group_ + packed % group_;
+        const int64_t query = lane_.first_query + packed / group_;
+        to[r] = static_cast<Element*>(p_.out) + lane_.request * p_.out_stride_batch + query * p_.out_stride_row +
+                head * p_.out_stride_head;
+        if (p_.lse) p_.lse[lse_row(query) * p_.heads + head] = log_sum[first + r];
+      }
+      for (int d = 0; d < dim_; d += kWidth) {
+        Vec lines[kWidth];
+        Engine::Output::read(block, dim_, width, first, d, lines);
+        for (int r = 0; r < count; r++) Storage::store_vec(to[r] + d, lines[r] * splat(factor[first + r]));
+      }
+    }
+  }
+
+  int64_t lse_row(int64_t query) const { return p_.offsets ? query : int64_t(lane_.request) * p_.queries + query; }
+
+  const Lane& lane_;
+  const TreeAttentionParams& p_;
+  const int dim_, rows_;
+  int group_, depth_out_;
+  float *out_, *max_, *sum_;
+  float *q_, *depth_, *slope_, *k_packed_, *v_packed_, *s_, *p_t_;
+  int32_t* node_;
+  Element *k_copy_, *v_copy_;
+  const uint64_t* ancestors_;
+  const int32_t* depths_;
+  bool transform_;
+  float exponent_scale_;
+};
+
+template <class Engine>
+const LaneKernel kWideKernel = {Wide<Engine>::partial_size, Wide<Engine>::scratch_size, Wide<Engine>::attend,
+                                Wide<Engine>::merge, Wide<Engine>::finish};
+
+}  // namespace specdec::SPECDEC_ISA

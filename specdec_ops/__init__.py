@@ -1,0 +1,34 @@
+"""Handwritten kernels for speculative decoding, behind plain PyTorch functions.
+
+Importing this package initialises no GPU, imports no Triton and loads no compiled code: each backend is loaded when an
+op first needs it. `backends(op, device)` says which ones are available here, and why the others are not.
+"""
+
+from pathlib import Path
+
+__version__ = "0.1.0"
+
+# In a source checkout the Triton kernels lie beside this folder. Installed, they are the subpackage
+# specdec_ops.triton_kernels. They are never a top-level `triton_kernels`: that name belongs to another project.
+_folder = Path(__file__).parent
+if not (_folder / "triton_kernels").is_dir() and (_folder.parent / "triton_kernels").is_dir():
+    __path__.append(str(_folder.parent))
+del _folder, Path
+
+from . import published_trees  # noqa: E402
+from ._dispatch import backends  # noqa: E402
+from .topology import Topology, build_topology  # noqa: E402
+from .tree import Tree  # noqa: E402
+from .tree_attention import AttentionState, merge_states, tree_attention  # noqa: E402
+
+__all__ = [
+    "AttentionState",
+    "Topology",
+    "Tree",
+    "__version__",
+    "backends",
+    "build_topology",
+    "merge_states",
+    "published_trees",
+    "tree_attention",
+]

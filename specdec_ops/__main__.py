@@ -1,0 +1,136 @@
+"""`python -m specdec_ops`: what is installed, which backends work here and why others don't, and a check of each op."""
+
+import importlib.metadata
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from . import Tree, __version__, _dispatch, _loader, build_topology, merge_states, tree_attention
+
+# Far above the rounding of float32 on any backend, far below the error of a kernel that is wrong.
+TOLERANCE = 5e-3
+
+
+def main() -> int:
+    """Print the report. Return 1 if an available backend gave a wrong result or failed, else 0."""
+    print_versions()
+    failures = 0
+    devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    for device in devices:
+        print(f"\nbackends on {describe(device)}")
+        for op in _dispatch.IMPLEMENTATIONS:
+            for backend, reason in _dispatch.backends(op, device).items():
+                verdict, failed = (f"no: {reason}", False) if reason else check(op, backend, device)
+                failures += failed
+                print(f"  {op:<16} {backend:<8} {verdict}", flush=True)
+    if "cuda" not in devices:
+        print("\nPyTorch sees no CUDA device, so nothing ran on one")
+    print(f"\n{failures} self-checks failed" if failures else "\nevery self-check passed")
+    return 1 if failures else 0
+
+
+def print_versions() -> None:
+    """Print what is installed, and what was compiled into it."""
+    module, reason = _loader.load()
+    print(f"specdec_ops  {__version__} ({Path(__file__).parent})")
+    print(f"python       {platform.python_version()} ({platform.platform()})")
+    print(f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads)")
+    print(f"triton       {installed('triton')}")
+    print(f"numpy        {installed('numpy')}")
+    if module is None:
+        print(f"compiled     no: {reason}")
+        return
+    info = module.build_info()
+    cuda = f"CUDA {info['cuda']} for SM {info['archs']}" if info["cuda"] else "no CUDA kernels"
+    stale = "" if info["version"] == __version__ else f"; built for version {info['version']}: build it again"
+    print(f"compiled     {info['compiler']}; {cuda}{stale}")
+    print(f"CPU kernels  {module.cpu_isa()}")
+
+
+def installed(distribution: str) -> str:
+    """The version of a package, without importing it."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def describe(device: str) -> str:
+    """A device with its model."""
+    if device == "cpu":
+        return f"cpu ({platform.machine()})"
+    major, minor = torch.cuda.get_device_capability()
+    return f"cuda ({torch.cuda.device_count()} x {torch.cuda.get_device_name()}, SM {major}.{minor})"
+
+
+def check(op: str, backend: str, device: str) -> tuple[str, bool]:
+    """Run an op on small inputs against the reference in float64. Return what to print, and whether it failed."""
+    start = time.perf_counter()
+    try:
+        error = CHECKS[op](backend, device)
+    except Exception as problem:
+        return f"yes, but it FAILED: {type(problem).__name__}: {problem}", True
+    milliseconds = 1e3 * (time.perf_counter() - start)
+    if not error <= TOLERANCE:
+        return f"yes, but it is WRONG: largest error {error:.1e}", True
+    return f"yes (largest error {error:.0e}, {milliseconds:.0f} ms with its first start)", False
+
+
+def check_build_topology(backend: str, device: str) -> float:
+    """1 if anything differs from the reference, else 0. One of the trees is malformed."""
+    rows = [list(Tree.from_branching((4, 2, 2, 1)).parents), list(Tree.chain(44).parents), [43, *range(43)]]
+    parents = torch.tensor(rows, dtype=torch.int32, device=device)
+    num_nodes = torch.tensor([44, 20, 44], dtype=torch.int32, device=device)
+    got, want = (build_topology(parents, num_nodes, backend=name) for name in (backend, "torch"))
+    names = ("parents", "depths", "ancestors", "first_child", "next_sibling", "num_nodes", "status")
+    return float(any(not torch.equal(getattr(got, name), getattr(want, name)) for name in names))
+
+
+def check_tree_attention(backend: str, device: str) -> float:
+    """The largest error of a 44-node tree over two requests, with grouped heads."""
+    tree = Tree.from_branching((4, 2, 2, 1))
+    q, k_cache, v_cache = random_like(device, (2, len(tree), 4, 64), (2, 160, 2, 64), (2, 160, 2, 64))
+    context_lens = torch.tensor([100, 17], dtype=torch.int32, device=device)
+    topology = tree.to(device, batch=2)
+
+    def run(dtype: torch.dtype, name: str) -> torch.Tensor:
+        caches = (k_cache.to(dtype), v_cache.to(dtype))
+        return tree_attention(q.to(dtype), *caches, topology, context_lens, backend=name)
+
+    return largest_difference(run(torch.float32, backend), run(torch.float64, "torch"))
+
+
+def check_merge_states(backend: str, device: str) -> float:
+    """The largest error over rows of which some saw nothing, on one side or on both."""
+    out_a, out_b = random_like(device, (2, 5, 4, 64), (2, 5, 4, 64))
+    lse_a, lse_b = (lse.float() for lse in random_like(device, (2, 5, 4), (2, 5, 4)))
+    lse_a[:, 0] = lse_b[:, :2] = float("-inf")
+    got = merge_states(out_a.float(), lse_a, out_b.float(), lse_b, backend=backend)
+    want = merge_states(out_a, lse_a, out_b, lse_b, backend="torch")
+    return max(largest_difference(got.out, want.out), largest_difference(got.lse, want.lse))
+
+
+def random_like(device: str, *shapes: tuple[int, ...]) -> list[torch.Tensor]:
+    """float64 tensors that are the same on every device, and exact in float32."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).double().to(device) for shape in shapes]
+
+
+def largest_difference(got: torch.Tensor, want: torch.Tensor) -> float:
+    """The largest absolute difference. NaN counts as infinite, and so does an infinity in one of the two only."""
+    same = got.double() == want.double()
+    return torch.where(same, 0.0, (got.double() - want.double()).abs()).nan_to_num(nan=float("inf")).max().item()
+
+
+CHECKS: dict[str, Callable[[str, str], float]] = {
+    "build_topology": check_build_topology,
+    "merge_states": check_merge_states,
+    "tree_attention": check_tree_attention,
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,180 @@
+"""Which implementation runs an op: the table of backends, and why one is not available.
+
+Every implementation of an op has one signature, whatever its backend: it writes into preallocated outputs, checks
+nothing and returns None. It is named as "module:function" and imported when it is first used.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from . import _loader
+from ._checks import KERNEL_DTYPES
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+ENVIRONMENT = "SPECDEC_OPS_BACKEND"
+
+IMPLEMENTATIONS = {
+    "build_topology": {
+        "cuda": "specdec_ops._native:build_topology_cuda",
+        "triton": "specdec_ops.triton_kernels.build_topology:build_topology",
+        "cpu": "specdec_ops._native:build_topology_cpu",
+        "torch": "specdec_ops.reference.build_topology:build_topology",
+    },
+    "merge_states": {
+        "cuda": "specdec_ops._native:merge_states_cuda",
+        "triton": "specdec_ops.triton_kernels.merge_states:merge_states",
+        "cpu": "specdec_ops._native:merge_states_cpu",
+        "torch": "specdec_ops.reference.merge_states:merge_states",
+    },
+    "tree_attention": {
+        "triton": "specdec_ops.triton_kernels.tree_attention:tree_attention",
+        "cpu": "specdec_ops._native:tree_attention_cpu",
+        "torch": "specdec_ops.reference.tree_attention:tree_attention",
+    },
+}
+
+_AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+_MAX_KERNEL_DIM = 256
+_resolved: dict[tuple, Callable] = {}
+
+
+def backends(op: str, device="cpu") -> dict[str, str | None]:
+    """Say which backends can run an op on a device.
+
+    Args:
+        op: "build_topology", "merge_states" or "tree_attention".
+        device: a device, its name, or a tensor on it.
+
+    Returns:
+        `{"cuda": ..., "triton": ..., "cpu": ..., "torch": ...}`: None for an available backend, else the reason why it
+        is not, as text.
+
+    Raises:
+        ValueError: the op is unknown.
+    """
+    _known_op(op)
+    device = device.device if isinstance(device, torch.Tensor) else torch.device(device)
+    return {backend: _unavailable(op, backend, device) for backend in BACKENDS}
+
+
+def resolve(op: str, backend: str, tensor: torch.Tensor) -> Callable:
+    """Find the implementation of `op` for this tensor: its device, its dtype and, for attention, its dim.
+
+    "auto" takes the first available of cpu, torch on CPU tensors and of cuda, triton, torch on CUDA tensors, unless the
+    environment variable SPECDEC_OPS_BACKEND (read once, at the first use) names one. A named backend never falls back.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the named backend is not available, or its kernels don't take such a tensor.
+    """
+    key = (op, backend, tensor.device, tensor.dtype, tensor.shape[-1] if op == "tree_attention" else 0)
+    found = _resolved.get(key)
+    if found is None:
+        found = _resolved[key] = _load(op, _choose(op, backend, tensor))
+    return found
+
+
+def forget() -> None:
+    """Drop every remembered choice, so that a changed environment is read again. For tests."""
+    _resolved.clear()
+    _environment_choice.cache_clear()
+    _load.cache_clear()
+
+
+def _choose(op: str, backend: str, tensor: torch.Tensor) -> str:
+    origin = ""
+    if backend == "auto":
+        chosen = _environment_choice()
+        if chosen == "auto":
+            usable = (b for b in _AUTO.get(tensor.device.type, ("torch",)) if _refusal(op, b, tensor) is None)
+            return next(usable)
+        backend, origin = chosen, f" (from {ENVIRONMENT})"
+    elif backend not in BACKENDS:
+        raise ValueError(f"specdec_ops.{op}: backend must be one of {_names()}, got {backend!r}")
+    reason = _refusal(op, backend, tensor)
+    if reason is not None:
+        raise RuntimeError(f"specdec_ops.{op}: backend={backend!r}{origin} is unavailable: {reason}")
+    return backend
+
+
+@functools.cache
+def _environment_choice() -> str:
+    name = os.environ.get(ENVIRONMENT) or "auto"
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT} must be one of {_names()}, got {name!r}")
+    return name
+
+
+def _names() -> str:
+    return ", ".join(("auto", *BACKENDS))
+
+
+def _known_op(op: str) -> None:
+    if op not in IMPLEMENTATIONS:
+        raise ValueError(f"specdec_ops.backends: op must be one of {', '.join(IMPLEMENTATIONS)}, got {op!r}")
+
+
+def _refusal(op: str, backend: str, tensor: torch.Tensor) -> str | None:
+    """Why this backend can't run the op on this very tensor, or None."""
+    reason = _unavailable(op, backend, tensor.device)
+    if reason is None and backend != "torch" and op != "build_topology":
+        if tensor.dtype not in KERNEL_DTYPES:
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            return f"its kernels take float32, bfloat16 and float16, not {dtype} (backend='torch' does)"
+        dim = tensor.shape[-1]
+        if op == "tree_attention" and (dim % 16 != 0 or dim > _MAX_KERNEL_DIM):
+            return f"its kernels take a dim that is a multiple of 16 up to {_MAX_KERNEL_DIM}, not {dim}"
+    return reason
+
+
+def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
+    """Why this backend can't run the op on this device, or None."""
+    if backend == "torch":
+        return None
+    if backend not in IMPLEMENTATIONS[op]:
+        return f"there is no {backend} kernel for {op} yet"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    return _REASONS[backend](op, device)
+
+
+def _cpu_reason(op: str, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it takes CPU tensors, these are on {device.type}"
+    return _loader.load()[1]
+
+
+def _cuda_reason(op: str, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, these are on {device.type}"
+    module, reason = _loader.load()
+    if module is None:
+        return reason
+    if not hasattr(module, f"{op}_cuda"):
+        return "the installed package was built without CUDA"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return module.cuda_device_error(index) or None
+
+
+def _triton_reason(op: str, device: torch.device) -> str | None:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "yes", "on"):
+        return "Triton runs on CPU tensors in its interpreter only, and TRITON_INTERPRET is not 1"
+    if device.type not in ("cpu", "cuda"):
+        return f"it takes CUDA tensors, these are on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+_REASONS = {"cpu": _cpu_reason, "cuda": _cuda_reason, "triton": _triton_reason}
+
+
+@functools.cache
+def _load(op: str, backend: str) -> Callable:
+    module, function = IMPLEMENTATIONS[op][backend].split(":")
+    return getattr(importlib.import_module(module), function)

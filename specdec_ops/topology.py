@@ -1,0 +1,224 @@
+"""`Topology`: the trees of a batch as device tensors, and `build_topology`, which derives them on the device."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from . import _alloc, _library
+from ._checks import is_int, wrong, wrong_device, wrong_strides
+from .tree import Tree
+
+STATUS_PARENT_OUT_OF_RANGE = 1
+"""A parent below -1, or not below num_nodes. The node became a root."""
+STATUS_PARENT_NOT_BEFORE = 2
+"""A parent that does not come before its child, as in every cycle. The node became a root."""
+STATUS_NUM_NODES_OUT_OF_RANGE = 4
+"""num_nodes below 0 or above the number of columns of parents. It was clamped."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
+class Topology:
+    """The draft trees of a batch, as every op takes them. Made by `Tree.to`, `from_trees` and `build_topology`.
+
+    A leading dimension of 1 serves any batch. **Nodes from `num_nodes[b]` on do not exist**: whoever reads the other
+    tensors must ignore their rows, and must treat a child or sibling at or beyond `num_nodes[b]` as none. That is what
+    makes slicing free: `topology[:n]` shares every tensor and has a smaller `num_nodes`.
+
+    By convention node 0 of a tree with one root is the last committed token. Node i of request b keeps its K and V in
+    slot `context_lens[b] + i`, and its position is `context_lens[b] + depths[b, i]`.
+
+    A plain class of tensors: torch.compile traces through it, and nothing in it waits for the device.
+    """
+
+    parents: torch.Tensor
+    """int32 [batch or 1, nodes]: an earlier node, or -1 for a root."""
+    depths: torch.Tensor
+    """int32 [batch or 1, nodes]: edges to the root."""
+    ancestors: torch.Tensor
+    """int64 [batch or 1, nodes, words]: bit j % 64 of word j // 64 tells whether node j is an ancestor, or the node."""
+    first_child: torch.Tensor
+    """int32 [batch or 1, nodes]: the lowest child, or -1."""
+    next_sibling: torch.Tensor
+    """int32 [batch or 1, nodes]: the next higher node with the same parent, or -1. Roots are siblings."""
+    num_nodes: torch.Tensor
+    """int32 [batch or 1]: how many leading nodes exist."""
+    status: torch.Tensor
+    """int32 [batch or 1]: 0 for a sound tree, else the sum of STATUS_* bits of specdec_ops.topology."""
+    offsets: torch.Tensor | None = None
+    """int32 [batch + 1], or None: the first row of every request in packed queries [tokens, heads, dim]."""
+
+    @classmethod
+    def from_trees(cls, trees: Sequence[Tree], device="cpu", *, packed: bool = False) -> Topology:
+        """A ragged batch of host trees, padded to the largest.
+
+        Args:
+            trees: one per request, at least one.
+            device: a torch device.
+            packed: also make `offsets`, for queries that hold the nodes of all requests without padding.
+        """
+        trees = list(trees)
+        if not trees or not all(isinstance(tree, Tree) for tree in trees):
+            raise TypeError(wrong("Topology.from_trees", "trees", "a sequence of at least one specdec_ops.Tree", trees))
+        sizes = np.array([len(tree) for tree in trees], np.int32)
+        batch, nodes = len(trees), int(sizes.max())
+        tables = {name: np.full((batch, nodes), -1, np.int32) for name in ("parents", "first_child", "next_sibling")}
+        tables["depths"] = np.zeros((batch, nodes), np.int32)
+        ancestors = np.zeros((batch, nodes, max(1, -(-nodes // 64))), np.uint64)
+        for row, tree in enumerate(trees):
+            for name, table in tables.items():
+                table[row, : len(tree)] = getattr(tree, name)
+            ancestors[row, : len(tree), : tree.num_words] = tree.ancestors
+        offsets = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int32)
+        return cls(
+            **{name: torch.from_numpy(table).to(device) for name, table in tables.items()},
+            ancestors=torch.from_numpy(ancestors.view(np.int64)).to(device),
+            num_nodes=torch.from_numpy(sizes).to(device),
+            status=torch.zeros(batch, dtype=torch.int32, device=device),
+            offsets=torch.from_numpy(offsets).to(device) if packed else None,
+        )
+
+    @property
+    def batch(self) -> int:
+        """Trees held here; 1 serves any batch."""
+        return self.parents.shape[0]
+
+    @property
+    def nodes(self) -> int:
+        """Nodes there is room for: the columns of the tensors, at least every `num_nodes[b]`."""
+        return self.parents.shape[1]
+
+    @property
+    def words(self) -> int:
+        """64-bit words per ancestor set."""
+        return self.ancestors.shape[2]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are."""
+        return self.parents.device
+
+    def position_ids(self, context_lens: torch.Tensor | int) -> torch.Tensor:
+        """The position of every node, int32 [batch, nodes]: `context_lens + depths`, and -1 where no node is.
+
+        Args:
+            context_lens: int32 or int64 [batch], on this device; or one int for all requests.
+        """
+        first = context_lens.unsqueeze(-1) if isinstance(context_lens, torch.Tensor) else context_lens
+        positions = self.depths + first
+        return torch.where(self._exists(), positions, -1).to(torch.int32)
+
+    def __getitem__(self, part: slice) -> Topology:
+        """`topology[:n]`: at most the first n nodes of every request.
+
+        Shares every tensor but `num_nodes` (and packed `offsets`, which follow it); `nodes` stays the room there is.
+        n is an int, or an integer tensor [batch] or [1] on this device.
+        """
+        if not isinstance(part, slice) or not isinstance(part.stop, int | torch.Tensor | None):
+            raise TypeError(wrong("Topology", "the index", "a slice [:n] with an int or a tensor", part))
+        if part.start not in (None, 0) or part.step not in (None, 1) or (is_int(part.stop) and part.stop < 0):
+            raise ValueError(f"specdec_ops.Topology: a slice must be [:n] with n of 0 or more, got {part}")
+        if part.stop is None:
+            return self
+        return self._with_num_nodes(self.num_nodes.clamp(max=part.stop).clamp(min=0).to(torch.int32))
+
+    def truncate(self, depth: int | torch.Tensor) -> Topology:
+        """The leading nodes before the first one deeper than `depth`: in level order, all nodes of depth <= `depth`.
+
+        Shares tensors as slicing does. `depth` is an int, or an integer tensor [batch] or [1] on this device, as a
+        decision to stop drafting gives it.
+        """
+        limit = depth.unsqueeze(-1) if isinstance(depth, torch.Tensor) else depth
+        kept = (self._exists() & (self.depths <= limit)).to(torch.int32)
+        return self._with_num_nodes(kept.cumprod(dim=-1).sum(dim=-1).to(torch.int32))
+
+    def to(self, device) -> Topology:
+        """The same on another device."""
+        fields = (getattr(self, field.name) for field in dataclasses.fields(self))
+        return Topology(*(None if tensor is None else tensor.to(device) for tensor in fields))
+
+    def __repr__(self) -> str:
+        packed = ", packed" if self.offsets is not None else ""
+        return f"<Topology of {self.batch} trees of up to {self.nodes} nodes on {self.device}{packed}>"
+
+    def _exists(self) -> torch.Tensor:
+        return torch.arange(self.nodes, dtype=torch.int32, device=self.device) < self.num_nodes.unsqueeze(-1)
+
+    def _with_num_nodes(self, num_nodes: torch.Tensor) -> Topology:
+        tensors = (self.parents, self.depths, self.ancestors, self.first_child, self.next_sibling)
+        batch = num_nodes.shape[0]
+        status = self.status
+        if batch != self.batch:  # one tree for all, cut differently for each request
+            tensors = (tensor.expand(batch, *tensor.shape[1:]).contiguous() for tensor in tensors)
+            status = status.expand(batch).contiguous()
+        offsets = self.offsets
+        if offsets is not None:
+            rows = num_nodes.expand(offsets.shape[0] - 1).cumsum(0, dtype=torch.int32)
+            offsets = torch.nn.functional.pad(rows, (1, 0))
+        return Topology(*tensors, num_nodes, status, offsets)
+
+
+def build_topology(
+    parents: torch.Tensor, num_nodes: torch.Tensor | None = None, *, out: Topology | None = None, backend: str = "auto"
+) -> Topology:
+    """Derive depths, ancestor sets and links from parents that live on the device. For trees that change every step.
+
+    Malformed parents do no harm: a node with a bad parent becomes a root, a bad `num_nodes` is clamped, and the
+    request's `status` says so. Other requests are untouched. Nothing waits for the device.
+
+    Args:
+        parents: int32 [batch, nodes]: for every node an earlier node of the same request, or -1 for a root. Entries
+            from `num_nodes` on are ignored.
+        num_nodes: int32 [batch], on the same device; None: every request uses all nodes.
+        out: a Topology of the same sizes to write into, not itself made of `parents`; its `offsets` are left alone.
+        backend: "auto", "cuda", "triton", "cpu" or "torch".
+
+    Returns:
+        A Topology of [batch, nodes] (`out` where given). Nodes from `num_nodes` on have parent, child and sibling -1,
+        depth 0 and an empty ancestor set.
+
+    Raises:
+        TypeError: parents or num_nodes are not int32 tensors, or out is not a Topology.
+        ValueError: a shape or device does not fit, or the backend's name is unknown.
+        RuntimeError: the named backend is not available.
+    """
+    if not isinstance(parents, torch.Tensor) or parents.dtype != torch.int32:
+        raise TypeError(wrong("build_topology", "parents", "an int32 tensor [batch, nodes]", parents))
+    if parents.dim() != 2:
+        raise ValueError(wrong("build_topology", "parents", "int32 [batch, nodes]", parents))
+    batch, nodes = parents.shape
+    if num_nodes is None:
+        num_nodes = _alloc.empty((batch,), torch.int32, parents.device).fill_(nodes)
+    elif not isinstance(num_nodes, torch.Tensor) or num_nodes.dtype != torch.int32:
+        raise TypeError(wrong("build_topology", "num_nodes", f"an int32 tensor [{batch}]", num_nodes))
+    elif num_nodes.shape != (batch,):
+        raise ValueError(wrong("build_topology", "num_nodes", f"int32 [{batch}]", num_nodes))
+    elif num_nodes.device != parents.device:
+        raise ValueError(wrong_device("build_topology", "num_nodes", parents.device, num_nodes))
+    written = None if out is None else _written(out, parents)
+    built = _library.build_topology(parents.contiguous(), num_nodes.contiguous(), backend, written)
+    return Topology(*built) if out is None else out
+
+
+def _written(out: Topology, parents: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """The tensors of `out` that build_topology writes, in the order of its implementations."""
+    if not isinstance(out, Topology):
+        raise TypeError(wrong("build_topology", "out", "a Topology", out))
+    if out.parents is parents:
+        raise ValueError("specdec_ops.build_topology: out.parents must not be parents itself")
+    batch, nodes = parents.shape
+    table, row = (batch, nodes), (batch,)
+    sets = (batch, nodes, max(1, (nodes + 63) // 64))
+    names = ("parents", "depths", "ancestors", "first_child", "next_sibling", "num_nodes", "status")
+    tensors = tuple(getattr(out, name) for name in names)
+    for name, tensor, shape in zip(names, tensors, (table, table, sets, table, table, row, row), strict=True):
+        dtype = torch.int64 if name == "ancestors" else torch.int32
+        if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
+            must = f"contiguous {str(dtype).removeprefix('torch.')} {list(shape)}"
+            raise ValueError(wrong_strides("build_topology", f"out.{name}", must, tensor))
+        if tensor.device != parents.device:
+            raise ValueError(wrong_device("build_topology", f"out.{name}", parents.device, tensor))
+    return tensors

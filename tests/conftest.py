@@ -1,0 +1,76 @@
+"""Fixtures of all tests: seeds, poisoned memory, and the implementations that can run here."""
+
+import os
+import sys
+from typing import NamedTuple
+
+import pytest
+import torch
+
+# Without a GPU, Triton kernels run in Triton's interpreter, which must be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import specdec_ops
+from specdec_ops import _alloc
+
+
+class Target(NamedTuple):
+    """A backend and the device whose tensors it gets."""
+
+    backend: str
+    device: str
+
+    @property
+    def interpreted(self) -> bool:
+        """Run by Triton's interpreter: right, but very slow."""
+        return self.backend == "triton" and self.device == "cpu"
+
+
+def targets(op: str) -> list[Target]:
+    """Every backend that can run an op on this machine, on CPU tensors and, where there is a GPU, on CUDA tensors."""
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+    return [
+        Target(backend, device)
+        for device in devices
+        for backend, reason in specdec_ops.backends(op, device).items()
+        if reason is None
+    ]
+
+
+def pytest_generate_tests(metafunc):
+    """`target` is parametrised over the implementations of the op that the module tests (its OP, or tree_attention)."""
+    if "target" in metafunc.fixturenames:
+        found = targets(getattr(metafunc.module, "OP", "tree_attention"))
+        metafunc.parametrize("target", found, ids=[f"{target.backend}-on-{target.device}" for target in found])
+
+
+def poisoned_empty(shape, dtype, device):
+    """Memory in which an unwritten element shows: NaN, or the smallest integer."""
+    tensor = torch.empty(shape, dtype=dtype, device=device)
+    return tensor.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
+
+
+class PoisonedTorch:
+    """PyTorch with a poisoned `empty`, for kernels that make their own scratch (they may not import _alloc)."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    def empty(self, shape, *, dtype, device):
+        return poisoned_empty(shape, dtype, device)
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch):
+    """Every op allocates through _alloc.empty; Triton's launch functions make scratch with torch.empty."""
+    monkeypatch.setattr(_alloc, "empty", poisoned_empty)
+    for name, module in list(sys.modules.items()):
+        if name.startswith("specdec_ops.triton_kernels.") and hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", PoisonedTorch())
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in every run, whatever ran before."""
+    torch.manual_seed(0)

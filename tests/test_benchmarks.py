@@ -1,0 +1,224 @@
+"""The benchmark harness at toy size: every op runs, wrong results get no time, files are written and read back."""
+
+import dataclasses
+import importlib.util
+import time
+
+import pytest
+import torch
+
+from benchmarks import attention, cases, compare, peers, report, results, roofs, run, targets, timing
+from benchmarks.contestant import Contestant, check
+
+COLUMNS = {"machine": "a machine", "isa": "an ISA", "threads": "1", "torch": "2", "commit": "abc", "date": "today"}
+COLUMNS |= {"specdec_ops": "0", "python": "3", "command": "python -m benchmarks.run"}
+
+
+@pytest.fixture(autouse=True)
+def without_gradients():
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture(scope="module")
+def toy_roofs():
+    return roofs.measure("cpu", ["fp32", "bf16"], seconds=0.01, sizes=(64,), read_size=1 << 20)
+
+
+def run_toys(toy_roofs, some, modes=("warm",)):
+    clock = run.Clock("standard", len(some) * len(modes), cell_seconds=0.02)
+    runner = run.Runner(run.Options("standard"), toy_roofs, COLUMNS, clock)
+    for case in some:
+        runner.run(case, modes)
+    return runner.rows
+
+
+def toys():
+    return [
+        cases.toy(),
+        cases.toy(dtype="bf16"),
+        cases.toy(contexts=(48, 48)),
+        cases.toy(contexts=(48, 0, 17), tree=cases.TREES[44]),
+        cases.toy(tree=cases.TREES[1]),
+        cases.toy("merge_states"),
+        cases.toy("merge_states", dtype="bf16", contexts=(0, 0)),
+        cases.toy("build_topology"),
+        cases.toy("build_topology", contexts=(0, 0), tree=cases.TREES[128]),
+    ]
+
+
+def test_every_op_has_a_toy_case():
+    assert {case.op for case in toys()} == peers.OPS.keys()
+
+
+@pytest.mark.parametrize("case", toys(), ids=lambda case: case.label)
+def test_each_kind_of_case_runs(case, toy_roofs):
+    rows = run_toys(toy_roofs, [case], ("warm", "cold") if case.op == "tree_attention" else ("warm",))
+    for cell in results.cells(rows):
+        assert cell.ours is not None, report.problem(cell)
+        assert cell.ours["ratio"] > 0 and cell.ours["rounds"] >= timing.MIN_ROUNDS
+        peers_timed = [row["contestant"] for row in cell.rows if row["role"] == "pytorch" and row["p50_us"] != ""]
+        assert "eager" in peers_timed, report.problem(cell, "pytorch")
+        if case.op == "tree_attention":
+            forms = {"sdpa", "sdpa packed", "sdpa packed head-major"}
+            assert forms <= set(peers_timed), report.problem(cell, "pytorch")
+            assert cell.ours["roof_percent"] > 0
+
+
+def test_a_wrong_contestant_gets_no_time(monkeypatch, toy_roofs):
+    def with_a_wrong_one(inputs, options):
+        blind = torch.ones_like(inputs.tree_mask)  # every node sees the whole tree
+        cheat = dataclasses.replace(inputs, tree_mask=blind)
+        broken = Contestant("broken", "pytorch", lambda: 1 / 0)
+        return [
+            *attention.contestants(inputs, options),
+            Contestant("cheat", "pytorch", lambda: attention.eager(cheat)),
+            Contestant("not a number", "pytorch", lambda: attention.eager(inputs) * float("nan")),
+            broken,
+        ]
+
+    op = peers.OPS["tree_attention"]._replace(contestants=with_a_wrong_one)
+    monkeypatch.setitem(peers.OPS, "tree_attention", op)
+    rows = {row["contestant"]: row for row in run_toys(toy_roofs, [cases.toy(dtype="bf16")])}
+    assert rows["cheat"]["problem"].startswith("WRONG") and rows["cheat"]["p50_us"] == ""
+    assert rows["not a number"]["problem"].startswith("WRONG") and rows["not a number"]["p50_us"] == ""
+    assert rows["broken"]["problem"].startswith("fails: ZeroDivisionError") and rows["broken"]["p50_us"] == ""
+    assert rows["specdec_ops"]["best_pytorch"] not in ("cheat", "not a number", "broken")
+    assert any("cheat: WRONG" in line for line in report.problems(results.cells(list(rows.values()))))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_the_check_sees_one_missing_ancestor(dtype):
+    model = cases.Model("one head", 4, 1, 64)
+    case = cases.attention(model, 1024, 64, dtype)
+    inputs = attention.make_inputs(case)
+    blind = inputs.tree_mask.clone()
+    leaf = int(blind.sum(dim=1).argmax())
+    blind[leaf, int(blind[leaf].nonzero()[1])] = False
+    wrong = dataclasses.replace(inputs, tree_mask=blind)
+    expected = attention.expected(inputs)
+    right = check(Contestant("right", "pytorch", lambda: attention.eager(inputs)), expected)
+    assert not right.problem and right.error <= 1
+    assert check(Contestant("wrong", "pytorch", lambda: attention.eager(wrong)), expected).problem
+
+
+def test_trees_have_their_sizes():
+    assert all(tree.nodes == nodes for nodes, tree in cases.TREES.items())
+    for tree in cases.TREES.values():
+        assert all(-1 <= parent < i for i, parent in enumerate(tree.parents))
+
+
+@pytest.mark.parametrize("preset", sorted(cases.PRESETS))
+def test_presets_list_each_cell_once(preset):
+    labels = [(case.label, mode) for case in cases.PRESETS[preset]() for mode in case.modes]
+    assert len(labels) == len(set(labels))
+    assert {case.op for case in cases.PRESETS[preset]()} == peers.OPS.keys()
+
+
+def test_bytes_and_flops_by_hand():
+    case = cases.attention(cases.Model("m", 4, 2, 16), 100, cases.TreeShape("t", cases.chain(8)), "bf16", batch=3)
+    assert case.kv_bytes == 2 * 2 * 16 * 2 * 3 * 108
+    assert case.bytes == case.kv_bytes + 2 * 2 * 4 * 16 * 24 + 8 * 24
+    assert case.flops == 4 * 4 * 16 * 3 * 8 * 108
+
+
+def test_command_writes_csv_and_plot(tmp_path, monkeypatch, capsys):
+    few = [cases.toy(), cases.toy(tree=cases.TREES[16]), cases.toy("merge_states"), cases.toy("build_topology")]
+    monkeypatch.setitem(run.PRESETS, "quick", lambda: few)
+    monkeypatch.setattr(roofs, "SIZES", (64,))
+    path = tmp_path / "folder" / "result.csv"
+    assert run.main(["--quick", "--seconds", "0.02", "--csv", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "[4/4]" in shown and "geometric mean, fp32" in shown and "target:" in shown
+    rows = results.read(path)
+    assert tuple(rows[0]) == results.COLUMNS
+    assert len(results.cells(rows)) == 4
+    assert str(tmp_path) not in path.read_text() and "result.csv" in rows[0]["command"]
+    if importlib.util.find_spec("matplotlib") is None:
+        assert "matplotlib is not installed" in shown
+    else:
+        assert sorted(file.name for file in path.parent.glob("*.png")) == ["result-ratio.png", "result-roof.png"]
+
+
+def test_list_and_filter(capsys):
+    assert run.main(["--full", "--list", "--filter", "TinyLlama fp32 ctx4096 b4", "--cold"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "9 cases" and all(line.endswith("cold") for line in lines[:-1])
+
+
+def test_compare(tmp_path, toy_roofs, capsys):
+    old, new = tmp_path / "old.csv", tmp_path / "new.csv"
+    rows = run_toys(toy_roofs, [cases.toy()])
+    results.write(old, rows, header=True)
+    faster = [row | {"p50_us": row["p50_us"] and row["p50_us"] / 2, "isa": "another"} for row in rows]
+    results.write(new, faster, header=True)
+    assert compare.main([str(old), str(new)]) == 0
+    shown = capsys.readouterr().out
+    assert "geometric mean over 1 cells: 2.00x in time, 1.00x in the ratio" in shown
+    assert "isa: an ISA -> another" in shown
+
+
+def fake_cells(ratio, nodes=64, **changes):
+    shape = {"op": "tree_attention", "model": "Llama-3-8B", "dtype": "bf16", "context": 1024, "lengths": "equal"}
+    shape |= {"batch": 1, "tree": "random", "nodes": nodes, "mode": "warm", "problem": "", "contestant": "specdec_ops"}
+    shape |= {"p50_us": 1.0, "ratio": ratio, "gemm_percent": 85.0, "read_percent": 75.0, "role": "ours"}
+    return results.Cell([shape | changes])
+
+
+def test_targets_name_the_cells_that_miss():
+    good, bad = fake_cells(6.0), fake_cells(3.0, context=4096, gemm_percent=70.0)
+    verdicts = targets.verdicts([good, bad])
+    ratios, gemm = verdicts[0], verdicts[1]
+    assert ratios.met is False and ratios.missed == [f"{bad.label}: 3.00x"]
+    assert gemm.met is False and gemm.missed == [f"{bad.label}: 70%"]
+    assert targets.verdicts([good])[0].met is True
+    assert targets.verdicts([good])[2].met is None  # no fp32 cell
+    decode = fake_cells(4.5, nodes=1, mode="cold")
+    assert targets.verdicts([decode])[3].met is True
+    wide = fake_cells(5.0, nodes=256, tree="random", gemm_percent=70.0)
+    assert targets.verdicts([good, wide])[-1].missed == [f"{wide.label}: 82.4%"]
+
+
+def test_rounds_alternate_and_stay_paired():
+    calls = []
+
+    def spin(name, seconds):
+        calls.append(name)
+        end = time.perf_counter() + seconds
+        while time.perf_counter() < end:
+            pass
+
+    pair = [
+        Contestant("slow", "pytorch", lambda: spin("slow", 0.012)),
+        Contestant("fast", "ours", lambda: spin("fast", 0.006)),
+    ]
+    measured = timing.CpuTimer().measure(pair, "cold", 0.2)
+    ratio = timing.paired_ratio(measured.timings["slow"], measured.timings["fast"])
+    assert 1.3 < ratio < 3
+    assert abs(calls.count("slow") - calls.count("fast")) <= 1 and len(measured.timings["slow"].seconds) >= 5
+
+
+def test_busy_rounds_are_dropped_when_enough_are_quiet():
+    measured = timing.keep_quiet({"a": [1.0] * 6 + [9.0] * 4}, [0.0] * 6 + [50.0] * 4)
+    assert measured.timings["a"].seconds == [1.0] * 6 and not measured.noisy
+    measured = timing.keep_quiet({"a": [1.0] * 2 + [9.0] * 4}, [0.0] * 2 + [50.0] * 4)
+    assert len(measured.timings["a"].seconds) == 6 and measured.noisy
+
+
+def test_hopeless_peers_leave():
+    pair = [Contestant("fast", "pytorch", list), Contestant("slow", "pytorch", list), Contestant("ours", "ours", list)]
+    left = timing.without_hopeless(pair, {"fast": [1.0], "slow": [10.0], "ours": [100.0]})
+    assert [each.name for each in left] == ["fast", "ours"]
+
+
+def test_time_limit_passes_through_handlers_of_exceptions():
+    with pytest.raises(attention.OutOfTime, match="did not compile"), attention.time_limit(0.05):
+        try:
+            time.sleep(5)
+        except Exception:
+            time.sleep(5)
+
+
+def test_no_time_for_flex_is_said():
+    contestant = attention.flex(attention.make_inputs(cases.toy()), seconds=1)
+    assert contestant.problem == "no time left to compile it in this preset"

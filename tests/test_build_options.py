@@ -1,0 +1,211 @@
+"""setup.py: what its options mean, and that each wrong one is one sentence."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+KNOWN = {"8.0", "9.0", "10.0", "10.3", "12.0"}
+OPTIONS = ("SPECDEC_OPS_BUILD", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "NVCC_THREADS", "MAX_JOBS", "CXX")
+
+
+@pytest.fixture
+def build(monkeypatch):
+    """setup.py as a module, in a clean environment."""
+    for name in OPTIONS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.chdir(ROOT)
+    spec = importlib.util.spec_from_file_location("specdec_ops_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def script(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{text}\n")
+    path.chmod(0o755)
+    return path
+
+
+@pytest.fixture
+def toolkit(tmp_path, monkeypatch):
+    """A CUDA toolkit that answers questions and compiles nothing. Its path has a space in it."""
+    home = tmp_path / "cuda toolkit"
+    answers = """case "$*" in
+*--version*) echo "Cuda compilation tools, release 12.8, V12.8.61" ;;
+*--list-gpu-code*) printf 'sm_80\\nsm_90\\nsm_100\\nsm_120\\n' ;;
+*--dryrun*) echo '#$ INCLUDES="-I/cuda toolkit/include"'; echo '#$ LIBRARIES= "-L/cuda toolkit/lib"' ;;
+esac"""
+    script(home / "bin" / "nvcc", answers)
+    monkeypatch.setenv("CUDA_HOME", str(home))
+    return home
+
+
+@pytest.mark.parametrize(
+    ("text", "archs", "ptx"),
+    [
+        ("", ["8.0", "9.0", "10.0", "12.0"], ["12.0"]),
+        ("8.0", ["8.0"], []),
+        ("8.0;9.0+PTX", ["8.0", "9.0"], ["9.0"]),
+        (" 8.0, 9.0a ; 10.0f+PTX 12.0 ", ["8.0", "9.0a", "10.0f", "12.0"], ["10.0f"]),
+        ("10.3a", ["10.3a"], []),
+        ("9.0 9.0 9.0+PTX", ["9.0"], ["9.0"]),
+    ],
+)
+def test_arch_list(build, text, archs, ptx):
+    assert build.parse_archs(text, KNOWN) == (archs, ptx)
+
+
+def test_default_archs_are_those_that_nvcc_knows(build):
+    assert build.parse_archs("", {"7.5", "8.0", "9.0"}) == (["8.0", "9.0"], ["9.0"])
+
+
+@pytest.mark.parametrize("text", ["7.0", "Hopper", "90", "8.0a", "9.0f", "9.0b", "8.0+SASS", "8.0;;sm_90", "+PTX"])
+def test_unknown_arch_is_named(build, text):
+    with pytest.raises(
+        SystemExit, match=r"TORCH_CUDA_ARCH_LIST has '.*', which this nvcc does not know; it knows 8\.0"
+    ):
+        build.parse_archs(text, KNOWN)
+
+
+def test_gencode(build):
+    assert build.gencode(["9.0a", "12.0"], ["12.0"]) == [
+        *("-gencode", "arch=compute_90a,code=sm_90a"),
+        *("-gencode", "arch=compute_120,code=sm_120"),
+        *("-gencode", "arch=compute_120,code=compute_120"),
+    ]
+
+
+WRONG_VALUES = {
+    "SPECDEC_OPS_BUILD": [("gpu", r"^SPECDEC_OPS_BUILD must be auto, cuda or cpu, got 'gpu'\.$")],
+    "MAX_JOBS": [(text, r"^MAX_JOBS must be a positive integer, got '.*'\.$") for text in ("0", "-1", "many", "1.5")],
+    "NVCC_THREADS": [("all", r"^NVCC_THREADS must be a positive integer, got 'all'\.$")],
+    "CUDA_HOME": [("/nowhere", r"^CUDA_HOME=/nowhere has no bin/nvcc; correct it, or set SPECDEC_OPS_BUILD=cpu\.$")],
+    "TORCH_CUDA_ARCH_LIST": [
+        ("6.0", r"^TORCH_CUDA_ARCH_LIST has '6\.0', which this nvcc does not know; it knows 8\.0")
+    ],
+    "CXX": [("no-such-compiler", r"^The C\+\+ compiler 'no-such-compiler' was not found; install g\+\+, or set CXX")],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"), [(name, *case) for name, cases in WRONG_VALUES.items() for case in cases]
+)
+def test_wrong_value(build, toolkit, monkeypatch, name, value, message):
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SystemExit, match=message):
+        build.Build("0")
+
+
+def test_wrong_value_ends_the_build_without_a_trace(tmp_path):
+    command = [sys.executable, "setup.py", "build_ext", "--build-lib", str(tmp_path), "--build-temp", str(tmp_path)]
+    environment = {**os.environ, "SPECDEC_OPS_BUILD": "both"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1] == "SPECDEC_OPS_BUILD must be auto, cuda or cpu, got 'both'."
+    assert "Traceback" not in done.stderr
+
+
+def without_nvcc(build, monkeypatch):
+    which = build.shutil.which
+    monkeypatch.setattr(build.shutil, "which", lambda name, **how: None if name == "nvcc" else which(name, **how))
+
+
+def test_cuda_is_required_but_absent(build, monkeypatch):
+    without_nvcc(build, monkeypatch)
+    with pytest.raises(
+        SystemExit, match=r"^SPECDEC_OPS_BUILD=cuda, but no nvcc was found; set CUDA_HOME, or use .*cpu\.$"
+    ):
+        build.find_nvcc("cuda")
+
+
+def test_auto_without_nvcc(build, monkeypatch):
+    without_nvcc(build, monkeypatch)
+    made = build.Build("0")
+    assert made.describe().endswith("no CUDA kernels (no nvcc was found)")
+    assert "nvcc" not in made.ninja_file() and "SPECDEC_WITH_CUDA" not in made.ninja_file()
+
+
+def test_cpu_ignores_the_toolkit(build, toolkit, monkeypatch):
+    monkeypatch.setenv("SPECDEC_OPS_BUILD", "cpu")
+    monkeypatch.setenv("CUDA_HOME", "/nowhere")
+    made = build.Build("0")
+    assert made.nvcc is None and made.describe().endswith("no CUDA kernels (SPECDEC_OPS_BUILD=cpu)")
+
+
+def test_toolkit_is_used_without_a_gpu(build, toolkit, monkeypatch):
+    """Whether the machine has a GPU is never asked; paths with spaces reach the compiler in one piece."""
+    monkeypatch.setenv("NVCC_THREADS", "3")
+    made = build.Build("0")
+    assert made.describe().endswith("; CUDA 12.8 for SM 8.0 9.0 10.0 12.0 + PTX 12.0")
+    text = made.ninja_file()
+    assert f"'{toolkit}/bin/nvcc'" in text and "'-L/cuda toolkit/lib'" in text
+    assert "--threads 3" in text and "-lcudart_static" in text and "-lcudart " not in text
+    assert "build_topology.cu.o: nvcc csrc/cuda/build_topology.cu" in text
+
+
+def test_old_toolkit(build, toolkit):
+    nvcc = toolkit / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("12.8", "11.4"))
+    with pytest.raises(SystemExit, match=r"^specdec_ops needs CUDA 11\.8 or newer, .*nvcc is 11\.4\.$"):
+        build.Build("0")
+
+
+def test_old_compiler_leaves_files_out(build, tmp_path, monkeypatch, capsys):
+    """A compiler that knows no AMX: one line says so, the macro is absent, and the rest is built."""
+    cxx = script(tmp_path / "old-g++", 'case "$*" in *-mamx*) exit 1 ;; esac\nexec g++ "$@"')
+    monkeypatch.setenv("CXX", str(cxx))
+    monkeypatch.setenv("SPECDEC_OPS_BUILD", "cpu")
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    made = build.Build("0")
+    if "avx512_bf16" not in made.isas:
+        pytest.skip("this g++ has no AVX-512 BF16 to begin with")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "left out" in line]
+    assert len(lines) == 1 and "does not know -mamx-bf16, so the amx kernels are left out" in lines[0]
+    text = made.ninja_file()
+    assert "SPECDEC_HAVE_AVX512_BF16=1" in text and "SPECDEC_HAVE_AMX" not in text and "_amx.cpp" not in text
+
+
+def test_other_processors_get_the_generic_files(build, monkeypatch):
+    monkeypatch.setenv("SPECDEC_OPS_BUILD", "cpu")
+    monkeypatch.setattr(build.platform, "machine", lambda: "aarch64")
+    made = build.Build("0")
+    assert set(made.cpu_sources.values()) == {"generic"}
+    assert "SPECDEC_X86" not in made.ninja_file() and "-mavx" not in made.ninja_file()
+
+
+def test_isa_flags_follow_the_name(build, monkeypatch):
+    monkeypatch.setenv("SPECDEC_OPS_BUILD", "cpu")
+    monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
+    made = build.Build("0")
+    sources = {Path(path).name: isa for path, isa in made.cpu_sources.items()}
+    for isa in made.isas:
+        assert sources[f"tree_attention_{isa}.cpp"] == isa
+    assert sources["isa.cpp"] == sources["bindings.cpp"] == "generic"
+
+
+def test_jobs(build, monkeypatch):
+    assert 1 <= build.default_jobs() <= len(os.sched_getaffinity(0))
+    monkeypatch.setattr(build, "GIGABYTES_PER_JOB", 1e6)
+    assert build.default_jobs() == 1
+    monkeypatch.setenv("MAX_JOBS", "7")
+    monkeypatch.setenv("SPECDEC_OPS_BUILD", "cpu")
+    assert build.Build("0").jobs == 7
+
+
+def test_missing_ninja(build, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ninja", None)
+    monkeypatch.setattr(build.shutil, "which", lambda name, **how: None)
+    with pytest.raises(SystemExit, match=r"^ninja was not found; run `pip install ninja`\.$"):
+        build.find_ninja()
+
+
+def test_other_systems(build, monkeypatch):
+    monkeypatch.setattr(build.sys, "platform", "win32")
+    with pytest.raises(SystemExit, match=r"^specdec_ops builds on Linux only, not on win32\.$"):
+        build.Build("0")

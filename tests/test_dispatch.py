@@ -1,0 +1,159 @@
+"""Which backend runs: the order of "auto", the reasons, and no silent fallback."""
+
+import re
+
+import pytest
+import torch
+
+from attention_cases import chain, make_case
+from specdec_ops import _dispatch, _loader, backends
+
+OPS = tuple(_dispatch.IMPLEMENTATIONS)
+HAS_GPU = torch.cuda.is_available()
+
+
+@pytest.fixture(autouse=True)
+def fresh_choices(monkeypatch):
+    """No remembered choice before or after, and no variable from outside."""
+    monkeypatch.delenv(_dispatch.ENVIRONMENT, raising=False)
+    _dispatch.forget()
+    yield
+    _dispatch.forget()
+
+
+@pytest.fixture
+def without_compiled_kernels(monkeypatch):
+    """As in a checkout that was not built."""
+    monkeypatch.setattr(_loader, "load", lambda: (None, "the compiled kernels are unavailable (a test)"))
+    _dispatch.forget()
+
+
+def chosen(op, tensor, backend="auto"):
+    """The module and name of the function that would run."""
+    function = _dispatch.resolve(op, backend, tensor)
+    return f"{function.__module__}:{function.__name__}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_backends_lists_every_name(op):
+    """With None or a sentence; the definition is always there."""
+    found = backends(op)
+    assert list(found) == ["cuda", "triton", "cpu", "torch"]
+    assert found["torch"] is None
+    assert found["cuda"]
+    assert all(reason is None or isinstance(reason, str) for reason in found.values())
+    assert backends(op, torch.zeros(1)) == found == backends(op, torch.device("cpu"))
+
+
+def test_unknown_names():
+    """Of an op and of a backend."""
+    with pytest.raises(
+        ValueError, match="op must be one of build_topology, merge_states, tree_attention, got 'attend'"
+    ):
+        backends("attend")
+    with pytest.raises(ValueError, match="backend must be one of auto, cuda, triton, cpu, torch, got 'rocm'"):
+        _dispatch.resolve("tree_attention", "rocm", torch.zeros(1, 64))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_auto_on_cpu_takes_cpu_then_torch(op, monkeypatch):
+    """And never Triton, even under its interpreter."""
+    tensor = torch.zeros(2, 64)
+    if _loader.load()[0] is not None:
+        assert chosen(op, tensor) == f"specdec_ops._native:{op}_cpu"
+    monkeypatch.setattr(_loader, "load", lambda: (None, "not built"))
+    _dispatch.forget()
+    assert chosen(op, tensor) == f"specdec_ops.reference.{op}:{op}"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_a_named_backend_never_falls_back(op, without_compiled_kernels):
+    """It says why it is not available."""
+    with pytest.raises(
+        RuntimeError, match=re.escape(f"{op}: backend='cpu' is unavailable: the compiled kernels are un")
+    ):
+        _dispatch.resolve(op, "cpu", torch.zeros(2, 64))
+    with pytest.raises(RuntimeError, match=f"{op}: backend='cuda' is unavailable: "):
+        _dispatch.resolve(op, "cuda", torch.zeros(2, 64))
+
+
+def test_the_op_reports_it_too(without_compiled_kernels):
+    """Through the public function, whose automatic choice still works."""
+    case = make_case([chain(3)], [4])
+    with pytest.raises(RuntimeError, match=re.escape("backend='cpu' is unavailable: the compiled kernels")):
+        case.run("cpu")
+    assert case.run("auto").isfinite().all()
+
+
+def test_reasons():
+    """One for each way of not being available."""
+    assert "no cuda kernel for tree_attention yet" in backends("tree_attention")["cuda"]
+    assert "it takes CUDA tensors, these are on cpu" in backends("merge_states")["cuda"]
+    if not HAS_GPU:
+        assert backends("merge_states", "cuda")["cuda"] == "PyTorch sees no CUDA device"
+        assert backends("merge_states", "cuda")["triton"] == "PyTorch sees no CUDA device"
+    else:
+        assert "it takes CPU tensors, these are on cuda" in backends("merge_states", "cuda")["cpu"]
+
+
+def test_triton_on_cpu_needs_the_interpreter(monkeypatch):
+    """Which is chosen by an environment variable."""
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "interpreter only" in backends("tree_attention")["triton"]
+    with pytest.raises(RuntimeError, match="backend='triton' is unavailable: Triton runs on CPU tensors in its interp"):
+        _dispatch.resolve("tree_attention", "triton", torch.zeros(2, 64))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert backends("tree_attention")["triton"] is None
+
+
+def test_missing_triton(monkeypatch):
+    """A reason, not an ImportError."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: None)
+    assert backends("tree_attention")["triton"] == "the package triton is not installed"
+
+
+def test_the_environment_overrides_auto_only(monkeypatch):
+    """A name given in the call wins."""
+    monkeypatch.setenv(_dispatch.ENVIRONMENT, "torch")
+    _dispatch.forget()
+    tensor = torch.zeros(2, 64)
+    assert chosen("tree_attention", tensor) == "specdec_ops.reference.tree_attention:tree_attention"
+    if _loader.load()[0] is not None:
+        assert chosen("tree_attention", tensor, "cpu") == "specdec_ops._native:tree_attention_cpu"
+
+
+def test_the_environment_does_not_fall_back(monkeypatch):
+    """An unavailable or unknown name is an error that names the variable."""
+    monkeypatch.setenv(_dispatch.ENVIRONMENT, "cuda")
+    _dispatch.forget()
+    with pytest.raises(RuntimeError, match=re.escape("backend='cuda' (from SPECDEC_OPS_BACKEND) is unavailable: ")):
+        _dispatch.resolve("merge_states", "auto", torch.zeros(2, 64))
+    monkeypatch.setenv(_dispatch.ENVIRONMENT, "fast")
+    _dispatch.forget()
+    with pytest.raises(
+        ValueError, match="SPECDEC_OPS_BACKEND must be one of auto, cuda, triton, cpu, torch, got 'fast'"
+    ):
+        _dispatch.resolve("merge_states", "auto", torch.zeros(2, 64))
+
+
+def test_what_kernels_do_not_take():
+    """float64 and odd dims: automatically the definition; by name an error that says so."""
+    if _loader.load()[0] is None:
+        pytest.skip("the compiled kernels are not built")
+    for tensor, message in (
+        (torch.zeros(2, 64, dtype=torch.float64), "its kernels take float32, bfloat16 and float16, not float64"),
+        (torch.zeros(2, 40), "its kernels take a dim that is a multiple of 16 up to 256, not 40"),
+        (torch.zeros(2, 512), "its kernels take a dim that is a multiple of 16 up to 256, not 512"),
+    ):
+        assert chosen("tree_attention", tensor) == "specdec_ops.reference.tree_attention:tree_attention"
+        with pytest.raises(RuntimeError, match=f"backend='cpu' is unavailable: {message}"):
+            _dispatch.resolve("tree_attention", "cpu", tensor)
+    assert chosen("merge_states", torch.zeros(2, 40)) == "specdec_ops._native:merge_states_cpu"
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_every_implementation_can_be_imported(op):
+    """The table names functions that exist."""
+    for backend in _dispatch.IMPLEMENTATIONS[op]:
+        assert callable(_dispatch._load(op, backend))

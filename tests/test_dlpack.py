@@ -1,0 +1,107 @@
+"""NumPy arrays, and arrays of any other framework with __dlpack__, in and out without a copy."""
+
+import types
+
+import numpy as np
+import pytest
+import torch
+
+from attention_cases import make_case, random_tree
+from specdec_ops import AttentionState, Topology, Tree, build_topology, dlpack
+
+CASE = make_case([random_tree(9)] * 2, [4, 20], page_size=4, sinks=True)
+WANTED = CASE.run("auto", return_lse=True)
+ARRAYS = [tensor.numpy() for tensor in (CASE.q, CASE.k_cache, CASE.v_cache)]
+OPTIONS = {name: value.numpy() for name, value in CASE.options.items()}
+LENGTHS = CASE.context_lens.numpy()
+
+
+def test_numpy_in_numpy_out():
+    """Every tensor argument may be an array."""
+    out = dlpack.tree_attention(*ARRAYS, CASE.topology, LENGTHS, **OPTIONS)
+    assert isinstance(out, np.ndarray)
+    np.testing.assert_array_equal(out, WANTED.out.numpy())
+    state = dlpack.tree_attention(*ARRAYS, CASE.topology, LENGTHS, **OPTIONS, return_lse=True)
+    assert isinstance(state, AttentionState)
+    np.testing.assert_array_equal(state.lse, WANTED.lse.numpy())
+
+
+def test_out_is_written_in_place():
+    """No copy on the way out either."""
+    out = np.full(ARRAYS[0].shape, np.nan, np.float32)
+    assert dlpack.tree_attention(*ARRAYS, CASE.topology, LENGTHS, **OPTIONS, out=out) is out
+    np.testing.assert_array_equal(out, WANTED.out.numpy())
+    state = AttentionState(np.empty_like(out), np.empty(out.shape[:-1], np.float32))
+    got = dlpack.tree_attention(*ARRAYS, CASE.topology, LENGTHS, **OPTIONS, out=state, return_lse=True)
+    assert got is state
+    np.testing.assert_array_equal(state.lse, WANTED.lse.numpy())
+
+
+def test_nothing_is_copied():
+    """The tensor lies on the array's memory, also for an array that may not be written."""
+    for array in (np.zeros((2, 3), np.float32), np.zeros((2, 3), np.int32)):
+        assert dlpack.to_torch(array).data_ptr() == array.ctypes.data
+        array.flags.writeable = False
+        assert dlpack.to_torch(array).data_ptr() == array.ctypes.data
+    tensor = torch.zeros(3)
+    assert dlpack.to_torch(tensor) is tensor
+    assert dlpack.from_torch(tensor, np.zeros(1)).ctypes.data == tensor.data_ptr()
+
+
+def test_read_only_inputs_and_outputs():
+    """Inputs may be read-only, an output may not."""
+    q = ARRAYS[0].copy()
+    q.flags.writeable = False
+    np.testing.assert_array_equal(
+        dlpack.tree_attention(q, *ARRAYS[1:], CASE.topology, LENGTHS, **OPTIONS), WANTED.out.numpy()
+    )
+    with pytest.raises(ValueError, match="out must be writeable, got a read-only array"):
+        dlpack.tree_attention(*ARRAYS, CASE.topology, LENGTHS, **OPTIONS, out=q)
+
+
+def test_merge_states():
+    """NumPy in, NumPy out."""
+    out, lse = WANTED.out.numpy(), WANTED.lse.numpy()
+    merged = dlpack.merge_states(out, lse, out, lse)
+    np.testing.assert_allclose(merged.out, out, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(merged.lse, lse + np.log(2), rtol=1e-6)
+
+
+def test_build_topology():
+    """Parents as an array; the topology is what the ops take."""
+    parents = np.array([[-1, 0, 0, 1]], np.int32)
+    topology = dlpack.build_topology(parents)
+    assert isinstance(topology, Topology)
+    assert torch.equal(topology.ancestors, build_topology(torch.from_numpy(parents)).ancestors)
+
+
+def test_another_framework(monkeypatch):
+    """Results go back through the module that the first argument's type comes from."""
+
+    class Array:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __dlpack__(self, **options):
+            return self.tensor.__dlpack__(**options)
+
+        def __dlpack_device__(self):
+            return self.tensor.__dlpack_device__()
+
+    Array.__module__ = "other_framework.arrays"
+    framework = types.ModuleType("other_framework")
+    framework.from_dlpack = lambda tensor: Array(torch.from_dlpack(tensor))
+    monkeypatch.setitem(dlpack.sys.modules, "other_framework", framework)
+    out = dlpack.tree_attention(
+        Array(CASE.q), *map(Array, (CASE.k_cache, CASE.v_cache)), CASE.topology, Array(CASE.context_lens), **OPTIONS
+    )
+    assert isinstance(out, Array)
+    assert torch.equal(out.tensor, WANTED.out)
+
+
+def test_what_can_not_be_shared():
+    """Strings, for instance; and checks name NumPy's default int64."""
+    with pytest.raises(TypeError, match="argument 0 can't be shared through DLPack"):
+        dlpack.tree_attention(np.array(["a"]), *ARRAYS[1:], CASE.topology, LENGTHS)
+    with pytest.raises(TypeError, match=r"context_lens must be int32 \[batch\] or an int, got int64 \[2\]"):
+        dlpack.tree_attention(*ARRAYS, Tree.chain(2).to(), LENGTHS.astype(np.int64), **OPTIONS)

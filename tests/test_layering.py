@@ -1,0 +1,124 @@
+"""Imports and includes go one way: from the public ops down to the kernels."""
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PUBLIC = [".build_topology", ".merge_states", ".tree_attention"]
+OPS = ["tree", "published_trees", "topology", "tree_attention"]
+PLUMBING = ["_checks", "_alloc", "_library", "_dispatch"]
+
+# What a file may import besides the standard library, by the longest key that starts its path. Names without a dot in
+# front are other packages; `.name` is specdec_ops.name.
+MAY_IMPORT = {
+    "specdec_ops/__init__.py": ["._dispatch", *(f".{op}" for op in OPS)],
+    "specdec_ops/__main__.py": ["torch", "._dispatch", "._loader", ".__version__", ".Tree", *PUBLIC],
+    "specdec_ops/tree.py": ["numpy", ".topology"],
+    "specdec_ops/published_trees.py": ["numpy", ".tree"],
+    "specdec_ops/dlpack.py": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
+    "specdec_ops/_loader.py": ["._C"],
+    "specdec_ops/_native.py": ["torch", "._loader"],
+    "specdec_ops/_alloc.py": ["torch"],
+    "specdec_ops/_checks.py": ["torch"],
+    "specdec_ops/_dispatch.py": ["torch", "._loader", "._checks"],
+    "specdec_ops/_library.py": ["torch", "._dispatch", "._alloc", "._checks"],
+    "specdec_ops/reference/": ["torch"],
+    "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
+    "triton_kernels/tree_attention.py": ["torch", "triton", ".tree_attention_kernels"],
+    "triton_kernels/": ["torch", "triton"],
+    "setup.py": ["setuptools", "ninja", "pybind11"],
+}
+
+# The same for #include "...": what starts the included path. Only bindings.cpp includes a framework, which is pybind11.
+MAY_INCLUDE = {
+    "bindings.cpp": ["cpu/", "cuda/launchers.h", "specdec/params.h"],
+    "specdec/params.h": [],
+    "specdec/math.h": ["specdec/params.h"],
+    "specdec/device.cuh": [],
+    "specdec/": ["specdec/"],
+    "cpu/": ["cpu/", "specdec/params.h", "specdec/math.h"],
+    "cuda/launchers.h": ["specdec/params.h"],
+    "cuda/": ["cuda/launchers.h", "specdec/"],
+}
+FRAMEWORKS = re.compile(r"#include\s*<(torch|ATen|c10|Python|pybind11|cutlass|cute)\b")
+
+
+def rule_of(path, rules):
+    return rules[max((key for key in rules if path.startswith(key)), key=len)]
+
+
+def imports_of(path):
+    """What a file imports, also inside of its functions, in the notation of MAY_IMPORT."""
+    tree = ast.parse((ROOT / path).read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield from own_name(alias.name)
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            assert node.level == 1, f"{path}: imports go through one package, not up two"
+            yield from [f".{node.module}"] if node.module else [f".{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            yield from own_name(node.module)
+
+
+def own_name(name):
+    top, _, rest = name.partition(".")
+    if top == "specdec_ops":
+        yield f".{rest.partition('.')[0]}" if rest else "."
+    elif top not in sys.stdlib_module_names:
+        yield top
+
+
+def files(*patterns):
+    return sorted(str(path.relative_to(ROOT)) for pattern in patterns for path in ROOT.glob(pattern))
+
+
+@pytest.mark.parametrize("path", files("setup.py", "specdec_ops/**/*.py", "triton_kernels/*.py"))
+def test_python_imports_go_down(path):
+    allowed = rule_of(path, MAY_IMPORT)
+    wrong = sorted(set(imports_of(path)) - set(allowed))
+    assert not wrong, f"{path} imports {wrong}, and may import {allowed}"
+
+
+def test_tree_needs_no_torch_to_be_imported():
+    """tree.py may import topology.py, but only for the one method that makes device tensors."""
+    module = ast.parse((ROOT / "specdec_ops/tree.py").read_text())
+    imported = [node for node in module.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert not [node for node in imported if isinstance(node, ast.ImportFrom) and node.level]
+
+
+@pytest.mark.parametrize("path", files("benchmarks/*.py", "examples/*.py"))
+def test_examples_use_the_public_interface_only(path):
+    if path.startswith("examples/"):
+        private = [name for name in imports_of(path) if name.startswith("._")]
+        assert not private, f"{path} imports {private}"
+    assert "triton_kernels" not in list(imports_of(path))
+
+
+@pytest.mark.parametrize("path", files("csrc/**/*.h", "csrc/**/*.cpp", "csrc/**/*.cuh", "csrc/**/*.cu"))
+def test_includes_go_down(path):
+    text = (ROOT / path).read_text()
+    path = path.removeprefix("csrc/")
+    allowed = rule_of(path, MAY_INCLUDE)
+    included = re.findall(r'#include\s*"([^"]+)"', text)
+    wrong = [name for name in included if not any(name.startswith(start) for start in allowed)]
+    assert not wrong, f"{path} includes {wrong}, and may include {allowed}"
+    frameworks = set(FRAMEWORKS.findall(text)) - ({"pybind11"} if path == "bindings.cpp" else set())
+    assert not frameworks, f"{path} includes {frameworks}"
+
+
+@pytest.mark.parametrize("path", files("csrc/specdec/*.cuh"))
+def test_kernels_use_the_names_of_device_cuh(path):
+    if path.endswith("device.cuh"):
+        return
+    code = re.sub(r"//.*", "", (ROOT / path).read_text())
+    raw = re.findall(r"<<<|__shared__|\b__(?!global__|device__|host__|launch_bounds__|forceinline__|align__)\w+", code)
+    assert not raw, f"{path} uses {raw} instead of a name of device.cuh"
+
+
+def test_triton_kernels_is_no_package_of_its_own():
+    assert not (ROOT / "triton_kernels" / "__init__.py").exists()

@@ -1,0 +1,202 @@
+"""The Triton kernels, compiled for real GPUs without one: nothing spills, shared memory fits, tensor cores are used.
+
+The test starts this same file as a program, once per architecture and without TRITON_INTERPRET (with it, @triton.jit
+gives interpreted functions, which cannot be compiled); the program prints what it measured as JSON.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One compilation of the attention kernel: rows that share a KV head, dim, dtype, features, register limit."""
+
+    rows: int
+    dim: int
+    dtype: str = "bf16"
+    paging: int = 0  # 0 dense, 1 tile inside a page, 2 any page size
+    features: bool = False  # window, soft cap, sinks, ALiBi, packed rows, query_starts
+    tree: bool = True
+    split: bool = True
+    registers: int = 255
+
+    def __str__(self):
+        layout = ("dense", "pages", "anypage")[self.paging]
+        extra = ("-features" if self.features else "") + ("" if self.tree else "-notree")
+        return f"{self.dtype}-rows{self.rows}-dim{self.dim}-{layout}{extra}{'' if self.split else '-nosplit'}"
+
+
+SPECS = [
+    Spec(16, 128, registers=168),
+    Spec(16, 128, tree=False, split=False, registers=168),
+    Spec(32, 128, paging=2, features=True),
+    Spec(64, 128, paging=1),
+    Spec(64, 128, "fp16", features=True),
+    Spec(128, 128),
+    Spec(128, 128, paging=2, features=True),
+    Spec(16, 64, "fp16", paging=1, registers=168),
+    Spec(128, 64),
+    Spec(64, 80),
+    Spec(128, 96, paging=1),
+    Spec(32, 256),
+    Spec(64, 256, paging=2, features=True),
+    Spec(16, 128, "fp32", features=True, registers=128),
+]
+SMALL_KERNELS = ["merge_parts", "merge_states"]
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """{architecture: {name: measurements}}; the architectures compile side by side."""
+    pytest.importorskip("triton")
+    import specdec_ops
+
+    cache = tmp_path_factory.mktemp("triton")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(cache)
+    env["PYTHONPATH"] = str(Path(specdec_ops.__file__).parents[1])
+    running = {
+        arch: subprocess.Popen([sys.executable, __file__, str(arch)], env=env, stdout=subprocess.PIPE, text=True)
+        for arch in ARCHITECTURES
+    }
+    printed = {arch: process.communicate(timeout=600)[0] for arch, process in running.items()}
+    assert all(process.returncode == 0 for process in running.values())
+    return {arch: json.loads(text.splitlines()[-1]) for arch, text in printed.items()}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+def test_attention_kernel_fits_the_device(spec, arch, measured):
+    use = measured[arch][str(spec)]
+    assert use["stack"] == 0 and use["local"] == 0, use
+    assert use["registers"] <= spec.registers, use
+    assert use["registers"] * 32 * use["warps"] <= 65536, use
+    assert use["shared"] <= SHARED_LIMIT[arch], use
+    assert use["tensor_core_instructions"] > 0 or spec.dtype == "fp32", use
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", SMALL_KERNELS)
+def test_merge_kernels_fit_the_device(name, arch, measured):
+    use = measured[arch][name]
+    assert use["stack"] == 0 and use["local"] == 0 and use["registers"] <= 128, use
+    assert use["shared"] <= SHARED_LIMIT[arch] // 4, use
+
+
+def test_large_tiles_prefetch_with_asynchronous_copies(measured):
+    """The loop over the context is pipelined: without it a tile's load would wait for the tile before."""
+    for arch in ARCHITECTURES:
+        for spec in SPECS:
+            assert spec.dtype == "fp32" or measured[arch][str(spec)]["asynchronous_copies"] > 0, (arch, str(spec))
+
+
+def compile_attention(spec, arch):
+    from specdec_ops.triton_kernels import tree_attention as module
+
+    shape = module.block_shape(spec.rows, spec.dim, 4 if spec.dtype == "fp32" else 2, arch // 10, spec.paging > 0)
+    dim0, dim1 = module.split_dim(spec.dim, shape.rows)
+    constants = {
+        "GROUP": 4, "DIM": spec.dim, "DIM0": dim0, "DIM1": dim1, "BLOCK_M": shape.rows, "BLOCK_N": shape.slots,
+        "CHUNK": shape.chunk, "PAGING": spec.paging, "WINDOW": spec.features, "SOFTCAP": spec.features,
+        "SPLIT": spec.split, "WIDEN": False,
+    }  # fmt: skip
+    present = {
+        "part_out": spec.split, "part_stats": spec.split, "ancestors": spec.tree, "depths": spec.tree,
+        "num_nodes": spec.tree, "offsets": spec.features, "query_starts": spec.features, "sinks": spec.features,
+        "alibi_slopes": spec.features, "page_table": spec.paging > 0,
+    }  # fmt: skip
+    constants |= {name: None for name, there in present.items() if not there}
+    kernel = module.tree_attention_kernel
+    return compile_kernel(kernel, constants, POINTERS[spec.dtype], arch, shape.warps, shape.stages)
+
+
+def compile_small(name, arch):
+    if name == "merge_states":
+        from specdec_ops.triton_kernels import merge_states as module
+
+        constants = {"DIM": 128, "PADDED_DIM": 128, "ROWS": module.ROWS}
+        return compile_kernel(module.merge_states_kernel, constants, "*bf16", arch, 4, 1)
+    from specdec_ops.triton_kernels import tree_attention as module
+
+    constants = {
+        "DIM": 128, "PADDED_DIM": 128, "ROWS": module.MERGE_ROWS, "CHUNK": 512, "BLOCK_N": 64, "WINDOW": True,
+        "TREE": True,
+    }  # fmt: skip
+    return compile_kernel(module.merge_parts_kernel, constants, "*bf16", arch, 4, 3)
+
+
+def compile_kernel(kernel, constants, element_pointer, arch, warps, stages):
+    """Compile as the launch would: tensors of elements and their strides are aligned, everything else unknown."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature, aligned = {}, {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+            continue
+        signature[name] = argument_type(name, element_pointer)
+        if signature[name] == element_pointer or name.startswith(("q_", "k_", "v_", "out_")) or "part_" in name:
+            aligned[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, aligned)
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+
+
+def argument_type(name, element_pointer):
+    if name in ("q", "k_cache", "v_cache", "out", "out_a", "out_b"):
+        return element_pointer
+    if name in ("lse", "lse_a", "lse_b", "part_out", "part_stats", "sinks", "alibi_slopes"):
+        return "*fp32"
+    if name in ("depths", "num_nodes", "offsets", "context_lens", "page_table", "query_starts"):
+        return "*i32"
+    if name == "ancestors":
+        return "*i64"
+    return "fp32" if name in ("logit_scale", "softcap", "out_scale") else "i32"
+
+
+def measure(compiled):
+    import triton.backends.nvidia
+
+    tool = Path(triton.backends.nvidia.__file__).parent / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(compiled.asm["cubin"])
+        cubin.flush()
+        dump = subprocess.run(
+            [tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True, check=True
+        ).stdout
+    use = {name: int(value) for name, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", dump)}
+    ptx = compiled.asm["ptx"]
+    return {
+        "registers": use["REG"],
+        "stack": use["STACK"],
+        "local": use["LOCAL"],
+        "shared": compiled.metadata.shared,
+        "warps": compiled.metadata.num_warps,
+        "tensor_core_instructions": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+        "asynchronous_copies": ptx.count("cp.async.c"),
+    }
+
+
+def main(arch):
+    results = {str(spec): measure(compile_attention(spec, arch)) for spec in SPECS}
+    results |= {name: measure(compile_small(name, arch)) for name in SMALL_KERNELS}
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))

@@ -1,0 +1,423 @@
+"""Tree attention: every query row attends to the whole context and to its own ancestors among the draft nodes.
+
+What a program does.  One program owns one block of query rows of one (request, KV head) and one part of that request's
+slots. Rows are the tree's rows times the query heads that share the KV head, flattened token-major: block row m is
+tree row m // GROUP and head m % GROUP of the group. So one `tl.dot` serves all the heads of a group, whatever the
+ratio of heads (XQA packs its rows the same way), each byte of K and V is read once per row block, and the rows of one
+tree row lie together, which is what makes their ancestor words one cached line.
+
+The loop over slots has two phases, in the manner of FlashAttention-2's online softmax:
+  context  tiles of BLOCK_N slots that lie wholly inside the context. No mask is loaded and nothing is compared, unless
+           a window asks for it. Nearly all of the time is spent here. SGLang's `skip_prefix_custom_mask` showed what
+           masking this part costs.
+  tail     from the last whole context tile on: the rest of the context, then the nodes. Visibility is bit j % 64 of
+           ancestor word j // 64 of the row. Tiles stay aligned to the slots (so a tile stays inside a page), hence a
+           tile's 64 bits straddle two words; they are joined by a shift, with "word -1" (the context) all ones.
+           Nodes after the block's last row are nobody's ancestors: the loop ends there.
+
+Bytes moved, per request: K and V once per KV head and row block (row blocks of one KV head are neighbours in the grid,
+so the later ones read L2), q and out once, 8 bytes per row, 64 nodes and tail tile, and with S parts
+2 * S * (dim + 2) * 4 bytes per row of scratch (mostly L2 as well).
+
+Split over the slots, as Flash-Decoding does, so that one long request fills the device. The number of parts S is
+worked out on the device from the request's own context length: one part per CHUNK slots, at most `max_parts`;
+beyond that the parts grow. It never looks at the batch, and the partial results are merged in the order of the slots by a
+second kernel, so a request's result does not depend on its neighbours. The bits do depend on the shape of the call
+(max_queries * GROUP picks the block, as a library picks a GEMM), hence on the padded width, but on nothing else. The
+grid has room for as many parts as the cache's capacity (or the window) admits; programs without a part leave at once,
+and a request with a single part writes its result directly.
+
+Head dimensions that are no power of two are padded, in registers and shared memory only, or handled in two pieces
+(80 = 64 + 16, 96 = 64 + 32): two small dots in place of one padded to twice the work. The launch, in
+tree_attention.py, decides.
+"""
+
+import triton
+import triton.language as tl
+
+LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
+
+# Arguments that change from call to call: no recompilation for a value that happens to be 1 or a multiple of 16.
+_VOLATILE = [
+    "request_begin", "batch", "heads", "max_queries", "tokens", "nodes", "words", "capacity", "page_size",
+    "query_start", "window", "fixed_parts", "max_parts", "ancestors_batch_stride", "ancestors_node_stride",
+    "depths_batch_stride", "num_nodes_stride", "page_table_stride",
+]  # fmt: skip
+_VOLATILE_POINTERS = [
+    "ancestors", "depths", "num_nodes", "offsets", "context_lens", "page_table", "query_starts", "sinks",
+    "alibi_slopes",
+]  # fmt: skip
+
+
+@triton.jit
+def _tanh(x):
+    # Through exp2 of a number <= 0, which cannot overflow; near zero, where 1 - exp2 would cancel, the Taylor series.
+    magnitude = tl.abs(x)
+    e = tl.exp2(magnitude * -2.8853900817779268)
+    far = (1.0 - e) / (1.0 + e)
+    x2 = x * x
+    series = 0.021869488536155203 + x2 * -0.008863235529902197
+    series = -0.05396825396825397 + x2 * series
+    series = 0.13333333333333333 + x2 * series
+    series = -0.3333333333333333 + x2 * series
+    return tl.where(magnitude < 0.35, x + x * x2 * series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def _dot(a, b, acc, WIDEN: tl.constexpr):
+    if WIDEN:  # Triton's interpreter would multiply the bit patterns of bfloat16
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def _load(at, d, readable, CHECKED: tl.constexpr, PADDED: tl.constexpr, DIM: tl.constexpr):
+    """Rows `at` of K or V, columns `d`: without a predicate where every slot and every column is there."""
+    if CHECKED:
+        mask = readable[:, None]
+        if PADDED:
+            mask = mask & (d < DIM)[None, :]
+        return tl.load(at[:, None] + d[None, :], mask=mask, other=0.0)
+    elif PADDED:
+        return tl.load(at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
+    else:
+        return tl.load(at[:, None] + d[None, :])
+
+
+@triton.jit
+def _request_rows(request, batch, max_queries, tokens, offsets, num_nodes, num_nodes_stride, nodes, query_start,
+                  query_starts):  # fmt: skip
+    """First row in q, rows that are the request's own, rows that it must write, first node, number of nodes."""
+    first = tl.zeros([], tl.int64)
+    own = max_queries
+    written = max_queries
+    if offsets is not None:
+        row = tl.load(offsets + request)
+        own = tl.load(offsets + request + 1) - row
+        # Rows of q after the last request are padding, and the last request's programs blank them.
+        written = tl.where(request == batch - 1, tokens - row, own)
+        first = row.to(tl.int64)
+    start = query_start
+    if query_starts is not None:
+        start += tl.load(query_starts + request)
+    count = 0
+    if num_nodes is not None:
+        count = tl.minimum(tl.maximum(tl.load(num_nodes + request * num_nodes_stride), 0), nodes)
+    return first, own, written, start, count
+
+
+@triton.jit
+def _parts(context, window, fixed_parts, max_parts, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
+    """First slot, slots per part (whole tiles) and number of parts of a request: a function of its context alone."""
+    first = 0
+    if WINDOW:
+        first = tl.maximum(context - window + 1, 0) // BLOCK_N * BLOCK_N
+    wanted = tl.where(fixed_parts > 0, fixed_parts, tl.cdiv(context - first, CHUNK))
+    wanted = tl.maximum(tl.minimum(wanted, max_parts), 1)
+    size = tl.maximum(tl.cdiv(tl.cdiv(context - first, wanted), BLOCK_N), 1) * BLOCK_N
+    return first, size, tl.maximum(tl.cdiv(context - first, size), 1)
+
+
+@triton.jit
+def _finish(acc0, acc1, maximum, total, head, sinks, real, out_scale, DIM1: tl.constexpr):
+    """Join the sink, normalise; rows without anything visible give 0 and -inf. `maximum` is in units of log2."""
+    if sinks is not None:
+        sink = tl.load(sinks + head) * LOG2E
+        joined = tl.maximum(maximum, sink)
+        safe = tl.where(joined == float("-inf"), 0.0, joined)
+        scale = tl.exp2(maximum - safe)
+        total = total * scale + tl.exp2(sink - safe)
+        acc0 = acc0 * scale[:, None]
+        if DIM1 > 0:
+            acc1 = acc1 * scale[:, None]
+        maximum = joined
+    some = real & (total > 0.0)
+    inverse = tl.where(some, out_scale / total, 0.0)
+    acc0 = tl.where(some[:, None], acc0 * inverse[:, None], 0.0)
+    if DIM1 > 0:
+        acc1 = tl.where(some[:, None], acc1 * inverse[:, None], 0.0)
+    lse = tl.where(some, (maximum + tl.log2(total)) * LN2, float("-inf"))
+    return acc0, acc1, lse
+
+
+@triton.jit
+def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limit, lowest, context, position, row_words,
+            words, slope, depth_row, page_row, page_size, logit_scale, softcap, window,
+            request, real, DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr, BLOCK_N: tl.constexpr,
+            PAGING: tl.constexpr, TAIL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+            WIDEN: tl.constexpr):  # fmt: skip
+    """Online softmax over the tiles that start in [begin, end). TAIL: mask by ancestor words, and stop at `limit`."""
+    k_cache, k_page, k_slot = k_view
+    v_cache, v_page, v_slot = v_view
+    column = tl.arange(0, BLOCK_N)
+    d0 = tl.arange(0, DIM0)
+    CHECKED: tl.constexpr = TAIL or WINDOW
+    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if TAIL else None):
+        slot = start + column
+        # Slots that no row of this block can see are not read: whatever lies there may be a NaN.
+        readable = (slot < limit) & (slot >= lowest)
+        if PAGING == 0:
+            page = request.to(tl.int64)
+            inside = slot.to(tl.int64)
+        elif PAGING == 1:  # a tile lies inside one page
+            page = tl.load(page_row + start // page_size).to(tl.int64)
+            inside = (start % page_size + column).to(tl.int64)
+        else:
+            page = tl.load(page_row + slot // page_size, mask=readable, other=0).to(tl.int64)
+            inside = (slot % page_size).to(tl.int64)
+        k_at = k_cache + page * k_page + inside * k_slot
+        v_at = v_cache + page * v_page + inside * v_slot
+
+        k0 = _load(k_at, d0, readable, CHECKED, DIM0 > DIM, DIM)
+        s = _dot(q0, tl.trans(k0), tl.zeros([q0.shape[0], BLOCK_N], tl.float32), WIDEN)
+        if DIM1 > 0:
+            d1 = DIM0 + tl.arange(0, DIM1)
+            k1 = _load(k_at, d1, readable, CHECKED, DIM0 + DIM1 > DIM, DIM)
+            s = _dot(q1, tl.trans(k1), s, WIDEN)
+
+        s = s * logit_scale  # LOG2E * scale, or scale / softcap when there is a soft cap of LOG2E * softcap
+        if SOFTCAP:
+            s = _tanh(s) * softcap
+
+        if WINDOW or slope is not None:
+            slot_position = slot
+            if TAIL and depth_row is not None:
+                node = slot - context
+                depth = tl.load(depth_row + node, mask=(node >= 0) & (slot < limit), other=0)
+                slot_position = tl.where(node >= 0, context + depth, slot)
+            distance = position[:, None] - slot_position[None, :]
+        if slope is not None:
+            s -= slope[:, None] * distance.to(tl.float32)
+        if CHECKED:
+            visible = readable[None, :]
+            if TAIL and row_words is not None:
+                bit = start - context
+                word = (bit >> 6) + tl.zeros_like(position)
+                shift = bit & 63
+                low = tl.load(row_words + word, mask=real & (word >= 0) & (word < words), other=0)
+                low = tl.where(word < 0, -1, low).to(tl.uint64, bitcast=True)
+                high = tl.load(row_words + word + 1, mask=real & (word + 1 < words), other=0)
+                high = high.to(tl.uint64, bitcast=True)
+                bits = (low >> shift.to(tl.uint64)) | ((high << 1) << (63 - shift).to(tl.uint64))
+                half = bits.to(tl.uint32)[:, None]
+                if BLOCK_N > 32:
+                    half = tl.where(column[None, :] < 32, half, (bits >> 32).to(tl.uint32)[:, None])
+                visible = visible & (((half >> (column & 31).to(tl.uint32)[None, :]) & 1) != 0)
+            if WINDOW:
+                visible = visible & (distance >= 0) & (distance < window)
+            s = tl.where(visible, s, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(s, 1))
+        safe = new_maximum
+        if CHECKED:  # a row that has seen nothing yet
+            safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        decay = tl.exp2(maximum - safe)
+        p = tl.exp2(s - safe[:, None])
+        total = total * decay + tl.sum(p, 1)
+        maximum = new_maximum
+
+        v0 = _load(v_at, d0, readable, CHECKED, DIM0 > DIM, DIM)
+        p = p.to(v0.dtype)
+        acc0 = _dot(p, v0, acc0 * decay[:, None], WIDEN)
+        if DIM1 > 0:
+            v1 = _load(v_at, d1, readable, CHECKED, DIM0 + DIM1 > DIM, DIM)
+            acc1 = _dot(p, v1, acc1 * decay[:, None], WIDEN)
+    return acc0, acc1, maximum, total
+
+
+@triton.jit(do_not_specialize=_VOLATILE, do_not_specialize_on_alignment=_VOLATILE_POINTERS)
+def tree_attention_kernel(
+    q, k_cache, v_cache, out, lse, part_out, part_stats, ancestors, depths, num_nodes, offsets, context_lens,
+    page_table, query_starts, sinks, alibi_slopes,
+    q_batch_stride, q_row_stride, q_head_stride, out_batch_stride, out_row_stride, out_head_stride,
+    k_page_stride, k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride,
+    ancestors_batch_stride, ancestors_node_stride, depths_batch_stride, num_nodes_stride, page_table_stride,
+    request_begin, batch, heads, max_queries, tokens, nodes, words, capacity, page_size, query_start,
+    logit_scale, softcap, window, out_scale, fixed_parts, max_parts,
+    GROUP: tl.constexpr, DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, PAGING: tl.constexpr,
+    WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Grid: (requests * kv_heads * row blocks, parts). See the head of the file."""
+    row_blocks = tl.cdiv(max_queries * GROUP, BLOCK_M)
+    kv_heads = heads // GROUP
+    row_block = tl.program_id(0) % row_blocks
+    kv_head = tl.program_id(0) // row_blocks % kv_heads
+    local_request = tl.program_id(0) // (row_blocks * kv_heads)
+    request = request_begin + local_request
+    part = tl.program_id(1)
+
+    context = tl.minimum(tl.maximum(tl.load(context_lens + request), 0), capacity)
+    first_slot, part_size, parts = _parts(context, window, fixed_parts, max_parts, CHUNK, BLOCK_N, WINDOW)
+    if part >= parts:
+        return
+    q_first, own_rows, written_rows, start_node, count = _request_rows(
+        request, batch, max_queries, tokens, offsets, num_nodes, num_nodes_stride, nodes, query_start, query_starts
+    )
+
+    d0 = tl.arange(0, DIM0)
+    d1 = DIM0 + tl.arange(0, DIM1 if DIM1 > 0 else 16)
+    lane = tl.arange(0, BLOCK_M)
+    q += request.to(tl.int64) * q_batch_stride + q_first * q_row_stride
+    out += request.to(tl.int64) * out_batch_stride + q_first * out_row_stride
+    if lse is not None:
+        lse += (q_first if offsets is not None else request.to(tl.int64) * max_queries) * heads
+
+    if offsets is not None:  # noqa: SIM102 (known at compile time, the next one is not)
+        # Rows from max_queries on (more rows than nodes, or rows after the last request) are padding.
+        if (part == 0) & (row_block == row_blocks - 1):
+            zero0 = tl.zeros([BLOCK_M, DIM0], out.dtype.element_ty)
+            for m0 in range(max_queries * GROUP, written_rows * GROUP, BLOCK_M):
+                m = m0 + lane
+                inside = m < written_rows * GROUP
+                at = (m // GROUP).to(tl.int64) * out_row_stride + (kv_head * GROUP + m % GROUP) * out_head_stride
+                tl.store(out + at[:, None] + d0[None, :], zero0, mask=inside[:, None] & (d0 < DIM)[None, :])
+                if DIM1 > 0:
+                    zero1 = tl.zeros([BLOCK_M, DIM1], out.dtype.element_ty)
+                    tl.store(out + at[:, None] + d1[None, :], zero1, mask=inside[:, None] & (d1 < DIM)[None, :])
+                if lse is not None:
+                    tl.store(
+                        lse + (m // GROUP).to(tl.int64) * heads + kv_head * GROUP + m % GROUP,
+                        float("-inf"),
+                        mask=inside,
+                    )
+
+    m = row_block * BLOCK_M + lane
+    row = m // GROUP
+    head = kv_head * GROUP + m % GROUP
+    node = start_node + row
+    real = row < own_rows
+    if ancestors is not None:
+        real = real & (node >= 0) & (node < count)
+    some_real = tl.max(real.to(tl.int32), 0) > 0
+    if SPLIT:  # noqa: SIM102
+        if (parts > 1) & (some_real == 0):
+            return
+
+    # The tail ends after the block's last node; slots beyond the cache do not exist.
+    position = tl.zeros([BLOCK_M], tl.int32) + context
+    limit = context
+    row_words = None
+    depth_row = None
+    if ancestors is not None:
+        last_node = tl.max(tl.where(real, node, -1), 0)
+        limit = tl.minimum(context + last_node + 1, capacity)
+        row_words = (ancestors + request.to(tl.int64) * ancestors_batch_stride
+                     + node.to(tl.int64) * ancestors_node_stride)  # fmt: skip
+        if WINDOW or alibi_slopes is not None:
+            depth_row = depths + request.to(tl.int64) * depths_batch_stride
+            position += tl.load(depth_row + node, mask=real, other=0)
+    slope = None
+    if alibi_slopes is not None:
+        slope = tl.load(alibi_slopes + head) * LOG2E
+    lowest = 0
+    if WINDOW:
+        lowest = tl.maximum(tl.min(tl.where(real, position, 2147483647), 0) - window + 1, 0)
+
+    q_at = q + row.to(tl.int64) * q_row_stride + head.to(tl.int64) * q_head_stride
+    q0 = tl.load(q_at[:, None] + d0[None, :], mask=real[:, None] & (d0 < DIM)[None, :], other=0.0)
+    acc0 = tl.zeros([BLOCK_M, DIM0], tl.float32)
+    q1 = 0.0
+    acc1 = 0.0
+    if DIM1 > 0:
+        q1 = tl.load(q_at[:, None] + d1[None, :], mask=real[:, None] & (d1 < DIM)[None, :], other=0.0)
+        acc1 = tl.zeros([BLOCK_M, DIM1], tl.float32)
+    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+
+    k_view = (k_cache + kv_head.to(tl.int64) * k_head_stride, k_page_stride, k_slot_stride)
+    v_view = (v_cache + kv_head.to(tl.int64) * v_head_stride, v_page_stride, v_slot_stride)
+    page_row = None
+    if PAGING > 0:
+        page_row = page_table + request.to(tl.int64) * page_table_stride
+    whole = context // BLOCK_N * BLOCK_N
+    begin = first_slot + part * part_size
+    end = tl.minimum(begin + part_size, whole)
+    if WINDOW:
+        begin = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N)
+    if some_real == 0:
+        end = begin
+    acc0, acc1, maximum, total = _attend(
+        acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limit, lowest, context, position, row_words,
+        words, slope, depth_row, page_row, page_size, logit_scale, softcap, window, request, real,
+        DIM, DIM0, DIM1, BLOCK_N, PAGING, False, WINDOW, SOFTCAP, WIDEN)  # fmt: skip
+    tail_end = limit
+    if (part < parts - 1) | (some_real == 0):
+        tail_end = whole
+    acc0, acc1, maximum, total = _attend(
+        acc0, acc1, maximum, total, q0, q1, k_view, v_view, whole, tail_end, limit, lowest, context, position,
+        row_words, words, slope, depth_row, page_row, page_size, logit_scale, softcap, window, request, real,
+        DIM, DIM0, DIM1, BLOCK_N, PAGING, True, WINDOW, SOFTCAP, WIDEN)  # fmt: skip
+
+    if SPLIT:  # noqa: SIM102
+        if parts > 1:
+            at = ((local_request * max_parts + part).to(tl.int64) * max_queries + row) * heads + head
+            tl.store(part_stats + at * 2, maximum, mask=real)
+            tl.store(part_stats + at * 2 + 1, total, mask=real)
+            tl.store(part_out + at[:, None] * DIM + d0[None, :], acc0, mask=real[:, None] & (d0 < DIM)[None, :])
+            if DIM1 > 0:
+                tl.store(part_out + at[:, None] * DIM + d1[None, :], acc1, mask=real[:, None] & (d1 < DIM)[None, :])
+            return
+    acc0, acc1, row_lse = _finish(acc0, acc1, maximum, total, head, sinks, real, out_scale, DIM1)
+    inside = row < tl.minimum(written_rows, max_queries)
+    out_at = out + row.to(tl.int64) * out_row_stride + head.to(tl.int64) * out_head_stride
+    tl.store(out_at[:, None] + d0[None, :], acc0.to(out.dtype.element_ty), mask=inside[:, None] & (d0 < DIM)[None, :])
+    if DIM1 > 0:
+        tl.store(out_at[:, None] + d1[None, :], acc1.to(out.dtype.element_ty),
+                 mask=inside[:, None] & (d1 < DIM)[None, :])  # fmt: skip
+    if lse is not None:
+        tl.store(lse + row.to(tl.int64) * heads + head, row_lse, mask=inside)
+
+
+@triton.jit(do_not_specialize=_VOLATILE, do_not_specialize_on_alignment=_VOLATILE_POINTERS)
+def merge_parts_kernel(
+    out, lse, part_out, part_stats, num_nodes, offsets, context_lens, query_starts, sinks,
+    out_batch_stride, out_row_stride, out_head_stride, num_nodes_stride,
+    request_begin, batch, heads, max_queries, tokens, nodes, capacity, query_start, window, out_scale,
+    fixed_parts, max_parts,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    WINDOW: tl.constexpr, TREE: tl.constexpr,
+):  # fmt: skip
+    """Grid: (row blocks, requests). A program owns ROWS of the (tree row, head) pairs and adds their parts in order."""
+    local_request = tl.program_id(1)
+    request = request_begin + local_request
+    context = tl.minimum(tl.maximum(tl.load(context_lens + request), 0), capacity)
+    _, _, parts = _parts(context, window, fixed_parts, max_parts, CHUNK, BLOCK_N, WINDOW)
+    if parts == 1:  # written by the first kernel
+        return
+    q_first, own_rows, written_rows, start_node, count = _request_rows(
+        request, batch, max_queries, tokens, offsets, num_nodes, num_nodes_stride, nodes, query_start, query_starts
+    )
+    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = m // heads
+    head = m % heads
+    real = row < tl.minimum(own_rows, max_queries)
+    if TREE:
+        real = real & (start_node + row >= 0) & (start_node + row < count)
+    d = tl.arange(0, PADDED_DIM)
+    at = (local_request * max_parts).to(tl.int64) * max_queries * heads + m
+    step = max_queries.to(tl.int64) * heads
+
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    for part in range(parts):
+        maximum = tl.maximum(maximum, tl.load(part_stats + (at + part * step) * 2, mask=real, other=float("-inf")))
+    safe = tl.where(maximum == float("-inf"), 0.0, maximum)
+    total = tl.zeros([ROWS], tl.float32)
+    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    for part in range(parts):
+        here = at + part * step
+        weight = tl.exp2(tl.load(part_stats + here * 2, mask=real, other=float("-inf")) - safe)
+        total += weight * tl.load(part_stats + here * 2 + 1, mask=real, other=0.0)
+        value = tl.load(part_out + here[:, None] * DIM + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
+        acc += weight[:, None] * value
+
+    acc, _, row_lse = _finish(acc, acc, maximum, total, head, sinks, real, out_scale, 0)
+    inside = row < tl.minimum(written_rows, max_queries)
+    out += request.to(tl.int64) * out_batch_stride + q_first * out_row_stride
+    out_at = out + row.to(tl.int64) * out_row_stride + head.to(tl.int64) * out_head_stride
+    tl.store(out_at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < DIM)[None, :])
+    if lse is not None:
+        lse += (q_first if offsets is not None else request.to(tl.int64) * max_queries) * heads
+        tl.store(lse + row.to(tl.int64) * heads + head, row_lse, mask=inside)
