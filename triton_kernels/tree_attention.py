@@ -16,7 +16,7 @@ import triton
 
 from .tree_attention_kernels import merge_parts_kernel, tree_attention_kernel
 
-MERGE_ROWS = 8
+MERGE_ROWS = 4
 SCRATCH_BYTES = 256 * 2**20
 LOG2E = 1.4426950408889634
 
@@ -48,15 +48,15 @@ def split_dim(dim: int, rows: int) -> tuple[int, int]:
 def block_shape(rows: int, dim: int, element_size: int, major: int, paged: bool) -> BlockShape:
     """The launch's shape, from the rows that share a KV head, the dim, the bytes per element and the GPU's generation.
 
-    The table is the largest tile of each rung that compiles without spilling, with every feature on and off
-    (tests/test_triton_aot.py holds it to that). Two things besides registers decide it. Prefetched tiles: 32 to 64 KiB
-    per program or pair of programs on one multiprocessor. And the part: eight slots or more for each row of the block,
-    so that the scratch that a part writes and the merge reads stays at a quarter of the K and V it reads (D bytes of
-    float32 twice per row, against D bytes of bfloat16 twice per slot), and never under 256, to fill its pipeline.
+    The table holds the largest tiles found that compile without spilling, with every feature on and off, dense and
+    paged (tests/test_triton_aot.py holds it to that). Besides registers, two things decide. Prefetch: 32 to 64 KiB of K
+    and V under way per multiprocessor. And the part: at least eight slots for each row of the block, so that the
+    scratch (8 * dim bytes per row, written and read) stays at a quarter of what the part reads (4 * dim bytes per slot
+    of a 16-bit cache); and never under 256, so that its pipeline is worth filling.
     """
     wide, narrow, hopper = dim > 128, dim <= 64, major in (9, 10)
     if element_size == 4:  # no tensor cores: operands go through registers, which leaves no room for a pipeline
-        return BlockShape(16, 32, 256, 4 if narrow else 8, 1)
+        return BlockShape(16, 32 if narrow or wide else 64, 256, 4 if narrow else 8, 1)
     stages = 2 if wide else 3
     if paged:  # page ids are prefetched as well, and Triton deals the stages out in equal shares
         stages = 2 * stages - 1
@@ -88,11 +88,11 @@ def tree_attention(
 
     q [batch, queries, heads, dim], or packed [tokens, heads, dim] with offsets int32 [batch + 1]; `out` alike, and
     lse float32 without dim, contiguous. k_cache, v_cache [batch, slots, kv_heads, dim], or [pages, page_size, kv_heads,
-    dim] with page_table int32 [batch, max_pages]. ancestors int64 [batch or 1, nodes, words], depths int32 alike without
-    words, num_nodes int32 [batch or 1]; ancestors None: no tree, a row sees exactly the context. context_lens int32
-    [batch]. A request's first row is node query_start + query_starts[request] (int32 [batch] or None), and it has at
-    most max_queries rows. sinks, alibi_slopes float32 [heads] or None. window, softcap: 0 turns them off. num_splits:
-    parts per request, 0 lets each request's context length decide.
+    dim] with page_table int32 [batch, max_pages]. ancestors int64 [batch or 1, nodes, words], depths int32
+    [batch or 1, nodes], num_nodes int32 [batch or 1]; ancestors None: no tree, a row sees exactly the context.
+    context_lens int32 [batch]. A request's first row is node query_start + query_starts[request] (int32 [batch] or
+    None), and it has at most max_queries rows. sinks, alibi_slopes float32 [heads] or None. window, softcap: 0 turns
+    them off. num_splits: parts per request, 0 lets each request's context length decide.
 
     Lengths beyond the cache's capacity are clamped, so that nothing outside of it is read. Page ids are trusted.
     """

@@ -20,8 +20,8 @@ so the later ones read L2), q and out once, 8 bytes per row, 64 nodes and tail t
 2 * S * (dim + 2) * 4 bytes per row of scratch (mostly L2 as well).
 
 Split over the slots, as Flash-Decoding does, so that one long request fills the device. The number of parts S is
-worked out on the device from the request's own context length: one part per CHUNK slots, at most `max_parts`;
-beyond that the parts grow. It never looks at the batch, and the partial results are merged in the order of the slots by a
+worked out on the device from the request's own context length: one part per CHUNK slots, at most `max_parts`; beyond
+that the parts grow. It never looks at the batch, and the partial results are merged in the order of the slots by a
 second kernel, so a request's result does not depend on its neighbours. The bits do depend on the shape of the call
 (max_queries * GROUP picks the block, as a library picks a GEMM), hence on the padded width, but on nothing else. The
 grid has room for as many parts as the cache's capacity (or the window) admits; programs without a part leave at once,

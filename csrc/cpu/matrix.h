@@ -35,7 +35,7 @@ struct MatrixEngine {
   using Storage = BFloat16;
   using Element = uint16_t;
   using Output = ColumnOutput;
-  static constexpr bool kFetchesAhead = false;  // Intel's own prefetchers do better alone
+  static constexpr bool kFetchesAhead = false, kQueriesByRow = false;  // Intel's own prefetchers do better alone
   static constexpr int kPairs = 2, kWeightFloats = 1, kMaxVecs = 2, kTile = kTileValue, kStep = 32;
 
   static int query_depth(int dim) { return round_up(dim, 32) / 2; }
@@ -81,7 +81,8 @@ struct MatrixEngine {
 
   static SPECDEC_INLINE void transpose_8x32(const Element* rows, int64_t stride, char* to) {
     __m512i a[8], b[8];
-    SPECDEC_UNROLL for (int i = 0; i < 8; i++) {
+    SPECDEC_UNROLL
+    for (int i = 0; i < 8; i++) {
       const auto lane = [&](int k) {
         return _mm_loadu_si128(reinterpret_cast<const __m128i*>(rows + (i + 8 * k) * stride));
       };
@@ -90,17 +91,20 @@ struct MatrixEngine {
       lanes = _mm512_mask_broadcast_i32x4(lanes, 0x0f00, lane(2));
       a[i] = _mm512_mask_broadcast_i32x4(lanes, 0xf000, lane(3));
     }
-    SPECDEC_UNROLL for (int i = 0; i < 4; i++) {
+    SPECDEC_UNROLL
+    for (int i = 0; i < 4; i++) {
       b[2 * i] = _mm512_unpacklo_epi16(a[2 * i], a[2 * i + 1]);
       b[2 * i + 1] = _mm512_unpackhi_epi16(a[2 * i], a[2 * i + 1]);
     }
-    SPECDEC_UNROLL for (int i = 0; i < 2; i++) {
+    SPECDEC_UNROLL
+    for (int i = 0; i < 2; i++) {
       a[4 * i] = _mm512_unpacklo_epi32(b[4 * i], b[4 * i + 2]);
       a[4 * i + 1] = _mm512_unpackhi_epi32(b[4 * i], b[4 * i + 2]);
       a[4 * i + 2] = _mm512_unpacklo_epi32(b[4 * i + 1], b[4 * i + 3]);
       a[4 * i + 3] = _mm512_unpackhi_epi32(b[4 * i + 1], b[4 * i + 3]);
     }
-    SPECDEC_UNROLL for (int i = 0; i < 4; i++) {
+    SPECDEC_UNROLL
+    for (int i = 0; i < 4; i++) {
       _mm512_storeu_si512(to + (2 * i) * 64, _mm512_unpacklo_epi64(a[i], a[i + 4]));
       _mm512_storeu_si512(to + (2 * i + 1) * 64, _mm512_unpackhi_epi64(a[i], a[i + 4]));
     }

@@ -59,7 +59,7 @@ struct MatrixRowsEngine {
   using Storage = BFloat16;
   using Element = uint16_t;
   using Output = RowOutput;
-  static constexpr bool kFetchesAhead = false;
+  static constexpr bool kFetchesAhead = false, kQueriesByRow = false;
   static constexpr int kPairs = 2, kWeightFloats = 2, kMaxVecs = 1, kTile = 64, kStep = 32;
   using Scores = MatrixEngine<kTile>;
 
@@ -86,13 +86,15 @@ struct MatrixRowsEngine {
     const __m512i half = _mm512_set1_epi32(0x8000), high = _mm512_set1_epi32(int(0xffff0000));
     for (int i = 0; i < slots; i += 16) {
       Vec w[16];
-      SPECDEC_UNROLL for (int k = 0; k < 16; k++) {
+      SPECDEC_UNROLL
+      for (int k = 0; k < 16; k++) {
         w[k] = exp2_bf16(fma(load(s + (i + k) * kWidth), scale, minus_max[0]));
         sum[0] = sum[0] + w[k];
       }
       transpose(w);
       float* to = p + i * 2 * kWidth;
-      SPECDEC_UNROLL for (int r = 0; r < 16; r++) {
+      SPECDEC_UNROLL
+      for (int r = 0; r < 16; r++) {
         const __m512i odd = _mm512_and_si512(_mm512_add_epi32(_mm512_castps_si512(w[r]), half), high);
         _mm512_storeu_si512(to + r * 16, _mm512_srli_epi32(odd, 16));
         _mm512_storeu_si512(to + 256 + r * 16, odd);

@@ -25,10 +25,13 @@ static SPECDEC_INLINE void multiply(const Word* a, int64_t a_depth, int64_t a_ro
                                     int depth, Vec (&acc)[kRows][kVecs]) {
   for (int k = 0; k < depth; k++) {
     Vec column[kVecs];
-    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) column[j] = load(b + k * b_depth + j * kWidth);
-    SPECDEC_UNROLL for (int i = 0; i < kRows; i++) {
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) column[j] = load(b + k * b_depth + j * kWidth);
+    SPECDEC_UNROLL
+    for (int i = 0; i < kRows; i++) {
       const Vec scalar = splat(a[k * a_depth + i * a_row]);
-      SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) acc[i][j] = Operation::apply(acc[i][j], scalar, column[j]);
+      SPECDEC_UNROLL
+      for (int j = 0; j < kVecs; j++) acc[i][j] = Operation::apply(acc[i][j], scalar, column[j]);
     }
   }
 }
@@ -37,22 +40,38 @@ static SPECDEC_INLINE void multiply(const Word* a, int64_t a_depth, int64_t a_ro
 template <class Operation, int kSlots, int kVecs>
 static __attribute__((noinline)) void score_slots(const Word* k, int64_t stride, const float* q, int depth, float* s) {
   Vec acc[kSlots][kVecs];
-  SPECDEC_UNROLL for (int i = 0; i < kSlots; i++) SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) acc[i][j] =
-      splat(0.0f);
+  SPECDEC_UNROLL
+  for (int i = 0; i < kSlots; i++) {
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) acc[i][j] = splat(0.0f);
+  }
   multiply<Operation, kSlots, kVecs>(k, 1, stride, q, kVecs * kWidth, depth, acc);
-  SPECDEC_UNROLL for (int i = 0; i < kSlots; i++) SPECDEC_UNROLL for (int j = 0; j < kVecs; j++)
-      store(s + (i * kVecs + j) * kWidth, acc[i][j]);
+  SPECDEC_UNROLL
+  for (int i = 0; i < kSlots; i++) {
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) store(s + (i * kVecs + j) * kWidth, acc[i][j]);
+  }
 }
 
-// O^T [dims][rows] += V^T P^T for kDims dims; v is [depth][dim], p is [depth][rows].
+// O^T [dims][rows] += V^T P^T for kDims dims; v is [depth][dim], p is [depth][rows]. A tile is summed on its own before
+// it is added, which keeps the rounding error of long contexts down.
 template <class Operation, int kDims, int kVecs>
 static __attribute__((noinline)) void add_dims(const float* v, int dim, const float* p, int depth, float* out) {
   Vec acc[kDims][kVecs];
-  SPECDEC_UNROLL for (int i = 0; i < kDims; i++) SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) acc[i][j] =
-      load(out + (i * kVecs + j) * kWidth);
+  SPECDEC_UNROLL
+  for (int i = 0; i < kDims; i++) {
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) acc[i][j] = splat(0.0f);
+  }
   multiply<Operation, kDims, kVecs>(reinterpret_cast<const Word*>(v), dim, 1, p, kVecs * kWidth, depth, acc);
-  SPECDEC_UNROLL for (int i = 0; i < kDims; i++) SPECDEC_UNROLL for (int j = 0; j < kVecs; j++)
-      store(out + (i * kVecs + j) * kWidth, acc[i][j]);
+  SPECDEC_UNROLL
+  for (int i = 0; i < kDims; i++) {
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) {
+      float* at = out + (i * kVecs + j) * kWidth;
+      store(at, load(at) + acc[i][j]);
+    }
+  }
 }
 
 template <class Operation, int kDims, int kVecs>
@@ -82,7 +101,7 @@ struct FloatEngine {
   static size_t key_floats(int dim) { return kInPlace ? 0 : size_t(kTile) * dim; }
   static size_t value_floats(int dim) { return size_t(kTile) * dim; }
   using Output = ColumnOutput;
-  static constexpr bool kFetchesAhead = true;
+  static constexpr bool kFetchesAhead = true, kQueriesByRow = false;
   static SPECDEC_INLINE void enter() {}
   static SPECDEC_INLINE void leave() {}
 
@@ -122,11 +141,12 @@ struct FloatEngine {
 
   template <int kVecs>
   static void weigh(const float* s, int slots, Vec scale, const Vec (&minus_max)[kVecs], float* p, Vec (&sum)[kVecs]) {
-    for (int i = 0; i < slots; i++) SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
-        const Vec weight = exp2(fma(load(s + (i * kVecs + j) * kWidth), scale, minus_max[j]));
-        sum[j] = sum[j] + weight;
-        store(p + (i * kVecs + j) * kWidth, weight);
-      }
+    for (int i = 0; i < slots; i++) SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) {
+      const Vec weight = exp2(fma(load(s + (i * kVecs + j) * kWidth), scale, minus_max[j]));
+      sum[j] = sum[j] + weight;
+      store(p + (i * kVecs + j) * kWidth, weight);
+    }
   }
 };
 
@@ -138,14 +158,15 @@ static SPECDEC_INLINE void weigh_pairs(const float* s, int slots, Vec scale, con
                                        Vec (&sum)[kVecs]) {
   const __m512i interleave = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22,
                                               6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-  for (int i = 0; i < slots; i += 2) SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
-      const float* at = s + (i * kVecs + j) * kWidth;
-      const Vec first = exp2_bf16(fma(load(at), scale, minus_max[j]));
-      const Vec second = exp2_bf16(fma(load(at + kVecs * kWidth), scale, minus_max[j]));
-      sum[j] = sum[j] + (first + second);
-      const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-      _mm512_storeu_si512(p + (i / 2 * kVecs + j) * kWidth, _mm512_permutexvar_epi16(interleave, both));
-    }
+  for (int i = 0; i < slots; i += 2) SPECDEC_UNROLL
+  for (int j = 0; j < kVecs; j++) {
+    const float* at = s + (i * kVecs + j) * kWidth;
+    const Vec first = exp2_bf16(fma(load(at), scale, minus_max[j]));
+    const Vec second = exp2_bf16(fma(load(at + kVecs * kWidth), scale, minus_max[j]));
+    sum[j] = sum[j] + (first + second);
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    _mm512_storeu_si512(p + (i / 2 * kVecs + j) * kWidth, _mm512_permutexvar_epi16(interleave, both));
+  }
 }
 
 // bfloat16 products of pairs, fp32 sums. K is broadcast in place, two dims at a time; V is packed as pairs of slots.
@@ -160,7 +181,7 @@ struct DotEngine {
   static size_t key_floats(int) { return 0; }
   static size_t value_floats(int dim) { return size_t(kTile) / 2 * dim; }
   using Output = ColumnOutput;
-  static constexpr bool kFetchesAhead = true;
+  static constexpr bool kFetchesAhead = true, kQueriesByRow = false;
   static SPECDEC_INLINE void enter() {}
   static SPECDEC_INLINE void leave() {}
   static SPECDEC_INLINE void pack_keys(const Tile<Element, kTile>&, int, float*) {}

@@ -105,11 +105,13 @@ static SPECDEC_INLINE void store_f16(uint16_t* p, Vec v) {
 // kWidth x kWidth floats; row i of the result is column i of the sixteen vectors.
 static SPECDEC_INLINE void transpose(Vec (&rows)[16]) {
   Vec t[16];
-  SPECDEC_UNROLL for (int i = 0; i < 8; i++) {
+  SPECDEC_UNROLL
+  for (int i = 0; i < 8; i++) {
     t[2 * i] = _mm512_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
     t[2 * i + 1] = _mm512_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
   }
-  SPECDEC_UNROLL for (int i = 0; i < 4; i++) {
+  SPECDEC_UNROLL
+  for (int i = 0; i < 4; i++) {
     const __m512d a = _mm512_castps_pd(t[4 * i]), b = _mm512_castps_pd(t[4 * i + 1]);
     const __m512d c = _mm512_castps_pd(t[4 * i + 2]), d = _mm512_castps_pd(t[4 * i + 3]);
     rows[4 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, c));
@@ -117,18 +119,37 @@ static SPECDEC_INLINE void transpose(Vec (&rows)[16]) {
     rows[4 * i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, d));
     rows[4 * i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, d));
   }
-  SPECDEC_UNROLL for (int i = 0; i < 4; i++) {
+  SPECDEC_UNROLL
+  for (int i = 0; i < 4; i++) {
     t[i] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0x88);
     t[i + 4] = _mm512_shuffle_f32x4(rows[i], rows[i + 4], 0xdd);
     t[i + 8] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0x88);
     t[i + 12] = _mm512_shuffle_f32x4(rows[i + 8], rows[i + 12], 0xdd);
   }
-  SPECDEC_UNROLL for (int i = 0; i < 4; i++) {
+  SPECDEC_UNROLL
+  for (int i = 0; i < 4; i++) {
     rows[i] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0x88);
     rows[i + 8] = _mm512_shuffle_f32x4(t[i], t[i + 8], 0xdd);
     rows[i + 4] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0x88);
     rows[i + 12] = _mm512_shuffle_f32x4(t[i + 4], t[i + 12], 0xdd);
   }
+}
+
+// Lane i of the result is the sum of the lanes of vector i.
+static SPECDEC_INLINE Vec sums(const Vec (&v)[16]) {
+  Vec t[8], u[4];
+  SPECDEC_UNROLL
+  for (int i = 0; i < 8; i++) {
+    t[i] = _mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+  SPECDEC_UNROLL
+  for (int i = 0; i < 4; i++) {
+    const __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+    u[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b)) + _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+  }
+  const Vec low = _mm512_shuffle_f32x4(u[0], u[1], 0x44) + _mm512_shuffle_f32x4(u[0], u[1], 0xee);
+  const Vec high = _mm512_shuffle_f32x4(u[2], u[3], 0x44) + _mm512_shuffle_f32x4(u[2], u[3], 0xee);
+  return _mm512_shuffle_f32x4(low, high, 0x88) + _mm512_shuffle_f32x4(low, high, 0xdd);
 }
 
 #elif defined(__AVX2__)
@@ -188,21 +209,38 @@ static SPECDEC_INLINE void store_f16(uint16_t* p, Vec v) {
 
 static SPECDEC_INLINE void transpose(Vec (&rows)[8]) {
   Vec t[8];
-  SPECDEC_UNROLL for (int i = 0; i < 4; i++) {
+  SPECDEC_UNROLL
+  for (int i = 0; i < 4; i++) {
     t[2 * i] = _mm256_unpacklo_ps(rows[2 * i], rows[2 * i + 1]);
     t[2 * i + 1] = _mm256_unpackhi_ps(rows[2 * i], rows[2 * i + 1]);
   }
-  SPECDEC_UNROLL for (int i = 0; i < 2; i++) {
+  SPECDEC_UNROLL
+  for (int i = 0; i < 2; i++) {
     rows[4 * i] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0x44);
     rows[4 * i + 1] = _mm256_shuffle_ps(t[4 * i], t[4 * i + 2], 0xee);
     rows[4 * i + 2] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0x44);
     rows[4 * i + 3] = _mm256_shuffle_ps(t[4 * i + 1], t[4 * i + 3], 0xee);
   }
-  SPECDEC_UNROLL for (int i = 0; i < 4; i++) {
+  SPECDEC_UNROLL
+  for (int i = 0; i < 4; i++) {
     t[i] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x20);
     t[i + 4] = _mm256_permute2f128_ps(rows[i], rows[i + 4], 0x31);
   }
-  SPECDEC_UNROLL for (int i = 0; i < 8; i++) rows[i] = t[i];
+  SPECDEC_UNROLL
+  for (int i = 0; i < 8; i++) rows[i] = t[i];
+}
+
+static SPECDEC_INLINE Vec sums(const Vec (&v)[8]) {
+  Vec t[4], u[2];
+  SPECDEC_UNROLL
+  for (int i = 0; i < 4; i++) {
+    t[i] = _mm256_unpacklo_ps(v[2 * i], v[2 * i + 1]) + _mm256_unpackhi_ps(v[2 * i], v[2 * i + 1]);
+  }
+  SPECDEC_UNROLL
+  for (int i = 0; i < 2; i++) {
+    u[i] = _mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0x44) + _mm256_shuffle_ps(t[2 * i], t[2 * i + 1], 0xee);
+  }
+  return _mm256_permute2f128_ps(u[0], u[1], 0x20) + _mm256_permute2f128_ps(u[0], u[1], 0x31);
 }
 
 #else  // GCC vector extensions: the compiler lowers them to what the target has
@@ -239,6 +277,15 @@ static SPECDEC_INLINE void transpose(Vec (&rows)[8]) {
       rows[i][j] = rows[j][i];
       rows[j][i] = swapped;
     }
+}
+static SPECDEC_INLINE Vec sums(const Vec (&v)[8]) {
+  Vec total;
+  for (int i = 0; i < 8; i++) {
+    float sum = 0;
+    for (int j = 0; j < 8; j++) sum += v[i][j];
+    total[i] = sum;
+  }
+  return total;
 }
 static SPECDEC_INLINE Vec exp2(Vec x) {
   const Vec clamped = maximum(x, splat(-126.0f));

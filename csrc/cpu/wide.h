@@ -49,6 +49,7 @@ template <class Element, int kTile>
 struct Tile {
   int begin, count, padded;  // first slot, slots, slots with padding
   bool masked;
+  int rows;  // of the lane
   Group<Element> k[kTile / kGroupSlots], v[kTile / kGroupSlots];
   Ahead ahead;
 };
@@ -59,10 +60,11 @@ struct ColumnOutput {
 
   template <int kVecs>
   static SPECDEC_INLINE void scale(float* out, int dim, const Vec (&factor)[kVecs]) {
-    for (int d = 0; d < dim; d++) SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
-        float* at = out + (size_t(d) * kVecs + j) * kWidth;
-        store(at, load(at) * factor[j]);
-      }
+    for (int d = 0; d < dim; d++) SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) {
+      float* at = out + (size_t(d) * kVecs + j) * kWidth;
+      store(at, load(at) * factor[j]);
+    }
   }
 
   // out = out * a + later * b for the rows of vector j.
@@ -75,7 +77,8 @@ struct ColumnOutput {
 
   // Dims d .. d + kWidth of kWidth rows from row `first` of the block on.
   static SPECDEC_INLINE void read(const float* out, int, int width, int first, int d, Vec (&lines)[kWidth]) {
-    SPECDEC_UNROLL for (int i = 0; i < kWidth; i++) lines[i] = load(out + size_t(d + i) * width + first);
+    SPECDEC_UNROLL
+    for (int i = 0; i < kWidth; i++) lines[i] = load(out + size_t(d + i) * width + first);
     transpose(lines);
   }
 };
@@ -197,7 +200,13 @@ class Wide {
   void pack_queries() {
     const int depth = Engine::query_depth(dim_);
     const int used = dim_ / Engine::kPairs;
-    for (int row = 0, vecs; row < lane_.rows; row += vecs * kWidth) {
+    if constexpr (Engine::kQueriesByRow) {
+      std::memset(q_, 0, size_t(rows_) * depth * sizeof(float));
+      for (int r = 0; r < lane_.rows; r++) {
+        for (int d = 0; d < used; d += kWidth) store(q_ + r * depth + d, query_words(r, d, used));
+      }
+    }
+    for (int row = 0, vecs; !Engine::kQueriesByRow && row < lane_.rows; row += vecs * kWidth) {
       vecs = block_vecs(lane_.rows - row);
       const int width = vecs * kWidth;
       float* block = q_ + size_t(row) * depth;
@@ -281,6 +290,7 @@ class Wide {
     t.begin = begin;
     t.count = min_of(kTile, end - begin);
     t.padded = round_up(t.count, Engine::kStep);
+    t.rows = lane_.rows;
     t.masked = begin + t.count > lane_.context_len || t.padded > t.count || p_.window > 0;
     for (int g = 0; g * kGroupSlots < round_up(t.padded, kGroupSlots); g++)
       gather(begin + g * kGroupSlots, end, t.k[g], t.v[g], k_copy_ + size_t(g) * kGroupSlots * dim_,
@@ -334,12 +344,17 @@ class Wide {
     if (t.masked) mask<kVecs>(row, t);
     raise_maximum<kVecs>(row, t.padded);
     Vec minus_max[kVecs], sum[kVecs];
-    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) {
       minus_max[j] = splat(0.0f) - load(max_ + row + j * kWidth);
-      sum[j] = load(sum_ + row + j * kWidth);
+      sum[j] = splat(0.0f);  // of this tile, added at the end: one long sum would lose more to rounding
     }
     Engine::template weigh<kVecs>(s_, t.padded, splat(exponent_scale_), minus_max, p_t_, sum);
-    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) store(sum_ + row + j * kWidth, sum[j]);
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) {
+      float* at = sum_ + row + j * kWidth;
+      store(at, load(at) + sum[j]);
+    }
     Engine::template accumulate<kVecs>(t, v_packed_, dim_, p_t_, out);
   }
 
@@ -400,17 +415,20 @@ class Wide {
     const Vec scale = splat(exponent_scale_);
     Vec top[kVecs];
     bool raise = false;
-    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) top[j] = load(s_ + j * kWidth);
-    for (int i = 1; i < slots; i++)
-      SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) top[j] = maximum(load(s_ + (i * kVecs + j) * kWidth), top[j]);
-    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) top[j] = load(s_ + j * kWidth);
+    for (int i = 1; i < slots; i++) SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) top[j] = maximum(load(s_ + (i * kVecs + j) * kWidth), top[j]);
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) {
       top[j] = top[j] * scale;
       raise |= any_above(top[j], load(max_ + row + j * kWidth) + splat(kMaximumSlack));
     }
     if (!raise) return;
     Vec factor[kVecs];
     bool fresh = true;
-    SPECDEC_UNROLL for (int j = 0; j < kVecs; j++) {
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) {
       const int r = row + j * kWidth;
       const Vec old = load(max_ + r), now = maximum(top[j], old);
       fresh &= !any_above(old, splat(kNoMaximum));
