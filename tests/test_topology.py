@@ -5,17 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import poisoned_empty
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from trees import EDGE_SIZES, level_ordered, random_tree, trees, trees_of_size
 
+from conftest import poisoned_empty
 from specdec_ops import Topology, Tree, build_topology
 from specdec_ops.topology import (
     STATUS_NUM_NODES_OUT_OF_RANGE,
     STATUS_PARENT_NOT_BEFORE,
     STATUS_PARENT_OUT_OF_RANGE,
 )
+from trees import EDGE_SIZES, level_ordered, random_tree, trees, trees_of_size
 
 OP = "build_topology"
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
