@@ -23,16 +23,21 @@ struct Lane {
   int first_row;        // packed row, counted from query 0
   int rows;
   int context_len;
-  int slots;  // context_len and the nodes that the last row could see
+  int slots;         // context_len and the nodes that the last row could see
+  bool fetch_ahead;  // prefetch the next tile in software
 };
 
 constexpr int kGroupSlots = 16;  // slots are handled in groups of this many; chunks start at a multiple of it
 
-// The kernels of one instruction set for one dtype and number of rows. Sizes count floats.
+constexpr int kMostTogether = 16;
+
+// The kernels of one instruction set for one dtype and number of rows. Sizes count floats. attend() takes up to
+// kMostTogether lanes that differ in their kv head alone and walks through the slots with all of them side by side: in
+// a token-major cache the heads of a slot are neighbours, and memory is fastest when it is read in order.
 struct LaneKernel {
   size_t (*partial_size)(int rows, int dim);
-  size_t (*scratch_size)(int rows, int dim);
-  void (*attend)(const Lane&, int begin, int end, float* scratch, float* partial);
+  size_t (*scratch_size)(int rows, int dim, int lanes);
+  void (*attend)(const Lane* const* lanes, int count, int begin, int end, float* scratch, float* const* partials);
   void (*merge)(const Lane&, float* partial, const float* later);
   void (*finish)(const Lane&, float* partial, float* scratch);
 };

@@ -35,7 +35,7 @@ struct MatrixEngine {
   using Storage = BFloat16;
   using Element = uint16_t;
   using Output = ColumnOutput;
-  static constexpr bool kFetchesAhead = false, kQueriesByRow = false;  // Intel's own prefetchers do better alone
+  static constexpr bool kQueriesByRow = false;  // Intel's own prefetchers do better alone
   static constexpr int kPairs = 2, kWeightFloats = 1, kMaxVecs = 2, kTile = kTileValue, kStep = 32;
 
   static int query_depth(int dim) { return round_up(dim, 32) / 2; }

@@ -59,7 +59,7 @@ struct MatrixRowsEngine {
   using Storage = BFloat16;
   using Element = uint16_t;
   using Output = RowOutput;
-  static constexpr bool kFetchesAhead = false, kQueriesByRow = false;
+  static constexpr bool kQueriesByRow = false;
   static constexpr int kPairs = 2, kWeightFloats = 2, kMaxVecs = 1, kTile = 64, kStep = 32;
   using Scores = MatrixEngine<kTile>;
 

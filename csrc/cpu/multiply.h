@@ -93,15 +93,14 @@ struct FloatEngine {
   using Element = typename Storage::Element;
   static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = kMaxVecsValue, kTile = kTileValue;
   template <int kVecs>
-  static constexpr int kRegisterRows =
-      kWidth == 16 ? (kVecs == 1 ? 16 : 8) : (kMaxVecs == 2 ? (kVecs == 1 ? 8 : 6) : 4);
+  static constexpr int kRegisterRows = kWidth == 16 ? 16 / kVecs : (kMaxVecs == 2 ? (kVecs == 1 ? 8 : 6) : 4);
   static constexpr int kStep = kWidth == 16 ? 16 : (kMaxVecs == 2 ? 24 : 8);  // whole kRegisterRows for every kVecs
 
   static int query_depth(int dim) { return dim; }
   static size_t key_floats(int dim) { return kInPlace ? 0 : size_t(kTile) * dim; }
   static size_t value_floats(int dim) { return size_t(kTile) * dim; }
   using Output = ColumnOutput;
-  static constexpr bool kFetchesAhead = true, kQueriesByRow = false;
+  static constexpr bool kQueriesByRow = false;
   static SPECDEC_INLINE void enter() {}
   static SPECDEC_INLINE void leave() {}
 
@@ -181,7 +180,7 @@ struct DotEngine {
   static size_t key_floats(int) { return 0; }
   static size_t value_floats(int dim) { return size_t(kTile) / 2 * dim; }
   using Output = ColumnOutput;
-  static constexpr bool kFetchesAhead = true, kQueriesByRow = false;
+  static constexpr bool kQueriesByRow = false;
   static SPECDEC_INLINE void enter() {}
   static SPECDEC_INLINE void leave() {}
   static SPECDEC_INLINE void pack_keys(const Tile<Element, kTile>&, int, float*) {}

@@ -45,7 +45,7 @@ struct NarrowEngine {
   using Storage = StorageType;
   using Element = typename Storage::Element;
   using Output = NarrowOutput;
-  static constexpr bool kFetchesAhead = true, kQueriesByRow = true;
+  static constexpr bool kQueriesByRow = true;
   static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = 1, kTile = 64, kStep = kWidth / kGroupRows;
   static constexpr int kMostRows = 8;
 

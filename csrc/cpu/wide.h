@@ -13,6 +13,8 @@
 // raised only when a score exceeds it by 2^8, so most tiles rescale nothing; weights then reach at most 2^8.
 #pragma once
 
+#include <new>
+
 #include "cpu/lane.h"
 #include "cpu/simd.h"
 
@@ -95,18 +97,24 @@ class Wide {
     return size_t(round_up(rows, kWidth)) * (Engine::Output::depth(dim) + 2);
   }
 
-  static size_t scratch_size(int rows, int dim) {
+  static size_t scratch_size(int rows, int dim, int lanes) {
     const size_t padded = round_up(rows, kWidth);
-    return padded * (Engine::query_depth(dim) + 3) + Engine::key_floats(dim) + Engine::value_floats(dim) +
-           size_t(kTile) * (2 * dim + (1 + Engine::kWeightFloats) * kBlockRows) + 16 * 16;
+    return lanes * (padded * (Engine::query_depth(dim) + 3) + 64) + Engine::key_floats(dim) +
+           Engine::value_floats(dim) + size_t(kTile) * (2 * dim + (1 + Engine::kWeightFloats) * kBlockRows) + 16 * 16;
   }
 
-  static void attend(const Lane& lane, int begin, int end, float* scratch, float* partial) {
-    Wide run(lane, scratch, partial);
-    run.pack_queries();
-    run.clear();
+  static void attend(const Lane* const* lanes, int count, int begin, int end, float* scratch, float* const* partials) {
+    alignas(Wide) unsigned char storage[kMostTogether * sizeof(Wide)];
+    Wide* runs = reinterpret_cast<Wide*>(storage);
     Engine::enter();
-    for (int slot = run.first_visible(begin); slot < end; slot += kTile) run.tile(slot, end);
+    for (int i = 0; i < count; i++) {
+      new (runs + i) Wide(*lanes[i], scratch, partials[i]);
+      runs[i].pack_queries();
+      runs[i].clear();
+    }
+    for (int i = 0; i < count; i++) runs[i].take_shared(scratch, i == 0 ? nullptr : runs);
+    for (int slot = runs[0].first_visible(begin); slot < end; slot += kTile)
+      for (int i = 0; i < count; i++) runs[i].tile(slot, end);
     Engine::leave();
   }
 
@@ -137,29 +145,18 @@ class Wide {
   }
 
  private:
-  Wide(const Lane& lane, float* scratch, float* partial)
+  // Takes what the lane itself needs from the scratch, and moves `scratch` past it.
+  Wide(const Lane& lane, float*& scratch, float* partial)
       : lane_(lane), p_(*lane.params), dim_(lane.params->dim), rows_(round_up(lane.rows, kWidth)) {
     group_ = p_.heads / p_.kv_heads;
     out_ = partial;
     depth_out_ = Engine::Output::depth(dim_);
     max_ = out_ + size_t(rows_) * depth_out_;
     sum_ = max_ + rows_;
-    auto take = [&scratch](size_t floats) {
-      scratch = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
-      float* taken = scratch;
-      scratch += floats;
-      return taken;
-    };
-    q_ = take(size_t(rows_) * Engine::query_depth(dim_));
-    depth_ = take(rows_);
-    slope_ = take(rows_);
-    node_ = reinterpret_cast<int32_t*>(take(rows_));
-    k_copy_ = reinterpret_cast<Element*>(take(size_t(kTile) * dim_));
-    v_copy_ = reinterpret_cast<Element*>(take(size_t(kTile) * dim_));
-    k_packed_ = take(Engine::key_floats(dim_));
-    v_packed_ = take(Engine::value_floats(dim_));
-    s_ = take(size_t(kTile) * kBlockRows);
-    p_t_ = take(size_t(kTile) * kBlockRows * Engine::kWeightFloats);
+    q_ = take(scratch, size_t(rows_) * Engine::query_depth(dim_));
+    depth_ = take(scratch, rows_);
+    slope_ = take(scratch, rows_);
+    node_ = reinterpret_cast<int32_t*>(take(scratch, rows_));
 
     // Scores are transformed (scaled, capped, biased) in a pass of their own only when a feature asks for it; else the
     // scale rides on the exponential's multiply-add, which needs it positive.
@@ -167,6 +164,27 @@ class Wide {
     exponent_scale_ = transform_ ? 1.0f : p_.scale * kLog2e;
     ancestors_ = p_.ancestors ? p_.ancestors + topology_row() * p_.words : nullptr;
     depths_ = p_.depths ? p_.depths + topology_row() : nullptr;
+  }
+
+  static float* take(float*& scratch, size_t floats) {
+    float* taken = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
+    scratch = taken + floats;
+    return taken;
+  }
+
+  // The buffers of the tile at hand, which lanes that run together share.
+  void take_shared(float*& scratch, const Wide* first) {
+    if (first) {
+      k_copy_ = first->k_copy_, v_copy_ = first->v_copy_, k_packed_ = first->k_packed_, v_packed_ = first->v_packed_;
+      s_ = first->s_, p_t_ = first->p_t_;
+      return;
+    }
+    k_copy_ = reinterpret_cast<Element*>(take(scratch, size_t(kTile) * dim_));
+    v_copy_ = reinterpret_cast<Element*>(take(scratch, size_t(kTile) * dim_));
+    k_packed_ = take(scratch, Engine::key_floats(dim_));
+    v_packed_ = take(scratch, Engine::value_floats(dim_));
+    s_ = take(scratch, size_t(kTile) * kBlockRows);
+    p_t_ = take(scratch, size_t(kTile) * kBlockRows * Engine::kWeightFloats);
   }
 
   int64_t topology_row() const { return p_.topology_batch == 1 ? 0 : int64_t(lane_.request) * p_.nodes; }
@@ -295,7 +313,7 @@ class Wide {
     for (int g = 0; g * kGroupSlots < round_up(t.padded, kGroupSlots); g++)
       gather(begin + g * kGroupSlots, end, t.k[g], t.v[g], k_copy_ + size_t(g) * kGroupSlots * dim_,
              v_copy_ + size_t(g) * kGroupSlots * dim_);
-    t.ahead = Engine::kFetchesAhead ? ahead(begin + kTile, end) : Ahead{};
+    t.ahead = lane_.fetch_ahead ? ahead(begin + kTile, end) : Ahead{};
     Engine::pack_keys(t, dim_, k_packed_);
     Engine::pack_values(t, dim_, v_packed_);
     for (int row = 0, vecs; row < lane_.rows; row += vecs * kWidth) {
