@@ -13,6 +13,10 @@
 
 namespace specdec::SPECDEC_ISA {
 
+// The compiler does not know that the tile instructions read memory (GCC's intrinsics don't say so): stores before them
+// could be delayed past them, or dropped. This orders them.
+static SPECDEC_INLINE void complete_stores() { __asm__ volatile("" ::: "memory"); }
+
 struct alignas(64) TileConfig {
   uint8_t palette = 1, start_row = 0, reserved[14] = {};
   uint16_t bytes_per_row[16] = {64, 64, 64, 64, 64, 64, 64, 64};
@@ -35,7 +39,7 @@ struct MatrixEngine {
   using Storage = BFloat16;
   using Element = uint16_t;
   using Output = ColumnOutput;
-  static constexpr bool kQueriesByRow = false;  // Intel's own prefetchers do better alone
+  static constexpr bool kQueriesByRow = false;
   static constexpr int kPairs = 2, kWeightFloats = 1, kMaxVecs = 2, kTile = kTileValue, kStep = 32;
 
   static int query_depth(int dim) { return round_up(dim, 32) / 2; }
@@ -44,6 +48,7 @@ struct MatrixEngine {
 
   static SPECDEC_INLINE void enter() {
     const TileConfig config;
+    complete_stores();
     _tile_loadconfig(&config);
   }
   static SPECDEC_INLINE void leave() { _tile_release(); }
@@ -112,6 +117,7 @@ struct MatrixEngine {
 
   template <int kVecs>
   static void scores(const Tile<Element, kTile>& t, int dim, const float* q, const float* tail, float* s) {
+    complete_stores();
     constexpr int kRowBytes = kVecs * kWidth * 4;
     const int steps = round_up(dim, 32) / 32, whole = dim / 32;
     for (int i = 0; i < t.padded; i += 32) {
@@ -152,6 +158,7 @@ struct MatrixEngine {
 
   template <int kVecs>
   static void accumulate(const Tile<Element, kTile>& t, const float* v, int dim, const float* p, float* out) {
+    complete_stores();
     int d = 0;
     for (; d + 32 <= dim; d += 32) accumulate_dims<kVecs, 2>(v, t.padded / 32, d, p, out);
     if (d < dim) accumulate_dims<kVecs, 1>(v, t.padded / 32, d, p, out);

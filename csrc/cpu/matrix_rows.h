@@ -104,6 +104,7 @@ struct MatrixRowsEngine {
 
   template <int kVecs>
   static void accumulate(const Tile<Element, kTile>& t, const float* tail, int dim, const float* p, float* out) {
+    complete_stores();
     int d = 0;
     for (; d + 64 <= dim; d += 64) accumulate_dims<2>(t, tail, dim, d, p, out);
     for (; d < dim; d += 32) accumulate_dims<1>(t, tail, dim, d, p, out);
