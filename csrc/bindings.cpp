@@ -154,6 +154,13 @@ PYBIND11_MODULE(_C, m) {
       "evict_from_cache", [](Address address, size_t bytes) { return evict_from_cache(pointer<void>(address), bytes); },
       "Flushes a buffer from every cache; False where the processor can't.");
 
+  m.def(
+      "exp2_cpu",
+      [](Address x, Address y, int64_t count, bool weights) {
+        exp2_cpu(pointer<float>(x), pointer<float>(y), count, weights);
+      },
+      "The attention kernels' exponential, for the tests.");
+
   Bind<decltype(&build_topology_params)>::cpu(m, "build_topology_cpu", build_topology_params, build_topology_cpu);
   Bind<decltype(&merge_states_params)>::cpu(m, "merge_states_cpu", merge_states_params, merge_states_cpu);
   Bind<decltype(&tree_attention_params)>::cpu(m, "tree_attention_cpu", tree_attention_params, tree_attention_cpu);

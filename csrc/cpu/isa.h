@@ -1,6 +1,7 @@
 // Which instruction set the CPU kernels run with.
 #pragma once
 
+#include <cstdint>
 #include <string>
 
 namespace specdec {
@@ -13,5 +14,17 @@ const char* isa_name(Isa isa);
 
 // "" removes the limit. Throws std::invalid_argument on an unknown name. For tests and benchmarks: not thread-safe.
 void limit_isa(const std::string& name);
+
+// The row-wise kernels of each instruction set (cpu/merge.h).
+struct MergeStatesParams;
+#define SPECDEC_ROW_KERNELS(isa)                                           \
+  namespace isa {                                                          \
+  void merge_rows(const MergeStatesParams& p, int64_t begin, int64_t end); \
+  void exp2_values(const float* x, float* y, int64_t count, bool weights); \
+  }
+SPECDEC_ROW_KERNELS(generic)
+SPECDEC_ROW_KERNELS(avx2)
+SPECDEC_ROW_KERNELS(avx512)
+#undef SPECDEC_ROW_KERNELS
 
 }  // namespace specdec

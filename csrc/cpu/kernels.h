@@ -18,4 +18,8 @@ void build_topology_cpu(const BuildTopologyParams& params, int threads);
 void merge_states_cpu(const MergeStatesParams& params, int threads);
 void tree_attention_cpu(const TreeAttentionParams& params, int threads);
 
+// The exponential inside the attention kernels, for the tests. count is a multiple of 16; `weights`: the shorter one
+// whose results are rounded to bfloat16.
+void exp2_cpu(const float* x, float* y, int64_t count, bool weights);
+
 }  // namespace specdec

@@ -42,6 +42,12 @@ static void merge_rows_of(const MergeStatesParams& p, int64_t begin, int64_t end
   }
 }
 
+// 2^x of many numbers, so that the tests can measure the exponentials; `weights`: the one for bfloat16 weights.
+void exp2_values(const float* x, float* y, int64_t count, bool weights) {
+  for (int64_t i = 0; i + kWidth <= count; i += kWidth)
+    store(y + i, weights ? exp2_bf16(load(x + i)) : exp2(load(x + i)));
+}
+
 void merge_rows(const MergeStatesParams& p, int64_t begin, int64_t end) {
   switch (p.dtype) {
     case DType::kFloat32:

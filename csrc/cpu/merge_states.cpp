@@ -6,16 +6,6 @@
 
 namespace specdec {
 
-namespace generic {
-void merge_rows(const MergeStatesParams& p, int64_t begin, int64_t end);
-}
-namespace avx2 {
-void merge_rows(const MergeStatesParams& p, int64_t begin, int64_t end);
-}
-namespace avx512 {
-void merge_rows(const MergeStatesParams& p, int64_t begin, int64_t end);
-}
-
 void merge_states_cpu(const MergeStatesParams& p, int threads) {
   auto merge_rows = generic::merge_rows;
 #ifdef SPECDEC_X86
@@ -28,6 +18,15 @@ void merge_states_cpu(const MergeStatesParams& p, int threads) {
 #pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && tasks > 1)
   for (int64_t task = 0; task < tasks; task++)
     merge_rows(p, task * rows_per_task, std::min((task + 1) * rows_per_task, p.rows));
+}
+
+void exp2_cpu(const float* x, float* y, int64_t count, bool weights) {
+  auto exp2_values = generic::exp2_values;
+#ifdef SPECDEC_X86
+  if (current_isa() >= Isa::kAvx2) exp2_values = avx2::exp2_values;
+  if (current_isa() >= Isa::kAvx512) exp2_values = avx512::exp2_values;
+#endif
+  exp2_values(x, y, count, weights);
 }
 
 }  // namespace specdec
