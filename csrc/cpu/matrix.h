@@ -23,6 +23,68 @@ struct alignas(64) TileConfig {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
+// The accumulators are tile registers 0 to 3: by group of sixteen slots (or dims), then by vector of rows; with four
+// vectors there is one group. Registers 4 and 5 hold the groups' left factors, 6 and 7 pass the columns through.
+template <int kRegister>
+static SPECDEC_INLINE void load_tile(const void* from, int64_t stride) {
+  if constexpr (kRegister == 0) _tile_loadd(0, from, stride);
+  if constexpr (kRegister == 1) _tile_loadd(1, from, stride);
+  if constexpr (kRegister == 2) _tile_loadd(2, from, stride);
+  if constexpr (kRegister == 3) _tile_loadd(3, from, stride);
+  if constexpr (kRegister == 4) _tile_loadd(4, from, stride);
+  if constexpr (kRegister == 5) _tile_loadd(5, from, stride);
+}
+
+template <int kCount>
+static SPECDEC_INLINE void zero_tiles() {
+  _tile_zero(0);
+  if constexpr (kCount > 1) _tile_zero(1);
+  if constexpr (kCount > 2) _tile_zero(2);
+  if constexpr (kCount > 3) _tile_zero(3);
+}
+
+// Where accumulator n lies in a block of rows [16 * groups][vecs * 16].
+template <int kVecs>
+static SPECDEC_INLINE constexpr size_t tile_offset(int n) {
+  return size_t(n / kVecs) * 16 * kVecs * kWidth + n % kVecs * kWidth;
+}
+
+template <int kGroups, int kVecs>
+static SPECDEC_INLINE void load_tiles(const float* from, int64_t stride) {
+  load_tile<0>(from, stride);
+  if constexpr (kGroups * kVecs > 1) load_tile<1>(from + tile_offset<kVecs>(1), stride);
+  if constexpr (kGroups * kVecs > 2) load_tile<2>(from + tile_offset<kVecs>(2), stride);
+  if constexpr (kGroups * kVecs > 3) load_tile<3>(from + tile_offset<kVecs>(3), stride);
+}
+
+template <int kGroups, int kVecs>
+static SPECDEC_INLINE void store_tiles(float* to, int64_t stride) {
+  _tile_stored(0, to, stride);
+  if constexpr (kGroups * kVecs > 1) _tile_stored(1, to + tile_offset<kVecs>(1), stride);
+  if constexpr (kGroups * kVecs > 2) _tile_stored(2, to + tile_offset<kVecs>(2), stride);
+  if constexpr (kGroups * kVecs > 3) _tile_stored(3, to + tile_offset<kVecs>(3), stride);
+}
+
+// Accumulators += left factors times sixteen pairs of columns.
+template <int kGroups, int kVecs>
+static SPECDEC_INLINE void multiply_columns(const float* columns, int64_t stride) {
+  _tile_loadd(6, columns, stride);
+  _tile_dpbf16ps(0, 4, 6);
+  if constexpr (kGroups == 2 && kVecs == 1) _tile_dpbf16ps(1, 5, 6);
+  if constexpr (kGroups == 2 && kVecs == 2) _tile_dpbf16ps(2, 5, 6);
+  if constexpr (kVecs >= 2) {
+    _tile_loadd(7, columns + kWidth, stride);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (kGroups == 2) _tile_dpbf16ps(3, 5, 7);
+  }
+  if constexpr (kVecs == 4) {
+    _tile_loadd(6, columns + 2 * kWidth, stride);
+    _tile_dpbf16ps(2, 4, 6);
+    _tile_loadd(7, columns + 3 * kWidth, stride);
+    _tile_dpbf16ps(3, 4, 7);
+  }
+}
+
 // Dims past the last multiple of 32, padded with zeros to 32, so that a matrix tile never reads past a row.
 static void pack_tails(const Group<uint16_t>* groups, int padded, int dim, float* packed) {
   if (dim % 32 == 0) return;
@@ -40,7 +102,8 @@ struct MatrixEngine {
   using Element = uint16_t;
   using Output = ColumnOutput;
   static constexpr bool kQueriesByRow = false;
-  static constexpr int kPairs = 2, kWeightFloats = 1, kMaxVecs = 2, kTile = kTileValue, kStep = 32;
+  static SPECDEC_INLINE size_t weights_offset(int slot, int vecs) { return size_t(slot) / 2 * vecs * kWidth; }
+  static constexpr int kPairs = 2, kWeightFloats = 1, kMaxVecs = 4, kTile = kTileValue, kSpan = 64, kStep = 32;
 
   static int query_depth(int dim) { return round_up(dim, 32) / 2; }
   static size_t key_floats(int dim) { return dim % 32 ? size_t(kTile) * 16 : 0; }
@@ -115,83 +178,61 @@ struct MatrixEngine {
     }
   }
 
+  // Sixteen slots' dims, from the cache or, past the last multiple of 32, from the padded copy.
+  template <int kRegister>
+  static SPECDEC_INLINE void load_keys(const Tile<Element, kTile>& t, int slot, int step, int dim, const float* tail) {
+    const Group<Element>& keys = t.k[slot / kGroupSlots];
+    const bool whole = step * 32 + 32 <= dim;
+    const void* from = whole ? static_cast<const void*>(keys.base + step * 32) : tail + size_t(slot) * 16;
+    load_tile<kRegister>(from, whole ? keys.stride * 2 : 64);
+  }
+
+  // S^T of slots [from, to). Two groups of slots by one or two of rows, or one by four: each tile of K that comes from
+  // the second-level cache is then multiplied four times.
   template <int kVecs>
-  static void scores(const Tile<Element, kTile>& t, int dim, const float* q, const float* tail, float* s) {
+  static void scores(const Tile<Element, kTile>& t, int from, int to, int dim, const float* q, const float* tail,
+                     float* s) {
     complete_stores();
-    constexpr int kRowBytes = kVecs * kWidth * 4;
-    const int steps = round_up(dim, 32) / 32, whole = dim / 32;
-    for (int i = 0; i < t.padded; i += 32) {
-      const Group<Element>&low = t.k[i / kGroupSlots], &high = t.k[i / kGroupSlots + 1];
-      _tile_zero(0);
-      _tile_zero(1);
-      if (kVecs == 2) {
-        _tile_zero(2);
-        _tile_zero(3);
-      }
+    constexpr int kGroups = kVecs == 4 ? 1 : 2, kRowBytes = kVecs * kWidth * 4;
+    const int steps = round_up(dim, 32) / 32;
+    for (int i = from; i < to; i += 16 * kGroups) {
+      zero_tiles<kGroups * kVecs>();
       for (int step = 0; step < steps; step++) {
-        const float* columns = q + size_t(step) * 16 * kVecs * kWidth;
-        if (step < whole) {
-          _tile_loadd(4, low.base + step * 32, low.stride * 2);
-          _tile_loadd(5, high.base + step * 32, high.stride * 2);
-        } else {
-          _tile_loadd(4, tail + size_t(i) * 16, 64);
-          _tile_loadd(5, tail + size_t(i + 16) * 16, 64);
-        }
-        _tile_loadd(6, columns, kRowBytes);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 5, 6);
-        if (kVecs == 2) {
-          _tile_loadd(7, columns + kWidth, kRowBytes);
-          _tile_dpbf16ps(2, 4, 7);
-          _tile_dpbf16ps(3, 5, 7);
-        }
+        load_keys<4>(t, i, step, dim, tail);
+        if (kGroups == 2) load_keys<5>(t, i + 16, step, dim, tail);
+        multiply_columns<kGroups, kVecs>(q + size_t(step) * 16 * kVecs * kWidth, kRowBytes);
       }
-      float* to = s + i * kVecs * kWidth;
-      _tile_stored(0, to, kRowBytes);
-      _tile_stored(1, to + 16 * kVecs * kWidth, kRowBytes);
-      if (kVecs == 2) {
-        _tile_stored(2, to + kWidth, kRowBytes);
-        _tile_stored(3, to + 16 * kVecs * kWidth + kWidth, kRowBytes);
-      }
+      store_tiles<kGroups, kVecs>(s + (i - from) * kVecs * kWidth, kRowBytes);
     }
   }
 
+  // Adds V^T P^T of slots [from, to), which are multiples of 32, to the outputs.
   template <int kVecs>
-  static void accumulate(const Tile<Element, kTile>& t, const float* v, int dim, const float* p, float* out) {
+  static void accumulate(const Tile<Element, kTile>& t, int from, int to, const float* v, int dim, const float* p,
+                         float* out) {
     complete_stores();
+    const int steps = t.padded / 32;
+    const char* tiles = reinterpret_cast<const char*>(v);
     int d = 0;
-    for (; d + 32 <= dim; d += 32) accumulate_dims<kVecs, 2>(v, t.padded / 32, d, p, out);
-    if (d < dim) accumulate_dims<kVecs, 1>(v, t.padded / 32, d, p, out);
+    if (kVecs < 4)
+      for (; d + 32 <= dim; d += 32)
+        add_dims<kVecs == 4 ? 1 : 2, kVecs>(tiles + size_t(d / 16) * steps * 1024, steps, from / 32, to / 32, p,
+                                            out + size_t(d) * kVecs * kWidth);
+    for (; d < dim; d += 16)
+      add_dims<1, kVecs>(tiles + size_t(d / 16) * steps * 1024, steps, from / 32, to / 32, p,
+                         out + size_t(d) * kVecs * kWidth);
   }
 
-  template <int kVecs, int kDimTiles>
-  static SPECDEC_INLINE void accumulate_dims(const float* v, int steps, int d, const float* p, float* out) {
+  template <int kGroups, int kVecs>
+  static SPECDEC_INLINE void add_dims(const char* v, int steps, int from, int to, const float* p, float* out) {
     constexpr int kRowBytes = kVecs * kWidth * 4;
-    float* to = out + size_t(d) * kVecs * kWidth;
-    const char* a = reinterpret_cast<const char*>(v) + size_t(d / 16) * steps * 1024;
-    _tile_loadd(0, to, kRowBytes);
-    if (kDimTiles == 2) _tile_loadd(1, to + 16 * kVecs * kWidth, kRowBytes);
-    if (kVecs == 2) _tile_loadd(2, to + kWidth, kRowBytes);
-    if (kVecs == 2 && kDimTiles == 2) _tile_loadd(3, to + 16 * kVecs * kWidth + kWidth, kRowBytes);
-    for (int step = 0; step < steps; step++) {
-      const float* columns = p + size_t(step) * 16 * kVecs * kWidth;
-      _tile_loadd(4, a + step * 1024, 64);
-      _tile_loadd(6, columns, kRowBytes);
-      _tile_dpbf16ps(0, 4, 6);
-      if (kDimTiles == 2) {
-        _tile_loadd(5, a + (steps + step) * 1024, 64);
-        _tile_dpbf16ps(1, 5, 6);
-      }
-      if (kVecs == 2) {
-        _tile_loadd(7, columns + kWidth, kRowBytes);
-        _tile_dpbf16ps(2, 4, 7);
-        if (kDimTiles == 2) _tile_dpbf16ps(3, 5, 7);
-      }
+    load_tiles<kGroups, kVecs>(out, kRowBytes);
+    for (int step = from; step < to; step++) {
+      load_tile<4>(v + step * 1024, 64);
+      if (kGroups == 2) load_tile<5>(v + (steps + step) * 1024, 64);
+      multiply_columns<kGroups, kVecs>(p + size_t(step) * 16 * kVecs * kWidth, kRowBytes);
     }
-    _tile_stored(0, to, kRowBytes);
-    if (kDimTiles == 2) _tile_stored(1, to + 16 * kVecs * kWidth, kRowBytes);
-    if (kVecs == 2) _tile_stored(2, to + kWidth, kRowBytes);
-    if (kVecs == 2 && kDimTiles == 2) _tile_stored(3, to + 16 * kVecs * kWidth + kWidth, kRowBytes);
+    store_tiles<kGroups, kVecs>(out, kRowBytes);
   }
 
   template <int kVecs>

@@ -60,7 +60,8 @@ struct MatrixRowsEngine {
   using Element = uint16_t;
   using Output = RowOutput;
   static constexpr bool kQueriesByRow = false;
-  static constexpr int kPairs = 2, kWeightFloats = 2, kMaxVecs = 1, kTile = 64, kStep = 32;
+  static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
+  static constexpr int kPairs = 2, kWeightFloats = 2, kMaxVecs = 1, kTile = 64, kSpan = kTile, kStep = 32;
   using Scores = MatrixEngine<kTile>;
 
   static int query_depth(int dim) { return Scores::query_depth(dim); }
@@ -76,8 +77,9 @@ struct MatrixRowsEngine {
   }
 
   template <int kVecs>
-  static void scores(const Tile<Element, kTile>& t, int dim, const float* q, const float* tail, float* s) {
-    Scores::scores<kVecs>(t, dim, q, tail, s);
+  static void scores(const Tile<Element, kTile>& t, int from, int to, int dim, const float* q, const float* tail,
+                     float* s) {
+    Scores::scores<kVecs>(t, from, to, dim, q, tail, s);
   }
 
   // For each 16 slots two tiles [16 rows][16 slots]: (weight, 0) and (0, weight), rounded to bfloat16.
@@ -103,7 +105,8 @@ struct MatrixRowsEngine {
   }
 
   template <int kVecs>
-  static void accumulate(const Tile<Element, kTile>& t, const float* tail, int dim, const float* p, float* out) {
+  static void accumulate(const Tile<Element, kTile>& t, int, int, const float* tail, int dim, const float* p,
+                         float* out) {
     complete_stores();
     int d = 0;
     for (; d + 64 <= dim; d += 64) accumulate_dims<2>(t, tail, dim, d, p, out);

@@ -100,7 +100,9 @@ struct FloatEngine {
   static size_t key_floats(int dim) { return kInPlace ? 0 : size_t(kTile) * dim; }
   static size_t value_floats(int dim) { return size_t(kTile) * dim; }
   using Output = ColumnOutput;
+  static constexpr int kSpan = kTile;
   static constexpr bool kQueriesByRow = false;
+  static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
   static SPECDEC_INLINE void enter() {}
   static SPECDEC_INLINE void leave() {}
 
@@ -116,9 +118,10 @@ struct FloatEngine {
   static void pack_values(const Tile<Element, kTile>& t, int dim, float* packed) { widen(t.v, t.padded, dim, packed); }
 
   template <int kVecs>
-  static void scores(const Tile<Element, kTile>& t, int dim, const float* q, const float* packed, float* s) {
+  static void scores(const Tile<Element, kTile>& t, int from, int to, int dim, const float* q, const float* packed,
+                     float* s) {
     constexpr int kSlots = kRegisterRows<kVecs>;
-    for (int i = 0; i < t.padded; i += kSlots) {
+    for (int i = from; i < to; i += kSlots) {
       const Word* k;
       int64_t stride = dim;
       if constexpr (kInPlace) {
@@ -128,14 +131,15 @@ struct FloatEngine {
       } else {
         k = reinterpret_cast<const Word*>(packed + size_t(i) * dim);
       }
-      score_slots<MultiplyAdd, kSlots, kVecs>(k, stride, q, dim, s + i * kVecs * kWidth);
+      score_slots<MultiplyAdd, kSlots, kVecs>(k, stride, q, dim, s + (i - from) * kVecs * kWidth);
       t.ahead.fetch(i / kSlots, t.padded / kSlots);
     }
   }
 
   template <int kVecs>
-  static void accumulate(const Tile<Element, kTile>& t, const float* v, int dim, const float* p, float* out) {
-    accumulate_rows<MultiplyAdd, kRegisterRows<kVecs>, kVecs>(v, t.padded, dim, p, out);
+  static void accumulate(const Tile<Element, kTile>&, int, int to, const float* v, int dim, const float* p,
+                         float* out) {
+    accumulate_rows<MultiplyAdd, kRegisterRows<kVecs>, kVecs>(v, to, dim, p, out);
   }
 
   template <int kVecs>
@@ -180,7 +184,9 @@ struct DotEngine {
   static size_t key_floats(int) { return 0; }
   static size_t value_floats(int dim) { return size_t(kTile) / 2 * dim; }
   using Output = ColumnOutput;
+  static constexpr int kSpan = kTile;
   static constexpr bool kQueriesByRow = false;
+  static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
   static SPECDEC_INLINE void enter() {}
   static SPECDEC_INLINE void leave() {}
   static SPECDEC_INLINE void pack_keys(const Tile<Element, kTile>&, int, float*) {}
@@ -202,19 +208,20 @@ struct DotEngine {
   }
 
   template <int kVecs>
-  static void scores(const Tile<Element, kTile>& t, int dim, const float* q, const float*, float* s) {
+  static void scores(const Tile<Element, kTile>& t, int from, int to, int dim, const float* q, const float*, float* s) {
     constexpr int kSlots = kRegisterRows<kVecs>;
-    for (int i = 0; i < t.padded; i += kSlots) {
+    for (int i = from; i < to; i += kSlots) {
       const Group<Element>& group = t.k[i / kGroupSlots];
       const Word* k = reinterpret_cast<const Word*>(group.base + (i % kGroupSlots) * group.stride);
-      score_slots<DotPairs, kSlots, kVecs>(k, group.stride / 2, q, dim / 2, s + i * kVecs * kWidth);
+      score_slots<DotPairs, kSlots, kVecs>(k, group.stride / 2, q, dim / 2, s + (i - from) * kVecs * kWidth);
       t.ahead.fetch(i / kSlots, t.padded / kSlots);
     }
   }
 
   template <int kVecs>
-  static void accumulate(const Tile<Element, kTile>& t, const float* v, int dim, const float* p, float* out) {
-    accumulate_rows<DotPairs, kRegisterRows<kVecs>, kVecs>(v, t.padded / 2, dim, p, out);
+  static void accumulate(const Tile<Element, kTile>&, int, int to, const float* v, int dim, const float* p,
+                         float* out) {
+    accumulate_rows<DotPairs, kRegisterRows<kVecs>, kVecs>(v, to / 2, dim, p, out);
   }
 
   template <int kVecs>

@@ -46,7 +46,9 @@ struct NarrowEngine {
   using Element = typename Storage::Element;
   using Output = NarrowOutput;
   static constexpr bool kQueriesByRow = true;
-  static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = 1, kTile = 64, kStep = kWidth / kGroupRows;
+  static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
+  static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = 1, kTile = 64, kSpan = kTile,
+                       kStep = kWidth / kGroupRows;
   static constexpr int kMostRows = 8;
 
   static int query_depth(int dim) { return dim; }
@@ -63,7 +65,7 @@ struct NarrowEngine {
   }
 
   template <int kVecs>
-  static void scores(const Tile<Element, kTile>& t, int dim, const float* q, const float*, float* s) {
+  static void scores(const Tile<Element, kTile>& t, int, int, int dim, const float* q, const float*, float* s) {
     constexpr int kSlots = kWidth / kGroupRows;
     for (int i = 0; i < t.padded; i += kSlots) {
       t.ahead.fetch(i / kSlots, t.padded / kSlots);
@@ -106,7 +108,7 @@ struct NarrowEngine {
   }
 
   template <int kVecs>
-  static void accumulate(const Tile<Element, kTile>& t, const float*, int dim, const float* p, float* out) {
+  static void accumulate(const Tile<Element, kTile>& t, int, int, const float*, int dim, const float* p, float* out) {
     constexpr int kDims = kGroupRows == 1 || kWidth == 8 ? 2 : 4;  // vectors of dims at a time
     for (int r = 0; r < t.rows; r += kGroupRows) {
       int d = 0;

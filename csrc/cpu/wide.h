@@ -183,7 +183,7 @@ class Wide {
     v_copy_ = reinterpret_cast<Element*>(take(scratch, size_t(kTile) * dim_));
     k_packed_ = take(scratch, Engine::key_floats(dim_));
     v_packed_ = take(scratch, Engine::value_floats(dim_));
-    s_ = take(scratch, size_t(kTile) * kBlockRows);
+    s_ = take(scratch, size_t(Engine::kSpan) * kBlockRows);
     p_t_ = take(scratch, size_t(kTile) * kBlockRows * Engine::kWeightFloats);
   }
 
@@ -353,27 +353,43 @@ class Wide {
     return false;
   }
 
+  // Scores and weights are formed for kSpan slots at a time, which keeps them in the first-level cache; outputs are
+  // added for the whole tile, which loads and stores them once. Only when the maximum rises in between are they added
+  // earlier.
   template <int kVecs>
   void block(int row, const Tile<Element, kTile>& t) {
     const float* q = q_ + size_t(row) * Engine::query_depth(dim_);
     float* out = out_ + size_t(row) * depth_out_;
-    Engine::template scores<kVecs>(t, dim_, q, k_packed_, s_);
-    if (transform_) transform<kVecs>(row, t);
-    if (t.masked) mask<kVecs>(row, t);
-    raise_maximum<kVecs>(row, t.padded);
+    int added = 0;
+    for (int from = 0; from < t.padded; from += Engine::kSpan) {
+      const int to = min_of(from + Engine::kSpan, t.padded);
+      Engine::template scores<kVecs>(t, from, to, dim_, q, k_packed_, s_);
+      if (transform_) transform<kVecs>(row, t, from, to);
+      if (t.masked) mask<kVecs>(row, t, from, to);
+      if (rises<kVecs>(row, to - from)) {
+        if (from > added) Engine::template accumulate<kVecs>(t, added, from, v_packed_, dim_, p_t_, out);
+        added = from;
+        raise_maximum<kVecs>(row);
+      }
+      weigh<kVecs>(row, to - from, p_t_ + Engine::weights_offset(from, kVecs));
+    }
+    Engine::template accumulate<kVecs>(t, added, t.padded, v_packed_, dim_, p_t_, out);
+  }
+
+  template <int kVecs>
+  SPECDEC_INLINE void weigh(int row, int slots, float* weights) {
     Vec minus_max[kVecs], sum[kVecs];
     SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) {
       minus_max[j] = splat(0.0f) - load(max_ + row + j * kWidth);
-      sum[j] = splat(0.0f);  // of this tile, added at the end: one long sum would lose more to rounding
+      sum[j] = splat(0.0f);  // of this span, added at the end: one long sum would lose more to rounding
     }
-    Engine::template weigh<kVecs>(s_, t.padded, splat(exponent_scale_), minus_max, p_t_, sum);
+    Engine::template weigh<kVecs>(s_, slots, splat(exponent_scale_), minus_max, weights, sum);
     SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) {
       float* at = sum_ + row + j * kWidth;
       store(at, load(at) + sum[j]);
     }
-    Engine::template accumulate<kVecs>(t, v_packed_, dim_, p_t_, out);
   }
 
   // Depth-relative position of a slot: context slots count backwards from the root's position, nodes by their depth.
@@ -383,12 +399,12 @@ class Wide {
   }
 
   template <int kVecs>
-  void transform(int row, const Tile<Element, kTile>& t) {
+  void transform(int row, const Tile<Element, kTile>& t, int from, int to) {
     const Vec scale = splat(p_.scale);
-    for (int i = 0; i < t.count; i++) {
+    for (int i = from; i < min_of(to, t.count); i++) {
       const Vec position = splat(p_.alibi_slopes ? relative_position(t.begin + i) : 0.0f);
       for (int j = 0; j < kVecs; j++) {
-        float* at = s_ + (i * kVecs + j) * kWidth;
+        float* at = s_ + ((i - from) * kVecs + j) * kWidth;
         Vec s = load(at) * scale;
         if (p_.softcap > 0) s = soft_cap(s, p_.softcap);
         if (p_.alibi_slopes) {
@@ -401,11 +417,11 @@ class Wide {
   }
 
   template <int kVecs>
-  void mask(int row, const Tile<Element, kTile>& t) {
+  void mask(int row, const Tile<Element, kTile>& t, int from, int to) {
     alignas(64) uint64_t words[kVecs * kWidth];
     int loaded = -1;
-    for (int i = 0; i < t.padded; i++) {
-      float* at = s_ + i * kVecs * kWidth;
+    for (int i = from; i < to; i++) {
+      float* at = s_ + (i - from) * kVecs * kWidth;
       const int slot = t.begin + i, node = slot - lane_.context_len;
       if (i >= t.count) {
         for (int j = 0; j < kVecs; j++) store(at + j * kWidth, splat(-__builtin_inff()));
@@ -428,34 +444,41 @@ class Wide {
     }
   }
 
+  // Finds the largest score of each row (in top_) and tells whether one is far enough above the maximum in use.
   template <int kVecs>
-  void raise_maximum(int row, int slots) {
+  bool rises(int row, int slots) {
     const Vec scale = splat(exponent_scale_);
     Vec top[kVecs];
-    bool raise = false;
     SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) top[j] = load(s_ + j * kWidth);
-    for (int i = 1; i < slots; i++) SPECDEC_UNROLL
-    for (int j = 0; j < kVecs; j++) top[j] = maximum(load(s_ + (i * kVecs + j) * kWidth), top[j]);
+    for (int i = 1; i < slots; i++) {
+      SPECDEC_UNROLL
+      for (int j = 0; j < kVecs; j++) top[j] = maximum(load(s_ + (i * kVecs + j) * kWidth), top[j]);
+    }
+    bool raise = false;
     SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) {
       top[j] = top[j] * scale;
       raise |= any_above(top[j], load(max_ + row + j * kWidth) + splat(kMaximumSlack));
+      store(top_ + j * kWidth, top[j]);
     }
-    if (!raise) return;
+    return raise;
+  }
+
+  template <int kVecs>
+  void raise_maximum(int row) {
     Vec factor[kVecs];
     bool fresh = true;
     SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) {
       const int r = row + j * kWidth;
-      const Vec old = load(max_ + r), now = maximum(top[j], old);
+      const Vec old = load(max_ + r), now = maximum(load(top_ + j * kWidth), old);
       fresh &= !any_above(old, splat(kNoMaximum));
       factor[j] = exp2(old - now);
       store(max_ + r, now);
       store(sum_ + r, load(sum_ + r) * factor[j]);
     }
-    if (fresh) return;  // the outputs are still zero
-    Engine::Output::template scale<kVecs>(out_ + size_t(row) * depth_out_, depth_out_, factor);
+    if (!fresh) Engine::Output::template scale<kVecs>(out_ + size_t(row) * depth_out_, depth_out_, factor);
   }
 
   // Normalises a block, adds its sinks to the denominator and writes its rows.
@@ -508,6 +531,7 @@ class Wide {
   const int32_t* depths_;
   bool transform_;
   float exponent_scale_;
+  alignas(64) float top_[kBlockRows];
 };
 
 template <class Engine>
