@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attention_cases import assert_right, chain, forest, make_case, random_tree, star
-from specdec_ops import _loader, merge_states
+from specdec_ops import _loader, merge_states, tree_attention
 
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16", "amx")
 kernels, reason = _loader.load()
@@ -162,3 +162,21 @@ def test_a_wrong_name_is_one_sentence():
     )
     assert run.returncode != 0
     assert "SPECDEC_OPS_CPU_ISA must be generic, avx2, avx512, avx512_bf16 or amx, got 'avx9'" in run.stderr
+
+
+@pytest.mark.parametrize("length", [-1, 200, 2**31 - 1])
+def test_lengths_that_the_cache_cannot_hold(length):
+    case = make_case([chain(3), chain(2)], [4, 9])
+    lengths = torch.tensor([4, length], dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"specdec_ops.tree_attention: context_lens\[1\]"):
+        tree_attention(case.q, case.k_cache, case.v_cache, case.topology, lengths, backend="cpu")
+
+
+@pytest.mark.parametrize("start", [-(2**31), -3, 3, 2**31 - 1])
+def test_queries_before_and_after_the_tree_are_padding(start):
+    case = make_case([chain(3), chain(3)], [4, 9])
+    starts = torch.tensor([start, 0], dtype=torch.int32)
+    got = case.run("cpu", query_start=starts, return_lse=True)
+    assert (got.out[0] == 0).all()
+    assert (got.lse[0] == -float("inf")).all()
+    assert torch.equal(got.out[1], case.run("cpu")[1])

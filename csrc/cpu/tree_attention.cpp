@@ -89,19 +89,22 @@ Request read_request(const TreeAttentionParams& p, int b) {
            std::to_string(p.offsets[b]) + " and " + std::to_string(p.offsets[b + 1]) + " at " + which);
   r.context_len = p.context_lens[b];
   if (r.context_len < 0) refuse("context_lens" + which + " must not be negative, got " + std::to_string(r.context_len));
-  r.slots = r.context_len;
+  int64_t slots = r.context_len;
   r.end_row = r.queries;
   if (p.ancestors) {
-    r.first_node = p.query_start + (p.query_starts ? p.query_starts[b] : 0);
+    constexpr int64_t kFar = 1 << 30;  // further out there are no nodes; lengths below may add up without overflow
+    const int64_t first_node = int64_t(p.query_start) + (p.query_starts ? p.query_starts[b] : 0);
+    r.first_node = int(std::clamp(first_node, -kFar, kFar));
     const int nodes = std::clamp(p.num_nodes[p.topology_batch == 1 ? 0 : b], 0, p.nodes);
     r.first_row = std::clamp(-r.first_node, 0, r.queries);
     r.end_row = std::clamp(nodes - r.first_node, r.first_row, r.queries);
     // A node sees none that come after it, so slots beyond the last query's node need not hold anything yet.
-    if (r.end_row > r.first_row) r.slots += r.first_node + r.end_row;
+    if (r.end_row > r.first_row) slots += r.first_node + r.end_row;
   }
-  if (r.slots > p.slots)
+  if (slots > p.slots)
     refuse("context_lens" + which + " is " + std::to_string(r.context_len) + " and with its tree it needs " +
-           std::to_string(r.slots) + " slots, but the cache has " + std::to_string(p.slots));
+           std::to_string(slots) + " slots, but the cache has " + std::to_string(p.slots));
+  r.slots = int(slots);
   if (p.page_table && r.end_row > r.first_row)
     for (int page = 0; page * p.page_size < r.slots; page++) {
       const int id = p.page_table[b * p.page_table_stride + page];
