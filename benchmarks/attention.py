@@ -113,6 +113,16 @@ def ours(inputs: Inputs, backend: str = "auto") -> Contestant:
     return Contestant(name, "ours", call, reads=(inputs.k_cache, inputs.v_cache))
 
 
+def ours_head_major(inputs: Inputs) -> Contestant:
+    """The same call over caches that lie head by head, to compare with PyTorch over such caches."""
+    k, v = (cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (inputs.k_cache, inputs.v_cache))
+
+    def call():
+        return specdec_ops.tree_attention(inputs.q, k, v, inputs.topology, inputs.context_lens)
+
+    return Contestant("specdec_ops head-major", "ours", call, reads=(k, v), layout="head-major")
+
+
 def ours_limited(inputs: Inputs, isa: str) -> Contestant:
     """Our CPU kernel held to an older instruction set, while PyTorch keeps the newest."""
     module, name = native(), f"specdec_ops {isa}"
@@ -182,7 +192,8 @@ def sdpa_packed(inputs: Inputs, contiguous: bool = False) -> Contestant:
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
     name = "sdpa packed head-major" if contiguous else "sdpa packed"
-    return Contestant(name, "pytorch", call, lambda out: unpack(out, inputs.case.model.heads), (k, v))
+    layout = "head-major" if contiguous else ""
+    return Contestant(name, "pytorch", call, lambda out: unpack(out, inputs.case.model.heads), (k, v), layout=layout)
 
 
 class OutOfTime(BaseException):
@@ -288,7 +299,7 @@ def contestants(inputs: Inputs, options) -> list[Contestant]:
         listed += [ours_limited(inputs, isa) for isa in options.isas]
     listed += [sdpa(inputs), sdpa_packed(inputs)]
     if options.preset != "quick":
-        listed.append(sdpa_packed(inputs, contiguous=True))
+        listed += [ours_head_major(inputs), sdpa_packed(inputs, contiguous=True)]
     listed.append(Contestant("eager", "pytorch", lambda: eager(inputs), reads=(inputs.k_cache, inputs.v_cache)))
     if inputs.case.flex:
         listed.append(flex(inputs, options.flex_seconds))

@@ -21,6 +21,7 @@ class Contestant:
     to_result: brings what `call` returns to the form that the check expects.
     reads: the large tensors it reads, evicted before each cold call.
     before, after: run around each call, untimed.
+    layout: how its K and V lie, where that is not as in the case. Ratios compare contestants of one layout only.
     problem: why it gets no time ("WRONG ..." or the reason why it can't run), or "".
     """
 
@@ -32,6 +33,7 @@ class Contestant:
     before: Callable[[], Any] | None = None
     after: Callable[[], Any] | None = None
     error: float | None = None
+    layout: str = ""
     problem: str = ""
 
     def run(self) -> Any:

@@ -28,16 +28,15 @@ COLUMNS = (
 )
 
 
-def fastest_pytorch(contestants: list[Contestant], timings: dict[str, Timing]) -> str:
-    """Name of the fastest correct PyTorch form, or ""."""
-    peers = [c.name for c in contestants if c.role == "pytorch" and c.name in timings]
+def fastest_pytorch(contestants: list[Contestant], timings: dict[str, Timing], layout: str = "") -> str:
+    """Name of the fastest correct PyTorch form for K and V of this layout, or ""."""
+    peers = [c.name for c in contestants if c.role == "pytorch" and c.layout == layout and c.name in timings]
     return min(peers, key=lambda name: timings[name].median, default="")
 
 
 def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Measurement, roofs, machine) -> list[dict]:
     """The lines of one cell. `roofs` is benchmarks.roofs.Roofs, `machine` the columns that never change."""
     timings = measured.timings
-    best = fastest_pytorch(contestants, timings)
     gemm = _gemm_rate(case, timings, roofs)
     read = timings.get("plain read")
     roof = max(read.median if read else case.bytes / roofs.read, case.flops / gemm if gemm else 0.0)
@@ -54,6 +53,7 @@ def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Meas
         timing = timings.get(contestant.name)
         if timing is not None:
             row |= _speed(case, contestant, timing)
+            best = fastest_pytorch(contestants, timings, contestant.layout)
             row |= {"others_percent": measured.others_percent, "best_pytorch": best}
             if contestant.role != "control":
                 row["ratio"] = paired_ratio(timings[best], timing) if best else ""

@@ -148,23 +148,23 @@ struct NarrowEngine {
   }
 };
 
-template <class Storage, int kMaxVecs, int kTile, bool kKeysInPlace>
+template <class Storage, int kMaxVecs, int kTile>
 static const LaneKernel* select_for_storage(int rows) {
   if (rows == 1) return &kWideKernel<NarrowEngine<Storage, 1>>;
   if (rows <= NarrowEngine<Storage, 4>::kMostRows) return &kWideKernel<NarrowEngine<Storage, 4>>;
-  return &kWideKernel<FloatEngine<Storage, kMaxVecs, kTile, kKeysInPlace>>;
+  return &kWideKernel<FloatEngine<Storage, kMaxVecs, kTile>>;
 }
 
-// The kernels that compute in fp32, for every dtype. fp32 keys may be used in place; others are converted first.
-template <int kMaxVecs, int kTile, bool kFloatKeysInPlace>
+// The kernels that compute in fp32, for every dtype.
+template <int kMaxVecs, int kTile>
 static const LaneKernel* select_float_kernel(DType dtype, int rows) {
   switch (dtype) {
     case DType::kFloat32:
-      return select_for_storage<Float32, kMaxVecs, kTile, kFloatKeysInPlace>(rows);
+      return select_for_storage<Float32, kMaxVecs, kTile>(rows);
     case DType::kBFloat16:
-      return select_for_storage<BFloat16, kMaxVecs, kTile, false>(rows);
+      return select_for_storage<BFloat16, kMaxVecs, kTile>(rows);
     case DType::kFloat16:
-      return select_for_storage<Float16, kMaxVecs, kTile, false>(rows);
+      return select_for_storage<Float16, kMaxVecs, kTile>(rows);
   }
   return nullptr;
 }

@@ -16,10 +16,6 @@
 #include <string>
 #include <vector>
 
-#ifdef _OPENMP
-#include <omp.h>
-#endif
-
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "cpu/lane.h"
@@ -183,8 +179,11 @@ std::vector<Plan> make_plans(const TreeAttentionParams& p) {
   return plans;
 }
 
-// How many lanes may go through a chunk together.
-int together(const Lane& lane) { return lane.rows <= kFewRows ? std::min(lane.params->kv_heads, kMostTogether) : 1; }
+// How many lanes may go through a chunk together: those of few rows whose heads are neighbours in the cache.
+int together(const Lane& lane) {
+  const TreeAttentionParams& p = *lane.params;
+  return lane.rows <= kFewRows && p.k_stride_head < p.k_stride_slot ? std::min(p.kv_heads, kMostTogether) : 1;
+}
 
 struct Sizes {
   size_t partial = 0, scratch = 0;

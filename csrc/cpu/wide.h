@@ -261,6 +261,7 @@ class Wide {
         if (vecs == 2) block<2>(row, t);
       if constexpr (Engine::kMaxVecs >= 4)
         if (vecs == 4) block<4>(row, t);
+      t.ahead.slots = 0;  // the first row block has fetched the next tile
     }
   }
 
