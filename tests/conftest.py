@@ -12,7 +12,8 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import specdec_ops
-from specdec_ops import _alloc
+from emulator import build, kernels
+from specdec_ops import _alloc, _dispatch
 
 
 class Target(NamedTuple):
@@ -28,9 +29,13 @@ class Target(NamedTuple):
 
 
 def targets(op: str) -> list[Target]:
-    """Every backend that can run an op on this machine, on CPU tensors and, where there is a GPU, on CUDA tensors."""
+    """Every backend that can run an op on this machine, on CPU tensors and, where there is a GPU, on CUDA tensors.
+
+    One more is known to the tests only: the CUDA kernels on CPU tensors, run by the emulator in tests/emulator.
+    """
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    return [
+    emulated = [Target(kernels.BACKEND, "cpu")] if op in kernels.IMPLEMENTATIONS and not build.why_not() else []
+    return emulated + [
         Target(backend, device)
         for device in devices
         for backend, reason in specdec_ops.backends(op, device).items()
@@ -68,6 +73,18 @@ def poisoned_memory(monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("specdec_ops.triton_kernels.") and hasattr(module, "torch"):
             monkeypatch.setattr(module, "torch", PoisonedTorch())
+
+
+@pytest.fixture(autouse=True)
+def emulated_cuda(request, monkeypatch):
+    """Lets tests over all targets name the emulator as a backend. The package itself knows nothing of it."""
+    if "target" in request.fixturenames:
+        resolve = _dispatch.resolve
+
+        def resolve_or_emulate(op, backend, tensor):
+            return kernels.IMPLEMENTATIONS[op] if backend == kernels.BACKEND else resolve(op, backend, tensor)
+
+        monkeypatch.setattr(_dispatch, "resolve", resolve_or_emulate)
 
 
 @pytest.fixture(autouse=True)

@@ -39,7 +39,10 @@ struct SharedTree {
     first_child = memory.take<int32_t>(nodes + 1);
     status = memory.take<int32_t>(1);
   }
-  static size_t bytes(int32_t nodes) { return size_t(nodes) * 20 + 8; }
+  static size_t bytes(int32_t nodes) {
+    return SharedMemory::bytes<uint64_t>(nodes) + 2 * SharedMemory::bytes<int32_t>(nodes) +
+           SharedMemory::bytes<int32_t>(nodes + 1) + SharedMemory::bytes<int32_t>(1);
+  }
 };
 
 // Reads the parents of nodes below count and keeps the sound ones.

@@ -1,0 +1,153 @@
+"""Compiles kernels, emulator and their programs into build/emulator: ninja knows what has changed."""
+
+import fcntl
+import functools
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parent.parent
+OUTPUT = Path("build", "emulator")  # of ROOT
+
+FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+FLAGS += ["-Wno-unknown-pragmas", "-DSPECDEC_EMULATED", "-Itests/emulator", "-Icsrc"]
+SANITIZERS = {
+    "plain": [],
+    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "thread": ["-fsanitize=thread"],
+}
+# The emulator plays the part of the hardware, which ThreadSanitizer must not look into.
+EMULATOR_FLAGS = {**SANITIZERS, "thread": ["-DSPECDEC_EMULATOR_TSAN"]}
+SHARED = ["-shared", "-Wl,-Bsymbolic"]
+PROGRAMS = ["planted_bugs", "device_names"]
+EMULATOR = ["emulator", "fiber", "collectives"]
+# Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu.
+OPS = {"build_topology": "BuildTopologyParams", "merge_states": "MergeStatesParams"}
+
+
+class CannotRun(Exception):
+    """This machine lacks something that an emulated kernel needs. Tests are skipped, with this as the reason."""
+
+
+def compiler():
+    return shlex.split(os.environ.get("CXX", "")) or ["g++" if shutil.which("g++") else "c++"]
+
+
+def find_ninja():
+    try:
+        from ninja import BIN_DIR
+    except ImportError:
+        BIN_DIR = ""
+    return shutil.which("ninja", path=BIN_DIR) or shutil.which("ninja")
+
+
+def why_not():
+    """Why nothing can be emulated here, or None."""
+    if sys.platform != "linux":
+        return "the emulator runs on Linux only"
+    if shutil.which(compiler()[0]) is None:
+        return f"there is no C++ compiler {compiler()[0]!r}"
+    if find_ninja() is None:
+        return "there is no ninja"
+    return None
+
+
+def ninja_file():
+    """How to make every program and library."""
+    cxx = shlex.join(compiler())
+    lines = [
+        f"builddir = {OUTPUT}",
+        f"rule compile\n  command = {cxx} -MMD -MF $out.d -x c++ -c $in -o $out $flags",
+        "  depfile = $out.d\n  deps = gcc",
+        f"rule link\n  command = {cxx} $in -o $out $flags",
+    ]
+
+    def compiled(name, source, flags):
+        lines.append(f"build {OUTPUT}/{name}.o: compile {source}\n  flags = {shlex.join([*FLAGS, *flags])}")
+
+    def linked(name, objects, flags):
+        objects = " ".join(f"{OUTPUT}/{object_}.o" for object_ in objects)
+        lines.append(f"build {OUTPUT}/{name}: link {objects}\n  flags = {shlex.join(flags)}")
+
+    for build, flags in SANITIZERS.items():
+        own, emulator = EMULATOR_FLAGS[build], [f"{build}/{name}" for name in EMULATOR]
+        for name in (*EMULATOR, "replay"):
+            compiled(f"{build}/{name}", f"tests/emulator/{name}.cpp", own)
+        for name in PROGRAMS:
+            compiled(f"{build}/{name}", f"tests/emulator/{name}.cpp", flags)
+            linked(f"{build}/{name}", [*emulator, f"{build}/{name}"], flags)
+        for op, params in OPS.items():
+            names = [f"-DSPECDEC_LAUNCHER={op}_cuda", f"-DSPECDEC_PARAMS={params}"]
+            compiled(f"{build}/{op}_entry", "tests/emulator/entry.cpp", [*own, *names])
+            for kernel in kernels_of(op):
+                compiled(f"{build}/{kernel}", f"csrc/cuda/{kernel}.cu", flags)
+            objects = [f"{build}/{name}" for name in (*EMULATOR, f"{op}_entry", *kernels_of(op), "replay")]
+            linked(f"{build}/{op}", objects, flags)
+
+    compiled("count_traffic", "tests/emulator/count_traffic.cpp", [])
+    for op in OPS:
+        emulator = [f"plain/{name}" for name in (*EMULATOR, f"{op}_entry")]
+        linked(f"{op}.so", [*emulator, *(f"plain/{kernel}" for kernel in kernels_of(op))], SHARED)
+        instrumented = [f"thread/{kernel}" for kernel in kernels_of(op)]
+        linked(f"{op}_traffic.so", [*emulator, *instrumented, "count_traffic"], SHARED)
+    return "\n".join(lines) + "\n"
+
+
+def kernels_of(op):
+    return sorted(path.stem for path in (ROOT / "csrc/cuda").glob(f"{op}*.cu"))
+
+
+@functools.cache
+def made(target):
+    """The path of a program (plain/planted_bugs, thread/OP) or of a library (OP.so, OP_traffic.so), up to date."""
+    if reason := why_not():
+        raise CannotRun(reason)
+    build = target.partition("/")[0]
+    if build in SANITIZERS and not links(build):
+        raise CannotRun(f"{compiler()[0]} can't link with {SANITIZERS[build][0]}")
+    (ROOT / OUTPUT).mkdir(parents=True, exist_ok=True)
+    with open(ROOT / OUTPUT / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        text, path = ninja_file(), ROOT / OUTPUT / "build.ninja"
+        if not path.exists() or path.read_text() != text:
+            path.write_text(text)
+        jobs = len(os.sched_getaffinity(0))
+        command = [find_ninja(), "-f", f"{OUTPUT}/build.ninja", "-j", str(jobs), f"{OUTPUT}/{target}"]
+        done = subprocess.run(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    assert done.returncode == 0, done.stdout
+    return str(ROOT / OUTPUT / target)
+
+
+@functools.cache
+def links(build):
+    """Whether the compiler has what a sanitizer needs at run time."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [*compiler(), *SANITIZERS[build], "-x", "c++", "-", "-o", f"{folder}/empty"]
+        return subprocess.run(command, input="int main() {}", text=True, capture_output=True).returncode == 0
+
+
+def run(target, *arguments):
+    """Run a program: its exit status and everything it prints."""
+    command = [made(target), *map(str, arguments)]
+    status, output = output_of(command)
+    # ThreadSanitizer of older compilers fails where addresses are randomised by more bits than it knows.
+    if "unexpected memory mapping" in output:
+        if output_of(["setarch", "-R", "true"])[0] != 0:
+            raise CannotRun("ThreadSanitizer does not support this machine's randomised addresses")
+        status, output = output_of(["setarch", "-R", *command])
+    return status, output
+
+
+def output_of(command):
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    try:
+        done = subprocess.run(command, env=environment, text=True, errors="replace", timeout=120, **pipes)
+    except FileNotFoundError as error:
+        return 127, str(error)
+    return done.returncode, done.stdout

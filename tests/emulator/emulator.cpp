@@ -1,0 +1,483 @@
+#include "emulator.h"
+
+#include <algorithm>
+#include <cstdarg>
+#include <cstdio>
+#include <cstdlib>
+#include <deque>
+#include <map>
+#include <memory>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+uint3 threadIdx, blockIdx;
+dim3 blockDim, gridDim;
+
+namespace specdec::emulator {
+
+namespace {
+
+constexpr int kLanes = 32;
+constexpr size_t kMostSharedBytes = 227 * 1024;
+constexpr size_t kSharedAlignment = 128;
+
+enum class State : unsigned char { kReady, kAtBarrier, kAtCollective, kDone };
+
+void thread_main();
+
+// A CUDA thread.
+struct Thread {
+  Fiber fiber{thread_main};
+  State state = State::kDone;
+  int index = 0;  // in its block
+  uint3 index3{};
+  Site site{"", 0};  // where it waits
+  Collective collective{};
+  uint32_t lanes = 0;
+  Payload* payload = nullptr;
+  std::deque<std::vector<AsyncCopy>> groups;  // committed, the oldest first
+  std::vector<AsyncCopy> open_group;
+
+  void restart() {
+    fiber.restart();
+    groups.clear();
+    open_group.clear();
+  }
+};
+
+struct SharedArray {
+  unsigned char* allocation;
+  unsigned char* begin;
+  size_t bytes, offset;
+  char created;  // orders its first bytes before every use
+};
+
+struct Launch {
+  dim3 grid, block;
+  size_t shared_bytes;
+  void (*body)(void*);
+  void* argument;
+  char started, ended;  // order the threads after what the host did before, and before what it does next
+};
+
+// The threads of the blocks that it runs one after another, with the shared memory of the current block.
+class Block {
+ public:
+  ~Block() { free_old_arrays(); }
+  void start(Launch*);
+  void run(uint64_t linear_index);
+  void free_old_arrays();
+
+  void block_sync(Site);
+  void warp_collective(Collective, uint32_t lanes, Payload&, Site);
+  [[noreturn]] void fail(Site, const char* format, va_list);
+  void* shared_static(const void* key, size_t bytes);
+  void* shared_dynamic(int index, size_t offset, size_t bytes, Site);
+  bool is_in_shared(const void* address, size_t bytes) const;
+  void thread_body();
+
+  Thread* current = nullptr;
+  std::string error;
+
+ private:
+  void begin(uint64_t linear_index);
+  bool run_warp(int warp);
+  void run_until_stuck_or_done();
+  void abandon();
+  std::string waiting_threads() const;
+  SharedArray make_array(size_t bytes, size_t offset) const;
+  void drop_arrays();
+  int warps() const { return (count_ + kLanes - 1) / kLanes; }
+  bool random() const { return options().order == Order::kRandom; }
+
+  Launch* launch_ = nullptr;
+  std::vector<std::unique_ptr<Thread>> threads_;
+  std::vector<int> turns_;  // the order of the threads, within their warps
+  int count_ = 0, alive_ = 0, arrived_ = 0, barriers_ = 0;
+  std::mt19937_64 random_;
+  std::map<const void*, SharedArray> static_arrays_;
+  std::deque<SharedArray> dynamic_arrays_;
+  std::vector<unsigned char*> old_arrays_;
+  char barrier_[2];  // two, in turn: a thread that is late for one must not meet those that have reached the next
+  char warp_sync_[1024 / kLanes];
+};
+
+// ThreadSanitizer takes blocks for unordered only if they are run by different fibers, hence two.
+#ifdef SPECDEC_EMULATOR_TSAN
+constexpr int kBlocks = 2;
+#else
+constexpr int kBlocks = 1;
+#endif
+Block blocks[kBlocks];
+Block* running = nullptr;
+
+std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
+
+bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
+
+// {0, 1, 2, 7} is "0-2,7".
+std::string ranges(const std::vector<int>& numbers) {
+  std::string list;
+  for (size_t first = 0; first < numbers.size();) {
+    size_t last = first;
+    while (last + 1 < numbers.size() && numbers[last + 1] == numbers[last] + 1) ++last;
+    if (!list.empty()) list += ",";
+    list += std::to_string(numbers[first]);
+    if (last > first) list += "-" + std::to_string(numbers[last]);
+    first = last + 1;
+  }
+  return list;
+}
+
+void complain_of(const std::vector<AsyncCopy>& copies) {
+  if (!copies.empty()) fail(copies[0].site, "an asynchronous copy is never waited for");
+}
+
+void thread_main() { running->thread_body(); }
+
+void Block::thread_body() {
+  for (;;) {  // once per block
+    Thread& thread = *current;
+    acquire(&launch_->started);
+    launch_->body(launch_->argument);
+    for (const auto& group : thread.groups) complain_of(group);
+    complain_of(thread.open_group);
+    release(&launch_->ended);
+    thread.state = State::kDone;
+    --alive_;
+    thread.fiber.yield();
+  }
+}
+
+void Block::start(Launch* launch) {
+  launch_ = launch;
+  error.clear();
+  count_ = int(launch->block.x * launch->block.y * launch->block.z);
+  while (int(threads_.size()) < count_) threads_.push_back(std::make_unique<Thread>());
+}
+
+void Block::begin(uint64_t linear_index) {
+  const dim3 grid = launch_->grid, block = launch_->block;
+  blockIdx = {unsigned(linear_index % grid.x), unsigned(linear_index / grid.x % grid.y),
+              unsigned(linear_index / grid.x / grid.y)};
+  random_.seed(options().seed * 1000003 + linear_index);
+  release(&launch_->started);
+  alive_ = count_;
+  arrived_ = 0;
+  turns_.resize(count_);
+  for (int i = 0; i < count_; ++i) {
+    Thread& thread = *threads_[i];
+    thread.index = i;
+    thread.index3 = {i % block.x, i / block.x % block.y, i / (block.x * block.y)};
+    thread.state = State::kReady;
+    const int warp_start = i / kLanes * kLanes, warp_end = std::min(count_, warp_start + kLanes);
+    turns_[i] = options().order == Order::kReverse ? warp_start + warp_end - 1 - i : i;
+  }
+}
+
+// Lets a warp go as far as it can, or in random order, for a while. Returns whether any thread has run.
+bool Block::run_warp(int warp) {
+  const auto first = turns_.begin() + warp * kLanes;
+  const auto last = turns_.begin() + std::min(count_, warp * kLanes + kLanes);
+  bool any = false;
+  for (bool again = true; again && error.empty();) {
+    again = false;
+    if (random()) std::shuffle(first, last, random_);
+    for (auto turn = first; turn != last && error.empty(); ++turn) {
+      Thread& thread = *threads_[*turn];
+      if (thread.state != State::kReady) continue;
+      again = any = true;
+      current = &thread;
+      threadIdx = thread.index3;
+      thread.fiber.resume();
+    }
+    if (random() && random_() % 256 == 0) break;
+  }
+  return any;
+}
+
+void Block::run_until_stuck_or_done() {
+  std::vector<int> order(warps());
+  std::iota(order.begin(), order.end(), 0);
+  if (options().order == Order::kReverse) std::reverse(order.begin(), order.end());
+  while (alive_ > 0 && error.empty()) {
+    bool any = false;
+    if (random()) std::shuffle(order.begin(), order.end(), random_);
+    for (int warp : order) any |= run_warp(warp);
+    if (!any) error = "deadlock";
+  }
+}
+
+void Block::run(uint64_t linear_index) {
+  running = this;
+  begin(linear_index);
+  run_until_stuck_or_done();
+  if (!error.empty()) abandon();
+  drop_arrays();
+}
+
+void Block::abandon() {
+  char where[96];
+  std::snprintf(where, sizeof where, " in block (%u, %u, %u)", blockIdx.x, blockIdx.y, blockIdx.z);
+  error += where + waiting_threads();
+  for (int i = 0; i < count_; ++i) {
+    if (threads_[i]->state != State::kDone) {
+      threads_[i]->fiber.as_this_fiber([&] { release(&launch_->ended); });
+    }
+  }
+  for (auto& thread : threads_) thread->restart();
+}
+
+std::string Block::waiting_threads() const {
+  std::map<std::string, std::vector<int>> groups;
+  for (int i = 0; i < count_; ++i) {
+    const Thread& thread = *threads_[i];
+    std::string what = "exited";
+    if (thread.state == State::kReady) what = "can run";
+    if (thread.state == State::kAtBarrier) what = "wait in block_sync at " + text(thread.site);
+    if (thread.state == State::kAtCollective) {
+      char mask[16];
+      std::snprintf(mask, sizeof mask, "%08x", thread.lanes);
+      what = std::string("wait in ") + name_of(thread.collective) + " of lanes " + mask + " at " + text(thread.site);
+    }
+    groups[what].push_back(i);
+  }
+  std::string list;
+  for (const auto& [what, threads] : groups) list += "\n  threads " + ranges(threads) + ": " + what;
+  return list;
+}
+
+void Block::fail(Site site, const char* format, va_list arguments) {
+  Fiber::as_scheduler([&] {  // which must own the memory of the message
+    char what[512];
+    std::vsnprintf(what, sizeof what, format, arguments);
+    error = what + (" at " + text(site)) + ", thread " + std::to_string(current->index);
+  });
+  current->fiber.yield();
+  std::abort();  // an abandoned fiber is never resumed
+}
+
+void Block::block_sync(Site site) {
+  Thread& thread = *current;
+  void* barrier = &barrier_[barriers_ & 1];
+  release(barrier);
+  thread.site = site;
+  thread.state = State::kAtBarrier;
+  if (++arrived_ < count_) {
+    thread.fiber.yield();
+  } else {
+    for (int i = 0; i < count_; ++i) {
+      if (same(threads_[i]->site, site)) continue;
+      emulator::fail(site, "divergent barrier: threads meet in different calls of block_sync");
+    }
+    for (int i = 0; i < count_; ++i) threads_[i]->state = State::kReady;
+    arrived_ = 0;
+    ++barriers_;
+  }
+  acquire(barrier);
+}
+
+void Block::warp_collective(Collective collective, uint32_t lanes, Payload& payload, Site site) {
+  Thread& thread = *current;
+  const int warp = thread.index / kLanes, lane = thread.index % kLanes;
+  const int size = std::min(kLanes, count_ - warp * kLanes);
+  const char* name = name_of(collective);
+  if (!(lanes >> lane & 1)) emulator::fail(site, "%s is called by a lane that it does not name", name);
+  if (size < kLanes && lanes >> size) emulator::fail(site, "%s names lanes that the block does not have", name);
+  thread.collective = collective;
+  thread.lanes = lanes;
+  thread.payload = &payload;
+  thread.site = site;
+  thread.state = State::kAtCollective;
+  // warp_sync orders memory; shuffles, votes and matrix instructions don't.
+  const bool orders = collective == Collective::kSync;
+  if (orders) release(&warp_sync_[warp]);
+
+  Payload* payloads[kLanes] = {};
+  for (int i = 0; i < size; ++i) {
+    if (!(lanes >> i & 1)) continue;
+    const Thread& other = *threads_[warp * kLanes + i];
+    if (other.state != State::kAtCollective || other.collective != collective || other.lanes != lanes) {
+      return thread.fiber.yield();  // and the last one to come does the rest
+    }
+    payloads[i] = other.payload;
+  }
+  combine(collective, lanes, payloads);
+  for (int i = 0; i < size; ++i) {
+    if (!(lanes >> i & 1)) continue;
+    Thread& other = *threads_[warp * kLanes + i];
+    other.state = State::kReady;
+    if (orders) other.fiber.as_this_fiber([&] { acquire(&warp_sync_[warp]); });
+  }
+}
+
+// Bytes of 0xff, with no more bytes behind them than asked for, so that AddressSanitizer sees the first one beyond. The
+// address has the alignment of the offset and no other.
+SharedArray Block::make_array(size_t bytes, size_t offset) const {
+  const size_t before = offset % kSharedAlignment;
+  void* memory = nullptr;
+  if (posix_memalign(&memory, kSharedAlignment, before + bytes) != 0) throw std::bad_alloc();
+  auto* allocation = static_cast<unsigned char*>(memory);
+  std::memset(allocation, 0xff, before + bytes);
+  SPECDEC_POISON(allocation, before);
+  return {allocation, allocation + before, bytes, offset, 0};
+}
+
+void Block::drop_arrays() {
+  const auto drop = [&](const SharedArray& array) {
+    SPECDEC_UNPOISON(array.allocation, size_t(array.begin - array.allocation) + array.bytes);
+    old_arrays_.push_back(array.allocation);
+  };
+  for (const auto& [key, array] : static_arrays_) drop(array);
+  for (const auto& array : dynamic_arrays_) drop(array);
+  static_arrays_.clear();
+  dynamic_arrays_.clear();
+#ifndef SPECDEC_EMULATOR_TSAN
+  free_old_arrays();  // ThreadSanitizer must not see an address twice in a launch, and take two blocks' use for a race
+#endif
+}
+
+void Block::free_old_arrays() {
+  for (unsigned char* array : old_arrays_) std::free(array);
+  old_arrays_.clear();
+}
+
+void* Block::shared_static(const void* key, size_t bytes) {
+  SharedArray* array = nullptr;
+  Fiber::as_scheduler([&] {
+    const auto [place, is_new] = static_arrays_.try_emplace(key);
+    array = &place->second;
+    if (!is_new) return;
+    *array = make_array(bytes, 0);
+    release(&array->created);
+  });
+  acquire(&array->created);
+  return array->begin;
+}
+
+void* Block::shared_dynamic(int index, size_t offset, size_t bytes, Site site) {
+  if (offset + bytes > launch_->shared_bytes) {
+    emulator::fail(site, "an array in shared memory ends at byte %zu, the launch asked for %zu bytes", offset + bytes,
+                   launch_->shared_bytes);
+  }
+  if (index == int(dynamic_arrays_.size())) {
+    Fiber::as_scheduler([&] {
+      dynamic_arrays_.push_back(make_array(bytes, offset));
+      release(&dynamic_arrays_.back().created);
+    });
+  }
+  SharedArray& array = dynamic_arrays_[index];
+  if (array.bytes != bytes || array.offset != offset) {
+    emulator::fail(site, "threads cut the shared memory into different arrays");
+  }
+  acquire(&array.created);
+  return array.begin;
+}
+
+bool Block::is_in_shared(const void* address, size_t bytes) const {
+  const auto* first = static_cast<const unsigned char*>(address);
+  const auto has = [&](const SharedArray& array) {
+    return first >= array.begin && first + bytes <= array.begin + array.bytes;
+  };
+  return std::any_of(dynamic_arrays_.begin(), dynamic_arrays_.end(), has) ||
+         std::any_of(static_arrays_.begin(), static_arrays_.end(), [&](const auto& item) { return has(item.second); });
+}
+
+void run_blocks(Launch& launch) {
+  const uint64_t count = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
+  std::vector<uint64_t> order(count);
+  std::iota(order.begin(), order.end(), 0);
+  if (options().order == Order::kReverse) std::reverse(order.begin(), order.end());
+  if (options().order == Order::kRandom) std::shuffle(order.begin(), order.end(), std::mt19937_64(options().seed));
+  for (auto& block : blocks) block.start(&launch);
+  std::string error;
+  for (uint64_t turn = 0; turn < count && error.empty(); ++turn) {
+    Block& block = blocks[turn % kBlocks];
+    block.run(order[turn]);
+    error = block.error;
+  }
+  acquire(&launch.ended);
+  for (auto& block : blocks) block.free_old_arrays();
+  if (!error.empty()) throw std::runtime_error(error);
+}
+
+}  // namespace
+
+Options& options() {
+  static Options options;
+  return options;
+}
+
+void fail(Site site, const char* format, ...) {
+  va_list arguments;
+  va_start(arguments, format);
+  running->fail(site, format, arguments);
+}
+
+void block_sync(Site site) { running->block_sync(site); }
+
+void warp_collective(Collective collective, uint32_t lanes, Payload& payload, Site site) {
+  running->warp_collective(collective, lanes, payload, site);
+}
+
+void device_fence() {
+  static char everyone;  // orders more than a fence does: it may hide a race, and never invents one
+  acquire(&everyone);
+  release(&everyone);
+}
+
+void* shared_static(const void* key, size_t bytes) { return running->shared_static(key, bytes); }
+
+void* shared_dynamic(int index, size_t offset, size_t bytes, Site site) {
+  return running->shared_dynamic(index, offset, bytes, site);
+}
+
+void check_in_shared(const void* address, size_t bytes, const char* what, Site site) {
+  if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail(site, "%s is not aligned to %zu bytes", what, bytes);
+  if (!running->is_in_shared(address, bytes)) fail(site, "%s is not inside one array in shared memory", what);
+}
+
+void copy_issued(AsyncCopy copy) {
+  Fiber::as_scheduler([&] { running->current->open_group.push_back(copy); });
+}
+
+void copies_committed() {
+  Fiber::as_scheduler([&] {
+    Thread& thread = *running->current;
+    thread.groups.push_back(std::move(thread.open_group));
+    thread.open_group.clear();
+  });
+}
+
+bool next_copy_to_finish(int groups_left, AsyncCopy& copy) {
+  bool found = false;
+  Fiber::as_scheduler([&] {
+    auto& groups = running->current->groups;
+    while (int(groups.size()) > groups_left && groups.front().empty()) groups.pop_front();
+    if (int(groups.size()) <= groups_left) return;
+    found = true;
+    copy = groups.front().back();
+    groups.front().pop_back();
+  });
+  return found;
+}
+
+cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument) {
+  const uint64_t threads = uint64_t(block.x) * block.y * block.z;
+  if (threads == 0 || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
+    return cudaErrorInvalidConfiguration;
+  if (shared_bytes > kMostSharedBytes) return cudaErrorInvalidValue;
+  gridDim = grid;
+  blockDim = block;
+  Launch launch{grid, block, shared_bytes, body, argument, 0, 0};
+  run_blocks(launch);
+  return cudaSuccess;
+}
+
+}  // namespace specdec::emulator

@@ -1,0 +1,30 @@
+// The library that Python calls: one op's CUDA launcher, run by the emulator. The macros SPECDEC_LAUNCHER and
+// SPECDEC_PARAMS name the launcher and its parameters.
+#include <mutex>
+#include <stdexcept>
+#include <string>
+
+#include "cuda/launchers.h"
+#include "emulator.h"
+
+#define SPECDEC_EXPORT extern "C" __attribute__((visibility("default")))
+
+using namespace specdec;
+
+SPECDEC_EXPORT size_t specdec_params_bytes() { return sizeof(SPECDEC_PARAMS); }
+
+// Returns nullptr, or what went wrong. The text is good until the next call.
+SPECDEC_EXPORT const char* specdec_run(const void* params, int order, uint64_t seed) {
+  static std::mutex one_at_a_time;  // Python lets other threads run meanwhile
+  const std::lock_guard<std::mutex> lock(one_at_a_time);
+  static std::string message;
+  emulator::options() = {static_cast<emulator::Order>(order), seed};
+  try {
+    const cudaError_t error = SPECDEC_LAUNCHER(*static_cast<const SPECDEC_PARAMS*>(params), 0, nullptr);
+    if (error == cudaSuccess) return nullptr;
+    message = "CUDA error " + std::to_string(error);
+  } catch (const std::exception& error) {
+    message = error.what();
+  }
+  return message.c_str();
+}

@@ -1,0 +1,188 @@
+"""The CUDA launchers, emulated: the backend "cuda-emulated" of the tests, and replays under a sanitizer."""
+
+import ctypes
+import functools
+import re
+import struct
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from . import build
+
+BACKEND = "cuda-emulated"
+ORDERS = {"forward": 0, "reverse": 1, "random": 2}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_C_TYPES = {
+    "int32_t": ctypes.c_int32,
+    "int64_t": ctypes.c_int64,
+    "uint64_t": ctypes.c_uint64,
+    "float": ctypes.c_float,
+    "DType": ctypes.c_int32,
+}
+
+
+class Launch(NamedTuple):
+    """A call of an op's launcher: the tensors that its parameters point to, by name, and the other parameters."""
+
+    op: str
+    tensors: dict
+    numbers: dict
+
+
+def build_topology_launch(
+    parents, num_nodes, parents_out, depths, ancestors, first_child, next_sibling, num_nodes_out, status
+):
+    tensors = dict(locals())
+    return Launch("build_topology", tensors, dict(zip(("batch", "nodes", "words"), ancestors.shape, strict=True)))
+
+
+def merge_states_launch(out_a, lse_a, out_b, lse_b, out, lse):
+    tensors = dict(locals())
+    numbers = {"rows": lse.numel(), "dim": out.shape[-1], "dtype": DTYPES[out.dtype]}
+    return Launch("merge_states", tensors, numbers)
+
+
+# The signature that all backends of an op share.
+def build_topology(*arguments):
+    run(build_topology_launch(*arguments))
+
+
+def merge_states(*arguments):
+    run(merge_states_launch(*arguments))
+
+
+IMPLEMENTATIONS = {"build_topology": build_topology, "merge_states": merge_states}
+
+
+@functools.cache
+def params_type(op):
+    """The ctypes structure of an op's parameters, read from csrc/specdec/params.h."""
+    name = build.OPS[op]
+    text = re.sub(r"//.*", "", (build.ROOT / "csrc/specdec/params.h").read_text())
+    body = re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.DOTALL)[1]
+    fields = []
+    for declaration in filter(None, map(str.strip, body.split(";"))):
+        kind, names = re.fullmatch(r"(?:const )?(\w+\*?) (.*)", declaration, re.DOTALL).groups()
+        c_type = ctypes.c_void_p if kind.endswith("*") else _C_TYPES[kind]
+        fields += [(field.strip(), c_type) for field in names.split(",")]
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+@functools.cache
+def library(name, op):
+    """A library of an op, with the types of its functions."""
+    loaded = ctypes.CDLL(build.made(f"{name}.so"))
+    loaded.specdec_params_bytes.restype = ctypes.c_size_t
+    loaded.specdec_run.restype = ctypes.c_char_p
+    loaded.specdec_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64]
+    assert loaded.specdec_params_bytes() == ctypes.sizeof(params_type(op))
+    return loaded
+
+
+def params_of(launch):
+    addresses = {name: tensor.data_ptr() for name, tensor in launch.tensors.items() if tensor is not None}
+    return params_type(launch.op)(**addresses, **launch.numbers)
+
+
+def run(launch, order="forward", seed=0, library_name=None):
+    """Emulate a launch in this process. Raises RuntimeError for whatever the kernel does wrong."""
+    params = params_of(launch)
+    message = library(library_name or launch.op, launch.op).specdec_run(ctypes.byref(params), ORDERS[order], seed)
+    if message is not None:
+        raise RuntimeError(f"{launch.op} on the emulator: {message.decode()}")
+
+
+def extent(tensor):
+    """The bytes from the first element of a tensor to the end of its last one, holes included."""
+    if tensor.numel() == 0:
+        return 0
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return (last + 1) * tensor.element_size()
+
+
+class Traffic(NamedTuple):
+    """Bytes that the threads of a launch have read from a tensor, and written to it."""
+
+    read: int
+    written: int
+
+
+def traffic(launch):
+    """Emulate a launch, and count what its threads read and write of each tensor, in {name: Traffic}."""
+    name = f"{launch.op}_traffic"
+    counter = library(name, launch.op)
+    counter.specdec_watch.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    for function in (counter.specdec_bytes_read, counter.specdec_bytes_written):
+        function.argtypes, function.restype = [ctypes.c_size_t], ctypes.c_uint64
+    tensors = {name: tensor for name, tensor in launch.tensors.items() if tensor is not None}
+    try:
+        for tensor in tensors.values():
+            counter.specdec_watch(tensor.data_ptr(), extent(tensor))
+        run(launch, library_name=name)
+        return {
+            name: Traffic(counter.specdec_bytes_read(index), counter.specdec_bytes_written(index))
+            for index, name in enumerate(tensors)
+        }
+    finally:
+        counter.specdec_forget_watched()
+
+
+def replay(launch, sanitizer):
+    """Emulate a launch in a process with a sanitizer, in several orders.
+
+    Every tensor gets memory of just its size; two share theirs if they start at one address. The given tensors stay as
+    they are.
+
+    Returns:
+        {name: the tensor after the launch}
+
+    Raises:
+        RuntimeError: the emulator or the sanitizer found something wrong, or orders differ in their result.
+    """
+    tensors = {name: tensor for name, tensor in launch.tensors.items() if tensor is not None}
+    kind = params_type(launch.op)
+    params = bytes(kind(**launch.numbers))
+    sharing = {}  # {address: the names of the tensors there}
+    for name, tensor in tensors.items():
+        sharing.setdefault(tensor.data_ptr() or name, []).append(name)  # an empty tensor may have no address
+    parts = [numbers(len(params)), params, numbers(len(sharing))]
+    for names in sharing.values():
+        content = bytes_of(tensors[names[0]])
+        parts += [numbers(len(names), *(getattr(kind, name).offset for name in names), len(content)), content]
+    with tempfile.TemporaryDirectory() as folder:
+        file, results = Path(folder, "launch"), Path(folder, "results")
+        file.write_bytes(b"".join(parts))
+        status, output = build.run(f"{sanitizer}/{launch.op}", file, results)
+        if status != 0:
+            raise RuntimeError(f"{launch.op} on the emulator ({sanitizer}): {output}")
+        content = results.read_bytes()
+    after = {}
+    for names in sharing.values():
+        size = extent(tensors[names[0]])
+        after |= {name: tensor_of(content[:size], tensors[name]) for name in names}
+        content = content[size:]
+    return after
+
+
+def numbers(*values):
+    """64-bit numbers, as replay.cpp reads them."""
+    return struct.pack(f"<{len(values)}Q", *values)
+
+
+def bytes_of(tensor):
+    """The bytes of a tensor's extent."""
+    if tensor.numel() == 0:
+        return b""
+    flat = tensor.as_strided((extent(tensor) // tensor.element_size(),), (1,))
+    return flat.view(torch.uint8).numpy().tobytes()
+
+
+def tensor_of(content, like):
+    """A tensor with the shape and strides of another one, over these bytes."""
+    if not content:
+        return torch.empty_like(like)
+    flat = torch.frombuffer(bytearray(content), dtype=torch.uint8).view(like.dtype)
+    return flat.as_strided(like.shape, like.stride())
