@@ -1,0 +1,22 @@
+// The CUDA launchers, as the bindings call them. They return errors, never synchronise and never exit.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "specdec/params.h"
+
+namespace specdec {
+
+cudaError_t build_topology_cuda(const BuildTopologyParams& params, int device, cudaStream_t stream);
+cudaError_t merge_states_cuda(const MergeStatesParams& params, int device, cudaStream_t stream);
+cudaError_t tree_attention_cuda(const TreeAttentionParams& params, int device, cudaStream_t stream);
+
+// One helpful sentence for an error of a launch on this device.
+std::string explain(cudaError_t error, int device);
+
+// Why this device can't run the compiled kernels (no driver, no such device, not built for its architecture), or "".
+std::string cuda_device_error(int device);
+
+}  // namespace specdec

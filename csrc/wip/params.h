@@ -1,0 +1,90 @@
+// Plain structs shared by the CPU kernels, the CUDA launchers and the bindings.
+//
+// Everything here is framework-free: pointers, sizes, strides. Shapes are written with the same words as in the Python
+// docstrings: batch, queries, nodes, heads, kv_heads, slots, pages, dim. Strides count elements, not bytes. The last
+// dimension of every tensor is contiguous. Offsets are 64-bit, so that a view with more than 2^31 elements is safe.
+#pragma once
+
+#include <cstdint>
+
+namespace specdec {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+// Bits of the per-request status that build_topology writes. Zero means that the request's tree is sound.
+enum TopologyStatus : int32_t {
+  kParentOutOfRange = 1,  // a parent below -1, or not below num_nodes
+  kParentNotBefore = 2,   // a parent that does not come before its child (this includes every cycle)
+  kNumNodesOutOfRange = 4,
+};
+
+// Ancestor sets for trees whose parents change every step. Nodes from num_nodes on are blanked: no parent, depth 0,
+// no ancestors (not even themselves), no child, no sibling. A node with a bad parent becomes a root and sets a status.
+struct BuildTopologyParams {
+  const int32_t* parents;    // [batch, nodes], contiguous
+  const int32_t* num_nodes;  // [batch]
+  int32_t* parents_out;      // [batch, nodes]
+  int32_t* depths;           // [batch, nodes]
+  uint64_t* ancestors;       // [batch, nodes, words], bit j of word j / 64: node j is an ancestor of, or is, this node
+  int32_t* first_child;      // [batch, nodes], lowest child or -1
+  int32_t* next_sibling;     // [batch, nodes], next higher node with the same parent or -1; roots are siblings
+  int32_t* num_nodes_out;    // [batch], clamped to [0, nodes]
+  int32_t* status;           // [batch], TopologyStatus bits
+  int32_t batch, nodes, words;
+};
+
+// One attention call. A query row of request b is node query_start + query_starts[b] + r of its tree; node i has its
+// K and V in slot context_lens[b] + i. Without a tree (ancestors == nullptr) a row sees exactly the context.
+struct TreeAttentionParams {
+  const void* q;        // [batch, queries, heads, dim], or [tokens, heads, dim] when offsets is set
+  const void* k_cache;  // [batch, slots, kv_heads, dim], or [pages, page_size, kv_heads, dim] when page_table is set
+  const void* v_cache;
+  void* out;                    // like q
+  float* lse;                   // [batch, queries, heads] or [tokens, heads], contiguous; nullptr: not wanted
+  const uint64_t* ancestors;    // [batch or 1, nodes, words], contiguous; nullptr: no tree
+  const int32_t* depths;        // [batch or 1, nodes]
+  const int32_t* num_nodes;     // [batch or 1]
+  const int32_t* offsets;       // [batch + 1], first row of each request in a packed q; nullptr: padded
+  const int32_t* context_lens;  // [batch]
+  const int32_t* page_table;    // [batch, max_pages]; nullptr: dense
+  const int32_t* query_starts;  // [batch] or nullptr
+  const float* sinks;           // [heads] or nullptr
+  const float* alibi_slopes;    // [heads] or nullptr
+
+  int64_t q_stride_batch, q_stride_row, q_stride_head;  // packed: q_stride_batch is 0
+  int64_t out_stride_batch, out_stride_row, out_stride_head;
+  int64_t k_stride_batch, k_stride_slot, k_stride_head;  // paged: k_stride_batch is the stride of a page
+  int64_t v_stride_batch, v_stride_slot, v_stride_head;
+  int64_t page_table_stride;
+
+  DType dtype;
+  int32_t batch, queries, heads, kv_heads, dim;  // packed: queries is the number of rows of q in all
+  int32_t slots;                                 // dense: slots per request; paged: max_pages * page_size
+  int32_t pages, page_size;                      // paged only
+  int32_t nodes, words, topology_batch;          // topology_batch is batch, or 1 to broadcast
+  int32_t query_start;
+  int32_t window;  // 0: none. Otherwise a row sees positions p with 0 <= its own position - p < window
+  float scale;
+  float softcap;       // 0: none. Otherwise s becomes softcap * tanh(s / softcap)
+  float out_scale;     // multiplies the output (the scale of a quantised V cache; else 1)
+  int32_t num_splits;  // 0: the default, a function of the request alone
+
+  // CUDA only, owned by the caller, see tree_attention_scratch. One pair per stream that may run at the same time.
+  float* scratch;     // may hold anything
+  int32_t* counters;  // zero before the first call; every call leaves zeros
+};
+
+// Merges two partial attentions over disjoint slots: rows = batch * queries * heads, everything contiguous.
+struct MergeStatesParams {
+  const void* out_a;   // [rows, dim]
+  const float* lse_a;  // [rows]
+  const void* out_b;
+  const float* lse_b;
+  void* out;
+  float* lse;
+  int64_t rows;
+  int32_t dim;
+  DType dtype;
+};
+
+}  // namespace specdec
