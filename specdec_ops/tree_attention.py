@@ -296,7 +296,7 @@ def _per_request(name: str, value, batch: int, q) -> torch.Tensor:
 
 
 def _topology_tensors(topology: Topology, batch: int, q) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """The topology's ancestors, depths and num_nodes, contiguous (a slice of it is a view)."""
+    """The topology's ancestors, depths and num_nodes, contiguous and of one batch size."""
     ancestors, depths, num_nodes = topology.ancestors, topology.depths, topology.num_nodes
     trees, counts = ancestors.shape[0], num_nodes.shape[0]
     if (trees != batch and trees != 1) or (counts != batch and counts != 1):

@@ -31,6 +31,8 @@ constexpr int kGroupSlots = 16;  // slots are handled in groups of this many; ch
 
 constexpr int kMostTogether = 16;
 
+constexpr int kMostNarrowRows = 8;  // up to here the dims are the vector dimension (cpu/narrow.h)
+
 // The kernels of one instruction set for one dtype and number of rows. Sizes count floats. attend() takes up to
 // kMostTogether lanes that differ in their kv head alone and walks through the slots with all of them side by side: in
 // a token-major cache the heads of a slot are neighbours, and memory is fastest when it is read in order.

@@ -49,7 +49,6 @@ struct NarrowEngine {
   static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
   static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = 1, kTile = 64, kSpan = kTile,
                        kStep = kWidth / kGroupRows;
-  static constexpr int kMostRows = 8;
 
   static int query_depth(int dim) { return dim; }
   static size_t key_floats(int) { return 0; }
@@ -151,7 +150,7 @@ struct NarrowEngine {
 template <class Storage, int kMaxVecs, int kTile>
 static const LaneKernel* select_for_storage(int rows) {
   if (rows == 1) return &kWideKernel<NarrowEngine<Storage, 1>>;
-  if (rows <= NarrowEngine<Storage, 4>::kMostRows) return &kWideKernel<NarrowEngine<Storage, 4>>;
+  if (rows <= kMostNarrowRows) return &kWideKernel<NarrowEngine<Storage, 4>>;
   return &kWideKernel<FloatEngine<Storage, kMaxVecs, kTile>>;
 }
 

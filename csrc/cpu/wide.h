@@ -2,8 +2,8 @@
 //
 // A lane's rows are cut into blocks of a few vectors. For a tile of slots the kernel forms S^T [slot][row], turns it
 // into weights P^T [slot][row] and adds V^T P^T to O^T [dim][row]. Rows lie along the lanes of a vector, so the running
-// maximum and sum are plain vector operations, a tree mask is one vector mask per slot, and K is used as it lies in the
-// cache: broadcast (or loaded as a matrix tile), never transposed. Only Q is transposed, once per lane and chunk.
+// maximum and sum are plain vector operations, a tree mask is one vector mask per slot, and K is never transposed: its
+// elements are broadcast, or loaded as a matrix tile. Only Q is transposed, once per lane and chunk.
 //
 // Per tile, K and V come from memory once for all row blocks: 2 * dim * sizeof(element) bytes a slot. Tiles of plain
 // context carry no mask. Tiles that reach into the tree, past the window's edge or past the end are masked from the
