@@ -165,6 +165,29 @@ def test_siblings_with_rows_of_their_own():
         assert torch.equal(own["tokens"], shared["tokens"])
 
 
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+def test_rows_of_their_own_belong_to_the_child(rule):
+    """Row n is what node n was drawn from, and that of node 0 is not read."""
+    target, draft, tokens = logits(1, 3, 4), logits(1, 3, 4, seed=1), [0, 2, 1]
+    draft[0, 0] = NAN
+    p, first, second = target[0, 0].double().softmax(0), *draft[0, 1:].double().softmax(-1)
+    accepted = set()
+    for seed in range(30):
+        left = (p - first).clamp(min=0)
+        expected = next(
+            (
+                child
+                for child, q, weights in ((1, first, p), (2, second, left / left.sum()))
+                if noise.coin(seed, 7, child) * q[tokens[child]] < weights[tokens[child]]
+            ),
+            -1,
+        )
+        found = run(rule, target, tokens, [-1, 0, 0], draft, child_rows=True, seed=seed)
+        assert (found["nodes"][0, 1].item(), found["status"].item()) == (expected, 0)
+        accepted.add(expected)
+    assert accepted >= {1, -1}
+
+
 def test_reduced_vocabulary():
     """q is 0 outside of the draft's vocabulary; target ids are looked up, and given back."""
     target, narrow = logits(1, 3, 6), logits(1, 2, 3, seed=1)
