@@ -60,7 +60,10 @@ def words(count: int, seed: int, position: int, domain: int, detail: int, device
 
 
 def coin(seed: int, position: int, node: int, *, level: bool = False) -> float:
-    """A uniform number in (0, 1): the middle of one of 2^24 equal intervals, so neither 0 nor 1 in float32 either.
+    """A uniform number in (0, 1): the middle of one of 2^24 equal intervals.
+
+    From 1/2 on, middles have a bit more than float32 holds, and the last one would round to 1. Kernels take the number
+    below it instead: with a coin of 1, p = q would be rejected and leave nothing to draw from.
 
     Args:
         seed: of the request.
@@ -78,7 +81,7 @@ def exponentials(vocab: int, seed: int, position: int, domain: int, detail: int,
 
 
 def coins_of(word: torch.Tensor) -> torch.Tensor:
-    """Words to coins, float64: 24 bits are what float32 holds."""
+    """Words to coins, float64."""
     return ((word >> 8).double() + 0.5) * 2.0**-24
 
 
