@@ -68,6 +68,8 @@ def law(logits, settings: Settings, disturb=None) -> Law:
     weights = torch.exp((z - z.max()) / settings.temperature)
     if disturb is not None:
         weights = disturb(weights)
+    if not (settings.top_k > 0 or settings.top_p < 1):
+        return Law(weights / weights.sum(), True)
     order = torch.sort(z, descending=True, stable=True).indices
     if settings.top_k > 0:
         order = order[: settings.top_k]
@@ -188,7 +190,7 @@ def sample(
                 status[where] |= DRAFT_INVALID if drafting else TARGET_INVALID
             if not distribution.valid and drafting:
                 continue
-            ids = torch.tensor(drawn)
+            ids = torch.tensor(drawn, dtype=torch.int64)
             tokens[request, row, : len(drawn)] = ids.int() if draft_to_target is None else draft_to_target.cpu()[ids]
             if logprobs is not None or logsumexp is not None:
                 scaled = kept_logits(values, settings, distribution)
