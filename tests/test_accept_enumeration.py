@@ -176,17 +176,82 @@ def test_typical_acceptance_differs(drafting):
     assert min(distances(rules.typical, problems(["chain 2", "star 2", "2x2"], [drafting]))) > DIFFERENT
 
 
-@pytest.mark.parametrize("roots", [1, 2])
+def test_typical_acceptance_as_published():
+    """Medusa's way: every path from root to leaf on its own, as lists of numbers."""
+    accepted = set()
+    for seed, (epsilon, delta) in itertools.product(range(40), [(0.3, 0.09), (0.4, 1.0), (0.9, 1.6)]):
+        problem = Problem(SHAPES["ragged"], 4, "functions", seed)
+        tree = Drafted(problem, None)
+        parents = problem.parents
+
+        def least(node, tree=tree, epsilon=epsilon, delta=delta):
+            return min(epsilon, delta * math.exp(sum(p * math.log(p) for p in tree.target(node).tolist())))
+
+        best = (0, 0.0, 0)  # length, log-likelihood, minus the last node
+        for leaf in range(1, len(parents)):
+            nodes = [leaf]
+            while nodes[0]:
+                nodes.insert(0, parents[nodes[0]])
+            chances = [float(tree.target(parents[node])[tree.token(node)]) for node in nodes[1:]]
+            if all(p > least(parent) for p, parent in zip(chances, nodes, strict=False)):
+                best = max(best, (len(chances), sum(map(math.log, chances)), -leaf))
+        path, following = rules.typical(Drafted(problem, None), Weights(), epsilon, delta)
+        assert path[-1] == -best[2]
+        accepted.add((len(path), path[-1]))
+        p = tree.target(path[-1])
+        kept = p > least(path[-1])
+        assert torch.equal(following, torch.where(kept, p, 0.0) if kept.any() else p)
+    assert len(accepted) > 4, "the problems must lead to different ends"
+
+
+class Weights:
+    """A choice that returns the weights that a token would be drawn from."""
+
+    def draw(self, weights, domain, node):
+        return weights
+
+
+def longest_path(tree, choice):
+    return rules.longest_path(tree, choice, list(tree.roots()), 1)
+
+
+def longest_path_as_published(tree, choice):
+    """Improved MCSD's way: a mask over all nodes, then the first of the longest paths."""
+    parents = tree.problem.tree.parents.tolist()
+    lengths = []
+    for node, parent in enumerate(parents):
+        tree.claimed[node] = None if parent < 0 else parent
+        p, q = (None, None) if parent < 0 else (tree.target(parent), tree.proposal(node))
+        token = tree.token(node)
+        passed = parent >= 0 and choice.coin(node, float(q[token]), float(p[token]))
+        lengths.append(0 if parent < 0 else lengths[parent] + 1 if passed and lengths[parent] >= 0 else -1)
+    end = lengths.index(max(lengths))
+    path = [end]
+    while parents[path[0]] >= 0:
+        path.insert(0, parents[path[0]])
+    p, children = tree.target(end), [node for node in range(len(parents)) if parents[node] == end]
+    if len(path) > 1 and children:
+        p = (p - tree.proposal(children[0])).clamp(min=0)
+    return path, p / p.sum()
+
+
+FORESTS = {"one root": [-1, 0, 0, 1], "two roots": [-1, -1, 0, 1, 1, 2], "two bushes": [-1, -1, 0, 0, 1, 1]}
+
+
+@pytest.mark.parametrize("shape", FORESTS)
 @pytest.mark.parametrize("drafting", ["with", "without"])
-def test_longest_path_differs(roots, drafting):
+def test_longest_path_differs(shape, drafting):
     """Even with one root: a root that keeps none of its children is followed by p, not by the residual."""
+    assert distances(longest_path, [Problem(FORESTS[shape], 3, drafting)], forest=True)[0] > DIFFERENT
 
-    def rule(tree, choice):
-        return rules.longest_path(tree, choice, list(tree.roots()), 1)
 
-    shape = [-1] * roots + [root for root in range(roots) for _ in range(2)]
-    found = [Problem(shape, 3, drafting, seed) for seed in range(3)]
-    assert min(distances(rule, found, forest=True)) > DIFFERENT
+@pytest.mark.parametrize("shape", FORESTS)
+def test_longest_path_as_published(shape):
+    problem = Problem(FORESTS[shape], 3, "without")
+    ours = law_of(problem, longest_path, forest=True)
+    theirs = law_of(problem, longest_path_as_published, forest=True)
+    torch.testing.assert_close(ours.joint, theirs.joint, rtol=0, atol=EXACT)
+    assert ours.accepted == pytest.approx(theirs.accepted, abs=EXACT)
 
 
 @pytest.mark.parametrize("thresholds", [(0.3, 1.0), (1.0, 0.7)])
