@@ -73,11 +73,7 @@ def check_links(op: str, topology, batch: int, nodes: int, device) -> tuple[torc
         first_child, next_sibling = first_child.expand(batch, -1), next_sibling.expand(batch, -1)
         num_nodes = num_nodes.expand(batch)
     if not (first_child.is_contiguous() and next_sibling.is_contiguous() and num_nodes.is_contiguous()):
-        first_child, next_sibling, num_nodes = (
-            first_child.contiguous(),
-            next_sibling.contiguous(),
-            num_nodes.contiguous(),
-        )
+        return first_child.contiguous(), next_sibling.contiguous(), num_nodes.contiguous()
     return first_child, next_sibling, num_nodes
 
 
@@ -124,15 +120,14 @@ def check_draft_law(op: str, temperature, top_k, top_p, batch: int, device, targ
     """The same for the draft, each as the target's where it is None."""
     if temperature is None and top_k is None and top_p is None:
         return target_law
-    return (
-        *(
-            target_law[0:2]
-            if temperature is None
-            else _temperature(op, "draft_temperature", temperature, batch, device)
-        ),
-        *(target_law[2:4] if top_k is None else _top_k(op, "draft_top_k", top_k, batch, device)),
-        *(target_law[4:6] if top_p is None else _top_p(op, "draft_top_p", top_p, batch, device)),
-    )
+    temperatures, top_ks, top_ps = target_law[0:2], target_law[2:4], target_law[4:6]
+    if temperature is not None:
+        temperatures = _temperature(op, "draft_temperature", temperature, batch, device)
+    if top_k is not None:
+        top_ks = _top_k(op, "draft_top_k", top_k, batch, device)
+    if top_p is not None:
+        top_ps = _top_p(op, "draft_top_p", top_p, batch, device)
+    return (*temperatures, *top_ks, *top_ps)
 
 
 def draft_options_refused(op: str, temperature, top_k, top_p, vocab_map) -> None:

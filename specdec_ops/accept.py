@@ -153,8 +153,8 @@ def match_accept(
         temperature: float32 `[batch]` or a number of at least 0. At 0 a request is greedy. Values on the device are not
             checked.
         top_k: int32 `[batch]` or an int: keep the k most likely tokens; 0 is off.
-        top_p: float32 `[batch]` or a number: of these, keep the most likely ones that together have at least this share,
-            and at least one; 1 is off. Among equal logits the lowest ids are kept.
+        top_p: float32 `[batch]` or a number: of these, keep the most likely ones that together have at least this
+            share, and at least one; 1 is off. Among equal logits the lowest ids are kept.
         eos: up to 8 ids that end a sequence: nothing after one is accepted, and next_token is -1.
         max_depth: the most draft tokens to accept; nodes - 1 by default.
         out: an Acceptance to write into, with contiguous tensors.
@@ -213,8 +213,8 @@ def chain_accept(
             tokens were *sampled* from. None: the tokens were chosen deterministically, such as by argmax or n-gram
             lookup. A choice by argmax that is reported with its logits would bias the text, unless draft_temperature
             is 0.
-        rule: "token": each token is tested alone (Leviathan et al., 2023; Chen et al., 2023). "block": the same law with
-            more tokens accepted, by looking at all of them before deciding (block verification, Sun et al., 2024).
+        rule: "token": each token is tested alone (Leviathan et al., 2023; Chen et al., 2023). "block": the same law
+            with more tokens accepted, by looking at all of them before deciding (block verification, Sun et al., 2024).
         num_steps: int32 `[batch]` or an int: how many leading steps exist; all by default.
         seeds: see match_accept, as for positions, temperature, top_k, top_p, eos, out and backend.
         positions: the absolute position of the last committed token, which is the one before draft_tokens.
@@ -300,8 +300,8 @@ def tree_accept(
 
     Args:
         target_logits: float32, bfloat16 or float16 `[batch, nodes, vocab]`. Row n scores what follows node n.
-        draft_tokens: int32 or int64 `[batch, nodes]`, target ids; that of node 0 is not read. -1 is padding: it ends the
-            list of siblings it is in. Equal siblings do no harm.
+        draft_tokens: int32 or int64 `[batch, nodes]`, target ids; that of node 0 is not read. -1 is padding: it ends
+            the list of siblings it is in. Equal siblings do no harm.
         topology: the trees, of batch 1 or that of target_logits, with room for its nodes. Node 0 is the last committed
             token.
         draft_logits: `[batch, nodes, vocab]`, or `[batch, nodes, draft_vocab]` with vocab_map: row n is what the

@@ -32,7 +32,7 @@ class LongestPath:
     """What longest_path_accept gives each request. All int32, on the target's device."""
 
     tokens: torch.Tensor
-    """[batch, max_depth + 1]: the accepted path's tokens, its root first, then -1. The next tokens are not among them."""
+    """[batch, max_depth + 1]: the accepted path's tokens, its root first, then -1. Without the next tokens."""
     nodes: torch.Tensor
     """[batch, max_depth + 1]: the accepted path from its root to its last node, then -1."""
     num_accepted: torch.Tensor
@@ -63,9 +63,9 @@ def typical_accept(
 ) -> Acceptance:
     """Medusa's typical acceptance. **Lossy**: the text does not follow the target's distribution.
 
-    A node is accepted if its parent is and its probability is above `min(epsilon, delta * exp(-H))`, H being the entropy
-    of its parent's row in nats. The deepest accepted node wins; among equals the more likely path, then the lowest
-    node. The next token is sampled from the tokens that pass the same threshold after it.
+    A node is accepted if its parent is and its probability is above `min(epsilon, delta * exp(-H))`, H being the
+    entropy of its parent's row in nats. The deepest accepted node wins; among equals the more likely path, then the
+    lowest node. The next token is sampled from the tokens that pass the same threshold after it.
 
     Args:
         target_logits: float32, bfloat16 or float16 `[batch, nodes, vocab]`. Row n scores what follows node n.
@@ -130,10 +130,10 @@ def longest_path_accept(
     """The rule of improved MCSD for a forest whose roots the target has drawn. **Lossy**.
 
     The roots are candidates for one position, drawn from the target in the round before (`next_tokens`). Every other
-    node is accepted on its own with probability `min(1, p / q)`, p and q of its parent. The deepest node whose whole path
-    is accepted wins, the lowest among equals; its root is the first token emitted. If no path gets beyond its root, the
-    lowest root wins. The next round's roots are drawn without replacement: from what is left of p after q where the
-    winner has children, from p where it has none or is a root.
+    node is accepted on its own with probability `min(1, p / q)`, p and q of its parent. The deepest node whose whole
+    path is accepted wins, the lowest among equals; its root is the first token emitted. If no path gets beyond its
+    root, the lowest root wins. The next round's roots are drawn without replacement: from what is left of p
+    after q where the winner has children, from p where it has none or is a root.
 
     Args:
         target_logits: float32, bfloat16 or float16 `[batch, nodes, vocab]`. Row n scores what follows node n.
@@ -145,7 +145,8 @@ def longest_path_accept(
         width: how many next tokens to draw, from 1.
         seeds: see match_accept, as for all that follow and are not explained.
         positions: the absolute position of the roots.
-        temperature: of the target. At 0 a node is accepted if it is the argmax, and the next tokens are the most likely.
+        temperature: of the target. At 0 a node is accepted if it is the argmax, and the next tokens are the most
+            likely.
         top_k: of the target.
         top_p: of the target.
         draft_temperature: that with which the draft tokens were sampled; the target's by default. The same for the next
@@ -186,14 +187,8 @@ def longest_path_accept(
         return LongestPath(*_library_accept.accept(arguments, max_depth, width, backend))
     if not isinstance(out, LongestPath):
         raise TypeError(wrong(op, "out", "a specdec_ops.LongestPath", out))
-    path = (batch, max_depth + 1)
-    shapes = {
-        "tokens": path,
-        "nodes": path,
-        "num_accepted": (batch,),
-        "next_tokens": (batch, width),
-        "status": (batch,),
-    }
+    path, each = (batch, max_depth + 1), (batch,)
+    shapes = {"tokens": path, "nodes": path, "num_accepted": each, "next_tokens": (batch, width), "status": each}
     for name, shape in shapes.items():
         check_written(op, f"out.{name}", getattr(out, name), shape, device)
     written = (out.tokens, out.nodes, out.num_accepted, out.next_tokens, out.status)

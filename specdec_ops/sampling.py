@@ -50,9 +50,9 @@ def sample_tokens(
 ) -> torch.Tensor:
     """Sample one token per row. A loop of it is the plain decoding that `match_accept` reproduces token for token.
 
-    Tokens race: each gets an exponential variable from Philox4x32-10, keyed by seed, position and token, and the one with
-    the greatest ratio of probability to variable wins. So a token depends on its row, seed and position alone, and tails
-    are right down to a probability of about 2^-32.
+    Tokens race: each gets an exponential variable from Philox4x32-10, keyed by seed, position and token, and the one
+    with the greatest ratio of probability to variable wins. So a token depends on its row, seed and position alone,
+    and tails are right down to a probability of about 2^-32.
 
     Args:
         logits: float32, bfloat16 or float16 `[rows, vocab]`, any strides with a contiguous last dimension. float64 runs
@@ -113,8 +113,8 @@ def sample_children(
     draft_logits, temperature, top_k, top_p, vocab_map and replacement.
 
     Args:
-        draft_logits: float32, bfloat16 or float16 `[batch, rows, vocab]` (`draft_vocab` with vocab_map), any strides with
-            a contiguous last dimension: one row for each node that is to have children.
+        draft_logits: float32, bfloat16 or float16 `[batch, rows, vocab]` (`draft_vocab` with vocab_map), any strides
+            with a contiguous last dimension: one row for each node that is to have children.
         count: children per row, from 1.
         replacement: whether a row's children may repeat. Without, all of them come from one race, in order of finish.
         seeds: int64 `[batch]`, or an int for all requests: those that acceptance gets.
@@ -123,11 +123,11 @@ def sample_children(
         parents: int32 `[batch, rows]`: the node whose children each row draws. Nodes of one round must get different
             noise, so no node may be drawn for twice.
         first_parent: where parents is None, row r is node `first_parent + r`.
-        temperature: float32 `[batch]` or a number of at least 0. At 0 the most likely tokens in order (with replacement:
-            the argmax each time).
+        temperature: float32 `[batch]` or a number of at least 0. At 0 the most likely tokens in order (with
+            replacement: the argmax each time).
         top_k: int32 `[batch]` or an int: keep the k most likely tokens; 0 is off.
-        top_p: float32 `[batch]` or a number: of these, keep the most likely ones that together have at least this share,
-            and at least one; 1 is off.
+        top_p: float32 `[batch]` or a number: of these, keep the most likely ones that together have at least this
+            share, and at least one; 1 is off.
         vocab_map: the tokens that the entries of draft_logits stand for.
         out: a Children to write into, with contiguous tensors.
         backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("sample")`.
