@@ -67,8 +67,10 @@ def check_links(op: str, topology, batch: int, nodes: int, device) -> tuple[torc
         raise ValueError(f"specdec_ops.{op}: topology must have room for the {nodes} nodes of a request, got {room}")
     if first_child.device != device:
         raise ValueError(wrong_device(op, "topology", device, first_child))
-    if room > nodes:  # sliced: the logits have the leading nodes only
-        first_child, next_sibling = first_child[:, :nodes], next_sibling[:, :nodes]
+    if room > nodes:  # sliced: the logits have the leading nodes only, and links may lead beyond
+        first_child, next_sibling = (
+            torch.where(links < nodes, links, -1) for links in (first_child[:, :nodes], next_sibling[:, :nodes])
+        )
     if trees != counts:  # one shared tree, cut to another size for every request
         first_child, next_sibling = first_child.expand(batch, -1), next_sibling.expand(batch, -1)
         num_nodes = num_nodes.expand(batch)
