@@ -20,6 +20,7 @@ ENVIRONMENT = "SPECDEC_OPS_BACKEND"
 
 IMPLEMENTATIONS = {
     "accept": {
+        "cpu": "specdec_ops._native_accept:accept_cpu",
         "torch": "specdec_ops.reference.accept:accept",
     },
     "build_topology": {
@@ -35,6 +36,7 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.merge_states:merge_states",
     },
     "sample": {
+        "cpu": "specdec_ops._native_accept:sample_cpu",
         "torch": "specdec_ops.reference.sample:sample",
     },
     "tree_attention": {
