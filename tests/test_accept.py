@@ -10,14 +10,11 @@ from accept_cases import (
     CHAINS,
     RULES,
     WITH_DRAFT,
-    AcceptCase,
     Bands,
     assert_same,
     chain,
     make_case,
-    one,
     random_parents,
-    request_of,
     star,
 )
 from specdec_ops import Topology, Tree, VocabMap, chain_accept, greedy_accept, tree_accept
@@ -213,39 +210,6 @@ def test_strides(rule, target):
     assert_same(other.run("torch"), want)
     other = other.to(target.device) if target.device != "cpu" else other
     Bands().check(case, other.run(target.backend), want)
-
-
-def test_expanded_logits(target):
-    """One row for all requests and nodes, by strides of 0: more than 2^31 elements that nobody stores."""
-    if slow(target):
-        pytest.skip("interpreted: the batch is too large")
-    batch, nodes, vocab = 9, 2000, 128_257
-    assert batch * nodes * vocab > 2**31
-    row = torch.randn(1, 1, vocab, device=target.device)
-    tokens = row[0, 0].topk(nodes).indices.int().expand(batch, nodes)
-    topology = Tree(random_parents(nodes, 1, wide=0.9)).to(target.device)
-    noise = {"seeds": torch.arange(batch), "positions": 4, "temperature": 0.25}
-    case = AcceptCase("coin", row.expand(batch, nodes, vocab), tokens, topology, None, noise)
-    got = case.to(target.device).run(target.backend)
-    assert got.num_accepted.sum() > 0
-    last = one(case, batch - 1)
-    Bands().check(last, last.to(target.device).run(target.backend))
-    assert request_of(last.to(target.device).run(target.backend), 0) == request_of(got, batch - 1)
-
-
-def test_offsets_beyond_32_bits(target):
-    """The last request's rows lie more than 2^31 elements behind the first's. Memory in between is never touched."""
-    if target.device != "cpu" or slow(target):
-        pytest.skip("needs 4 GB of address space that is not backed by memory")
-    vocab, nodes = 1000, 3
-    try:
-        memory = torch.empty(2**31 + nodes * vocab, dtype=torch.bfloat16)
-    except RuntimeError as error:
-        pytest.skip(f"no address space: {error}")
-    logits = memory.as_strided((2, nodes, vocab), (2**31, vocab, 1))
-    case = make_case("token", [chain(nodes)] * 2, vocab, dtype=torch.bfloat16, one_hot=True)
-    logits.copy_(case.target)
-    assert_same(case.changed(target=logits).run(target.backend), case.run(target.backend))
 
 
 def test_greedy_from_ids_and_from_logits(target):
