@@ -8,9 +8,16 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = [".build_topology", ".merge_states", ".tree_attention"]
-OPS = ["tree", "published_trees", "topology", "tree_attention"]
-PLUMBING = ["_checks", "_alloc", "_library", "_dispatch"]
+PUBLIC = [
+    ".build_topology",
+    ".merge_states",
+    ".sample_children",
+    ".sample_tokens",
+    ".tree_accept",
+    ".tree_attention",
+]
+OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
+PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_dispatch"]
 
 # What a file may import besides the standard library, by the longest key that starts its path. Names without a dot in
 # front are other packages; `.name` is specdec_ops.name.
@@ -24,12 +31,14 @@ MAY_IMPORT = {
     "specdec_ops/_native.py": ["torch", "._loader"],
     "specdec_ops/_alloc.py": ["torch"],
     "specdec_ops/_checks.py": ["torch"],
+    "specdec_ops/_accept_checks.py": ["torch", "._checks", ".topology", ".vocab_map"],
     "specdec_ops/_dispatch.py": ["torch", "._loader", "._checks"],
     "specdec_ops/_library.py": ["torch", "._dispatch", "._alloc", "._checks"],
     "specdec_ops/reference/accept.py": ["torch", ".noise", ".sample", ".accept_rules"],
     "specdec_ops/reference/accept_rules.py": ["torch", ".noise"],
     "specdec_ops/reference/sample.py": ["torch", ".noise"],
-    "specdec_ops/reference/": ["torch"],
+    "specdec_ops/_library_accept.py": ["torch", "._library", "._dispatch", "._alloc"],
+    "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
     "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "triton_kernels/tree_attention.py": ["torch", "triton", ".tree_attention_kernels"],
     "triton_kernels/": ["torch", "triton"],

@@ -67,7 +67,7 @@ def test_words_are_four_to_a_counter(seed, position):
 def test_coins_are_the_accept_domain():
     for node, level in ((0, False), (7, False), (7, True), (1023, False)):
         word = scalar_philox((node // 4, 12, 2, int(level)), (99, 0))[node % 4]
-        assert noise.coin(99, 12, node, level=level) == ((word >> 8) + 0.5) / 2**24
+        assert noise.coin(99, 12, node, level=level) == ((word >> 9) + 0.5) / 2**23
 
 
 def test_domains_and_details_are_disjoint():
@@ -132,8 +132,8 @@ def test_open_intervals():
     """Coins and exponentials at both ends of the integers, and over 2^22 draws, also in float32."""
     ends = torch.tensor([0, 2**32 - 1])
     coins = noise.coins_of(ends)
-    assert coins.tolist() == [2.0**-25, 1 - 2.0**-25]
-    assert coins.float()[0] > 0 and coins.float()[0] == 2.0**-25
+    assert coins.tolist() == [2.0**-24, 1 - 2.0**-24]
+    assert coins.float().double().tolist() == coins.tolist()
     drawn = noise.exponentials_of(ends)
     assert drawn[0].item() == pytest.approx(2.0**-33)
     assert drawn[1].item() == pytest.approx(33 * math.log(2))
@@ -149,14 +149,13 @@ def test_open_intervals():
     assert least < 20 * 2.0**-22 and greatest > 1 - 20 * 2.0**-22
 
 
-def test_float32_coins_need_a_bound():
-    """The last of the 2^24 coins rounds to 1 in float32, and only that one: kernels have to bound it."""
-    words = torch.cat([torch.arange(2**10) << 8, torch.arange(2**24 - 2**10, 2**24) << 8])
-    single = ((words >> 8).float() + 0.5) * 2.0**-24
-    assert (single == 1).nonzero().flatten().tolist() == [len(words) - 1]
-    bounded = single.clamp(max=1 - 2.0**-24)
-    assert bounded.max() < 1
-    torch.testing.assert_close(bounded.double(), noise.coins_of(words), rtol=0, atol=2.0**-25)
+def test_coins_are_exact_in_float32():
+    """Of 2^23 middles none rounds, so kernels have the same coins. Of 2^24, the last would round to 1."""
+    words = torch.cat([torch.arange(2**10) << 9, torch.arange(2**23 - 2**10, 2**23) << 9])
+    single = ((words >> 9).float() + 0.5) * 2.0**-23
+    assert torch.equal(single.double(), noise.coins_of(words))
+    assert 0 < single.min() and single.max() < 1
+    assert (torch.tensor(2**24 - 1).float() + 0.5) * 2.0**-24 == 1
 
 
 def race_share(exponential_of, gap, resolution):

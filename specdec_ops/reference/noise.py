@@ -60,10 +60,10 @@ def words(count: int, seed: int, position: int, domain: int, detail: int, device
 
 
 def coin(seed: int, position: int, node: int, *, level: bool = False) -> float:
-    """A uniform number in (0, 1): the middle of one of 2^24 equal intervals.
+    """A uniform number in (0, 1): the middle of one of 2^23 equal intervals.
 
-    From 1/2 on, middles have a bit more than float32 holds, and the last one would round to 1. Kernels take the number
-    below it instead: with a coin of 1, p = q would be rejected and leave nothing to draw from.
+    That is what float32 holds exactly. Of 2^24 intervals the last middle would round to 1: with such a coin p = q would
+    be rejected and leave nothing to draw from.
 
     Args:
         seed: of the request.
@@ -82,7 +82,7 @@ def exponentials(vocab: int, seed: int, position: int, domain: int, detail: int,
 
 def coins_of(word: torch.Tensor) -> torch.Tensor:
     """Words to coins, float64."""
-    return ((word >> 8).double() + 0.5) * 2.0**-24
+    return ((word >> 9).double() + 0.5) * 2.0**-23
 
 
 def exponentials_of(word: torch.Tensor) -> torch.Tensor:
