@@ -1,8 +1,8 @@
 """What has gone wrong in other implementations of acceptance: one test for each pitfall, by its number.
 
 The numbers are those of the project's list of published bugs (sgl-kernel, FlashInfer, vLLM, TensorRT-LLM, MCSD,
-Sequoia, Hugging Face). 28 and 29 are about early exit. Laws are tested here by a chi-square that fails by chance once in
-a million.
+Sequoia, Hugging Face). 28 and 29 are about early exit. Laws are tested here by a chi-square that fails by chance once
+in a million.
 """
 
 import dataclasses

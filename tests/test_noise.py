@@ -154,7 +154,7 @@ def test_coins_are_exact_in_float32():
     words = torch.cat([torch.arange(2**10) << 9, torch.arange(2**23 - 2**10, 2**23) << 9])
     single = ((words >> 9).float() + 0.5) * 2.0**-23
     assert torch.equal(single.double(), noise.coins_of(words))
-    assert 0 < single.min() and single.max() < 1
+    assert single.min() > 0 and single.max() < 1
     assert (torch.tensor(2**24 - 1).float() + 0.5) * 2.0**-24 == 1
 
 
