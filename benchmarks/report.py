@@ -6,10 +6,12 @@ from collections.abc import Iterable
 
 from .results import Cell, geometric_mean
 from .targets import verdicts
+from .targets_gpu import library_means
+from .targets_gpu import verdicts as gpu_verdicts
 
 CLASSES = (("1 node", 1, 1), ("2-15 nodes", 2, 15), ("16-59 nodes", 16, 59), ("60 and more", 60, 1 << 30))
 HEADINGS = (
-    *("cell", "ours", "best PyTorch", "", "ratio", "avx2", "GFLOP/s", "% gemm", "GB/s", "% read", "% roof", "noise"),
+    *("cell", "ours", "best peer", "", "ratio", "avx2", "GFLOP/s", "% gemm", "GB/s", "% read", "% roof", "noise"),
 )
 
 
@@ -27,7 +29,7 @@ def table_line(cell: Cell) -> tuple[str, ...]:
     ours, limited = cell.ours, cell.of("specdec_ops avx2")
     if ours is None:
         return (cell.label, problem(cell)[:60] or "no time", *[""] * (len(HEADINGS) - 2))
-    peer = cell.of(ours["best_pytorch"])
+    peer = cell.of(ours["best_peer"])
     return (
         cell.label,
         microseconds(ours["p50_us"]),
@@ -104,7 +106,11 @@ def summary(all_cells: list[Cell]) -> list[str]:
     """Everything after the last cell."""
     lines = ["", *table(all_cells), "", *problems(all_cells), *means(all_cells), ""]
     if any(cell.first["op"] == "tree_attention" for cell in all_cells):
-        lines += [line for verdict in verdicts(all_cells) for line in verdict.lines()]
+        on_gpu = all_cells[0].first["isa"].startswith("sm_")
+        if on_gpu:
+            lines += library_means(all_cells)
+        judge = gpu_verdicts if on_gpu else verdicts
+        lines += [line for verdict in judge(all_cells) for line in verdict.lines()]
     noisy = sum(cell.noisy for cell in all_cells)
     if noisy:
         lines.append(f"{noisy} of {len(all_cells)} cells were disturbed by other processes (see 'others')")
