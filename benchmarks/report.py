@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
-from .results import Cell, geometric_mean
+from .results import Cell, cells, geometric_mean, read
 from .targets import verdicts
 from .targets_gpu import library_means
 from .targets_gpu import verdicts as gpu_verdicts
@@ -115,3 +117,16 @@ def summary(all_cells: list[Cell]) -> list[str]:
     if noisy:
         lines.append(f"{noisy} of {len(all_cells)} cells were disturbed by other processes (see 'others')")
     return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m benchmarks.report RESULT.csv` prints the tables again. Returns 1 when a kernel of ours was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    all_cells = cells(read(Path(arguments[0])))
+    print("\n".join(summary(all_cells)))
+    wrong = any(row["role"] == "ours" and row["problem"].startswith("WRONG") for cell in all_cells for row in cell.rows)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

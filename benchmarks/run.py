@@ -16,7 +16,7 @@ import specdec_ops
 
 from . import machine, report, results, roofs
 from .cases import PRESETS, Case
-from .contestant import check
+from .contestant import check, unavailable
 from .peers import OPS
 from .timing import CpuTimer, Evictor, Measurement
 
@@ -27,6 +27,7 @@ CELL_SECONDS = {"quick": 3.0, "standard": 4.0, "full": 8.0, "gpu-quick": 1.0, "g
 PATIENCE_SECONDS = {"quick": 0.0, "standard": 15.0, "full": 30.0, "gpu-quick": 0.0, "gpu": 0.0}
 FLEX_SECONDS = {"quick": 40.0, "standard": 120.0, "full": 300.0, "gpu-quick": 60.0, "gpu": 120.0}
 UNFINISHED = 75  # exit status: time was up, or the GPU failed; run again with --resume for the rest
+MOST_ATTEMPTS = 3  # at a cell that does not end
 GEMM_ROWS = 64  # query rows per KV head from which a matrix product runs beside the contestants
 
 
@@ -102,7 +103,7 @@ class Runner:
         start = time.perf_counter()
         needed = 3 * case.memory  # K and V, the copy in another layout, scores
         if self.options.device == "cpu" and needed > 0.8 * machine.available_bytes():
-            return self._skipped(case, modes, f"needs about {needed >> 30} GiB of memory")
+            return self.skip(case, modes, f"needs about {needed >> 30} GiB of memory")
         groups = self._contestants(case)
         untimed = time.perf_counter() - start
         finished = []
@@ -151,9 +152,7 @@ class Runner:
             return GpuTimer().measure(groups, self.clock.for_cell())
         return self.timer.measure(groups[0], mode, self.clock.for_cell(), self.options.patience)
 
-    def _skipped(self, case: Case, modes: tuple[str, ...], reason: str) -> list[list[dict]]:
-        from .contestant import unavailable
-
+    def skip(self, case: Case, modes: tuple[str, ...], reason: str) -> list[list[dict]]:
         finished = []
         for mode in modes:
             nobody = [unavailable("specdec_ops", "ours", reason)]
@@ -246,7 +245,16 @@ def progress(cell: results.Cell, clock: Clock) -> str:
     return f"{text}; {ours['rounds']} rounds; {clock.eta()} left"
 
 
-def run_all(runner: Runner, chosen, csv: Path, limit: float | None = None) -> bool:
+def attempt(case: Case, csv: Path) -> str:
+    """Note that a cell begins. Why it must not, if it has ended the whole run too often; else ""."""
+    notes = csv.with_suffix(".attempts")
+    tried = notes.read_text().splitlines().count(case.label) if notes.is_file() else 0
+    with notes.open("a") as file:
+        file.write(f"{case.label}\n")
+    return f"ended the run {tried} times" if tried >= MOST_ATTEMPTS else ""
+
+
+def run_all(runner: Runner, chosen, csv: Path, limit: float | None = None, resume: bool = False) -> bool:
     """Run, print and write each cell at once, so that an interrupted run keeps what it has. Whether all were run."""
     if not runner.rows:
         results.write(csv, [], header=True)
@@ -256,7 +264,8 @@ def run_all(runner: Runner, chosen, csv: Path, limit: float | None = None) -> bo
             if limit is not None and time.perf_counter() - start > limit:
                 say("time is up")
                 return False
-            for rows in runner.run(case, modes):
+            reason = attempt(case, csv) if resume else ""
+            for rows in runner.skip(case, modes, reason) if reason else runner.run(case, modes):
                 results.write(csv, rows, header=False)
                 say(progress(results.Cell(rows), runner.clock))
             if runner.gpu_failed:
@@ -323,7 +332,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = Options(preset, backends, isas, device=asked.device, patience=patience, without=asked.without)
     runner = Runner(options, measured_roofs, columns, clock)
     runner.rows += before
-    complete = run_all(runner, chosen, csv, asked.limit)
+    complete = run_all(runner, chosen, csv, asked.limit, asked.resume)
     for line in report.summary(results.cells(runner.rows)):
         say(line)
     say(f"lines: {csv.name}, in {'benchmarks/results/local' if asked.csv is None else 'the folder given'}")
