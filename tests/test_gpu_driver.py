@@ -31,7 +31,7 @@ def machine(tmp_path, monkeypatch):
     (tmp_path / "self-check").write_text(SELF_CHECK)
     script(tools / "nvidia-smi", SMI)
     script(tools / "compute-sanitizer", 'shift 4; echo "========= ERROR SUMMARY: 0 errors"; echo "9 passed in 3 s"')
-    outcome = json.dumps({"test": "tests/test_a.py::test_b", "outcome": "passed"})
+    outcome = json.dumps({"test": "tests/test_gpu.py::test_a", "outcome": "passed"})
     python = script(
         tools / "python",
         f"""echo "$TORCH_CUDA_ARCH_LIST $*" >> {calls}
@@ -88,7 +88,7 @@ def test_one_piece_at_a_time(machine, capsys):
     assert "the piece build comes first" in capsys.readouterr().out
     assert machine.run("--piece", "build") == 0
     assert machine.run("--piece", "tests") == 0
-    assert sorted(machine.statuses()) == ["build: compile", "build: self-check", "tests: pytest"]
+    assert sorted(machine.statuses()) == ["build: compile", "build: self-check", "build: torch", "tests: pytest"]
 
 
 def test_a_failing_piece_does_not_stop_the_others(machine):
@@ -104,7 +104,18 @@ def test_a_failing_piece_does_not_stop_the_others(machine):
 def test_a_build_that_fails_stops_at_once(machine):
     script(machine.bin / "python", 'case "$*" in *setup.py*) exit 1 ;; esac')
     assert machine.run("--piece", "build") == 1
-    assert machine.statuses() == {"build: compile": "failed"}
+    assert machine.statuses() == {"build: torch": "ok", "build: compile": "failed"}
+    assert machine.run("--piece", "tests") == 1 and "tests: pytest" not in machine.statuses()
+
+
+def test_skipped_tests_are_no_success(machine):
+    """A PyTorch that sees no GPU skips every test."""
+    assert machine.run("--piece", "build") == 0
+    text = (machine.bin / "python").read_text().replace('"passed"', '"skipped"')
+    (machine.bin / "python").write_text(text)
+    assert machine.run("--piece", "tests") == 1
+    summary = json.loads((machine.out / "summary.json").read_text())
+    assert summary["steps"]["tests: pytest"]["note"] == "no kernel has run on the GPU"
 
 
 def test_unfinished_is_not_failed(machine, monkeypatch):
@@ -153,6 +164,7 @@ def test_changed_sources_start_anew(machine, monkeypatch, capsys):
     assert not (machine.out / "bench.csv").exists() and sorted(machine.statuses()) == [
         "build: compile",
         "build: self-check",
+        "build: torch",
     ]
 
 
@@ -168,8 +180,14 @@ def test_wheels_are_installed_offline_and_apart(machine):
     wheel.parent.mkdir()
     wheel.touch()
     assert machine.run("--piece", "build") == 0
-    install = machine.calls()[0]
+    install = machine.calls()[1]
     assert "pip install --no-deps --no-index" in install and install.endswith(f"/caches/site {wheel}")
+
+
+def test_the_driver_can_be_linked_with(machine):
+    script(machine.bin / "ldconfig", 'echo "	libcuda.so.1 (libc6,x86-64) => /usr/lib/somewhere/libcuda.so.1"')
+    for _ in range(2):
+        assert (gpu.driver_link() / "libcuda.so").readlink() == Path("/usr/lib/somewhere/libcuda.so.1")
 
 
 def test_no_gpu_is_a_sentence(machine, capsys):
