@@ -247,7 +247,6 @@ def gpu() -> list[Case]:
     cases += [attention(LLAMA3_70B, 8192, nodes, "bf16", 8) for nodes in (128, 256)]
     cases += [attention(LLAMA3_8B, 8192, nodes, "bf16", 32) for nodes in (8, 64, 256)]
     cases += [attention(model, 8192, 64, "bf16", 8) for model in DIM_SWEEP]
-    cases += [attention(LLAMA3_8B, 8192, nodes, "fp16", 8) for nodes in (8, 64)]
     cases += [attention(LLAMA3_8B, 8192, CHAIN_64, "bf16", 8), ragged(32768, 64, "bf16")]
     return cases + small_ops(batches=(1, 8, 32))
 

@@ -14,11 +14,16 @@ Making pages, masks and lists is never timed.
 
 from __future__ import annotations
 
+import functools
 import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as functional
 
+from .cases import PRESETS, Case
 from .contestant import Contestant, unavailable
 
 PAGE = 64
@@ -189,6 +194,17 @@ def xqa(problem: Problem) -> list[Contestant]:
     return [problem.contestant(name, run)]
 
 
+def on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
+
+
+def forms() -> dict[str, Callable[[Problem], list[Contestant]]]:
+    """Each form by name. Prefill without a mask has kernels of its own for Hopper."""
+    backends = ("fa2", "fa3") if on_hopper() else ("fa2",)
+    merged = {f"flashinfer {each} + tree + merge": functools.partial(composed, backend=each) for each in backends}
+    return {"flashinfer mask": custom_mask, "flashinfer xqa": xqa, **merged}
+
+
 def missing() -> str:
     """Why FlashInfer can't be used here, or ""."""
     try:
@@ -203,21 +219,57 @@ def contestants(inputs) -> list[Contestant]:
     reason = missing()
     if reason:
         return [unavailable("flashinfer", "library", reason)]
-    library = importlib.import_module("flashinfer")
-    problem, listed = Problem(inputs, library), []
-    hopper = torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 9
-    forms = {
-        "flashinfer mask": custom_mask,
-        "flashinfer xqa": xqa,
-        **{
-            f"flashinfer {backend} + tree + merge": lambda problem, backend=backend: composed(problem, backend)
-            for backend in (("fa2", "fa3") if hopper else ("fa2",))
-        },
-    }
-    for name, form in forms.items():
+    problem, listed = Problem(inputs, importlib.import_module("flashinfer")), []
+    for name, form in forms().items():
         try:
             listed += form(problem)
         except Exception as error:  # a form that fails to compile must not end the others
             text = " ".join(f"{type(error).__name__}: {error}".split())
             listed.append(unavailable(name, "library", f"can't be prepared: {text[-100:]}"))
     return listed
+
+
+# --- compiling before the benchmarks, because it takes minutes
+
+
+def compilations(preset: str) -> list[tuple[str, Case]]:
+    """One (form, small case) for everything that FlashInfer compiles for the cells of a preset."""
+    found = {}
+    for case in PRESETS[preset]():
+        if case.op != "tree_attention":
+            continue
+        for name in forms():
+            key = (name, case.model.dim, case.dtype)
+            if name == "flashinfer xqa":
+                key = (*key, case.model.group, case.nodes)
+                if case.nodes not in XQA_NODES:
+                    continue
+            found.setdefault(key, (name, replace(case, contexts=(PAGE,), flex=False)))
+    return list(found.values())
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m benchmarks.flashinfer_peers PRESET 0/4`: run every fourth form once, to have its kernels compiled."""
+    from . import attention
+
+    preset, shard = sys.argv[1:] if arguments is None else arguments
+    index, count = map(int, shard.split("/"))
+    reason = missing()
+    if reason:
+        print(reason)
+        return 0
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name, case in compilations(preset)[index::count]:
+        print(f"{name}, {case.model.name} {case.dtype} n{case.nodes} ...", flush=True)
+        try:
+            problem = Problem(attention.make_inputs(case, device), importlib.import_module("flashinfer"))
+            for contestant in forms()[name](problem):
+                contestant.run()
+                print(f"{contestant.name}: {contestant.problem or 'compiled'}", flush=True)
+        except Exception as error:  # the benchmarks list it with the reason
+            print(f"{name}: {type(error).__name__}: {error}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -40,6 +40,7 @@ SLICE_SECONDS = 560.0
 LEAST_SECONDS = 20.0  # nothing is started with less time than this
 MOST_SLICES = 20
 TEST_PROCESSES = 4
+COMPILING_PROCESSES = 6
 PYTEST_OPTIONS = ["-q", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors"]
 ENDED_WELL = ("passed", "skipped")
 SANITIZERS = ("memcheck", "racecheck", "synccheck")
@@ -206,7 +207,13 @@ def no_errors(logs: list[str]) -> str:
 def bench_steps(settings: Settings) -> list[Step]:
     csv = str(settings.out / "bench.csv")
     options = ["--device", "cuda", "--preset", settings.preset, "--csv", csv, "--resume", "--no-plot"]
-    return [Step("benchmarks", [[settings.python, "-m", "benchmarks.run", *options]], resumable=True)]
+    # FlashInfer compiles its kernels when they are first used. That takes minutes, so all of them at once.
+    compiling = [settings.python, "-m", "benchmarks.flashinfer_peers", settings.preset]
+    shards = [[*compiling, f"{index}/{COMPILING_PROCESSES}"] for index in range(COMPILING_PROCESSES)]
+    return [
+        Step("peers", shards, resumable=True),
+        Step("benchmarks", [[settings.python, "-m", "benchmarks.run", *options]], resumable=True),
+    ]
 
 
 def report_steps(settings: Settings) -> list[Step]:
@@ -292,7 +299,7 @@ def run_step(settings: Settings, piece: str, step: Step, seconds: float) -> tupl
     environment = settings.environment() | step.environment
     limit = min(seconds, step.seconds)
     commands = step.commands
-    if piece == "bench":  # it stops by itself between two cells
+    if step.name == "benchmarks":  # it stops by itself between two cells
         commands = [[*command, "--limit", f"{max(limit - 60, 10):.0f}"] for command in commands]
     options = {"cwd": ROOT, "env": environment, "stderr": subprocess.STDOUT, "start_new_session": True}
     end = time.monotonic() + limit

@@ -96,10 +96,8 @@ def xqa(
     for request, length in enumerate(seq_lens.view(torch.int32)[:, 0].tolist()):
         keys, values = (cache[table[request].long()].flatten(0, 1)[:length] for cache in (k, v))
         visible = torch.ones(rows, length, dtype=torch.bool)
-        for row in range(rows):
-            for column in range(rows):
-                bit = int(words[request, row, column // 16]) >> (column % 16) & 1
-                visible[row, length - rows + column] = bool(bit)
+        bits = np.unpackbits(words[request].view(np.uint8), axis=1, bitorder="little")[:, :rows]
+        visible[:, length - rows :] = torch.from_numpy(bits.astype(bool))
         output[request, 0] = attend(q[request, 0], keys, values, visible)[0]
 
 

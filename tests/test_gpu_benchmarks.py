@@ -109,6 +109,22 @@ def test_a_form_that_fails_to_compile_spares_the_others(peers, monkeypatch):
     assert not listed["flashinfer mask"].problem and not listed["flashinfer xqa"].problem
 
 
+def test_every_kernel_is_compiled_before(peers, monkeypatch, capsys):
+    """Each form and shape of a preset once, in as many processes as one likes; XQA per number of nodes and group."""
+    few = [SHAPES["one request"], SHAPES["ragged"], cases.toy("merge_states"), SHAPES["even pages"]]
+    monkeypatch.setitem(cases.PRESETS, "gpu", lambda: few)
+    for index in range(2):
+        assert flashinfer_peers.main(["gpu", f"{index}/2"]) == 0
+    shown = [line for line in capsys.readouterr().out.splitlines() if line.endswith("...")]
+    assert sorted(shown) == sorted(
+        f"flashinfer {form}, small {shape} ..."
+        for form, shape in [
+            *((form, shape) for form in ("mask", "fa2 + tree + merge") for shape in ("bf16 n8", "fp32 n8")),
+            *(("xqa", shape) for shape in ("bf16 n8", "bf16 n64", "fp32 n8")),
+        ]
+    )
+
+
 def test_additive_masks_and_our_pages():
     inputs = attention.make_inputs(SHAPES["ragged"])
     bias = attention.additive(inputs.mask, torch.float32)
@@ -253,10 +269,15 @@ def test_every_goal_has_cells_in_the_presets():
 # --- going on with a run
 
 
-def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def known_roofs(monkeypatch):
+    """Measuring them takes longer than a toy."""
+    monkeypatch.setattr(roofs, "measure", lambda device, dtypes: roofs.Roofs(1e10, {"fp32": (1e11, 64)}))
+
+
+def test_a_run_goes_on_where_it_stopped(known_roofs, tmp_path, monkeypatch, capsys):
     few = [cases.toy(), cases.toy(tree=cases.TREES[16]), cases.toy("merge_states")]
     monkeypatch.setitem(run.PRESETS, "quick", lambda: few)
-    monkeypatch.setattr(roofs, "SIZES", (64,))
     csv = tmp_path / "result.csv"
     command = ["--quick", "--seconds", "0.01", "--csv", str(csv), "--resume", "--no-plot", "--isa", ""]
     assert run.main([*command, "--limit", "0"]) == run.UNFINISHED
@@ -271,10 +292,9 @@ def test_a_run_goes_on_where_it_stopped(tmp_path, monkeypatch, capsys):
     assert run.main(command) == 0 and results.read(csv) == rows
 
 
-def test_a_cell_that_ends_the_run_is_left_out_in_the_end(tmp_path, monkeypatch):
+def test_a_cell_that_ends_the_run_is_left_out_in_the_end(known_roofs, tmp_path, monkeypatch):
     few = [cases.toy(), cases.toy("merge_states")]
     monkeypatch.setitem(run.PRESETS, "quick", lambda: few)
-    monkeypatch.setattr(roofs, "SIZES", (64,))
     original = run.Runner.run
 
     def dies(self, case, modes):
@@ -293,9 +313,8 @@ def test_a_cell_that_ends_the_run_is_left_out_in_the_end(tmp_path, monkeypatch):
     assert first.rows[0]["problem"] == "ended the run 3 times" and second.ours is not None
 
 
-def test_contestants_can_be_left_out(tmp_path, monkeypatch):
+def test_contestants_can_be_left_out(known_roofs, tmp_path, monkeypatch):
     monkeypatch.setitem(run.PRESETS, "quick", lambda: [cases.toy()])
-    monkeypatch.setattr(roofs, "SIZES", (64,))
     csv = tmp_path / "result.csv"
     run.main(["--quick", "--seconds", "0.01", "--csv", str(csv), "--no-plot", "--without", "^sdpa|avx"])
     names = {row["contestant"] for row in results.read(csv)}
