@@ -7,14 +7,25 @@ import pytest
 import torch
 
 import stub_peers
-from benchmarks import attention, cases, flashinfer_peers, gpu_timing, results, roofs, run, targets_gpu, xformers_peer
+from benchmarks import (
+    attention,
+    cases,
+    flashinfer_peers,
+    gpu_timing,
+    results,
+    roofs,
+    run,
+    targets_gpu,
+    timing,
+    xformers_peer,
+)
 from benchmarks.contestant import Contestant, check, unavailable
 
 MODEL = cases.Model("small", 4, 2, 32)
 SHAPES = {
     "one request": cases.Case("tree_attention", MODEL, (70,), cases.TREES[8], "bf16"),
     "even pages": cases.Case("tree_attention", MODEL, (120, 120), cases.TREES[8], "fp32"),
-    "ragged": cases.Case("tree_attention", MODEL, (150, 64, 1, 63), cases.TREES[64], "bf16"),
+    "ragged": cases.Case("tree_attention", MODEL, (150, 64, 1, 63), cases.TREES[16], "bf16"),
     "odd mask": cases.Case("tree_attention", MODEL, (33, 90), cases.TREES[44], "fp32"),
     "one node": cases.Case("tree_attention", MODEL, (65, 127), cases.TREES[1], "fp32"),
 }
@@ -27,8 +38,12 @@ def peers(monkeypatch):
         monkeypatch.setitem(sys.modules, name, module)
     monkeypatch.setattr(flashinfer_peers, "WORKSPACE_BYTES", 1 << 20)
     monkeypatch.setattr(flashinfer_peers, "SEMAPHORE_BYTES", 1 << 10)
-    monkeypatch.setattr(flashinfer_peers, "XQA_NODES", (8, 44, 64))
+    monkeypatch.setattr(flashinfer_peers, "XQA_NODES", (8, 16, 44))
     monkeypatch.setattr(flashinfer_peers, "_workspaces", {})
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # the tensors are tiny
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
@@ -120,7 +135,7 @@ def test_every_kernel_is_compiled_before(peers, monkeypatch, capsys):
         f"flashinfer {form}, small {shape} ..."
         for form, shape in [
             *((form, shape) for form in ("mask", "fa2 + tree + merge") for shape in ("bf16 n8", "fp32 n8")),
-            *(("xqa", shape) for shape in ("bf16 n8", "bf16 n64", "fp32 n8")),
+            *(("xqa", shape) for shape in ("bf16 n8", "bf16 n16", "fp32 n8")),
         ]
     )
 
@@ -132,6 +147,17 @@ def test_additive_masks_and_our_pages():
     assert torch.equal(bias == 0, inputs.mask) and torch.equal(bias == -torch.inf, ~inputs.mask)
     checked = check(attention.ours_paged(inputs), attention.expected(inputs))
     assert not checked.problem and checked.error is not None
+
+
+def test_everybody_on_a_gpu_is_checked(peers):
+    """All contestants of a cell, ratios against any library included."""
+    inputs = attention.make_inputs(SHAPES["odd mask"])
+    listed = attention.contestants_on_gpu(inputs, run.Options("gpu", backends=("torch",), device="cuda"))
+    expected = attention.expected(inputs)
+    assert not [f"{each.name}: {each.problem}" for each in (check(c, expected) for c in listed) if each.problem]
+    assert {each.role for each in listed} == {"ours", "pytorch", "library"}
+    timings = {each.name: timing.Timing([2.0]) for each in listed} | {"flashinfer xqa": timing.Timing([1.0])}
+    assert results.fastest_peer(listed, timings) == "flashinfer xqa"
 
 
 # --- the clock

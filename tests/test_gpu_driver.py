@@ -229,6 +229,9 @@ def test_it(i):
 """
 
 
+QUICK = {"PATH": "/usr/bin", "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+
+
 def run_tests(folder: Path, *options: str, **environment: str) -> subprocess.CompletedProcess:
     command = [
         sys.executable,
@@ -243,7 +246,7 @@ def run_tests(folder: Path, *options: str, **environment: str) -> subprocess.Com
         folder,
     ]
     command += ["-c", "/dev/null", "--record", folder / "record", *options, folder / "test_them.py"]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={"PATH": "/usr/bin", **environment})
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**QUICK, **environment})
 
 
 def test_tests_resume_behind_the_one_that_ended_the_process(tmp_path):
