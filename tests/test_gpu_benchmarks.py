@@ -62,22 +62,22 @@ def test_libraries_get_what_they_need(peers, case):
                 assert not checked.problem and checked.error is not None, (contestant.name, checked.problem)
 
 
-def test_plans_are_inside_or_outside(peers):
+def test_plans_are_inside_or_outside(peers, monkeypatch):
     """A contestant that plans can't be in a graph, and its plan never touches the wrappers of the one in the graph."""
     inputs = attention.make_inputs(SHAPES["ragged"])
     listed = {each.name: each for each in flashinfer_peers.contestants(inputs)}
     assert [name for name, each in listed.items() if not each.graph] == [n for n in listed if n.endswith("+ plan")]
-    plans = []
-    original = stub_peers.BatchPrefillWithPagedKVCacheWrapper.plan
-    stub = sys.modules["flashinfer"].BatchPrefillWithPagedKVCacheWrapper
-    stub.plan = lambda self, *a, **o: (plans.append(self), original(self, *a, **o))
-    try:
-        listed["flashinfer mask"].call()
-        assert plans == []
-        listed["flashinfer mask + plan"].call()
-        assert len(plans) == 1
-    finally:
-        stub.plan = original
+    stub, calls = sys.modules["flashinfer"].BatchPrefillWithPagedKVCacheWrapper, []
+
+    def recording(name, original):
+        return lambda self, *arguments, **options: calls.append((name, self)) or original(self, *arguments, **options)
+
+    for name in ("plan", "run"):
+        monkeypatch.setattr(stub, name, recording(name, getattr(stub, name)))
+    listed["flashinfer mask"].call()
+    listed["flashinfer mask + plan"].call()
+    assert [name for name, _ in calls] == ["run", "plan", "run"]
+    assert calls[0][1] is not calls[1][1] and calls[1][1] is calls[2][1]
 
 
 def test_a_wrong_mask_is_noticed(peers, monkeypatch):
