@@ -52,12 +52,13 @@ class GpuTimer:
         self.random = random.Random(seed)
 
     def measure(self, copies: list[list[Contestant]], seconds: float) -> Measurement:
-        """copies[i]: the contestants over copy i of the inputs. Who has a problem in the first copy is left out.
+        """copies[i]: the contestants over copy i of the inputs. Who has a problem in any copy is left out.
 
         seconds: of the GPU's time, for all contestants together.
         """
-        names = [each for each in copies[0] if not each.problem]
-        by_name = {each.name: [c for group in copies for c in group if c.name == each.name] for each in names}
+        everybody = {each.name: [c for group in copies for c in group if c.name == each.name] for each in copies[0]}
+        by_name = {name: group for name, group in everybody.items() if not any(c.problem for c in group)}
+        names = [each for each in copies[0] if each.name in by_name]
         runs = {name: replay([each.call for each in group], group[0].graph) for name, group in by_name.items()}
         samples: dict[str, list[float]] = {each.name: [] for each in names}
         active, spent, rounds = names, 0.0, 0

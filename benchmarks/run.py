@@ -272,6 +272,8 @@ def run_all(runner: Runner, chosen, csv: Path, limit: float | None = None, resum
                 say("the GPU has failed in this cell; the first contestant with a problem is to blame")
                 return False
             gc.collect()
+            if runner.options.device == "cuda":
+                torch.cuda.empty_cache()
     except KeyboardInterrupt:
         say("interrupted: what follows covers the cells above")
         return False

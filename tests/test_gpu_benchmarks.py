@@ -227,9 +227,10 @@ def test_the_clock_divides_by_the_copies(fake_cuda):
     names = {"ours": ("ours", 1, True), "peer": ("library", 2, True), "peer + plan": ("library", 5, False)}
     copies = [
         [Contestant(name, role, fake_cuda.spend(ms), graph=graph) for name, (role, ms, graph) in names.items()]
-        + [unavailable("absent", "library", "not installed")]
+        + [unavailable("absent", "library", "not installed"), Contestant("short of memory", "library", list)]
         for _ in range(3)
     ]
+    copies[2][-1].problem = "out of memory"
     measured = gpu_timing.GpuTimer().measure(copies, seconds=0.2)
     assert {name: round(timing.median * 1e3, 6) for name, timing in measured.timings.items()} == {
         name: ms for name, (_, ms, _) in names.items()
