@@ -27,9 +27,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests.resume import recorded
-
 from .machine import ROOT, commit
+from .resume_tests import recorded
 
 DEFAULT_OUT = ROOT / "benchmarks" / "results" / "local" / "gpu"
 CACHES = ROOT / "build" / "gpu-caches"  # of Triton, Inductor and FlashInfer: large, and never copied
@@ -162,7 +161,7 @@ def kernels_are_there(logs: list[str]) -> str:
 
 
 def test_steps(settings: Settings) -> list[Step]:
-    records = ["-p", "tests.resume", "--record", str(settings.out / "tests")]
+    records = ["-p", "benchmarks.resume_tests", "--record", str(settings.out / "tests")]
     command = [settings.python, "-m", "pytest", "-m", "gpu", *PYTEST_OPTIONS, *records]
     shards = [[*command, "--shard", f"{index}/{TEST_PROCESSES}"] for index in range(TEST_PROCESSES)]
 

@@ -12,6 +12,7 @@ from benchmarks import (
     cases,
     flashinfer_peers,
     gpu_timing,
+    report,
     results,
     roofs,
     run,
@@ -253,6 +254,59 @@ def test_copies_exceed_the_cache_twice(monkeypatch):
         copies = gpu_timing.copies_needed(size)
         assert copies == gpu_timing.MAX_COPIES or copies * size > 100 << 20
     assert gpu_timing.copies_needed(1 << 30) == 2
+
+
+COLUMNS = {"machine": "a GPU", "isa": "sm_90", "threads": "1", "torch": "2", "commit": "abc", "date": "today"}
+COLUMNS |= {"specdec_ops": "0", "python": "3", "command": "python -m benchmarks.run"}
+
+
+def test_a_cell_on_a_gpu(fake_cuda, peers, monkeypatch):
+    """From inputs to the report, on a device of which only the clock is not real: every call takes a millisecond."""
+
+    def contestants(inputs, options):
+        listed = attention.contestants_on_gpu(inputs, options)
+        spend = fake_cuda.spend(1.0)
+        for each in listed:
+            each.call = lambda call=each.call: (call(), spend())[0]
+        return listed
+
+    properties = SimpleNamespace(L2_cache_size=50 << 10)
+    operands = roofs.gemm_operands
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(roofs, "gemm_operands", lambda dtype, size, device: operands(dtype, size, "cpu"))
+    on_cpu = run.OPS["tree_attention"]._replace(
+        make_inputs=lambda case, device: attention.make_inputs(case), contestants=contestants
+    )
+    monkeypatch.setitem(run.OPS, "tree_attention", on_cpu)
+    case = SHAPES["ragged"]
+    options = run.Options("gpu", device="cuda")
+    known = roofs.Roofs(case.bytes / 5e-4, {"bf16": (1e12, 64)}, "copy")  # the bytes take half a millisecond
+    runner = run.Runner(options, known, COLUMNS, run.Clock("gpu", 1, cell_seconds=0.1))
+    (rows,) = runner.run(case, ("cold",))
+    found = results.Cell(rows)
+    assert found.ours["p50_us"] == pytest.approx(1000) and found.ours["ratio"] == pytest.approx(1)
+    assert found.ours["read_percent"] == found.ours["roof_percent"] == pytest.approx(50)
+    how = {row["contestant"]: row["how"] for row in rows}
+    assert how["specdec_ops"] == how["flashinfer xqa"] == "graph" and how["flashinfer mask + plan"] == "loop"
+    lines = report.summary([found])
+    assert "against flashinfer xqa: mean 1.00x, least 1.00x over 1 cells" in lines
+    assert any("85% of a copy's bandwidth" in line for line in lines)
+
+
+def test_a_gpu_that_fails_ends_the_run(peers, monkeypatch, tmp_path):
+    """Its cell is written without times, and the rest is left for another process."""
+
+    def broken():
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    monkeypatch.setattr(run.Runner, "_contestants", lambda self, case: [[Contestant("specdec_ops", "ours", list)]])
+    runner = run.Runner(run.Options("gpu", device="cuda"), roofs.Roofs(1e12), COLUMNS, run.Clock("gpu", 2))
+    chosen = [(SHAPES["ragged"], ("cold",)), (SHAPES["one node"], ("cold",))]
+    assert run.run_all(runner, chosen, tmp_path / "result.csv") is False
+    (written,) = results.cells(results.read(tmp_path / "result.csv"))
+    assert written.ours is None and written.key == results.key(SHAPES["ragged"], "cold")
 
 
 # --- goals

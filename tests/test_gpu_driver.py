@@ -239,7 +239,7 @@ def run_tests(folder: Path, *options: str, **environment: str) -> subprocess.Com
         "pytest",
         "-q",
         "-p",
-        "tests.resume",
+        "benchmarks.resume_tests",
         "-p",
         "no:cacheprovider",
         "--rootdir",

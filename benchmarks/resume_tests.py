@@ -1,8 +1,8 @@
 """A pytest plugin: outcomes are recorded, and a later run leaves out the tests that have one.
 
-`python -m pytest -p tests.resume --record FOLDER --shard 0/4`. For runs that must end within minutes, in several
-processes on one GPU. A test that leaves the GPU unusable ends the run with status 75; the next one goes on behind it.
-A test that ended its process, or had to be ended, twice counts as failed.
+`python -m pytest -p benchmarks.resume_tests --record FOLDER --shard 0/4`. For runs that must end within minutes, in
+several processes on one GPU. A test that leaves the GPU unusable ends the run with status 75; the next one goes on
+behind it. A test that ended its process, or had to be ended, twice counts as failed.
 """
 
 import json
