@@ -9,7 +9,7 @@
 
 namespace specdec {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
 
 // Bits of the per-request status that build_topology writes. Zero means that the request's tree is sound.
 enum TopologyStatus : int32_t {
@@ -57,7 +57,8 @@ struct TreeAttentionParams {
   int64_t v_stride_batch, v_stride_slot, v_stride_head;
   int64_t page_table_stride;
 
-  DType dtype;
+  DType dtype;        // of q and out
+  DType cache_dtype;  // the same, or kFloat8E4M3 (CUDA only)
   int32_t batch, queries, heads, kv_heads, dim;  // packed: queries is the number of rows of q in all
   int32_t slots;                                 // dense: slots per request; paged: max_pages * page_size
   int32_t pages, page_size;                      // paged only
@@ -68,6 +69,11 @@ struct TreeAttentionParams {
   float softcap;       // 0: none. Otherwise s becomes softcap * tanh(s / softcap)
   float out_scale;     // multiplies the output (the scale of a quantised V cache; else 1)
   int32_t num_splits;  // 0: the default, a function of the request alone
+
+  // CUDA only, of the sizes that tree_attention_scratch names. The scratch belongs to one call until it has run, the
+  // counters to one stream at a time.
+  float* scratch;     // may hold anything
+  int32_t* counters;  // zero before the first call; every call leaves zeros
 };
 
 // Merges two partial attentions over disjoint slots: rows = batch * queries * heads, everything contiguous.

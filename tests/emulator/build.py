@@ -28,6 +28,7 @@ PROGRAMS = ["planted_bugs", "device_names"]
 EMULATOR = ["emulator", "fiber", "collectives"]
 # Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu.
 OPS = {"build_topology": "BuildTopologyParams", "merge_states": "MergeStatesParams"}
+OPS |= {"tree_attention": "TreeAttentionParams"}
 
 
 class CannotRun(Exception):
@@ -83,6 +84,7 @@ def ninja_file():
             linked(f"{build}/{name}", [*emulator, f"{build}/{name}"], flags)
         for op, params in OPS.items():
             names = [f"-DSPECDEC_LAUNCHER={op}_cuda", f"-DSPECDEC_PARAMS={params}"]
+            names += ["-DSPECDEC_HAS_SCRATCH"] if op == "tree_attention" else []
             compiled(f"{build}/{op}_entry", "tests/emulator/entry.cpp", [*own, *names])
             for kernel in kernels_of(op):
                 compiled(f"{build}/{kernel}", f"csrc/cuda/{kernel}.cu", flags)
