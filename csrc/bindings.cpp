@@ -98,7 +98,7 @@ TreeAttentionParams tree_attention_params(
   std::tie(p.slots, p.pages, p.page_size) = cache_sizes;
   std::tie(p.nodes, p.words, p.topology_batch) = topology_sizes;
   p.dtype = static_cast<DType>(std::get<0>(dtypes));
-  p.cache_dtype = static_cast<DType>(std::get<1>(dtypes));
+  p.float8_cache = std::get<1>(dtypes);
   p.query_start = query_start;
   p.scale = scale;
   p.window = window;
@@ -177,7 +177,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "tree_attention_scratch",
       [](int32_t batch, int32_t max_queries, int32_t heads, int32_t kv_heads, int32_t dim, int32_t slots,
-         int32_t num_splits, int32_t cache_dtype) {
+         int32_t num_splits, int32_t float8_cache) {
         TreeAttentionParams p{};
         p.batch = batch;
         p.queries = max_queries;
@@ -186,7 +186,7 @@ PYBIND11_MODULE(_C, m) {
         p.dim = dim;
         p.slots = slots;
         p.num_splits = num_splits;
-        p.cache_dtype = static_cast<DType>(cache_dtype);
+        p.float8_cache = float8_cache;
         const TreeAttentionScratch scratch = tree_attention_scratch(p);
         return std::pair(scratch.floats, scratch.counters);
       },

@@ -9,12 +9,7 @@ import torch
 
 from . import _alloc, _loader
 
-_DTYPE_CODES = {
-    torch.float32: 0,
-    torch.bfloat16: 1,
-    torch.float16: 2,
-    torch.float8_e4m3fn: 3,
-}  # DType in csrc/specdec/params.h
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/specdec/params.h
 
 
 @functools.cache
@@ -112,8 +107,8 @@ def tree_attention_cuda(q, k_cache, *others):
     device, stream = _stream(q.device)
     max_queries, num_splits = others[9], others[-3]
     slots = arguments[-8][0]
-    code = _DTYPE_CODES[k_cache.dtype]
-    floats, counters = _scratch_sizes(batch, max_queries, heads, kv_heads, dim, slots, num_splits, code)
+    float8 = k_cache.dtype == torch.float8_e4m3fn
+    floats, counters = _scratch_sizes(batch, max_queries, heads, kv_heads, dim, slots, num_splits, float8)
     scratch = counter = None
     if counters:
         scratch = _alloc.empty((floats,), torch.float32, q.device)
@@ -123,7 +118,7 @@ def tree_attention_cuda(q, k_cache, *others):
 
 @functools.lru_cache(maxsize=1024)
 def _scratch_sizes(*sizes) -> tuple[int, int]:
-    """Of batch, max_queries, heads, kv_heads, dim, slots, num_splits and the cache's dtype."""
+    """Of batch, max_queries, heads, kv_heads, dim, slots, num_splits, and whether the caches are fp8."""
     return _module().tree_attention_scratch(*sizes)
 
 
@@ -203,7 +198,7 @@ def _tree_attention_arguments(
         _address(query_starts),
         _address(sinks),
         _address(alibi_slopes),
-        (_DTYPE_CODES[q.dtype], _DTYPE_CODES[k_cache.dtype]),
+        (_DTYPE_CODES[q.dtype], k_cache.dtype == torch.float8_e4m3fn),
         (context_lens.shape[0], q.shape[-3], q.shape[-2], k_cache.shape[2], q.shape[-1]),
         cache_sizes,
         topology_sizes,

@@ -59,8 +59,9 @@ def tree_attention(
         q: float32, bfloat16 or float16 `[batch, queries, heads, dim]`; or `[tokens, heads, dim]`, the rows of all
             requests one after another, when `topology.offsets` says where each request starts. Any strides with a
             contiguous last dimension, here and for the caches and `out`. float64 runs with the torch backend.
-        k_cache: same dtype as q, or float8_e4m3fn; `[batch, slots, kv_heads, dim]`; or `[pages, page_size, kv_heads, dim]` with
-            `page_table`. heads must be a multiple of kv_heads; query head h reads kv head `h // (heads / kv_heads)`.
+        k_cache: same dtype as q, or float8_e4m3fn; `[batch, slots, kv_heads, dim]`; or
+            `[pages, page_size, kv_heads, dim]` with `page_table`. heads must be a multiple of kv_heads; query head h
+            reads kv head `h // (heads / kv_heads)`.
         v_cache: of the same shape and dtype as k_cache.
         topology: the trees, with batch 1 for one tree shared by all requests. None: no tree, every row sees exactly the
             context (cross-attention) and stands at position `context_lens[b]`.

@@ -39,7 +39,16 @@ def strided(tensor):
         ),
         ({"k_cache": K.half()}, TypeError, "k_cache must be float32 [batch, slots, kv_heads, dim] like q, got float16"),
         ({"v_cache": None}, TypeError, "v_cache must be float32 [batch, slots, kv_heads, dim] like q, got None"),
-        ({"k_cache": FP8, "v_cache": FP8}, TypeError, "k_cache must be of q's dtype (fp8 caches come with the CUDA"),
+        (
+            {"k_cache": FP8},
+            TypeError,
+            "v_cache must be float8_e4m3fn [batch, slots, kv_heads, dim] like k_cache, got",
+        ),
+        (
+            {"v_cache": FP8},
+            TypeError,
+            "v_cache must be float32 [batch, slots, kv_heads, dim] like q (or both cac",
+        ),
         ({"k_cache": K[0]}, ValueError, "k_cache must be [batch, slots, kv_heads, dim], got float32 [14, 2, 64]"),
         (
             {"v_cache": V[..., :32]},

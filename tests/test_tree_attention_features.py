@@ -343,7 +343,8 @@ def test_visibility_is_exact(context, page_size, target):
     """With q = k = 0 every visible slot weighs the same, and values that are powers of two tell which slots those are.
 
     Feature c of slot j is 2 ** (j % 20) where j // 20 == c, so that float32 holds each sum exactly; for 16-bit outputs
-    it is 3 in place of 20. The output times the number of visible slots is that sum, up to the rounding of one division.
+    it is 3 in place of 20. The output times the number of visible slots is that sum, up to the rounding of one
+    division.
     """
     parents = random_tree(70, seed=5)
     case = make_case([parents], [context], heads=2, kv_heads=2, device=target.device, page_size=page_size)

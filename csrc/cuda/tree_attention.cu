@@ -26,7 +26,7 @@ namespace {
 
 int compiled_dim(const TreeAttentionParams& p) {
   for (const int compiled : {64, 96, 128, 192}) {
-    if (p.dim <= compiled && (compiled != 96 || p.cache_dtype != DType::kFloat8E4M3)) return compiled;
+    if (p.dim <= compiled && (compiled != 96 || p.float8_cache == 0)) return compiled;
   }
   return 256;
 }
@@ -37,7 +37,7 @@ bool is_aligned(const void* address, int64_t elements, int64_t batch, int64_t ro
 
 // Rows start at multiples of 16 bytes: everything is copied in such pieces.
 bool is_aligned(const TreeAttentionParams& p) {
-  const int64_t cached = p.cache_dtype == DType::kFloat8E4M3 ? 16 : 8;
+  const int64_t cached = p.float8_cache != 0 ? 16 : 8;
   return is_aligned(p.q, 8, p.q_stride_batch, p.q_stride_row, p.q_stride_head) &&
          is_aligned(p.out, 8, p.out_stride_batch, p.out_stride_row, p.out_stride_head) &&
          is_aligned(p.k_cache, cached, p.k_stride_batch, p.k_stride_slot, p.k_stride_head) &&
@@ -46,14 +46,13 @@ bool is_aligned(const TreeAttentionParams& p) {
 
 bool is_built(const TreeAttentionParams& p) {
   if (p.dtype != DType::kBFloat16 && p.dtype != DType::kFloat16) return false;
-  const bool float8 = p.cache_dtype == DType::kFloat8E4M3;
-  return (float8 || p.cache_dtype == p.dtype) && p.dim > 0 && p.dim % 16 == 0 && p.dim <= (float8 ? 128 : 256);
+  return p.dim > 0 && p.dim % 16 == 0 && p.dim <= (p.float8_cache != 0 ? 128 : 256);
 }
 
 template <class T>
 cudaError_t attend_in(const TreeAttentionParams& params, int device, cudaStream_t stream) {
   const int dim = compiled_dim(params);
-  if (params.cache_dtype == DType::kFloat8E4M3) {
+  if (params.float8_cache != 0) {
     return dim == 64 ? tree_attention<T, Float8, 64>(params, device, stream)
                      : tree_attention<T, Float8, 128>(params, device, stream);
   }

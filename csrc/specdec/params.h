@@ -9,7 +9,7 @@
 
 namespace specdec {
 
-enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 // Bits of the per-request status that build_topology writes. Zero means that the request's tree is sound.
 enum TopologyStatus : int32_t {
@@ -57,8 +57,8 @@ struct TreeAttentionParams {
   int64_t v_stride_batch, v_stride_slot, v_stride_head;
   int64_t page_table_stride;
 
-  DType dtype;        // of q and out
-  DType cache_dtype;  // the same, or kFloat8E4M3 (CUDA only)
+  DType dtype;           // of q, out and the caches
+  int32_t float8_cache;  // 1: the caches are e4m3 instead (CUDA only)
   int32_t batch, queries, heads, kv_heads, dim;  // packed: queries is the number of rows of q in all
   int32_t slots;                                 // dense: slots per request; paged: max_pages * page_size
   int32_t pages, page_size;                      // paged only

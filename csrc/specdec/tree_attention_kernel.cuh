@@ -22,7 +22,7 @@ struct SharedTiles {
     places = memory.take<SlotPlace>(2 * Shape::kSlots);
     seen = {memory.take<int32_t>(2 * words), 2 * words};
   }
-  static size_t bytes(int32_t words) {
+  static constexpr size_t bytes(int32_t words) {
     return SharedMemory::bytes<typename Shape::T>(Shape::kRows * Shape::kPitch) +
            SharedMemory::bytes<typename Shape::Cache>(Shape::kStages * 2 * Shape::kTile) +
            SharedMemory::bytes<SlotPlace>(2 * Shape::kSlots) + SharedMemory::bytes<int32_t>(2 * words);
@@ -174,8 +174,13 @@ inline int tree_attention_rows(const TreeAttentionParams& call, int compiled_dim
   return block_rows;
 }
 
+// What every device since 8.0 grants to a block that asks, and CUDA's own part and `arrived` of it.
+constexpr size_t kSharedBytesPerBlock = 99 * 1024, kSharedBytesOfCuda = 1024 + 128;
+
 template <class Shape>
 cudaError_t launch_tree_attention(const TreeAttentionParams& call, int device, cudaStream_t stream) {
+  static_assert(SharedTiles<Shape>::bytes(1024 / 64) <= kSharedBytesPerBlock - kSharedBytesOfCuda,
+                "1,024 nodes fit on every device");
   const TreeAttentionLaunch launched = tree_attention_launch(call, Shape::kRows);
   const int64_t blocks = int64_t(call.batch) * call.kv_heads * launched.row_blocks * launched.max_parts;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;

@@ -27,8 +27,11 @@ SHARED = ["-shared", "-Wl,-Bsymbolic"]
 PROGRAMS = ["planted_bugs", "device_names"]
 EMULATOR = ["emulator", "fiber", "collectives"]
 # Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu.
-OPS = {"build_topology": "BuildTopologyParams", "merge_states": "MergeStatesParams"}
-OPS |= {"tree_attention": "TreeAttentionParams"}
+OPS = {
+    "build_topology": "BuildTopologyParams",
+    "merge_states": "MergeStatesParams",
+    "tree_attention": "TreeAttentionParams",
+}
 
 
 class CannotRun(Exception):
@@ -90,6 +93,13 @@ def ninja_file():
                 compiled(f"{build}/{kernel}", f"csrc/cuda/{kernel}.cu", flags)
             objects = [f"{build}/{name}" for name in (*EMULATOR, f"{op}_entry", *kernels_of(op), "replay")]
             linked(f"{build}/{op}", objects, flags)
+
+    # The join of tree_attention's parts without its fences.
+    unfenced = "tree_attention_bf16_64"
+    compiled("thread/unfenced", f"csrc/cuda/{unfenced}.cu", [*SANITIZERS["thread"], "-DSPECDEC_WITHOUT_FENCES"])
+    kernels = ["unfenced" if name == unfenced else name for name in kernels_of("tree_attention")]
+    objects = [f"thread/{name}" for name in (*EMULATOR, "tree_attention_entry", *kernels, "replay")]
+    linked("thread/tree_attention_unfenced", objects, SANITIZERS["thread"])
 
     compiled("count_traffic", "tests/emulator/count_traffic.cpp", [])
     for op in OPS:

@@ -16,7 +16,7 @@ from . import build
 
 BACKEND = "cuda-emulated"
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.float8_e4m3fn: 3}
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _C_TYPES = {
     "int32_t": ctypes.c_int32,
     "int64_t": ctypes.c_int64,
@@ -61,7 +61,7 @@ def tree_attention_launch(
         own |= dict(zip((f"{name}_stride_{axis}" for axis in ("batch", middle, "head")), strides, strict=True))
     sizes = {"batch": context_lens.shape[0], "queries": q.shape[-3], "heads": q.shape[-2], "dim": q.shape[-1]}
     sizes |= {"kv_heads": k_cache.shape[2], "slots": k_cache.shape[1], "topology_batch": 1}
-    sizes |= {"dtype": DTYPES[q.dtype], "cache_dtype": DTYPES[k_cache.dtype]}
+    sizes |= {"dtype": DTYPES[q.dtype], "float8_cache": k_cache.dtype == torch.float8_e4m3fn}
     if page_table is not None:
         pages, page_size = k_cache.shape[:2]
         sizes |= {"slots": page_table.shape[1] * page_size, "pages": pages, "page_size": page_size}
@@ -178,11 +178,11 @@ def traffic(launch):
         counter.specdec_forget_watched()
 
 
-def replay(launch, sanitizer):
+def replay(launch, sanitizer, program=None):
     """Emulate a launch in a process with a sanitizer, in several orders.
 
     Every tensor gets memory of just its size; two share theirs if they start at one address. The given tensors stay as
-    they are.
+    they are. `program` may name another build of the op.
 
     Returns:
         {name: the tensor after the launch}
@@ -203,7 +203,7 @@ def replay(launch, sanitizer):
     with tempfile.TemporaryDirectory() as folder:
         file, results = Path(folder, "launch"), Path(folder, "results")
         file.write_bytes(b"".join(parts))
-        status, output = build.run(f"{sanitizer}/{launch.op}", file, results)
+        status, output = build.run(f"{sanitizer}/{program or launch.op}", file, results)
         if status != 0:
             raise RuntimeError(f"{launch.op} on the emulator ({sanitizer}): {output}")
         content = results.read_bytes()
