@@ -243,8 +243,7 @@ def _check_caches(q, k_cache, v_cache, page_table, batch: int, heads: int, dim: 
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(cache, torch.Tensor) or cache.dtype != dtype:
             like = "k_cache" if dtype != q.dtype else "q"
-            hint = " (or both caches float8_e4m3fn)" if like == "q" else ""
-            raise TypeError(wrong(op, name, f"{_dtype_name(dtype)} {layout} like {like}{hint}", cache))
+            raise TypeError(wrong(op, name, f"{_dtype_name(dtype)} {layout} like {like}", cache))
         if cache.dim() != 4:
             raise ValueError(wrong(op, name, layout, cache))
         if cache.stride()[-1] != 1 and dim != 1:

@@ -18,7 +18,7 @@ FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contra
 FLAGS += ["-Wno-unknown-pragmas", "-DSPECDEC_EMULATED", "-Itests/emulator", "-Icsrc"]
 SANITIZERS = {
     "plain": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
 # The emulator plays the part of the hardware, which ThreadSanitizer must not look into.
@@ -121,7 +121,7 @@ def made(target):
         raise CannotRun(reason)
     build = target.partition("/")[0]
     if build in SANITIZERS and not links(build):
-        raise CannotRun(f"{compiler()[0]} can't link with {SANITIZERS[build][0]}")
+        raise CannotRun(f"{compiler()[0]} can't link with {' '.join(SANITIZERS[build])}")
     (ROOT / OUTPUT).mkdir(parents=True, exist_ok=True)
     with open(ROOT / OUTPUT / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
