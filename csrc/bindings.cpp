@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 #include <tuple>
+#include <utility>
 
 #include "bindings.h"
 #include "cpu/instruments.h"
@@ -63,9 +64,10 @@ TreeAttentionParams tree_attention_params(
     Address q, Strides3 q_strides, Address k_cache, Strides3 k_strides, Address v_cache, Strides3 v_strides,
     Address out, Strides3 out_strides, Address lse, Address ancestors, Address depths, Address num_nodes,
     Address offsets, Address context_lens, Address page_table, int64_t page_table_stride, Address query_starts,
-    Address sinks, Address alibi_slopes, int32_t dtype, std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t> sizes,
-    std::tuple<int32_t, int32_t, int32_t> cache_sizes, std::tuple<int32_t, int32_t, int32_t> topology_sizes,
-    int32_t query_start, float scale, int32_t window, float softcap, float out_scale, int32_t num_splits) {
+    Address sinks, Address alibi_slopes, std::tuple<int32_t, int32_t> dtypes,
+    std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t> sizes, std::tuple<int32_t, int32_t, int32_t> cache_sizes,
+    std::tuple<int32_t, int32_t, int32_t> topology_sizes, int32_t query_start, float scale, int32_t window,
+    float softcap, float out_scale, int32_t num_splits, Address scratch, Address counters) {
   TreeAttentionParams p{};
   p.q = pointer<void>(q);
   p.k_cache = pointer<void>(k_cache);
@@ -89,13 +91,16 @@ TreeAttentionParams tree_attention_params(
   std::tie(p.batch, p.queries, p.heads, p.kv_heads, p.dim) = sizes;
   std::tie(p.slots, p.pages, p.page_size) = cache_sizes;
   std::tie(p.nodes, p.words, p.topology_batch) = topology_sizes;
-  p.dtype = static_cast<DType>(dtype);
+  p.dtype = static_cast<DType>(std::get<0>(dtypes));
+  p.float8_cache = std::get<1>(dtypes);
   p.query_start = query_start;
   p.scale = scale;
   p.window = window;
   p.softcap = softcap;
   p.out_scale = out_scale;
   p.num_splits = num_splits;
+  p.scratch = pointer<float>(scratch);
+  p.counters = pointer<int32_t>(counters);
   return p;
 }
 
@@ -139,5 +144,24 @@ PYBIND11_MODULE(_C, m) {
   m.def("cuda_device_error", &cuda_device_error, "Why this device can't run the compiled kernels, or an empty string.");
   Bind<decltype(&build_topology_params)>::cuda(m, "build_topology_cuda", build_topology_params, build_topology_cuda);
   Bind<decltype(&merge_states_params)>::cuda(m, "merge_states_cuda", merge_states_params, merge_states_cuda);
+  Bind<decltype(&tree_attention_params)>::cuda(m, "tree_attention_cuda", tree_attention_params, tree_attention_cuda);
+  m.def(
+      "tree_attention_scratch",
+      [](int32_t batch, int32_t max_queries, int32_t heads, int32_t kv_heads, int32_t dim, int32_t slots,
+         int32_t num_splits, int32_t float8_cache) {
+        TreeAttentionParams p{};
+        p.batch = batch;
+        p.queries = max_queries;
+        p.heads = heads;
+        p.kv_heads = kv_heads;
+        p.dim = dim;
+        p.slots = slots;
+        p.num_splits = num_splits;
+        p.float8_cache = float8_cache;
+        const TreeAttentionScratch scratch = tree_attention_scratch(p);
+        return std::pair(scratch.floats, scratch.counters);
+      },
+      "How many float32 numbers of scratch, and how many zeroed int32 counters, such a call of tree_attention_cuda "
+      "needs.");
 #endif
 }

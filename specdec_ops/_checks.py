@@ -18,6 +18,11 @@ def describe(value) -> str:
     return type(value).__name__
 
 
+def describe_dtype(dtype: torch.dtype) -> str:
+    """`float32`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def wrong(op: str, name: str, must: str, value) -> str:
     """The uniform sentence."""
     return f"specdec_ops.{op}: {name} must be {must}, got {describe(value)}"

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 
 from . import _loader
-from ._checks import KERNEL_DTYPES
+from ._checks import KERNEL_DTYPES, describe_dtype
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 ENVIRONMENT = "SPECDEC_OPS_BACKEND"
@@ -40,6 +40,7 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.sample:sample",
     },
     "tree_attention": {
+        "cuda": "specdec_ops._native:tree_attention_cuda",
         "triton": "specdec_ops.triton_kernels.tree_attention:tree_attention",
         "cpu": "specdec_ops._native:tree_attention_cpu",
         "torch": "specdec_ops.reference.tree_attention:tree_attention",
@@ -48,6 +49,7 @@ IMPLEMENTATIONS = {
 
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _MAX_KERNEL_DIM = 256
+_MAX_FLOAT8_DIM = 128
 _resolved: dict[tuple, Callable] = {}
 
 
@@ -71,8 +73,13 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
     return {backend: _unavailable(op, backend, device) for backend in BACKENDS}
 
 
-def resolve(op: str, backend: str, tensor: torch.Tensor) -> Callable:
+def resolve(
+    op: str, backend: str, tensor: torch.Tensor, caches: tuple = (), out: torch.Tensor | None = None
+) -> Callable:
     """Find the implementation of `op` for this tensor: its device, its dtype and, for attention, its dim.
+
+    For attention also for the K and V caches: their dtype, and whether they, q and `out` have rows at multiples of 16
+    bytes, which the CUDA kernel needs.
 
     "auto" takes the first available of cpu, torch on CPU tensors and of cuda, triton, torch on CUDA tensors, unless the
     environment variable SPECDEC_OPS_BACKEND (read once, at the first use) names one. A named backend never falls back.
@@ -81,11 +88,25 @@ def resolve(op: str, backend: str, tensor: torch.Tensor) -> Callable:
         ValueError: the name is unknown.
         RuntimeError: the named backend is not available, or its kernels don't take such a tensor.
     """
+    cache_dtype = caches[0].dtype if caches else tensor.dtype
+    aligned = not caches or not tensor.is_cuda or _is_aligned(tensor, *caches, out)
     key = (op, backend, tensor.device, tensor.dtype, tensor.shape[-1] if op == "tree_attention" else 0)
+    key += (cache_dtype, aligned)
     found = _resolved.get(key)
     if found is None:
-        found = _resolved[key] = _load(op, _choose(op, backend, tensor))
+        found = _resolved[key] = _load(op, _choose(op, backend, tensor, cache_dtype, aligned))
     return found
+
+
+def _is_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    bits = 0
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+        size = tensor.element_size()
+        for stride in tensor.stride()[:-1]:
+            bits |= stride * size
+    return bits % 16 == 0
 
 
 def forget() -> None:
@@ -95,17 +116,17 @@ def forget() -> None:
     _load.cache_clear()
 
 
-def _choose(op: str, backend: str, tensor: torch.Tensor) -> str:
+def _choose(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str:
     origin = ""
     if backend == "auto":
         chosen = _environment_choice()
         if chosen == "auto":
-            usable = (b for b in _AUTO.get(tensor.device.type, ("torch",)) if _refusal(op, b, tensor) is None)
-            return next(usable)
+            names = _AUTO.get(tensor.device.type, ("torch",))
+            return next(name for name in names if _refusal(op, name, tensor, cache_dtype, aligned) is None)
         backend, origin = chosen, f" (from {ENVIRONMENT})"
     elif backend not in BACKENDS:
         raise ValueError(f"specdec_ops.{op}: backend must be one of {_names()}, got {backend!r}")
-    reason = _refusal(op, backend, tensor)
+    reason = _refusal(op, backend, tensor, cache_dtype, aligned)
     if reason is not None:
         raise RuntimeError(f"specdec_ops.{op}: backend={backend!r}{origin} is unavailable: {reason}")
     return backend
@@ -128,18 +149,35 @@ def _known_op(op: str) -> None:
         raise ValueError(f"specdec_ops.backends: op must be one of {', '.join(IMPLEMENTATIONS)}, got {op!r}")
 
 
-def _refusal(op: str, backend: str, tensor: torch.Tensor) -> str | None:
+def _refusal(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str | None:
     """Why this backend can't run the op on this very tensor, or None."""
     reason = _unavailable(op, backend, tensor.device)
     if reason is None and backend != "torch" and op != "build_topology":
         ids = op == "accept" and tensor.dtype == torch.int32  # of greedy_accept
         if tensor.dtype not in KERNEL_DTYPES and not ids:
-            dtype = str(tensor.dtype).removeprefix("torch.")
+            dtype = describe_dtype(tensor.dtype)
             return f"its kernels take float32, bfloat16 and float16, not {dtype} (backend='torch' does)"
-        dim = tensor.shape[-1]
-        if op == "tree_attention" and (dim % 16 != 0 or dim > _MAX_KERNEL_DIM):
-            return f"its kernels take a dim that is a multiple of 16 up to {_MAX_KERNEL_DIM}, not {dim}"
+        if op == "tree_attention":
+            reason = attention_refusal(backend, tensor.dtype, tensor.shape[-1], cache_dtype, aligned)
     return reason
+
+
+def attention_refusal(
+    backend: str, dtype: torch.dtype, dim: int, cache_dtype: torch.dtype, aligned: bool
+) -> str | None:
+    """Why a backend's attention kernels don't take such tensors, or None."""
+    if dim % 16 != 0 or dim > _MAX_KERNEL_DIM:
+        return f"its kernels take a dim that is a multiple of 16 up to {_MAX_KERNEL_DIM}, not {dim}"
+    quantised = cache_dtype != dtype
+    if backend in ("cpu", "triton"):
+        return f"its kernels take caches of q's dtype, not {describe_dtype(cache_dtype)}" if quantised else None
+    if dtype == torch.float32:
+        return "its attention kernels take bfloat16 and float16, not float32 (backend='triton' does)"
+    if quantised and dim > _MAX_FLOAT8_DIM:
+        return f"its kernels take fp8 caches with a dim up to {_MAX_FLOAT8_DIM}, not {dim} (backend='torch' does)"
+    if not aligned:
+        return "its attention kernels need rows of q, out and the caches that start at multiples of 16 bytes"
+    return None
 
 
 def _unavailable(op: str, backend: str, device: torch.device) -> str | None:

@@ -204,7 +204,7 @@ def _run_tree_attention_out(
     out,
     lse,
 ):
-    implementation = _dispatch.resolve("tree_attention", backend, q)
+    implementation = _dispatch.resolve("tree_attention", backend, q, (k_cache, v_cache), out)
     if out.numel() == 0:
         return
     max_queries = q.shape[-3]

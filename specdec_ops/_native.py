@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from . import _loader
+from . import _alloc, _loader
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/specdec/params.h
 
@@ -86,7 +86,60 @@ def _merge_states_arguments(out_a, lse_a, out_b, lse_b, out, lse):
 
 def tree_attention_cpu(q, *others):
     """See _tree_attention_arguments."""
-    _module().tree_attention_cpu(*_tree_attention_arguments(q, *others), torch.get_num_threads())
+    _module().tree_attention_cpu(*_tree_attention_arguments(q, *others), 0, 0, torch.get_num_threads())
+
+
+def tree_attention_cuda(q, k_cache, *others):
+    """See _tree_attention_arguments.
+
+    A call whose requests may be split needs two more pieces of memory. Scratch, which may hold anything, belongs to
+    this call: PyTorch hands it on in the order of the stream. Counters are zero before and after each call, and belong
+    to one stream at a time; see _counters.
+    """
+    arguments = _tree_attention_arguments(q, k_cache, *others)
+    batch, _, heads, kv_heads, dim = arguments[-9]
+    out, lse = others[-2:]
+    if batch == 0:  # a packed q whose rows belong to nobody
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
+        return
+    device, stream = _stream(q.device)
+    max_queries, num_splits = others[9], others[-3]
+    slots = arguments[-8][0]
+    float8 = k_cache.dtype == torch.float8_e4m3fn
+    floats, counters = _scratch_sizes(batch, max_queries, heads, kv_heads, dim, slots, num_splits, float8)
+    scratch = counter = None
+    if counters:
+        scratch = _alloc.empty((floats,), torch.float32, q.device)
+        counter = _counters(q.device, stream, counters)
+    _module().tree_attention_cuda(*arguments, _address(scratch), _address(counter), device, stream)
+
+
+@functools.lru_cache(maxsize=1024)
+def _scratch_sizes(*sizes) -> tuple[int, int]:
+    """Of batch, max_queries, heads, kv_heads, dim, slots, num_splits, and whether the caches are fp8."""
+    return _module().tree_attention_scratch(*sizes)
+
+
+_zeroed: dict[tuple, torch.Tensor] = {}
+
+
+def _counters(device: torch.device, stream: int, count: int) -> torch.Tensor:
+    """Zeroed int32 counters for the next call on this stream.
+
+    Calls on one stream run one after another, and each leaves zeros, so they share one tensor that lives on. A call
+    that is captured into a CUDA graph gets counters of its own, zeroed by the graph in each replay: they live in the
+    graph's memory, and a graph may be replayed on any stream, beside others.
+    """
+    with torch.cuda.device(device):
+        if torch.cuda.is_current_stream_capturing():
+            return torch.zeros(count, dtype=torch.int32, device=device)
+    counters = _zeroed.get((device, stream))
+    if counters is None or counters.shape[0] < count:
+        size = max(1024, 1 << (count - 1).bit_length())
+        counters = _zeroed[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
+    return counters
 
 
 def _tree_attention_arguments(
@@ -145,7 +198,7 @@ def _tree_attention_arguments(
         _address(query_starts),
         _address(sinks),
         _address(alibi_slopes),
-        _DTYPE_CODES[q.dtype],
+        (_DTYPE_CODES[q.dtype], k_cache.dtype == torch.float8_e4m3fn),
         (context_lens.shape[0], q.shape[-3], q.shape[-2], k_cache.shape[2], q.shape[-1]),
         cache_sizes,
         topology_sizes,

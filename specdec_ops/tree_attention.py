@@ -10,11 +10,6 @@ from .topology import Topology
 
 MAX_SPLITS = 256
 _QUERY_DTYPES = (*KERNEL_DTYPES, torch.float64)
-_FLOAT8_DTYPES = tuple(
-    getattr(torch, name)
-    for name in ("float8_e4m3fn", "float8_e5m2", "float8_e4m3fnuz", "float8_e5m2fnuz")
-    if hasattr(torch, name)
-)
 
 
 class AttentionState(NamedTuple):
@@ -64,9 +59,10 @@ def tree_attention(
         q: float32, bfloat16 or float16 `[batch, queries, heads, dim]`; or `[tokens, heads, dim]`, the rows of all
             requests one after another, when `topology.offsets` says where each request starts. Any strides with a
             contiguous last dimension, here and for the caches and `out`. float64 runs with the torch backend.
-        k_cache: same dtype as q, `[batch, slots, kv_heads, dim]`; or `[pages, page_size, kv_heads, dim]` with
-            `page_table`. heads must be a multiple of kv_heads; query head h reads kv head `h // (heads / kv_heads)`.
-        v_cache: of the same shape as k_cache.
+        k_cache: same dtype as q, or float8_e4m3fn; `[batch, slots, kv_heads, dim]`; or
+            `[pages, page_size, kv_heads, dim]` with `page_table`. heads must be a multiple of kv_heads; query head h
+            reads kv head `h // (heads / kv_heads)`.
+        v_cache: of the same shape and dtype as k_cache.
         topology: the trees, with batch 1 for one tree shared by all requests. None: no tree, every row sees exactly the
             context (cross-attention) and stands at position `context_lens[b]`.
         context_lens: int32 `[batch]`, the slots in use before the tree; or an int for all requests.
@@ -79,7 +75,7 @@ def tree_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: float32 `[heads]`: one more logit per head, without a value, in each softmax.
         alibi_slopes: float32 `[heads]`: scores lose `slope * (position of the row - position of the slot)`.
-        k_scale: scale of a quantised cache: multiplies the keys.
+        k_scale: scale of a quantised cache: multiplies the keys. (An fp8 NaN code may be read as 480.)
         v_scale: the same for the values.
         return_lse: also return the natural log of each softmax denominator (sinks included).
         num_splits: into how many parts to cut the slots, 1 to 256; a fixed number gives a fixed order of reduction. By
@@ -87,7 +83,8 @@ def tree_attention(
         out: where to write: a tensor like q, or an AttentionState with `return_lse`. Its lse must be contiguous.
         backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends`. A named backend never falls
             back. "auto" takes the torch definition for float64 and for a dim that kernels don't have (they have the
-            multiples of 16 up to 256).
+            multiples of 16 up to 256). The CUDA kernel takes bfloat16 and float16, and fp8 caches up to a dim of 128;
+            its rows start at multiples of 16 bytes. "auto" takes Triton's for others, and the definition for fp8.
 
     Returns:
         The output like q; with `return_lse` an AttentionState(out, lse float32 `[batch, queries, heads]` or
@@ -241,11 +238,12 @@ def _check_caches(q, k_cache, v_cache, page_table, batch: int, heads: int, dim: 
     op = "tree_attention"
     layout = "[batch, slots, kv_heads, dim]" if page_table is None else "[pages, page_size, kv_heads, dim]"
     dtype, device = q.dtype, q.device
+    if isinstance(k_cache, torch.Tensor) and k_cache.dtype == torch.float8_e4m3fn and dtype != torch.float64:
+        dtype = torch.float8_e4m3fn
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(cache, torch.Tensor) or cache.dtype != dtype:
-            if isinstance(cache, torch.Tensor) and cache.dtype in _FLOAT8_DTYPES:
-                raise TypeError(wrong(op, name, "of q's dtype (fp8 caches come with the CUDA attention kernel)", cache))
-            raise TypeError(wrong(op, name, f"{_dtype_name(dtype)} {layout} like q", cache))
+            like = "k_cache" if dtype != q.dtype else "q"
+            raise TypeError(wrong(op, name, f"{_dtype_name(dtype)} {layout} like {like}", cache))
         if cache.dim() != 4:
             raise ValueError(wrong(op, name, layout, cache))
         if cache.stride()[-1] != 1 and dim != 1:

@@ -11,6 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+import attention_cases
 import specdec_ops
 from emulator import build, kernels
 from specdec_ops import _alloc, _dispatch
@@ -89,10 +90,20 @@ def emulated_cuda(request, monkeypatch):
     if "target" in request.fixturenames:
         resolve = _dispatch.resolve
 
-        def resolve_or_emulate(op, backend, tensor):
-            return kernels.IMPLEMENTATIONS[op] if backend == kernels.BACKEND else resolve(op, backend, tensor)
+        def resolve_or_emulate(op, backend, *tensors):
+            return kernels.IMPLEMENTATIONS[op] if backend == kernels.BACKEND else resolve(op, backend, *tensors)
 
         monkeypatch.setattr(_dispatch, "resolve", resolve_or_emulate)
+
+
+@pytest.fixture(autouse=True)
+def sixteen_bits(request, monkeypatch):
+    """The CUDA kernel of tree_attention refuses float32: its tests run in bfloat16, unless they name another dtype."""
+    target = request.node.callspec.params.get("target") if hasattr(request.node, "callspec") else None
+    if target and target.backend in ("cuda", kernels.BACKEND) and not hasattr(request.module, "OP"):
+        if request.node.callspec.params.get("dtype") == torch.float32:
+            pytest.skip("the CUDA attention kernel refuses float32, which test_dispatch.py tests")
+        monkeypatch.setattr(attention_cases, "DEFAULT_DTYPE", torch.bfloat16)
 
 
 @pytest.fixture(autouse=True)

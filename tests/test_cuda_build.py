@@ -17,18 +17,36 @@ if MODULE is None or not MODULE.build_info()["cuda"]:
 ARCHS = MODULE.build_info()["archs"].split()
 # With this many registers per thread, a block of 256 threads leaves room for three more on every multiprocessor.
 MOST_REGISTERS = 64
-KERNELS = {"build_topology_kernel": 2, "merge_states_kernel": 6, "any_kernel": 1}  # instantiations of each
+# tree_attention's packed rows per block, of each compiled dim. Twice for bfloat16 and float16.
+ROWS = {64: (16, 32, 64, 128), 96: (16, 32, 64, 128), 128: (16, 32, 64, 128), 192: (16, 32, 64, 128), 256: (16, 32, 64)}
+FLOAT8_DIMS = (64, 128)
+ATTENTION = 2 * sum(len(rows) for rows in ROWS.values()) + 2 * sum(len(ROWS[dim]) for dim in FLOAT8_DIMS)
+KERNELS = {  # instantiations of each
+    "build_topology_kernel": 2,
+    "merge_states_kernel": 6,
+    "any_kernel": 1,
+    "tree_attention_kernel": ATTENTION,
+}
 
 
 @pytest.fixture(scope="module")
-def listing():
-    """What cuobjdump, which Triton's wheel brings along, reads from the compiled module."""
+def cuobjdump():
+    """The tool that Triton's wheel brings along, on the compiled module."""
     triton = find_spec("triton")
     tool = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool or not tool.exists():
         pytest.skip("there is no cuobjdump: triton is not installed")
-    command = [str(tool), "--dump-resource-usage", MODULE.__file__]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    def dump(*options):
+        return subprocess.run([str(tool), *options, MODULE.__file__], capture_output=True, text=True, check=True).stdout
+
+    return dump
+
+
+@pytest.fixture(scope="module")
+def listing(cuobjdump):
+    """What every kernel uses."""
+    return cuobjdump("--dump-resource-usage")
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +79,54 @@ def test_ptx_is_there_for_later_gpus(listing):
 def test_no_spills_and_no_local_memory(usage):
     for where, used in usage.items():
         assert used["STACK"] == 0 and used["LOCAL"] == 0, (where, used)
-        assert used["REG"] <= MOST_REGISTERS, (where, used)
+        assert used["REG"] <= most_registers(where[1]), (where, used)
+
+
+def attention_shape(function):
+    """(dim, rows) of an instantiation of tree_attention_kernel, or None."""
+    match = "tree_attention_kernel" in function and re.search(r"Li(\d+)ELi(\d+)E", function)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def most_registers(function):
+    """Per thread. The widest blocks of tree_attention fill a multiprocessor, those of 128 threads leave half of it."""
+    if (shape := attention_shape(function)) is None:
+        return MOST_REGISTERS
+    dim, rows = shape
+    warps = max(4, rows // 16 * (2 if rows <= 32 or dim > 128 else 1))
+    return min(255, 65536 // (32 * warps))
+
+
+@pytest.mark.parametrize("arch", ["8.0", "9.0"])
+def test_attention_uses_what_the_hardware_has(arch, cuobjdump):
+    """Tensor cores, asynchronous copies of 16 bytes, 16-byte stores of results, and no local memory."""
+    if arch not in ARCHS:
+        pytest.skip(f"not built for SM {arch}")
+    needed = {"HMMA": r"\bHMMA\.16816\.F32", "copies": r"\bLDGSTS\.E\S*\.128\b", "ldmatrix": r"\bLDSM\.16\.\S*M88\.4\b"}
+    needed |= {"loads": r"\bLDG\.E\S*\.128\b", "stores": r"\bSTG\.E\S*\.128\b"}
+    kernels = 0
+    sass = cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{arch.replace('.', '')}")
+    for body in re.split(r"\n\s*Function : ", sass)[1:]:
+        function = body.partition("\n")[0]
+        if attention_shape(function) is None:
+            continue
+        kernels += 1
+        for what, pattern in needed.items():
+            assert re.search(pattern, body), (function, what)
+        assert not re.search(r"\b(LDL|STL)\b", body), function
+    assert kernels == ATTENTION
+
+
+def attention_arguments(*, address=0, dtype=1, float8=0, batch=0, dim=64):
+    """Of tree_attention_cuda, for caches of 128 slots and 4 rows."""
+    strides = (4 * dim, dim, dim)
+    tensors = [argument for _ in range(4) for argument in (address, strides)]
+    numbers = ((batch, 4, 1, 1, dim), (128, 0, 0), (0, 0, 1), 0, 1.0, 0, 0.0, 1.0, 0)
+    return *tensors, *[0] * 7, 0, *[0] * 3, (dtype, float8), *numbers, 0, 0, 0, 0
 
 
 def test_empty_batch_needs_no_device():
+    MODULE.tree_attention_cuda(*attention_arguments())
     MODULE.build_topology_cuda(*[0] * 9, 0, 44, 1, 0, 0)
     MODULE.merge_states_cuda(*[0] * 6, 0, 128, 1, 0, 0)
 
@@ -74,6 +136,20 @@ def test_too_many_nodes_is_a_sentence():
         RuntimeError, match=r"^build_topology_cuda: a size is beyond what the kernel takes .*2048 nodes"
     ):
         MODULE.build_topology_cuda(*[0] * 9, 1, 2049, 33, 0, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": 0}, {"dim": 72}, {"dim": 272}, {"float8": 1, "dim": 144}, {"address": 8}])
+def test_what_the_attention_launcher_refuses(wrong):
+    with pytest.raises(RuntimeError, match=r"^tree_attention_cuda: a size is beyond .*multiples of 16 up to 256, rows"):
+        MODULE.tree_attention_cuda(*attention_arguments(batch=1, **wrong))
+
+
+def test_attention_scratch():
+    """None for a request that is never split; else kRows rows of dim + 2 numbers for each part."""
+    assert MODULE.tree_attention_scratch(3, 4, 8, 2, 128, 256, 0, False) == (0, 0)
+    assert MODULE.tree_attention_scratch(3, 4, 8, 2, 128, 257, 0, False) == (6 * 2 * 16 * 130, 6)
+    assert MODULE.tree_attention_scratch(1, 100, 8, 2, 80, 100_000, 7, False) == (2 * 4 * 7 * 128 * 98, 8)
+    assert MODULE.tree_attention_scratch(1, 100, 1, 1, 80, 1000, 2, True) == (2 * 128 * 130, 1)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

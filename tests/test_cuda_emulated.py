@@ -1,11 +1,15 @@
 """The CUDA kernels, emulated, under sanitizers and in many orders. Their values are tested with all other backends'."""
 
+import dataclasses
+
 import pytest
 import torch
 
+from attention_cases import chain, make_case
+from attention_cases import random_tree as random_parents
 from conftest import poisoned_empty
 from emulator import build, kernels
-from specdec_ops import Topology, Tree, merge_states
+from specdec_ops import Topology, Tree, _dispatch, merge_states
 from test_merge_states import DTYPES, states
 from test_topology import MALFORMED, lengths, padded
 from trees import random_tree
@@ -47,7 +51,44 @@ def merge_in_place_launch(dtype):
     return launch
 
 
+def attention_launch(case):
+    """The launch that a call of the op makes."""
+    made = []
+
+    def keep(*given):
+        made.append(kernels.tree_attention_launch(*given))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_dispatch, "resolve", lambda *_: keep)
+        case.run("auto", return_lse=True)
+    return made[0]
+
+
+def attention(nodes, context, *, dtype=torch.bfloat16, float8=False, **options):
+    """A launch over one request that fills the cache's capacity and a short one without context."""
+    case = make_case([random_parents(nodes), chain(2)], [context, 0], kv_heads=1, dtype=dtype, **options)
+    if float8:
+        caches = [cache.to(torch.float8_e4m3fn) for cache in (case.k_cache, case.v_cache)]
+        case = dataclasses.replace(case, k_cache=caches[0], v_cache=caches[1])
+    return attention_launch(case)
+
+
+FEATURES = {"window": 30, "alibi": True, "softcap": 2.0, "sinks": True, "packed": True}
+ATTENTION = {
+    "dim 64, three parts": lambda: attention(9, 160, heads=1, num_splits=3),
+    "dim 64, 32 rows, features, pages": lambda: attention(9, 100, heads=3, num_splits=2, page_size=16, **FEATURES),
+    "dim 64, 128 rows": lambda: attention(70, 70, heads=1),
+    "dim 80": lambda: attention(5, 70, dim=80, heads=2, dtype=torch.float16, num_splits=2),
+    "dim 128, pages": lambda: attention(5, 70, dim=128, heads=4, page_size=7),
+    "dim 128, 64 rows": lambda: attention(20, 40, dim=128, heads=3, dtype=torch.float16, num_splits=2),
+    "dim 192": lambda: attention(7, 40, dim=192, heads=1, num_splits=2),
+    "dim 256, 64 rows": lambda: attention(33, 20, dim=256, heads=1, num_splits=2),
+    "fp8, dim 64": lambda: attention(5, 70, heads=1, float8=True, num_splits=2),
+    "fp8, dim 112, pages": lambda: attention(20, 40, dim=112, heads=1, float8=True, dtype=torch.float16, page_size=3),
+}
+
 LAUNCHES = {
+    **ATTENTION,
     "one node": lambda: trees_launch(Tree.chain(1)),
     "ragged": lambda: trees_launch(random_tree(64, 0), random_tree(3, 1), Tree([]), random_tree(65, 2), Tree.chain(33)),
     "many nodes": lambda: trees_launch(random_tree(300, 3), Tree.chain(257)),
@@ -111,6 +152,28 @@ def test_launch_errors_are_those_of_cuda():
         kernels.run(launch)
 
 
+def test_a_join_without_fences_is_a_race():
+    """So the sanitizer can see what hands the parts to the block that joins them."""
+    launch = LAUNCHES["dim 64, three parts"]()
+    try:
+        with pytest.raises(RuntimeError, match="WARNING: ThreadSanitizer: data race"):
+            kernels.replay(launch, "thread", "tree_attention_unfenced")
+    except build.CannotRun as reason:
+        pytest.skip(str(reason))
+
+
+@pytest.mark.parametrize("case", ATTENTION)
+def test_counters_are_left_at_zero(case):
+    """In every order of the blocks; and a launch with what the one before has left gives the same."""
+    launch = LAUNCHES[case]()
+    kernels.run(launch)
+    expected = {name: launch.tensors[name].clone() for name in ("out", "lse")}
+    assert not launch.tensors["counters"].any()
+    kernels.run(launch, "random", 7)
+    assert not launch.tensors["counters"].any()
+    assert_same(launch.tensors, expected)
+
+
 def test_topology_of_a_named_tree():
     """The launch itself is right, and not only like its replay."""
     tree = random_tree(70, 5)
@@ -130,6 +193,37 @@ def test_topology_moves_each_byte_once(nodes):
         tensor = launch.tensors[name]
         expected = (0, kernels.extent(tensor)) if name in TOPOLOGY_OUT else (kernels.extent(tensor), 0)
         assert moved[name] == expected, name
+
+
+@pytest.mark.parametrize(
+    ("nodes", "heads", "dim", "options"),
+    [
+        (3, 4, 128, {}),
+        (8, 4, 128, {"page_size": 16}),
+        (16, 4, 64, {"num_splits": 3}),
+        (32, 4, 128, {}),
+        (128, 1, 64, {}),
+        (40, 1, 192, {}),
+        (60, 1, 256, {}),
+        (9, 2, 128, {"float8": True}),
+    ],
+)
+def test_attention_reads_keys_and_values_once(nodes, heads, dim, options):
+    """For up to 128 rows of a KV head. And masks cost nothing over the context, however long it is."""
+    masks = []
+    for context in (64, 320):
+        options = {"num_splits": 2, **options}
+        launch = attention(nodes, context, heads=heads, dim=dim, **options)
+        moved = kernels.traffic(launch)
+        least = (context + nodes + 2) * dim * launch.tensors["k_cache"].element_size()
+        assert moved["k_cache"].read <= 1.02 * least
+        assert moved["v_cache"].read <= 1.02 * least
+        assert moved["k_cache"].written == moved["v_cache"].written == 0
+        q = (nodes + 2) * heads * dim * 2
+        assert moved["q"].read == q
+        assert moved["out"].written == kernels.extent(launch.tensors["out"])
+        masks.append((moved["ancestors"].read, moved["depths"].read))
+    assert masks[0] == masks[1]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

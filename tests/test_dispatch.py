@@ -87,8 +87,8 @@ def test_the_op_reports_it_too(without_compiled_kernels):
 
 def test_reasons():
     """One for each way of not being available."""
-    assert "no cuda kernel for tree_attention yet" in backends("tree_attention")["cuda"]
-    assert "it takes CUDA tensors, these are on cpu" in backends("merge_states")["cuda"]
+    for op in OPS:
+        assert "it takes CUDA tensors, these are on cpu" in backends(op)["cuda"]
     if not HAS_GPU:
         assert backends("merge_states", "cuda")["cuda"] == "PyTorch sees no CUDA device"
         assert backends("merge_states", "cuda")["triton"] == "PyTorch sees no CUDA device"
@@ -150,6 +150,45 @@ def test_what_kernels_do_not_take():
         with pytest.raises(RuntimeError, match=f"backend='cpu' is unavailable: {message}"):
             _dispatch.resolve("tree_attention", "cpu", tensor)
     assert chosen("merge_states", torch.zeros(2, 40)) == "specdec_ops._native:merge_states_cpu"
+
+
+FLOAT8, BF16 = torch.float8_e4m3fn, torch.bfloat16
+CUDA_ATTENTION = {  # (dtype, dim, the caches' dtype, whether rows are aligned): why not, and what auto takes
+    (BF16, 256, BF16, True): (None, "cuda"),
+    (torch.float16, 16, FLOAT8, True): (None, "cuda"),
+    (torch.float32, 64, torch.float32, True): (
+        "its attention kernels take bfloat16 and float16, not float32",
+        "triton",
+    ),
+    (BF16, 64, BF16, False): ("need rows of q, out and the caches that start at multiples of 16 bytes", "triton"),
+    (BF16, 192, FLOAT8, True): ("its kernels take fp8 caches with a dim up to 128, not 192", "torch"),
+    (BF16, 72, BF16, True): ("its kernels take a dim that is a multiple of 16 up to 256, not 72", "torch"),
+}
+
+
+@pytest.mark.parametrize("tensors", CUDA_ATTENTION, ids=str)
+def test_what_the_cuda_attention_kernel_does_not_take(tensors, monkeypatch):
+    """Automatically the next backend; by name an error that says so. As on a machine where every backend works."""
+    monkeypatch.setattr(_dispatch, "_unavailable", lambda *_: None)
+    monkeypatch.setitem(_dispatch._AUTO, "cpu", ("cuda", "triton", "torch"))
+    dtype, dim, cache_dtype, aligned = tensors
+    reason, automatic = CUDA_ATTENTION[tensors]
+    q = torch.zeros(2, dim, dtype=dtype)
+    assert _dispatch._choose("tree_attention", "auto", q, cache_dtype, aligned) == automatic
+    if reason is None:
+        assert _dispatch._choose("tree_attention", "cuda", q, cache_dtype, aligned) == "cuda"
+    else:
+        with pytest.raises(RuntimeError, match=f"tree_attention: backend='cuda' is unavailable: .*{reason}"):
+            _dispatch._choose("tree_attention", "cuda", q, cache_dtype, aligned)
+
+
+def test_alignment():
+    """Of first elements, and of every stride but the last."""
+    cache = torch.zeros(2, 4, 3, 64, dtype=BF16)
+    assert _dispatch._is_aligned(cache, cache[:, 1:, 2:, 8:])
+    assert not _dispatch._is_aligned(cache, cache[..., 4:])
+    assert not _dispatch._is_aligned(torch.zeros(2, 4, 3, 68, dtype=BF16)[..., :64])
+    assert not _dispatch._is_aligned(torch.zeros(2, 4, 3, 72, dtype=FLOAT8)[..., :64])
 
 
 @pytest.mark.parametrize("op", OPS)

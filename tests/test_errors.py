@@ -39,7 +39,16 @@ def strided(tensor):
         ),
         ({"k_cache": K.half()}, TypeError, "k_cache must be float32 [batch, slots, kv_heads, dim] like q, got float16"),
         ({"v_cache": None}, TypeError, "v_cache must be float32 [batch, slots, kv_heads, dim] like q, got None"),
-        ({"k_cache": FP8, "v_cache": FP8}, TypeError, "k_cache must be of q's dtype (fp8 caches come with the CUDA"),
+        (
+            {"k_cache": FP8},
+            TypeError,
+            "v_cache must be float8_e4m3fn [batch, slots, kv_heads, dim] like k_cache, got",
+        ),
+        (
+            {"v_cache": FP8},
+            TypeError,
+            "v_cache must be float32 [batch, slots, kv_heads, dim] like q, got float8_e4m3fn",
+        ),
         ({"k_cache": K[0]}, ValueError, "k_cache must be [batch, slots, kv_heads, dim], got float32 [14, 2, 64]"),
         (
             {"v_cache": V[..., :32]},
@@ -156,7 +165,7 @@ def test_page_size_of_zero():
 def test_page_out_of_range(page, target):
     """On CPU an error; a GPU kernel can't raise one."""
     if target.backend not in ("cpu", "torch"):
-        pytest.skip("kernels of a GPU can't report it")
+        pytest.skip("GPU kernels can't report it")
     table = TABLE.clone().to(target.device)
     table[1, 0] = page
     case = make_case([chain(3), chain(2)], [4, 9], page_size=4, device=target.device)

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "specdec_ops/published_trees.py": ["numpy", ".tree"],
     "specdec_ops/dlpack.py": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "specdec_ops/_loader.py": ["._C"],
-    "specdec_ops/_native.py": ["torch", "._loader"],
+    "specdec_ops/_native.py": ["torch", "._alloc", "._loader"],
     "specdec_ops/_alloc.py": ["torch"],
     "specdec_ops/_checks.py": ["torch"],
     "specdec_ops/_accept_checks.py": ["torch", "._checks", ".topology", ".vocab_map"],

@@ -11,6 +11,13 @@ namespace specdec {
 
 cudaError_t build_topology_cuda(const BuildTopologyParams& params, int device, cudaStream_t stream);
 cudaError_t merge_states_cuda(const MergeStatesParams& params, int device, cudaStream_t stream);
+cudaError_t tree_attention_cuda(const TreeAttentionParams& params, int device, cudaStream_t stream);
+
+// What a tree_attention call needs of the caller: float32 numbers of scratch, and int32 counters that are zero.
+struct TreeAttentionScratch {
+  int64_t floats, counters;
+};
+TreeAttentionScratch tree_attention_scratch(const TreeAttentionParams& params);
 
 // One helpful sentence for an error of a launch on this device.
 std::string explain(cudaError_t error, int device);

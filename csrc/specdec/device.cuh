@@ -27,6 +27,11 @@ struct alignas(16) Bytes16 {
   uint32_t word[4];
 };
 
+// An 8-bit float with 4 bits of exponent and 3 of mantissa, e4m3fn.
+struct Float8 {
+  uint8_t bits;
+};
+
 }  // namespace specdec
 
 #ifdef SPECDEC_EMULATED
@@ -79,6 +84,37 @@ __device__ __forceinline__ uint32_t pack_pair<Float16>(float low, float high) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
   return pair;
+}
+
+// Four e4m3 numbers as two pairs of 16-bit floats, exactly. Where no instruction does it, the bits move to the place
+// that a 16-bit float has for them, and a product puts the exponent right. That product makes 480 of the code for NaN.
+template <class T>
+__device__ __forceinline__ void widen_float8(uint32_t four, uint32_t& first, uint32_t& second);
+template <>
+__device__ __forceinline__ void widen_float8<BFloat16>(uint32_t four, uint32_t& first, uint32_t& second) {
+  const uint32_t high[2] = {__byte_perm(four, 0, 0x1404), __byte_perm(four, 0, 0x3424)};
+  uint32_t* const pairs[2] = {&first, &second};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t bits = (high[i] & 0x80008000u) | (high[i] >> 4 & 0x07f007f0u);
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(*pairs[i]) : "r"(bits), "r"(0x7b807b80u), "r"(0x80008000u));
+  }
+}
+template <>
+__device__ __forceinline__ void widen_float8<Float16>(uint32_t four, uint32_t& first, uint32_t& second) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+  asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
+      : "=r"(first), "=r"(second)
+      : "r"(four));
+#else
+  const uint32_t high[2] = {__byte_perm(four, 0, 0x1404), __byte_perm(four, 0, 0x3424)};
+  uint32_t* const pairs[2] = {&first, &second};
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    const uint32_t bits = (high[i] & 0x80008000u) | (high[i] >> 1 & 0x3f803f80u);
+    asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(*pairs[i]) : "r"(bits), "r"(0x5c005c00u));
+  }
+#endif
 }
 
 __device__ __forceinline__ float negative_infinity() { return -__int_as_float(0x7f800000); }

@@ -57,7 +57,8 @@ struct TreeAttentionParams {
   int64_t v_stride_batch, v_stride_slot, v_stride_head;
   int64_t page_table_stride;
 
-  DType dtype;
+  DType dtype;           // of q, out and the caches
+  int32_t float8_cache;  // 1: the caches are e4m3 instead (CUDA only)
   int32_t batch, queries, heads, kv_heads, dim;  // packed: queries is the number of rows of q in all
   int32_t slots;                                 // dense: slots per request; paged: max_pages * page_size
   int32_t pages, page_size;                      // paged only
@@ -68,6 +69,11 @@ struct TreeAttentionParams {
   float softcap;       // 0: none. Otherwise s becomes softcap * tanh(s / softcap)
   float out_scale;     // multiplies the output (the scale of a quantised V cache; else 1)
   int32_t num_splits;  // 0: the default, a function of the request alone
+
+  // CUDA only, of the sizes that tree_attention_scratch names. The scratch belongs to one call until it has run, the
+  // counters to one stream at a time.
+  float* scratch;     // may hold anything
+  int32_t* counters;  // zero before the first call; every call leaves zeros
 };
 
 // Merges two partial attentions over disjoint slots: rows = batch * queries * heads, everything contiguous.

@@ -18,7 +18,7 @@ FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contra
 FLAGS += ["-Wno-unknown-pragmas", "-DSPECDEC_EMULATED", "-Itests/emulator", "-Icsrc"]
 SANITIZERS = {
     "plain": [],
-    "address": ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
+    "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
     "thread": ["-fsanitize=thread"],
 }
 # The emulator plays the part of the hardware, which ThreadSanitizer must not look into.
@@ -27,7 +27,11 @@ SHARED = ["-shared", "-Wl,-Bsymbolic"]
 PROGRAMS = ["planted_bugs", "device_names"]
 EMULATOR = ["emulator", "fiber", "collectives"]
 # Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu.
-OPS = {"build_topology": "BuildTopologyParams", "merge_states": "MergeStatesParams"}
+OPS = {
+    "build_topology": "BuildTopologyParams",
+    "merge_states": "MergeStatesParams",
+    "tree_attention": "TreeAttentionParams",
+}
 
 
 class CannotRun(Exception):
@@ -83,11 +87,19 @@ def ninja_file():
             linked(f"{build}/{name}", [*emulator, f"{build}/{name}"], flags)
         for op, params in OPS.items():
             names = [f"-DSPECDEC_LAUNCHER={op}_cuda", f"-DSPECDEC_PARAMS={params}"]
+            names += ["-DSPECDEC_HAS_SCRATCH"] if op == "tree_attention" else []
             compiled(f"{build}/{op}_entry", "tests/emulator/entry.cpp", [*own, *names])
             for kernel in kernels_of(op):
                 compiled(f"{build}/{kernel}", f"csrc/cuda/{kernel}.cu", flags)
             objects = [f"{build}/{name}" for name in (*EMULATOR, f"{op}_entry", *kernels_of(op), "replay")]
             linked(f"{build}/{op}", objects, flags)
+
+    # The join of tree_attention's parts without its fences.
+    unfenced = "tree_attention_bf16_64"
+    compiled("thread/unfenced", f"csrc/cuda/{unfenced}.cu", [*SANITIZERS["thread"], "-DSPECDEC_WITHOUT_FENCES"])
+    kernels = ["unfenced" if name == unfenced else name for name in kernels_of("tree_attention")]
+    objects = [f"thread/{name}" for name in (*EMULATOR, "tree_attention_entry", *kernels, "replay")]
+    linked("thread/tree_attention_unfenced", objects, SANITIZERS["thread"])
 
     compiled("count_traffic", "tests/emulator/count_traffic.cpp", [])
     for op in OPS:
@@ -109,7 +121,7 @@ def made(target):
         raise CannotRun(reason)
     build = target.partition("/")[0]
     if build in SANITIZERS and not links(build):
-        raise CannotRun(f"{compiler()[0]} can't link with {SANITIZERS[build][0]}")
+        raise CannotRun(f"{compiler()[0]} can't link with {' '.join(SANITIZERS[build])}")
     (ROOT / OUTPUT).mkdir(parents=True, exist_ok=True)
     with open(ROOT / OUTPUT / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

@@ -123,6 +123,23 @@ __global__ void number_kernel(WrongParams p) {
   expect(p, total[0] == kThreads * (kThreads - 1) / 2 && total[1] == 255);
 }
 
+// Every e4m3 number, four to a thread.
+template <class T>
+__global__ void float8_kernel(WrongParams p) {
+  uint32_t four = 0, pairs[2];
+  float right[4];
+  for (uint32_t i = 0; i < 4; ++i) {
+    const uint32_t code = threadIdx.x * 4 + i, exponent = code >> 3 & 15, mantissa = code & 7;
+    const float magnitude = exponent == 0 ? ldexpf(mantissa, -9) : ldexpf(8 + mantissa, int(exponent) - 10);
+    right[i] = code >= 128 ? -magnitude : magnitude;
+    four |= code << 8 * i;
+  }
+  widen_float8<T>(four, pairs[0], pairs[1]);
+  expect(p, pairs[0] == pack_pair<T>(right[0], right[1]));
+  expect(p, pairs[1] << 16 == pack_pair<T>(0.0f, right[2]));
+  if (threadIdx.x % 32 != 31) expect(p, pairs[1] == pack_pair<T>(right[2], right[3]));  // codes 127 and 255 are NaN
+}
+
 // Memory that host and device can use.
 template <class T>
 T* shared_with_device(int count) {
@@ -170,7 +187,9 @@ int main() {
   const WrongParams params{wrong, bytes, copy};
   const size_t copies = 2 * SharedMemory::bytes<unsigned char>(16 * kThreads);
   const bool all_run = runs(matrix_kernel, kWarpSize, 0, params) && runs(copy_kernel, kThreads, copies, params) &&
-                       runs(warp_kernel, kThreads, 0, params) && runs(number_kernel, kThreads, 0, params);
+                       runs(warp_kernel, kThreads, 0, params) && runs(number_kernel, kThreads, 0, params) &&
+                       runs(float8_kernel<BFloat16>, kThreads, 0, params) &&
+                       runs(float8_kernel<Float16>, kThreads, 0, params);
   for (int i = 0; i < 16 * kThreads; ++i) *wrong += copy[i] != bytes[i];
   *wrong += wrong_products<BFloat16>() + wrong_products<Float16>();
   const bool right = all_run && *wrong == 0;

@@ -13,6 +13,14 @@ using namespace specdec;
 
 SPECDEC_EXPORT size_t specdec_params_bytes() { return sizeof(SPECDEC_PARAMS); }
 
+#ifdef SPECDEC_HAS_SCRATCH
+SPECDEC_EXPORT void specdec_scratch(const void* params, int64_t* sizes) {
+  const TreeAttentionScratch scratch = tree_attention_scratch(*static_cast<const SPECDEC_PARAMS*>(params));
+  sizes[0] = scratch.floats;
+  sizes[1] = scratch.counters;
+}
+#endif
+
 // Returns nullptr, or what went wrong. The text is good until the next call.
 SPECDEC_EXPORT const char* specdec_run(const void* params, int order, uint64_t seed) {
   static std::mutex one_at_a_time;  // Python lets other threads run meanwhile

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from specdec_ops import _dispatch
+
 from . import build
 
 BACKEND = "cuda-emulated"
@@ -45,6 +47,41 @@ def merge_states_launch(out_a, lse_a, out_b, lse_b, out, lse):
     return Launch("merge_states", tensors, numbers)
 
 
+def tree_attention_launch(
+    q, k_cache, v_cache, ancestors, depths, num_nodes, offsets, context_lens, page_table, query_starts, query_start,
+    max_queries, scale, window, softcap, sinks, alibi_slopes, out_scale, num_splits, out, lse,
+):  # fmt: skip
+    """With scratch of just the size that the call needs, which may hold anything, and counters of zeros."""
+    given = dict(locals())
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    own = {name: given[name] for name in ("query_start", "scale", "window", "softcap", "out_scale", "num_splits")}
+    for name, tensor in (("q", q), ("out", out), ("k", k_cache), ("v", v_cache)):
+        strides = tensor.stride()[:-1] if tensor.dim() == 4 else (0, *tensor.stride()[:-1])
+        middle = "row" if name in ("q", "out") else "slot"
+        own |= dict(zip((f"{name}_stride_{axis}" for axis in ("batch", middle, "head")), strides, strict=True))
+    sizes = {"batch": context_lens.shape[0], "queries": q.shape[-3], "heads": q.shape[-2], "dim": q.shape[-1]}
+    sizes |= {"kv_heads": k_cache.shape[2], "slots": k_cache.shape[1], "topology_batch": 1}
+    sizes |= {"dtype": DTYPES[q.dtype], "float8_cache": k_cache.dtype == torch.float8_e4m3fn}
+    if page_table is not None:
+        pages, page_size = k_cache.shape[:2]
+        sizes |= {"slots": page_table.shape[1] * page_size, "pages": pages, "page_size": page_size}
+        sizes["page_table_stride"] = page_table.stride(0)
+    if ancestors is not None:
+        sizes |= dict(zip(("topology_batch", "nodes", "words"), ancestors.shape, strict=True))
+    launch = Launch("tree_attention", tensors, {**own, **sizes})
+    floats, counters = scratch_sizes(launch)
+    tensors["scratch"] = torch.full((floats,), float("nan"))
+    tensors["counters"] = torch.zeros(counters, dtype=torch.int32)
+    return launch
+
+
+def scratch_sizes(launch):
+    """What tree_attention_scratch says of a call."""
+    sizes = (ctypes.c_int64 * 2)()
+    library("tree_attention", "tree_attention").specdec_scratch(ctypes.byref(params_of(launch)), sizes)
+    return tuple(sizes)
+
+
 # The signature that all backends of an op share.
 def build_topology(*arguments):
     run(build_topology_launch(*arguments))
@@ -54,7 +91,18 @@ def merge_states(*arguments):
     run(merge_states_launch(*arguments))
 
 
-IMPLEMENTATIONS = {"build_topology": build_topology, "merge_states": merge_states}
+def tree_attention(*arguments):
+    """Refuses what _dispatch refuses for the backend "cuda"."""
+    q, k_cache, v_cache, *_, out, _ = arguments
+    aligned = _dispatch._is_aligned(q, k_cache, v_cache, out)
+    if reason := _dispatch.attention_refusal("cuda", q.dtype, q.shape[-1], k_cache.dtype, aligned):
+        raise RuntimeError(reason)
+    launch = tree_attention_launch(*arguments)
+    run(launch)
+    assert not launch.tensors["counters"].any()
+
+
+IMPLEMENTATIONS = {"build_topology": build_topology, "merge_states": merge_states, "tree_attention": tree_attention}
 
 
 @functools.cache
@@ -130,11 +178,11 @@ def traffic(launch):
         counter.specdec_forget_watched()
 
 
-def replay(launch, sanitizer):
+def replay(launch, sanitizer, program=None):
     """Emulate a launch in a process with a sanitizer, in several orders.
 
     Every tensor gets memory of just its size; two share theirs if they start at one address. The given tensors stay as
-    they are.
+    they are. `program` may name another build of the op.
 
     Returns:
         {name: the tensor after the launch}
@@ -155,7 +203,7 @@ def replay(launch, sanitizer):
     with tempfile.TemporaryDirectory() as folder:
         file, results = Path(folder, "launch"), Path(folder, "results")
         file.write_bytes(b"".join(parts))
-        status, output = build.run(f"{sanitizer}/{launch.op}", file, results)
+        status, output = build.run(f"{sanitizer}/{program or launch.op}", file, results)
         if status != 0:
             raise RuntimeError(f"{launch.op} on the emulator ({sanitizer}): {output}")
         content = results.read_bytes()
