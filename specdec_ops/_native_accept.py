@@ -1,4 +1,4 @@
-"""Calls of the acceptance and sampling kernels in the compiled module. Nothing is checked: the public ops have done so.
+"""Calls of the acceptance and sampling kernels in the compiled module. Nothing is checked here; the ops have done so.
 
 The order of arguments is that of csrc/bindings_accept.cpp.
 """
