@@ -105,11 +105,15 @@ Cut RowReader::narrow(const View& view, ScanKind kind, double target, const Law&
   double above = 0, within = double(view.size), sums[kThresholds];
   const float step = 1.0f / std::max(law.scale, 1e-30f);  // halves a weight
   for (int i = 0; i < kThresholds; i++) thresholds[i] = law.max - step * float(1 << i) * 0.75f;
-  while (within > kFewToSort && key_of(high) - key_of(low) > 1) {
+  // Between the keys of the greatest negative float and 0 there is that of -0, which equals 0 and splits nothing.
+  bool moved = true;
+  for (int pass = 0; (moved || pass < 2) && within > kFewToSort && key_of(high) - key_of(low) > 1; pass++) {
+    moved = false;
     sums_above(view, kind, law, thresholds, sums);
     double reached_at_low = -1;
     for (int i = 0; i < kThresholds && reached_at_low < 0; i++) {
       if (!(thresholds[i] < high && thresholds[i] > low)) continue;
+      moved = true;
       if (sums[i] >= target) {
         low = thresholds[i];
         reached_at_low = sums[i];
