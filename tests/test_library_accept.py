@@ -56,7 +56,7 @@ def test_opcheck_sample(children, monkeypatch):
     outputs = OPS.sample(*arguments, backend, with_law)
     names = ("tokens", "logprobs", "logsumexp", "status")
     kept = names if children else ("tokens", "status")
-    into = {n: torch.zeros_like(tensor) for n, tensor in zip(names, outputs, strict=True) if n in kept}
+    into = {n: torch.zeros_like(t) if n in kept else None for n, t in zip(names, outputs, strict=True)}
     torch.library.opcheck(OPS.sample.out, (*arguments, backend), into, test_utils=CHECKS)
     OPS.sample.out(*arguments, backend, **into)
     assert all(torch.equal(into[n], tensor) for n, tensor in zip(names, outputs, strict=True) if n in kept)
