@@ -679,7 +679,7 @@ def test_27_the_end_of_a_sequence_inside_the_path(rule, target):
     drafted[:] = torch.tensor([3, 7, 4, 5])
     case.target[:] = -INF
     case.target[:, torch.arange(4), drafted[0].long()] = 0.0
-    case.target[:, 2:] = 1.0  # rows behind the end
+    case.target[:, 2:] = NAN  # rows behind the end
     if case.draft is not None:
         case.draft[:] = case.target[:, : case.draft.shape[1]]
     result = case.to(target.device).run(target.backend, eos=(9, 7))

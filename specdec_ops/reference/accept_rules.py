@@ -61,9 +61,7 @@ def proposal_left(tree, child, removed, replacement):
 
 
 def finish(tree, choice, node, left, removed, rejected):
-    """The next token from what is left of the target's distribution, or None after an end-of-sequence token."""
-    if tree.ends(node):
-        return None
+    """The next token from what is left of the target's distribution."""
     if not float(left.sum()) > 0:
         tree.flag(RESIDUAL_EMPTY)
         left = tree.target(node).clone()
@@ -104,7 +102,7 @@ def recursive(tree, choice, replacement=False):
     without replacement, q loses x, before the next child is tried.
     """
     path = [0]
-    while True:
+    while not tree.ends(path[-1]):
         node, p, removed, rejected, accepted = path[-1], tree.target(path[-1]), [], False, None
         for child in tree.children(node):
             if not tree.possible(child):
@@ -130,6 +128,7 @@ def recursive(tree, choice, replacement=False):
         if accepted is None:
             return path, finish(tree, choice, node, p, removed, rejected)
         path.append(accepted)
+    return path, None
 
 
 class Level:
@@ -167,8 +166,10 @@ def traversal(tree, choice, replacement=False):
         child = next(level.children, None)
         if child is None:
             if len(levels) == 1 or choice.coin(level.node, 1.0, level.alpha):
-                p = tree.target(level.node) if level.p is None else level.p
                 path = [above.node for above in levels]
+                if tree.ends(level.node):
+                    return path, None
+                p = tree.target(level.node) if level.p is None else level.p
                 return path, finish(tree, choice, level.node, p, level.removed, level.rejected)
             levels.pop()
             levels[-1].rejected = True
@@ -203,7 +204,7 @@ def coin(tree, choice, single=1.0, accumulated=1.0):
     its own probability is at least `single`; the coin is multiplied by `accumulated`.
     """
     path = [0]
-    while True:
+    while not tree.ends(path[-1]):
         node, p, tried, rejected, accepted = path[-1], tree.target(path[-1]), [], False, None
         mass = 0.0
         for child in tree.children(node):
@@ -225,6 +226,7 @@ def coin(tree, choice, single=1.0, accumulated=1.0):
             left[tried] = 0
             return path, finish(tree, choice, node, left, tried, rejected)
         path.append(accepted)
+    return path, None
 
 
 def kseq(tree, choice):
@@ -234,7 +236,7 @@ def kseq(tree, choice):
     every rho that is large enough, of which the least accepts most.
     """
     path = [0]
-    while True:
+    while not tree.ends(path[-1]):
         node, rejected, accepted = path[-1], False, None
         p, children = tree.target(node), list(tree.children(node))
         left, factor = p, None
@@ -257,6 +259,7 @@ def kseq(tree, choice):
         if accepted is None:
             return path, finish(tree, choice, node, left, [], rejected)
         path.append(accepted)
+    return path, None
 
 
 def kseq_factor(p, q, count: int) -> float:
@@ -303,6 +306,8 @@ def typical(tree, choice, epsilon=0.3, delta=0.09):
                 logs[child] = logs[node] + float(torch.log(p[tree.token(child)]))
                 reached.append(child)
     end = min(reached, key=lambda node: (-tree.depth(node), -logs[node], node))
+    if tree.ends(end):
+        return path_to(end, parents), None
     p = tree.target(end)
     left = torch.where(p > threshold(p), p, 0.0)
     return path_to(end, parents), finish(tree, choice, end, left, [], False)
