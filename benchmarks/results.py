@@ -143,6 +143,8 @@ class Cell:
             return f"{op} b{batch} n{nodes}"
         if op == "merge_states":
             return f"{op} {dtype} b{batch} n{nodes}"
+        if op.startswith("accept"):
+            return f"{op} {model} {dtype} b{batch} n{nodes}"
         ragged = " ragged" if lengths == "ragged" else ""
         chain = " chain" if tree == "chain" and nodes > 8 else ""
         return f"{model} {dtype} ctx{context}{ragged} b{batch} n{nodes}{chain} {mode}"
