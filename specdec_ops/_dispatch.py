@@ -29,6 +29,9 @@ IMPLEMENTATIONS = {
         "cpu": "specdec_ops._native:build_topology_cpu",
         "torch": "specdec_ops.reference.build_topology:build_topology",
     },
+    "exit_confidence": {
+        "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
+    },
     "merge_states": {
         "cuda": "specdec_ops._native:merge_states_cuda",
         "triton": "specdec_ops.triton_kernels.merge_states:merge_states",
@@ -57,8 +60,8 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
     """Say which backends can run an op on a device.
 
     Args:
-        op: "accept" (every op whose name ends so), "build_topology", "merge_states", "sample" (sample_tokens and
-            sample_children) or "tree_attention".
+        op: "accept" (every op whose name ends so), "build_topology", "exit_confidence" (and early_exit),
+            "merge_states", "sample" (sample_tokens and sample_children) or "tree_attention".
         device: a device, its name, or a tensor on it.
 
     Returns:

@@ -60,8 +60,11 @@ def pytest_collection_modifyitems(items):
 
 
 def poisoned_empty(shape, dtype, device):
-    """Memory in which an unwritten element shows: NaN, or the smallest integer."""
+    """Memory in which an unwritten element shows: NaN, or the smallest integer. Of a bool, the impossible byte 0x80."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
+    if dtype == torch.bool:
+        tensor.view(torch.uint8).fill_(0x80)
+        return tensor
     return tensor.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
 
 
