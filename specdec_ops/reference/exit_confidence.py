@@ -73,13 +73,16 @@ def exit_confidence(
     tokens = entries if token_map is None else token_map.long()[entries]
 
     safe = torch.where(valid[:, None], scaled, 0.0)
-    total = torch.logsumexp(safe, dim=1)
-    probabilities = torch.exp(safe - total[:, None])
+    highest = safe.max(dim=1, keepdim=True).values
+    below = safe - highest  # the entropy of a sure row is small: it is not to be the difference of two large numbers
+    size = torch.exp(below).sum(dim=1)
+    total = highest[:, 0] + torch.log(size)
+    probabilities = torch.exp(below) / size[:, None]
     second = torch.exp(best[:, 1] - total) if count > 1 else torch.zeros_like(total)
     figures = {
         "max_prob": torch.exp(best[:, 0] - total),
         "margin": torch.exp(best[:, 0] - total) - second,
-        "entropy": total - torch.where(probabilities > 0, probabilities * safe, 0.0).sum(dim=1),
+        "entropy": torch.log(size) - torch.where(probabilities > 0, probabilities * below, 0.0).sum(dim=1),
     }
     token.copy_(tokens[:, 0])
     for output, name in ((max_prob, "max_prob"), (margin, "margin"), (entropy, "entropy")):
