@@ -45,5 +45,6 @@ struct Bind<Params (*)(Args...)> {
 };
 
 void bind_accept(pybind11::module_& m);  // bindings_accept.cpp
+void bind_exit(pybind11::module_& m);    // bindings_exit.cpp
 
 }  // namespace specdec

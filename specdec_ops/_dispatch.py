@@ -30,6 +30,7 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.build_topology:build_topology",
     },
     "exit_confidence": {
+        "cpu": "specdec_ops._native_exit:exit_confidence_cpu",
         "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
     },
     "merge_states": {
