@@ -143,6 +143,8 @@ class Cell:
             return f"{op} b{batch} n{nodes}"
         if op == "merge_states":
             return f"{op} {dtype} b{batch} n{nodes}"
+        if op == "exit_confidence":
+            return f"{op} {model.removeprefix('head ')} {dtype} {tree} {nodes}"
         if op.startswith("accept"):
             return f"{op} {model} {dtype} b{batch} n{nodes}"
         ragged = " ragged" if lengths == "ragged" else ""

@@ -122,3 +122,14 @@ def acceptance_verdicts(all_cells: list[Cell]) -> list[Verdict]:
         floor("rules that draw, batch 8 and more: 5x", many, column("ratio"), 5, "x"),
         floor("acceptance: never slower than PyTorch", compared, column("ratio"), 1, "x"),
     ]
+
+
+def exit_verdicts(all_cells: list[Cell]) -> list[Verdict]:
+    """The same of early exit."""
+    usable = [cell for cell in all_cells if cell.first["op"] == "exit_confidence" and cell.ours]
+    one = [cell for cell in usable if cell.first["nodes"] == 1]
+    many = [cell for cell in usable if cell.first["nodes"] == 60]
+    return [
+        floor("exit_confidence, one row: 85% of a plain read of the head", one, column("read_percent"), 85, "%"),
+        floor("exit_confidence, 60 rows: 1.5x", many, column("ratio"), 1.5, "x"),
+    ]
