@@ -97,7 +97,7 @@ def contestants(inputs: Inputs, options) -> list[Contestant]:
     listed += [
         Contestant(name, "pytorch", lambda form=form: form(inputs), list, (inputs.head,)) for name, form in forms
     ]
-    return listed + [read_control(inputs)] if inputs.head.device.type == "cpu" else listed
+    return [*listed, read_control(inputs)] if inputs.head.device.type == "cpu" else listed
 
 
 def read_control(inputs: Inputs) -> Contestant:

@@ -64,7 +64,7 @@ class ExitCase:
 def quick() -> list[ExitCase]:
     cases = [ExitCase(*LLAMA2_HEAD, rows, "bf16", compiled=rows == 8) for rows in (1, 4, 8, 16, 60)]
     cases += [ExitCase(*LLAMA3_HEAD, rows, "bf16") for rows in (1, 8)]
-    return cases + [ExitCase(*SMALL_HEAD, 1, "bf16", top_k=10), *(ExitCase(*LLAMA2_HEAD, n, "fp32") for n in (1, 60))]
+    return [*cases, ExitCase(*SMALL_HEAD, 1, "bf16", top_k=10), *(ExitCase(*LLAMA2_HEAD, n, "fp32") for n in (1, 60))]
 
 
 def standard() -> list[ExitCase]:
