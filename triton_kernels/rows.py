@@ -238,6 +238,20 @@ def row_law(
 
 
 @triton.jit
+def next_logit(row, size, last, last_id, BLOCK: tl.constexpr):
+    """The greatest logit that comes after (last, last_id), and its id; NO_ID where only -inf is left."""
+    lane = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    best_id = tl.full([BLOCK], 2147483647, tl.int32)
+    for start in range(0, size, BLOCK):
+        ids = start + lane
+        z = row_tile(row, ids, size)
+        waits = (z < last) | ((z == last) & (ids > last_id))
+        best, best_id = keep_best(best, best_id, tl.where(waits, z, float("-inf")), ids)
+    return best_of(best, best_id)
+
+
+@triton.jit
 def race_key(weight, v, BY_WEIGHT):
     """What the race is decided by: weight / exponential, or the weight where all of these are 0."""
     return tl.where(BY_WEIGHT, weight, weight / exponential(v))

@@ -16,32 +16,16 @@ from .rows import (
     LOG2E,
     NO_ID,
     TARGET_INVALID,
-    best_of,
-    keep_best,
+    next_logit,
     race_row,
     request_setting,
     row_law,
-    row_tile,
 )
 
 _VOLATILE = [
     "size", "count", "first_parent", "top_k", "seed_low", "seed_high", "position", "batch_stride", "row_stride",
     "parents_batch_stride", "parents_row_stride", "rows",
 ]  # fmt: skip
-
-
-@triton.jit
-def _next_logit(row, size, last, last_id, BLOCK: tl.constexpr):
-    """The greatest logit that comes after (last, last_id), and its id; NO_ID where only -inf is left."""
-    lane = tl.arange(0, BLOCK)
-    best = tl.full([BLOCK], float("-inf"), tl.float32)
-    best_id = tl.full([BLOCK], 2147483647, tl.int32)
-    for start in range(0, size, BLOCK):
-        ids = start + lane
-        z = row_tile(row, ids, size)
-        waits = (z < last) | ((z == last) & (ids > last_id))
-        best, best_id = keep_best(best, best_id, tl.where(waits, z, float("-inf")), ids)
-    return best_of(best, best_id)
 
 
 @triton.jit(do_not_specialize=_VOLATILE)
@@ -98,7 +82,7 @@ def sample_kernel(
         key = last
         if possible:
             if greedy & sound & (not REPLACEMENT):
-                key, winner = _next_logit(row, size, last, last_id, BLOCK)
+                key, winner = next_logit(row, size, last, last_id, BLOCK)
             else:
                 draw_salt = salt
                 if REPLACEMENT:
