@@ -58,11 +58,11 @@ RECURSIVE = tl.constexpr(2)
 COIN = tl.constexpr(3)
 KSEQ = tl.constexpr(4)
 
-# Arguments that change from call to call: no recompilation for a value that happens to be 1 or a multiple of 16.
+# Arguments that change from call to call: no recompilation for a value that happens to be 1 or a multiple of 16. The
+# sizes and strides of rows are not among them: loads of 16 bytes need to know that rows are aligned.
 VOLATILE = [
-    "target_batch_stride", "target_node_stride", "token_batch_stride", "token_stride", "draft_batch_stride",
-    "draft_node_stride", "first_batch_stride", "next_batch_stride", "num_nodes_stride", "scratch_stride", "columns",
-    "size", "draft_size", "max_depth", "width", "top_k", "draft_top_k", "seed_low", "seed_high", "position",
+    "token_batch_stride", "token_stride", "first_batch_stride", "next_batch_stride", "num_nodes_stride",
+    "scratch_stride", "columns", "max_depth", "width", "top_k", "draft_top_k", "seed_low", "seed_high", "position",
     "eos0", "eos1", "eos2", "eos3", "eos4", "eos5", "eos6", "eos7",
 ]  # fmt: skip
 
@@ -161,7 +161,7 @@ def _by_coin(
         elif not is_excluded(excluded, token, possible):
             p = probability(row, state, node, TARGET_LAW, token, possible)
             mass += p
-            if ((p > 0.0) & (p >= single)) | (u * accumulated.to(tl.float64) < mass.to(tl.float64)):
+            if ((p > 0.0) & (p >= single)) | (u * accumulated < mass.to(tl.float64)):
                 accepted = child
             else:
                 rejected = tl.full([], 1, tl.int32)
@@ -421,9 +421,9 @@ def accept_walk_kernel(
             following = tl.load(target + node * target_node_stride)
         else:
             row = target + node.to(tl.int64) * target_node_stride
-            WEIGH: tl.constexpr = (RULE == RECURSIVE) | (RULE == COIN) | (RULE == KSEQ)
             following, sound, _ = write_law(state, node, TARGET_LAW, row, size, heat, k, p,
-                                            FILTER and RULE != GREEDY, WEIGH, False, BLOCK)  # fmt: skip
+                                            FILTER and RULE != GREEDY, RULE != GREEDY and RULE != MATCH, False,
+                                            BLOCK)  # fmt: skip
             bits |= tl.where(sound, 0, TARGET_INVALID)
         if RULE == MATCH:
             following, empty = draw(row, size, None, 0, None, state, None, node, -1, gain, rho, 0.0, seed,

@@ -25,6 +25,7 @@ from .noise import exponential, race_uniforms
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_ID = tl.constexpr(2147483647)
+STAGES = tl.constexpr(4)
 TARGET_INVALID = tl.constexpr(1)
 DRAFT_INVALID = tl.constexpr(2)
 
@@ -83,7 +84,7 @@ def row_maximum(row, size, BLOCK: tl.constexpr):
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     best_id = tl.full([BLOCK], 2147483647, tl.int32)
     nan = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, size, BLOCK):
+    for start in tl.range(0, size, BLOCK, num_stages=STAGES):
         ids = start + lane
         z = row_tile(row, ids, size)
         nan |= (z != z).to(tl.int32)
@@ -112,7 +113,7 @@ def _part_from(row, size, pivot, maximum, scale, cut, cut_id, BLOCK: tl.constexp
     lane = tl.arange(0, BLOCK)
     count = tl.zeros([BLOCK], tl.int32)
     mass = tl.zeros([BLOCK], tl.float32)
-    for start in range(0, size, BLOCK):
+    for start in tl.range(0, size, BLOCK, num_stages=STAGES):
         ids = start + lane
         z = row_tile(row, ids, size)
         inside = z >= pivot
@@ -223,7 +224,7 @@ def row_law(
             lane = tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float32)
             moment = tl.zeros([BLOCK], tl.float32)
-            for start in range(0, size, BLOCK):
+            for start in tl.range(0, size, BLOCK, num_stages=STAGES):
                 ids = start + lane
                 z = row_tile(row, ids, size)
                 weight = token_weight(z, ids, maximum, scale, cut, cut_id)

@@ -16,7 +16,7 @@ def block_of(size: int) -> int:
 
 
 def warps_of(block: int) -> int:
-    return max(1, min(16, block // 256))
+    return max(1, min(8, block // 512))
 
 
 def seed_words(seed: int) -> tuple[int, int]:

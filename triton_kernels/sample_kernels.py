@@ -23,8 +23,8 @@ from .rows import (
 )
 
 _VOLATILE = [
-    "size", "count", "first_parent", "top_k", "seed_low", "seed_high", "position", "batch_stride", "row_stride",
-    "parents_batch_stride", "parents_row_stride", "rows",
+    "count", "first_parent", "top_k", "seed_low", "seed_high", "position", "parents_batch_stride", "parents_row_stride",
+    "rows",
 ]  # fmt: skip
 
 
