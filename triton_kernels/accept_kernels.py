@@ -1,10 +1,10 @@
 """Acceptance rules that walk from the root: greedy, match, recursive, coin and kseq.
 
 One program owns one request and does all of it in one launch: at a node it reads the target's row (rows.py), tries the
-drafted children in ascending order, and goes on to the first that is accepted, or draws the next token from what is left
-of the row it stands at. So it reads the rows on the accepted path and no others, and no probabilities are written. Bytes:
-(accepted + 1) rows of the target, and for rules that need q as many of the draft, from memory once and from L2 for the
-second pass and the race; one more pass over the pair of rows for each rejected sibling.
+drafted children in ascending order, and goes on to the first that is accepted, or draws the next token from what is
+left of the row it stands at. So it reads the rows on the accepted path and no others, and no probabilities are written.
+Bytes: (accepted + 1) rows of the target, and for rules that need q as many of the draft, from memory once and from L2
+for the second pass and the race; one more pass over the pair of rows for each rejected sibling.
 
 One program per request keeps the machine busy at large batches and leaves most of it idle at small ones, where a row
 takes as long as one multiprocessor needs to read it. Splitting rows over programs would take a launch per node of the

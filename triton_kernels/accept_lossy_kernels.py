@@ -4,10 +4,11 @@ One program owns one request. Nodes that pass are appended to a queue in scratch
 of its nodes reads its row (longest path: its pair of rows) if it has children, and tests them all. So the rows read are
 those of accepted nodes, and one more for the next token.
 
-    typical  Medusa's rule (2401.10774): p(x) > min(epsilon, delta exp(-entropy)). No noise but in the next token, which is
-             drawn from the tokens that pass the same test.
-    longest  improved MCSD's rule for a forest whose roots are given (2409.10644): u q(x) < p(x) with p and q as they were.
-             `width` next tokens are the first of one race: over (p - q)+ at an inner node, over p at a leaf or a root.
+    typical  Medusa's rule (2401.10774): p(x) > min(epsilon, delta exp(-entropy)). No noise but in the next token, which
+             is drawn from the tokens that pass the same test.
+    longest  improved MCSD's rule for a forest whose roots are given (2409.10644): u q(x) < p(x) with p and q as they
+             were. `width` next tokens are the first of one race: over (p - q)+ at an inner node, over p at a leaf or a
+             root.
 
 Both are lossy: among several accepted nodes they choose by what comes later.
 """
@@ -35,12 +36,12 @@ from .accept_state import (
     follow,
     get_float,
     get_int,
+    is_end,
     probability,
     put_float,
     put_int,
     residual_race,
     step,
-    is_end,
     write_law,
 )
 from .noise import BONUS, RESIDUAL, node_coin
@@ -64,35 +65,35 @@ def _reach(state, node, parent, depth, logarithm, reached):
 
 
 @triton.jit
-def _threshold(entropy, epsilon, delta):
-    return tl.minimum(epsilon, delta * tl.exp(-entropy))
+def _passes_longest(
+    row, draft, draft_stride, target_to_draft, state, node, child, token, weighed, sound, seed, position,
+):  # fmt: skip
+    """Whether the child passes its own test, and status bits. weighed: whether there is a q; sound: it can be used."""
+    q = tl.full([], 1.0, tl.float32)
+    if draft is not None:
+        if weighed:
+            q = draft_probability(draft, draft_stride, target_to_draft, state, node, token, True)
+    p = probability(row, state, node, TARGET_LAW, token, True)
+    u = node_coin(seed, position, child, 0)
+    passed = sound & (q > 0.0) & (u * q.to(tl.float64) < p.to(tl.float64))
+    return passed, tl.where(sound & (q <= 0.0), TOKEN_IMPOSSIBLE, 0)
 
 
 @triton.jit
-def _passes_longest(
-    row, draft, draft_stride, draft_size, target_to_draft, state, node, child, token, weighed, asked, temperature,
-    top_k, top_p, seed, position, CHILD_ROWS: tl.constexpr, FILTER: tl.constexpr, BLOCK: tl.constexpr,
+def _counts(
+    tokens, token_stride, next_sibling, count, columns, size, state, node, child, token, PADDED: tl.constexpr,
 ):  # fmt: skip
-    """Whether the child passes its own test, and status bits. asked: whether the parent's row of the draft is known."""
-    q = tl.full([], 1.0, tl.float32)
-    bits = tl.full([], 0, tl.int32)
-    if draft is not None:
-        if weighed:
-            holder = child if CHILD_ROWS else node
-            if CHILD_ROWS | (asked == 0):
-                sound = read_proposal(
-                    draft, draft_stride, draft_size, state, holder, temperature, top_k, top_p, FILTER, BLOCK
-                )
-                put_int(state, holder, TERM_BEFORE, tl.where(sound, -1, -2))
-            if get_int(state, holder, TERM_BEFORE) == -1:
-                q = draft_probability(draft, draft_stride, target_to_draft, state, holder, token, True)
-                bits = tl.where(q > 0.0, 0, TOKEN_IMPOSSIBLE)
-            else:
-                q = tl.full([], 0.0, tl.float32)
-                bits = tl.full([], 2, tl.int32)
-    p = probability(row, state, node, TARGET_LAW, token, True)
-    u = node_coin(seed, position, child, 0)
-    return (q > 0.0) & (u * q.to(tl.float64) < p.to(tl.float64)), bits
+    """Whether a list of children makes the node read its rows: one that is the node's and, unless PADDED, in range."""
+    found = tl.full([], 0, tl.int32)
+    while (child >= 0) & (found == 0):
+        owner = get_int(state, child, PARENT)
+        free = (owner == UNCLAIMED) | (owner == node)
+        found = (free & (PADDED | ((token >= 0) & (token < size)))).to(tl.int32)
+        if free:
+            child, token, _ = step(child, next_sibling, tokens, token_stride, count, columns, True)
+        else:
+            child = tl.full([], -1, tl.int32)
+    return found != 0
 
 
 @triton.jit
@@ -175,71 +176,73 @@ def accept_lossy_kernel(
             reached = _reach(state, root, -1, 0, zero, reached)
             root, wrong = follow(root, next_sibling, count, columns, True)
             bits |= wrong
+    # One round more than there are nodes in the queue: the last is for the next token, from the row of the deepest.
     served = tl.full([], 0, tl.int32)
-    while served < reached:
-        node = get_int(state, served, QUEUE)
+    row = target
+    least = zero
+    head = tl.full([], -1, tl.int32)
+    known = False
+    ended = False
+    while served <= reached:
+        last = served == reached
+        node = end
+        if not last:
+            node = get_int(state, served, QUEUE)
         depth = get_int(state, node, DEPTH)
         row = target + node.to(tl.int64) * target_node_stride
-        child, token, over = _first(draft_tokens, token_stride, first_child, count, columns, node, depth, max_depth,
-                                    RULE, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)  # fmt: skip
-        bits |= over
-        read = tl.full([], 0, tl.int32)
-        asked = tl.full([], 0, tl.int32)
-        least = zero
-        while child >= 0:
-            free = (get_int(state, child, PARENT) == UNCLAIMED) | (get_int(state, child, PARENT) == node)
-            possible = (token >= 0) & (token < size)
-            if (read == 0) & free & (possible | (RULE == TYPICAL)):
-                _, sound, entropy = write_law(state, node, TARGET_LAW, row, size, heat, k, p, FILTER, True,
-                                              RULE == TYPICAL, BLOCK)  # fmt: skip
-                bits |= tl.where(sound, 0, TARGET_INVALID)
-                least = _threshold(entropy, threshold_a, threshold_b)
-                read = tl.full([], 1, tl.int32)
-            if not free:
+        ended = _ends(draft_tokens, token_stride, node, RULE, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
+        over = ended | (depth >= max_depth)
+        child, token, wrong = step(node, first_child, draft_tokens, token_stride, tl.where(over, 0, count), columns,
+                                   False)  # fmt: skip
+        bits |= tl.where(over, 0, wrong)
+        known = True
+        sound = True
+        if (last & (ended == 0)) | _counts(draft_tokens, token_stride, next_sibling, count, columns, size, state, node,
+                                           child, token, RULE == TYPICAL):  # fmt: skip
+            _, known, entropy = write_law(state, node, TARGET_LAW, row, size, heat, k, p, FILTER, True, RULE == TYPICAL,
+                                          BLOCK)  # fmt: skip
+            bits |= tl.where(known, 0, TARGET_INVALID)
+            least = tl.minimum(threshold_a, threshold_b * tl.exp(-entropy))
+            if draft is not None:
+                if weighed & (child >= 0) & ((last == 0) | (get_int(state, node, PARENT) >= 0)):
+                    sound = read_proposal(draft, draft_node_stride, draft_size, state, node, draft_heat, draft_k,
+                                          draft_p, DRAFT_FILTER, BLOCK)  # fmt: skip
+                    bits |= tl.where(sound, 0, DRAFT_INVALID)
+                    put_int(state, node, TERM_BEFORE, -1)
+                    put_float(state, node, TERM_FACTOR, zero + 1.0)
+                    head = tl.where(last & sound, node, -1)
+        while (child >= 0) & (served < reached):
+            owner = get_int(state, child, PARENT)
+            if (owner != UNCLAIMED) & (owner != node):
                 bits |= TREE_INVALID
+                child = tl.full([], -1, tl.int32)
             else:
                 put_int(state, child, PARENT, node)
-                if not possible:
+                if (token < 0) | (token >= size):
                     bits |= TOKEN_IMPOSSIBLE
                 else:
                     logarithm = zero
                     if RULE == TYPICAL:
-                        mass = probability(row, state, node, TARGET_LAW, token, possible)
+                        mass = probability(row, state, node, TARGET_LAW, token, True)
                         passed = mass > least
                         logarithm = get_float(state, node, LOGARITHM) + tl.log(tl.where(passed, mass, 1.0))
                     else:
-                        passed, over = _passes_longest(
-                            row, draft, draft_node_stride, draft_size, target_to_draft, state, node, child, token,
-                            weighed, asked, draft_heat, draft_k, draft_p, seed, place, CHILD_ROWS, DRAFT_FILTER, BLOCK,
-                        )  # fmt: skip
-                        bits |= over
-                        asked = tl.full([], 1, tl.int32)
+                        passed, wrong = _passes_longest(row, draft, draft_node_stride, target_to_draft, state, node,
+                                                        child, token, weighed, sound, seed, place)  # fmt: skip
+                        bits |= wrong
                     if passed:
                         reached = _reach(state, child, node, depth + 1, logarithm, reached)
-                        tie = (depth + 1 == end_depth) & (logarithm == end_logarithm) & (child < end)
-                        more = (depth + 1 == end_depth) & (logarithm > end_logarithm)
-                        if (depth + 1 > end_depth) | more | tie:
+                        more = (logarithm > end_logarithm) | ((logarithm == end_logarithm) & (child < end))
+                        if (depth + 1 > end_depth) | ((depth + 1 == end_depth) & more):
                             end = child
                             end_depth = depth + 1
                             end_logarithm = logarithm
-            if free:
-                child, token, over = step(child, next_sibling, draft_tokens, token_stride, count, columns, True)
-                bits |= over
-            else:
-                child = tl.full([], -1, tl.int32)
+                child, token, wrong = step(child, next_sibling, draft_tokens, token_stride, count, columns, True)
+                bits |= wrong
         served += 1
 
-    row = target + end.to(tl.int64) * target_node_stride
-    ended = _ends(draft_tokens, token_stride, end, RULE, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
-    following = tl.full([], -1, tl.int32)
-    sound = False
-    least = zero
-    if not ended:
-        _, sound, entropy = write_law(state, end, TARGET_LAW, row, size, heat, k, p, FILTER, True, RULE == TYPICAL,
-                                      BLOCK)  # fmt: skip
-        bits |= tl.where(sound, 0, TARGET_INVALID)
-        least = _threshold(entropy, threshold_a, threshold_b)
     if RULE == TYPICAL:
+        following = tl.full([], -1, tl.int32)
         if not ended:
             following, empty = draw(row, size, None, 0, None, state, None, end, -1, 0.0, 1.0, least, seed, place, BONUS,
                                     end, False, BLOCK)  # fmt: skip
@@ -252,21 +255,8 @@ def accept_lossy_kernel(
         if ended:
             fill(next_tokens, width, -1, 64)
         else:
-            head = tl.full([], -1, tl.int32)
-            child, _, over = _first(draft_tokens, token_stride, first_child, count, columns, end, end_depth, max_depth,
-                                    RULE, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)  # fmt: skip
-            bits |= over
-            if draft is not None:
-                if weighed & (child >= 0) & (get_int(state, end, PARENT) >= 0):
-                    holder = child if CHILD_ROWS else end
-                    usable = read_proposal(draft, draft_node_stride, draft_size, state, holder, draft_heat, draft_k,
-                                           draft_p, DRAFT_FILTER, BLOCK)  # fmt: skip
-                    bits |= tl.where(usable, 0, DRAFT_INVALID)
-                    put_int(state, holder, TERM_BEFORE, -1)
-                    put_float(state, holder, TERM_FACTOR, zero + 1.0)
-                    head = tl.where(usable, holder, -1)
             bits |= _draw_many(row, size, draft, draft_node_stride, target_to_draft, state, end, head,
-                               sound & ((heat > 0.0) == 0), seed, place, tl.where(head >= 0, RESIDUAL, BONUS),
+                               known & ((heat > 0.0) == 0), seed, place, tl.where(head >= 0, RESIDUAL, BONUS),
                                next_tokens, width, BLOCK)  # fmt: skip
         write_path(draft_tokens, token_stride, state, tokens, nodes, request, max_depth, end, end_depth, 0)
         finish_outputs(tokens, nodes, num_accepted, status, request, max_depth, end_depth + 1, end_depth + 1, -1,
@@ -279,14 +269,3 @@ def _ends(tokens, token_stride, node, RULE: tl.constexpr, eos0, eos1, eos2, eos3
     drafted = node >= 0 if RULE == LONGEST else node > 0
     token = tl.load(tokens + node * token_stride, mask=drafted, other=-1)
     return drafted & is_end(token, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
-
-
-@triton.jit
-def _first(
-    tokens, token_stride, first_child, count, columns, node, depth, max_depth, RULE: tl.constexpr, eos0, eos1, eos2,
-    eos3, eos4, eos5, eos6, eos7,
-):  # fmt: skip
-    """The first child that may be tried, as from step: none below an end of sequence or the last level."""
-    over = (depth >= max_depth) | _ends(tokens, token_stride, node, RULE, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
-    child, token, bits = step(node, first_child, tokens, token_stride, tl.where(over, 0, count), columns, False)
-    return child, token, tl.where(over, 0, bits)

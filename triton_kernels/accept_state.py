@@ -9,8 +9,8 @@ a row of its own, each rejection adds a term. So nothing of the size of the voca
 the excluded ones: they would be 0 by arithmetic, but not in float32.
 
 The rest is small and lies in global scratch, NODE_WORDS integers per node: laws of the target's and of the draft's row,
-the terms' c linked from the newest to the oldest, and what traversal keeps per level. One thread writes and all read, so
-writes are between barriers.
+the terms' c linked from the newest to the oldest, and what traversal keeps per level. One thread writes and all read,
+so writes are between barriers.
 """
 
 import triton
@@ -112,8 +112,8 @@ def is_end(token, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7):
 def follow(node, links, count, columns, SIBLING: tl.constexpr):
     """Where a link of the node leads, or -1, and the status bits.
 
-    Links only ever lead to later nodes: one that does not, or leads out of the tensor, is none and is reported. One past
-    the request's nodes is none, as trees are sliced. Without links the tree is a chain.
+    Links only ever lead to later nodes: one that does not, or leads out of the tensor, is none and is reported. One
+    past the request's nodes is none, as trees are sliced. Without links the tree is a chain.
     """
     found = tl.full([], -1, tl.int32)
     status = tl.full([], 0, tl.int32)
@@ -130,7 +130,8 @@ def follow(node, links, count, columns, SIBLING: tl.constexpr):
 @triton.jit
 def step(node, links, tokens, token_stride, count, columns, SIBLING: tl.constexpr):
     """The first child of a node, or its next sibling, as (node or -1, token, status bits). A token of -1 is padding and
-    ends the list."""
+    ends the list.
+    """
     found, status = follow(node, links, count, columns, SIBLING)
     token = tl.load(tokens + found * token_stride, mask=found >= 0, other=-1)
     return tl.where(token == -1, -1, found), token, status
@@ -257,9 +258,9 @@ def draw(
 ):  # fmt: skip
     """The next token, from the residual weights; (token, status bits).
 
-    If these are empty, which only rounding or a false q can bring about, from the target without the excluded tokens, and
-    if that is empty too, from the target. Each of the three is raced by score, then by weight alone, which decides where
-    no score is positive. Nearly always the first finds a token.
+    If these are empty, which only rounding or a false q can bring about, from the target without the excluded tokens,
+    and if that is empty too, from the target. Each of the three is raced by score, then by weight alone, which decides
+    where no score is positive. Nearly always the first finds a token.
     """
     token = tl.full([], 2147483647, tl.int32)
     attempt = 0

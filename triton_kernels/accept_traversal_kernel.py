@@ -4,14 +4,14 @@ One program owns one request. It goes down into the first child that is left, wi
 
     alpha(child) = min(1, alpha p(x) / q(x)),   alpha(node 0) = 1,
 
-and where there is none accepts the whole path with probability alpha. Otherwise the node is deleted; at its parent, with
-S = sum (alpha p - q)+, p becomes (alpha p - q)+ normalised, alpha becomes S / (S + 1 - alpha), and without replacement
-q loses x. In terms of the weights w of accept_state.py, whose sum is N: c grows by N / (alpha remaining), S is
+and where there is none accepts the whole path with probability alpha. Otherwise the node is deleted; at its parent,
+with S = sum (alpha p - q)+, p becomes (alpha p - q)+ normalised, alpha becomes S / (S + 1 - alpha), and without
+replacement q loses x. In terms of the weights w of accept_state.py, whose sum is N: c grows by N / (alpha remaining), S is
 alpha N' / N. A child of weight 0 is deleted without a look at what is below it.
 
 Each node on the path keeps its laws, c, N and alpha in scratch, so coming back to a parent costs one pass over its pair
-of rows (for the new N) and reads nothing twice from memory that L2 still holds. The excluded tokens of one node at a time
-are in the bit set; they are the siblings that were deleted, so the set can be made anew from the tree.
+of rows (for the new N) and reads nothing twice from memory that L2 still holds. The excluded tokens of one node at a
+time are in the bit set; they are the siblings that were deleted, so the set can be made anew from the tree.
 
 A node belongs to the first parent that has tried it. That is the tree's own structure; in malformed links, which may
 share nodes, it keeps every node to one visit, so the time is bounded by the nodes.
@@ -160,10 +160,10 @@ def _weight_of(
     temperature, top_k, top_p, status, REPLACEMENT: tl.constexpr, CHILD_ROWS: tl.constexpr, FILTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """alpha of a child, or what to do without one: (alpha, verdict, status).
+    """Alpha of a child, or what to do without one: (alpha, verdict, status).
 
-    verdict 0: alpha holds. 1: the child was not drawn from q, it is rejected without an update. 2: there is no q left to
-    have drawn it or its later siblings from. 3: there is no q for this child.
+    verdict 0: alpha holds. 1: the child was not drawn from q, it is rejected without an update. 2: there is no q left
+    to have drawn it or its later siblings from. 3: there is no q for this child.
     """
     alpha = tl.full([], 0.0, tl.float32)
     verdict = tl.full([], 0, tl.int32)

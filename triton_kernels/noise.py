@@ -46,7 +46,7 @@ def node_coin(seed, position, node, level):
 
 @triton.jit
 def race_uniforms(seed, start, position, domain, salt, BLOCK: tl.constexpr):
-    """v in (0, 1] for the tokens start .. start + BLOCK - 1; start is a multiple of 4."""
+    """V in (0, 1] for the tokens start .. start + BLOCK - 1; start is a multiple of 4."""
     a, b, c, d = philox(seed, start // 4 + tl.arange(0, BLOCK // 4), position, domain, salt)
     words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     return (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10

@@ -13,7 +13,6 @@ from .noise import DRAFT, SAMPLE
 from .rows import (
     DRAFT_INVALID,
     LN2,
-    LOG2E,
     NO_ID,
     TARGET_INVALID,
     next_logit,
@@ -37,7 +36,8 @@ def sample_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows, batch). logits [batch, rows, size]; tokens, logprobs [batch, rows, count] and logsumexp
-    [batch, rows] contiguous; status [batch, rows] if PER_ROW, else [batch], zeroed."""
+    [batch, rows] contiguous; status [batch, rows] if PER_ROW, else [batch], zeroed.
+    """
     at = tl.program_id(0)
     request = tl.program_id(1).to(tl.int64)
     row = logits + request * batch_stride + at.to(tl.int64) * row_stride
@@ -63,7 +63,9 @@ def sample_kernel(
     greedy = (heat > 0.0) == 0
     if SUM:
         if greedy & sound:  # what the row says of its tokens then: temperature 1, no filter
-            maximum, scale, inverse, cut, cut_id, _, _, _, _ = row_law(row, size, 1.0, 0, 1.0, False, True, False, BLOCK)
+            maximum, scale, inverse, cut, cut_id, _, _, _, _ = row_law(
+                row, size, 1.0, 0, 1.0, False, True, False, BLOCK
+            )
         total = maximum * (scale * LN2) - tl.log(inverse)
     bit = tl.where(sound, 0, DRAFT_INVALID if DRAFTING else TARGET_INVALID)
     if PER_ROW:
