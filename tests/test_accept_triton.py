@@ -16,7 +16,6 @@ from specdec_ops.reference import noise as reference_noise
 
 triton = pytest.importorskip("triton")
 import triton.language as tl
-
 from specdec_ops.triton_kernels import noise, sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -38,9 +37,7 @@ VECTORS = [
 def philox_kernel(seed, counter, out):
     lane = tl.arange(0, 4)
     c0 = tl.load(counter) + lane * 0
-    a, b, c, d = noise.philox(
-        tl.load(seed), c0, tl.load(counter + 1), tl.load(counter + 2), tl.load(counter + 3)
-    )
+    a, b, c, d = noise.philox(tl.load(seed), c0, tl.load(counter + 1), tl.load(counter + 2), tl.load(counter + 3))
     tl.store(out + lane, tl.where(lane < 2, tl.where(lane == 0, a, b), tl.where(lane == 2, c, d)).to(tl.int64))
 
 
@@ -147,7 +144,11 @@ def test_filters_cut_exactly_across_blocks(vocab, dtype, small_blocks):
     logits[1] = (logits[1] / 2).round()
     logits[2] = 0.0
     logits[3, ::2] = float("-inf")
-    options = {"top_k": torch.tensor([5, 30, 70, 0]), "top_p": torch.tensor([1.0, 0.9, 0.5, 0.8]), "seeds": 3}
+    options = {
+        "top_k": torch.tensor([5, 30, 70, 0], dtype=torch.int32),
+        "top_p": torch.tensor([1.0, 0.9, 0.5, 0.8]),
+        "seeds": 3,
+    }
     for position in range(2):
         got, want = (
             sample_tokens(logits.to(on), positions=position, backend=name,
@@ -200,7 +201,7 @@ def test_links_that_share_nodes_end(rule):
     first = torch.tensor([[*range(1, nodes), -1]], dtype=torch.int32)
     sibling = torch.tensor([[-1, *range(2, nodes), -1]], dtype=torch.int32)
     case = make_case(rule, [[node - 1 for node in range(nodes)]], 20, **({"width": 1} if rule == "longest" else {}))
-    names = ("parents", "depths", "ancestors", "num_nodes")
+    names = ("parents", "depths", "ancestors", "num_nodes", "status")
     tree = Topology(**{name: getattr(case.topology, name) for name in names}, first_child=first, next_sibling=sibling)
     case = case.changed(topology=tree)
     got = case.to(DEVICE).run("triton")

@@ -454,7 +454,7 @@ def accept_walk_kernel(
         if child < 0:
             walking = tl.full([], 0, tl.int32)
         else:
-            if (RULE == RECURSIVE) | (RULE == COIN):  # noqa: SIM102 (known at compile time, the next one is not)
+            if (RULE == RECURSIVE) | (RULE == COIN):
                 if rejected != 0:
                     _include_children(excluded, size, draft_tokens, token_stride, first_child, next_sibling, count,
                                       columns, node)  # fmt: skip
@@ -467,7 +467,7 @@ def accept_walk_kernel(
                 ended = tl.full([], 1, tl.int32)
                 walking = tl.full([], 0, tl.int32)
 
-    if (RULE != GREEDY) & (RULE != MATCH):  # noqa: SIM102
+    if (RULE != GREEDY) & (RULE != MATCH):
         if ended == 0:
             domain = tl.where(rejected != 0, RESIDUAL, BONUS)
             following, empty = draw(row, size, draft, draft_node_stride, target_to_draft, state, excluded, node, head,
