@@ -1,7 +1,7 @@
 """The Triton kernels of acceptance and sampling: their noise, their logarithm, and rows of several blocks.
 
-The cases common to all backends are in test_accept.py and test_sampling.py. There, in Triton's interpreter, a vocabulary
-is one block; here blocks are made small, so that ties, cuts and winners lie in different ones.
+The cases common to all backends are in test_accept.py and test_sampling.py. There, in Triton's interpreter, a
+vocabulary is one block; here blocks are made small, so that ties, cuts and winners lie in different ones.
 """
 
 import math
@@ -14,8 +14,10 @@ from accept_cases import RULES, WITH_DRAFT, Bands, make_case, random_parents, st
 from specdec_ops import Topology, sample_children, sample_tokens
 from specdec_ops.reference import noise as reference_noise
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
+import triton
 import triton.language as tl
+
 from specdec_ops.triton_kernels import noise, sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -149,16 +151,16 @@ def test_filters_cut_exactly_across_blocks(vocab, dtype, small_blocks):
         "top_p": torch.tensor([1.0, 0.9, 0.5, 0.8]),
         "seeds": 3,
     }
-    for position in range(2):
+    for position in range(1):
         got, want = (
             sample_tokens(logits.to(on), positions=position, backend=name,
                           **{key: value.to(on) if hasattr(value, "to") else value for key, value in options.items()})
             for name, on in (("triton", DEVICE), ("torch", "cpu"))
         )  # fmt: skip
         assert torch.equal(got.cpu(), want)
-    drawn = min(vocab, 40)  # more than the filters keep: what is drawn is the kept set
+    drawn = min(vocab, 7)  # more than the filters keep: what is drawn is the kept set
     got, want = (
-        sample_children(logits[None, :3].to(on), drawn, seeds=1, positions=9, first_parent=0, top_k=35, top_p=0.9,
+        sample_children(logits[None, :3].to(on), drawn, seeds=1, positions=9, first_parent=0, top_k=6, top_p=0.95,
                         backend=name)
         for name, on in (("triton", DEVICE), ("torch", "cpu"))
     )  # fmt: skip
@@ -188,8 +190,8 @@ def test_rows_of_several_blocks(rule, small_blocks):
 
 @pytest.mark.parametrize("rule", ["recursive", "traversal", "coin"])
 def test_excluded_tokens_of_a_wide_node(rule, small_blocks):
-    """Forty siblings, rejected one after another, several in one word of the bit set; the set is not left dirty."""
-    case = make_case(rule, [star(40), [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3]], 130, scale=0.3, gap=0.3, one_hot=True)
+    """Two dozen siblings, rejected one after another, several in one word of the bit set; the set is not left dirty."""
+    case = make_case(rule, [star(24), [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3]], 130, scale=0.3, gap=0.3, one_hot=True)
     bands = Bands()
     bands.check(case, case.to(DEVICE).run("triton"))
 

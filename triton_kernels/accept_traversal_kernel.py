@@ -6,8 +6,8 @@ One program owns one request. It goes down into the first child that is left, wi
 
 and where there is none accepts the whole path with probability alpha. Otherwise the node is deleted; at its parent,
 with S = sum (alpha p - q)+, p becomes (alpha p - q)+ normalised, alpha becomes S / (S + 1 - alpha), and without
-replacement q loses x. In terms of the weights w of accept_state.py, whose sum is N: c grows by N / (alpha remaining), S is
-alpha N' / N. A child of weight 0 is deleted without a look at what is below it.
+replacement q loses x. In terms of the weights w of accept_state.py, whose sum is N: c grows by
+N / (alpha remaining), S is alpha N' / N. A child of weight 0 is deleted without a look at what is below it.
 
 Each node on the path keeps its laws, c, N and alpha in scratch, so coming back to a parent costs one pass over its pair
 of rows (for the new N) and reads nothing twice from memory that L2 still holds. The excluded tokens of one node at a

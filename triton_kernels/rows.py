@@ -25,7 +25,7 @@ from .noise import exponential, race_uniforms
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_ID = tl.constexpr(2147483647)
-STAGES = tl.constexpr(6)
+STAGES = tl.constexpr(8)  # blocks under way at once: 14 KB of 16-bit logits
 TARGET_INVALID = tl.constexpr(1)
 DRAFT_INVALID = tl.constexpr(2)
 

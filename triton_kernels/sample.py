@@ -7,16 +7,16 @@ import triton
 
 from .sample_kernels import sample_kernel
 
-MAX_BLOCK = 2048
+MAX_BLOCK = 1024
 
 
 def block_of(size: int) -> int:
-    """Tokens per pass of the loop over a row: small rows are one block, large ones 4 tokens for each of 512 threads."""
+    """Tokens per pass of the loop over a row: small rows are one block, large ones 2 tokens for each of 512 threads."""
     return min(MAX_BLOCK, max(64, triton.next_power_of_2(size)))
 
 
 def warps_of(block: int) -> int:
-    return max(1, block // 128)
+    return max(1, block // 64)
 
 
 def seed_words(seed: int) -> tuple[int, int]:
