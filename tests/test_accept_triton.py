@@ -17,7 +17,6 @@ from specdec_ops.reference import noise as reference_noise
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-
 from specdec_ops.triton_kernels import noise, sample
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -20,8 +20,8 @@ SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ALIGNED = ("q_", "k_", "v_", "out_", "size", "draft_size", "target_node", "target_batch_s", "draft_node",
            "draft_batch_s", "row_s", "batch_s")  # fmt: skip
 INTEGERS = ("top_ks", "draft_top_ks", "positions", "parents", "tokens", "nodes", "num_accepted", "next_tokens",
-            "status", "scratch", "draft_tokens", "target_to_draft", "draft_to_target", "first_child", "next_sibling", "num_nodes",
-            "depths", "offsets", "context_lens", "page_table", "query_starts")  # fmt: skip
+            "status", "scratch", "draft_tokens", "target_to_draft", "draft_to_target", "first_child", "next_sibling",
+            "num_nodes", "depths", "offsets", "context_lens", "page_table", "query_starts")  # fmt: skip
 FLOATS = ("temperature", "top_p", "draft_temperature", "draft_top_p", "threshold_a", "threshold_b", "logit_scale",
           "softcap", "out_scale")  # fmt: skip
 FLOAT_POINTERS = ("temperatures", "top_ps", "draft_temperatures", "draft_top_ps", "logprobs", "logsumexp", "lse",
