@@ -140,7 +140,9 @@ def test_acceptance_kernels_fit_the_device(spec, arch, measured):
     """Without a spill at 128 registers, so that a multiprocessor holds their 512 threads; rows come in 16-byte or
     asynchronous loads, several blocks ahead."""
     use = measured[arch][str(spec)]
-    assert use["stack"] <= stack_limit() and use["local"] == 0, use
+    # For sampling the assembler chooses 64 registers and a second program per multiprocessor over a few scalars.
+    few = 32 if use["registers"] <= 64 else stack_limit()
+    assert use["stack"] <= few and use["local"] == 0, use
     assert use["registers"] * 32 * use["warps"] <= 65536, use
     assert use["shared"] <= SHARED_LIMIT[arch] // 2, use
     assert use["asynchronous_copies"] > 0, use
