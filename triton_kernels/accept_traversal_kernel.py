@@ -77,12 +77,15 @@ def _mark(state, excluded, tokens, token_stride, first_child, next_sibling, coun
     """Put the tokens that are excluded at the node into the bit set, or take them all out."""
     child, token, _ = step(node, first_child, tokens, token_stride, count, columns, False)
     while child >= 0:
-        if (get_int(state, child, PARENT) == node) & (get_int(state, child, REMOVED) == 1):
-            if TAKE:
-                include(excluded, token)
-            else:
-                exclude(excluded, token)
-        child, token, _ = step(child, next_sibling, tokens, token_stride, count, columns, True)
+        if get_int(state, child, PARENT) == node:
+            if get_int(state, child, REMOVED) == 1:
+                if TAKE:
+                    include(excluded, token)
+                else:
+                    exclude(excluded, token)
+            child, token, _ = step(child, next_sibling, tokens, token_stride, count, columns, True)
+        else:  # not tried yet, or not the node's: the list has no removed ones after it
+            child = tl.full([], -1, tl.int32)
 
 
 @triton.jit
