@@ -20,6 +20,7 @@ ENVIRONMENT = "SPECDEC_OPS_BACKEND"
 
 IMPLEMENTATIONS = {
     "accept": {
+        "triton": "specdec_ops.triton_kernels.accept:accept",
         "cpu": "specdec_ops._native_accept:accept_cpu",
         "torch": "specdec_ops.reference.accept:accept",
     },
@@ -40,6 +41,7 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.merge_states:merge_states",
     },
     "sample": {
+        "triton": "specdec_ops.triton_kernels.sample:sample",
         "cpu": "specdec_ops._native_accept:sample_cpu",
         "torch": "specdec_ops.reference.sample:sample",
     },
