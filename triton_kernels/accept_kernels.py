@@ -10,7 +10,7 @@ One program per request keeps the machine busy at large batches and leaves most 
 takes as long as one multiprocessor needs to read it. Splitting rows over programs would take a launch per node of the
 path, or programs that wait for each other; the CUDA backend does that, this one stays at one launch.
 
-Decisions compare u * left < right in float64, with u the middle of one of 2^24 intervals: strictly, so that what is
+Decisions compare u * left < right in float64, with u the middle of one of 2^23 intervals: strictly, so that what is
 impossible is never accepted, and exactly, so that p == q always is.
 
     recursive  u q(x) / remaining < w(x) / sum(w). A rejection adds sum(w) / remaining to c and excludes x. This is
