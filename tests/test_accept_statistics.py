@@ -7,7 +7,7 @@ Children are drawn by `sample_children`, decided by the rule, and what a round l
 target's by a G test over 512 cells, and so is every conditional law given its prefix.
 
 Every p-value must be above ALPHA = 1e-6, or that divided by the number of tests that are made together; there are fewer
-than 90 of these, so right kernels fail with a probability below 9e-5 (and seeds are fixed: no run differs from another).
+than 90 of these, so right kernels fail with a probability below 9e-5 (seeds are fixed: no run differs from another).
 Power: at 160,000 sequences a G test over 511 degrees of freedom finds, nine times in ten, a relative deviation of all
 cells by 4%, and one over 7 degrees of freedom by 2% (`test_the_test_has_the_power_it_claims`); the wrong rules that are
 planted below shift cells by more, and are found.
