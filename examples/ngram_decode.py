@@ -250,7 +250,7 @@ def decode_plainly(model: NgramModel, prompts: Iterable[bytes], length: int, *, 
 
 
 def check_greedy(models: Models, length: int) -> int:
-    """Greedy decoding through every tree equals plain greedy decoding. Returns how many bytes were compared."""
+    """Greedy decoding through every tree equals plain greedy decoding. Returns how many bytes it compared."""
     seeds = torch.zeros(len(PROMPTS), dtype=torch.int64)
     plain = decode_plainly(models.target, PROMPTS, length, seeds=seeds, temperature=0.0)
     for name, tree in TREES.items():
@@ -260,7 +260,7 @@ def check_greedy(models: Models, length: int) -> int:
 
 
 def check_match(models: Models, length: int, temperature: float = 1.0) -> int:
-    """match_accept equals plain sampling at the same seed, whatever is drafted. Returns how many bytes were compared."""
+    """match_accept equals plain sampling at the same seed, whatever is drafted. Returns how many bytes it compared."""
     seeds = torch.arange(len(PROMPTS)) - (1 << 62)
     plain = decode_plainly(models.target, PROMPTS, length, seeds=seeds, temperature=temperature)
     for name, tree in TREES.items():
