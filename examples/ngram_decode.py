@@ -113,7 +113,7 @@ def _tree(rule: str, proposals: str) -> Callable[[Round], Acceptance]:
     return accept
 
 
-GREEDY = Rule("greedy", "greatest", _greedy)
+GREEDY = Rule("greedy, temperature 0", "greatest", _greedy)
 MATCH = Rule("match", "greatest", _match)
 SAMPLING_RULES = (
     Rule("token", "distinct", _chain("token"), chains_only=True),

@@ -318,6 +318,14 @@ def test_a_coin_of_zero_accepts_nothing_impossible():
     assert (count, predicts[0]) == ([0], 1)
 
 
+def test_a_final_number_of_zero_draws_nothing_impossible():
+    probs = torch.tensor([[[0.0, 0.0, 0.5, 0.5, 0.0]]])
+    for number, token in ((0.0, 2), (0.49, 2), (0.5, 3), (1.0, 3)):
+        tree = links_of(Tree.chain(1))
+        predicts, *_ = run(torch.tensor([[0]]), *tree, steps=1, probs=probs, final=torch.tensor([number]))
+        assert predicts == [token]
+
+
 def test_an_exhausted_row_gives_a_likely_token():
     """Rounding may leave no residual, and a uniform number may round to 1."""
     probs = torch.tensor([[[0.25, 0.75, 0.0, 0.0], [1, 0, 0, 0], [1, 0, 0, 0]]])

@@ -66,7 +66,7 @@ def rejection_sample(
     if target_probs.shape[0] == 0:
         return torch.cat([bonus[:, None], bonus.new_full((batch, max_spec_len), PLACEHOLDER_TOKEN_ID)], dim=1)
 
-    # Rows past a request's end are some other row: the walk does not come there, and the bonus token replaces the draw.
+    # A draft ends at its first placeholder. The row after it is some other row; the bonus token replaces what it gives.
     steps = torch.arange(max_spec_len + 1, device=device)
     rows = ((ends - counts)[:, None] + torch.minimum(steps, counts[:, None])).clamp(max=target_probs.shape[0] - 1)
     tokens = torch.where(steps < counts[:, None], draft_token_ids.long()[rows], PLACEHOLDER_TOKEN_ID)[:, :max_spec_len]
@@ -82,7 +82,6 @@ def rejection_sample(
         target,
         tokens.int(),
         draft,
-        num_steps=counts.int(),
         seeds=_seeds(sampling_metadata.generators, num_draft_tokens, device),
         positions=0,
         temperature=temperature,
