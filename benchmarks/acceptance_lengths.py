@@ -31,7 +31,7 @@ def measure(preset: str) -> list[dict]:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # rows of 256 bytes are too short to be worth a second thread
     try:
-        return ngram_decode.acceptance_lengths(ngram_decode.load(), *SIZES[preset])
+        return ngram_decode.acceptance_lengths(ngram_decode.load(), *SIZES.get(preset, SIZES["standard"]))
     finally:
         torch.set_num_threads(threads)
 
