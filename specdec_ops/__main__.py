@@ -91,7 +91,7 @@ def check_build_topology(backend: str, device: str) -> float:
 
 
 def check_tree_attention(backend: str, device: str) -> float:
-    """The largest error of a 44-node tree over two requests, with grouped heads; in float16 where float32 is refused."""
+    """The largest error of a 44-node tree over two requests, with grouped heads. CUDA refuses float32."""
     dtype = torch.float16 if backend == "cuda" else torch.float32
     tree = Tree.from_branching((4, 2, 2, 1))
     shapes = (2, len(tree), 4, 64), (2, 160, 2, 64), (2, 160, 2, 64)
