@@ -2,12 +2,13 @@
 # The first target that needs it makes a virtual environment in .venv, which nothing outside of this folder sees.
 
 PYTHON ?= python3
+GPU_OUT ?= benchmarks/results/local/gpu
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 CXX_FILES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build lint format test bench dist clean
+.PHONY: help venv build lint format test bench gpu dist clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -34,6 +35,9 @@ test: build lint ## build, lint, run all tests
 
 bench: build ## build, then time every op against PyTorch: two minutes on two cores
 	$(BIN)/python -m benchmarks.run --quick
+
+gpu: ## on a machine with an NVIDIA GPU, offline, with its own Python: build, test, sanitize, measure (PIECE=tests)
+	@$(PYTHON) -m benchmarks.gpu --out "$(GPU_OUT)" $(if $(PIECE),--piece $(PIECE)) $(GPU_OPTIONS)
 
 dist: .venv/ready ## the sdist, and a wheel built from it, in dist/
 	rm -rf dist && mkdir dist

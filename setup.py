@@ -26,6 +26,7 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+BINDINGS = tuple(f"csrc/bindings{of}.cpp" for of in ("", "_accept", "_exit"))  # the only files that know Python
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 GIGABYTES_PER_JOB = 1.0  # the largest of our compilations, with room to spare
 
@@ -41,8 +42,8 @@ X86_FLAGS = {
     "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }
 CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
-# The last two are about g++'s own AVX-512 intrinsics, and about vectors that only inlined functions pass around.
-CXX_WARNINGS = ["-Wall", "-Wextra", "-Wno-maybe-uninitialized", "-Wno-psabi"]
+# The last three are about g++'s own AVX-512 intrinsics, and about vectors that only inlined functions pass around.
+CXX_WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-warn-spills"]
 
 
@@ -186,7 +187,7 @@ class Build:
 
     def find_cpu_sources(self):
         """{file: its instruction set, or "generic"}, without the files that can't be compiled here."""
-        sources = {"csrc/bindings.cpp": "generic"}
+        sources = dict.fromkeys(BINDINGS, "generic")
         for path in sorted(Path("csrc/cpu").glob("*.cpp")):
             isa = next((isa for isa in X86_FLAGS if path.stem.endswith(f"_{isa}")), "generic")
             if isa == "generic" or isa in self.isas:
@@ -251,7 +252,7 @@ class Build:
             compile_cuda = [self.nvcc, *cuda_flags, *common, *self.macros()]
             lines.append(rule("nvcc", [*compile_cuda, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], True))
         for source, isa in self.cpu_sources.items():
-            flags = python if source == "csrc/bindings.cpp" else X86_FLAGS.get(isa, [])
+            flags = python if source in BINDINGS else X86_FLAGS.get(isa, [])
             lines.append(f"build {self.folder}/{source}.o: cxx {source}\n  flags = {quote(flags)}\n")
         lines += [f"build {self.folder}/{source}.o: nvcc {source}\n" for source in self.cuda_sources]
         objects = [f"{self.folder}/{source}.o" for source in (*self.cpu_sources, *self.cuda_sources)]

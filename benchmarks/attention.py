@@ -17,6 +17,7 @@ import torch.nn.functional as functional
 
 import specdec_ops
 
+from . import flashinfer_peers, xformers_peer
 from .cases import Case
 from .contestant import Contestant, Expected, allowed_error, largest_error, unavailable
 from .machine import native
@@ -46,9 +47,10 @@ class Inputs:
         return self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
 
 
-def fill_random(shape: tuple[int, ...], dtype: torch.dtype, seed: int) -> torch.Tensor:
+def fill_random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: str = "cpu") -> torch.Tensor:
     """Normal numbers, repeated after some millions: drawing every one would take longer than the measurement."""
-    base = torch.randn(min(math.prod(shape), (1 << 22) + 13), generator=torch.Generator().manual_seed(seed)).to(dtype)
+    base = torch.randn(min(math.prod(shape), (1 << 22) + 13), generator=torch.Generator().manual_seed(seed))
+    base = base.to(device, dtype)
     repeats = -(-math.prod(shape) // base.numel())
     return base.repeat(repeats)[: math.prod(shape)].view(shape)
 
@@ -61,9 +63,9 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 1) -> Inputs:
     the context; the other heads are plain random and show errors in the context.
     """
     model, dtype = case.model, DTYPES[case.dtype]
-    q = fill_random((case.batch, case.nodes, model.heads, model.dim), dtype, seed)
+    q = fill_random((case.batch, case.nodes, model.heads, model.dim), dtype, seed, device)
     k_cache, v_cache = (
-        fill_random((case.batch, case.slots, model.kv_heads, model.dim), dtype, seed + 1 + i) for i in range(2)
+        fill_random((case.batch, case.slots, model.kv_heads, model.dim), dtype, seed + 1 + i, device) for i in range(2)
     )
     push = math.sqrt(math.log(max(case.context / 8, 2.0)) * math.sqrt(model.dim))
     q.view(case.batch, case.nodes, model.kv_heads, model.group, model.dim)[:, :, ::2, :, 0] += push
@@ -77,8 +79,8 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 1) -> Inputs:
         mask[request, :, :, :context] = True
         mask[request, :, :, context : context + case.nodes] = tree_mask
     lengths = torch.tensor(case.contexts, dtype=torch.int32)
-    tensors = [x.to(device) for x in (q, k_cache, v_cache)]
-    return Inputs(case, *tensors, tree.to(device), lengths.to(device), tree_mask.to(device), mask.to(device))
+    topology, lengths = tree.to(device), lengths.to(device)
+    return Inputs(case, q, k_cache, v_cache, topology, lengths, tree_mask.to(device), mask.to(device))
 
 
 def expected(inputs: Inputs) -> Expected:
@@ -187,6 +189,8 @@ def sdpa_packed(inputs: Inputs, contiguous: bool = False) -> Contestant:
         k, v = k.contiguous(), v.contiguous()
     q = pack(inputs.q, inputs.case.model.kv_heads).contiguous()
     mask = inputs.mask.repeat_interleave(inputs.case.model.group, dim=2)
+    if q.is_cuda:
+        mask = additive(mask, q.dtype)
 
     def call():
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
@@ -194,6 +198,16 @@ def sdpa_packed(inputs: Inputs, contiguous: bool = False) -> Contestant:
     name = "sdpa packed head-major" if contiguous else "sdpa packed"
     layout = "head-major" if contiguous else ""
     return Contestant(name, "pytorch", call, lambda out: unpack(out, inputs.case.model.heads), (k, v), layout=layout)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where visible, else -inf: what a GPU's kernels read. PyTorch would make it out of a boolean mask in each call.
+
+    Rows lie a multiple of 8 elements apart, which spares PyTorch a padded copy.
+    """
+    *lead, slots = mask.shape
+    bias = torch.zeros(*lead, -(-slots // 8) * 8, dtype=dtype, device=mask.device)[..., :slots]
+    return bias.masked_fill_(~mask, float("-inf"))
 
 
 class OutOfTime(BaseException):
@@ -236,7 +250,10 @@ def _compiled_flex(inputs: Inputs, create_block_mask, flex_attention) -> Contest
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1  # in this process, so that the time limit can end it
-    torch._dynamo.reset()
+    if inputs.q.is_cuda:  # earlier copies of the inputs keep what was compiled for them
+        torch._dynamo.config.cache_size_limit = 256
+    else:
+        torch._dynamo.reset()
     (k, v), q = inputs.head_major, inputs.q.transpose(1, 2)
     case, tree_mask, lengths = inputs.case, inputs.tree_mask, inputs.context_lens
     last = case.nodes - 1
@@ -275,7 +292,7 @@ def plain_read(inputs: Inputs) -> Contestant:
     case, caches = inputs.case, (inputs.k_cache, inputs.v_cache)
     module = native()
     parts = [cache[r, : context + case.nodes] for cache in caches for r, context in enumerate(case.contexts)]
-    if module is not None and hasattr(module, "read_bytes") and inputs.q.device.type == "cpu":
+    if module is not None and hasattr(module, "read_bytes"):
         if not case.ragged:
             parts = caches
         spans = [(part.data_ptr(), part.numel() * part.element_size()) for part in parts]
@@ -292,11 +309,38 @@ def plain_read(inputs: Inputs) -> Contestant:
     return Contestant("plain read", "control", call, reads=caches)
 
 
+def ours_paged(inputs: Inputs) -> Contestant:
+    """The same call over pages of 64 slots in a scattered order, as serving engines keep them."""
+    batch = inputs.case.batch
+    k, v = (flashinfer_peers.to_pages(cache) for cache in (inputs.k_cache, inputs.v_cache))
+    order = torch.randperm(k.shape[0], generator=torch.Generator().manual_seed(5)).to(k.device)
+    k, v = (torch.empty_like(pages).index_copy_(0, order, pages) for pages in (k, v))
+    table = order.int().view(batch, -1)
+
+    def call():
+        return specdec_ops.tree_attention(inputs.q, k, v, inputs.topology, inputs.context_lens, page_table=table)
+
+    return Contestant("specdec_ops paged", "ours", call, reads=(k, v))
+
+
+def contestants_on_gpu(inputs: Inputs, options) -> list[Contestant]:
+    """Everybody who runs on CUDA tensors."""
+    listed = [ours(inputs), ours_paged(inputs)] + [ours(inputs, backend) for backend in options.backends]
+    listed += [sdpa_packed(inputs), sdpa_packed(inputs, contiguous=True)]
+    listed[-1].layout = ""  # every peer on a GPU has the layout that suits it best
+    listed.append(Contestant("eager", "pytorch", lambda: eager(inputs), reads=(inputs.k_cache, inputs.v_cache)))
+    listed += [*flashinfer_peers.contestants(inputs), *xformers_peer.contestants(inputs)]
+    if inputs.case.flex:
+        listed.append(flex(inputs, options.flex_seconds))
+    return listed
+
+
 def contestants(inputs: Inputs, options) -> list[Contestant]:
     """Everybody, in the order of the table. `options` is benchmarks.run.Options."""
+    if inputs.q.is_cuda:
+        return contestants_on_gpu(inputs, options)
     listed = [ours(inputs)] + [ours(inputs, backend) for backend in options.backends]
-    if inputs.q.device.type == "cpu":
-        listed += [ours_limited(inputs, isa) for isa in options.isas]
+    listed += [ours_limited(inputs, isa) for isa in options.isas]
     listed += [sdpa(inputs), sdpa_packed(inputs)]
     if options.preset != "quick":
         listed += [ours_head_major(inputs), sdpa_packed(inputs, contiguous=True)]

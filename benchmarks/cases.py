@@ -32,6 +32,7 @@ LLAMA3_8B = Model("Llama-3-8B", 32, 8, 128)
 TINYLLAMA = Model("TinyLlama", 32, 4, 64)
 DRAFT_68M = Model("68M draft", 12, 12, 64)
 MODELS = (LLAMA3_8B, LLAMA2_7B, TINYLLAMA, DRAFT_68M)
+LLAMA3_70B = Model("Llama-3-70B", 64, 8, 128)
 # Llama-3-8B with another head dimension: what the kernels lose on a dim other than 128.
 DIM_SWEEP = tuple(Model(f"32/8 dim {dim}", 32, 8, dim) for dim in (64, 80))
 
@@ -80,6 +81,7 @@ TREES = {
     256: TreeShape("random", random_tree(256)),
 }
 CHAIN_64 = TreeShape("chain", chain(64))
+RANDOM_32 = TreeShape("random", random_tree(32))
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,35 @@ def full() -> list[Case]:
     return cases + extras + small_ops(batches=(1, 4, 8), trees=(8, 64, 128, 256))
 
 
-PRESETS = {"quick": quick, "standard": standard, "full": full}
+def gpu_quick() -> list[Case]:
+    """Minutes on a GPU with peers that compile themselves: each goal of targets_gpu.py has cells here."""
+    cases = [attention(LLAMA3_8B, 8192, nodes, "bf16", 8) for nodes in (1, 8, 16, RANDOM_32, 64, 256)]
+    cases += [attention(LLAMA3_8B, 32768, nodes, "bf16", 8) for nodes in (8, RANDOM_32)]
+    cases += [attention(LLAMA3_8B, 8192, nodes, "bf16", 1) for nodes in (1, 8, 64)]
+    cases += [attention(LLAMA3_8B, 8192, nodes, "bf16", 8) for nodes in (44, 60, 82)]
+    cases += [attention(LLAMA2_7B, 8192, 64, "bf16", 8), attention(LLAMA3_70B, 8192, 64, "bf16", 8)]
+    cases += small_ops(batches=(8,), trees=(64,))
+    return [*cases, attention(LLAMA3_8B, 8192, 128, "bf16", 8, flex=True)]
+
+
+def gpu() -> list[Case]:
+    """What is asked of a GPU: bound by memory, bound by arithmetic, and the published trees between."""
+    published = (44, 60, 64, 82)
+    cases = []
+    for context in (8192, 32768):
+        cases += [attention(LLAMA3_8B, context, nodes, "bf16", 8) for nodes in (1, 8, 16, RANDOM_32)]
+        cases += [attention(LLAMA3_8B, context, nodes, "bf16", 1) for nodes in (1, 8, 64)]
+    cases += [attention(model, 8192, nodes, "bf16", 8) for model in (LLAMA2_7B, LLAMA3_70B) for nodes in published]
+    cases += [attention(LLAMA3_8B, 8192, nodes, "bf16", 8, flex=nodes == 64) for nodes in published]
+    cases += [attention(LLAMA3_8B, 8192, nodes, "bf16", 8, flex=nodes == 256) for nodes in (128, 256)]
+    cases += [attention(LLAMA3_70B, 8192, nodes, "bf16", 8) for nodes in (128, 256)]
+    cases += [attention(LLAMA3_8B, 8192, nodes, "bf16", 32) for nodes in (8, 64, 256)]
+    cases += [attention(model, 8192, 64, "bf16", 8) for model in DIM_SWEEP]
+    cases += [attention(LLAMA3_8B, 8192, CHAIN_64, "bf16", 8), ragged(32768, 64, "bf16")]
+    return cases + small_ops(batches=(1, 8, 32))
+
+
+PRESETS = {"quick": quick, "standard": standard, "full": full, "gpu-quick": gpu_quick, "gpu": gpu}
 
 
 def toy(op: str = "tree_attention", **changes) -> Case:

@@ -16,12 +16,14 @@ ROUNDING = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0
 class Contestant:
     """One way to compute a case.
 
-    role: "ours", "pytorch" (a peer: the ratio is against the fastest of them) or "control" (a yardstick that computes
-        something else, such as a plain read of K and V; it is timed, never checked, never a peer).
+    role: "ours", "pytorch" or "library" (peers, PyTorch's own forms and those of other packages: the ratio is against
+        the fastest of them) or "control" (a yardstick that computes something else, such as a plain read of K and V; it
+        is timed, never checked, never a peer).
     to_result: brings what `call` returns to the form that the check expects.
     reads: the large tensors it reads, evicted before each cold call.
     before, after: run around each call, untimed.
     layout: how its K and V lie, where that is not as in the case. Ratios compare contestants of one layout only.
+    graph: whether a CUDA graph can hold the call. One that plans on the host can't be captured and is timed in a loop.
     problem: why it gets no time ("WRONG ..." or the reason why it can't run), or "".
     """
 
@@ -34,6 +36,7 @@ class Contestant:
     after: Callable[[], Any] | None = None
     error: float | None = None
     layout: str = ""
+    graph: bool = True
     problem: str = ""
 
     def run(self) -> Any:
@@ -89,7 +92,8 @@ def allowed_error(exact: torch.Tensor, torch_error: float, dtype: torch.dtype) -
 
 
 # Peers need not keep our rule; they get no time when they are clearly wrong.
-LENIENCE = {"ours": 1.0, "pytorch": 2.0}
+LENIENCE = {"ours": 1.0, "pytorch": 2.0, "library": 2.0}
+PEERS = ("pytorch", "library")
 
 
 def check(contestant: Contestant, expected: Expected) -> Contestant:

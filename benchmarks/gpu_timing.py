@@ -22,22 +22,27 @@ def copies_needed(bytes_per_copy: int) -> int:
     return max(2, min(MAX_COPIES, -(-2 * l2 // max(bytes_per_copy, 1)) + 1))
 
 
-def replay(calls) -> tuple:
-    """A function that runs all the calls: a graph replay, or a plain loop where capture fails."""
+def replay(calls, graph: bool = True) -> tuple:
+    """A function that runs all the calls, what must live as long as it, and how it runs them: "graph" or "loop".
+
+    Where a capture fails there is a plain loop, which "loop" then tells.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # warm up away from the capture
         for call in calls:
             call()
     torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    try:
-        with torch.cuda.graph(graph):
-            kept = [call() for call in calls]
-    except RuntimeError:
-        torch.cuda.synchronize()
-        return lambda: [call() for call in calls], None
-    return graph.replay, kept
+    torch.cuda.synchronize()
+    if graph:
+        captured = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(captured):
+                kept = [call() for call in calls]
+            return captured.replay, kept, "graph"
+        except RuntimeError:
+            torch.cuda.synchronize()
+    return lambda: [call() for call in calls], None, "loop"
 
 
 class GpuTimer:
@@ -47,10 +52,14 @@ class GpuTimer:
         self.random = random.Random(seed)
 
     def measure(self, copies: list[list[Contestant]], seconds: float) -> Measurement:
-        """copies[i]: the contestants over copy i of the inputs, in the same order in each copy."""
-        names = [each for each in copies[0] if not each.problem]
-        by_name = {each.name: [c for group in copies for c in group if c.name == each.name] for each in names}
-        runs = {name: replay([each.call for each in group]) for name, group in by_name.items()}
+        """copies[i]: the contestants over copy i of the inputs. Who has a problem in any copy is left out.
+
+        seconds: of the GPU's time, for all contestants together.
+        """
+        everybody = {each.name: [c for group in copies for c in group if c.name == each.name] for each in copies[0]}
+        by_name = {name: group for name, group in everybody.items() if not any(c.problem for c in group)}
+        names = [each for each in copies[0] if each.name in by_name]
+        runs = {name: replay([each.call for each in group], group[0].graph) for name, group in by_name.items()}
         samples: dict[str, list[float]] = {each.name: [] for each in names}
         active, spent, rounds = names, 0.0, 0
         while active and rounds < MAX_ROUNDS and (rounds < MIN_ROUNDS or spent < seconds):
@@ -61,11 +70,12 @@ class GpuTimer:
             rounds += 1
             if rounds == MIN_ROUNDS:
                 active = without_hopeless(active, samples)
-        return Measurement({name: Timing(values) for name, values in samples.items()}, 0.0, rounds, rounds)
+        how = {name: run[2] for name, run in runs.items()}
+        return Measurement({name: Timing(values) for name, values in samples.items()}, 0.0, rounds, rounds, how)
 
     @staticmethod
     def _time(run) -> float:
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()

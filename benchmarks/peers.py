@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import attention, small_ops
+from . import acceptance, attention, exit, small_ops
+from .acceptance_cases import CHAIN_RULES, TREE_RULES
 
 
 class Op(NamedTuple):
@@ -20,4 +21,10 @@ OPS = {
     "tree_attention": Op(attention.make_inputs, attention.expected, attention.contestants),
     "merge_states": Op(small_ops.make_states, small_ops.expected_states, small_ops.merge_contestants),
     "build_topology": Op(small_ops.make_parents, small_ops.expected_topology, small_ops.topology_contestants),
+}
+OPS["exit_confidence"] = Op(exit.make_inputs, exit.expected, exit.contestants)
+OPS |= {
+    f"accept {rule}{suffix}": Op(acceptance.make_inputs, acceptance.expected, acceptance.contestants)
+    for rule in (*CHAIN_RULES, *TREE_RULES)
+    for suffix in ("", " top-p")
 }

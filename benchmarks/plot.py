@@ -13,7 +13,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as pyplot
 
-from . import results
+from . import plot_acceptance, results
 from .results import Cell
 
 COLOURS = ("#1f5fa8", "#d1661b", "#3c8d40", "#8e4585", "#7a6a53", "#444444")
@@ -93,7 +93,7 @@ def save(rows: list[dict], target: Path) -> list[Path]:
         figure.savefig(path, dpi=110)
         pyplot.close(figure)
         written.append(path)
-    return written
+    return written + plot_acceptance.save(cells, target)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
+from pathlib import Path
 
-from .results import Cell, geometric_mean
-from .targets import verdicts
+from .results import Cell, cells, geometric_mean, read
+from .targets import acceptance_verdicts, exit_verdicts, verdicts
+from .targets_gpu import library_means
+from .targets_gpu import verdicts as gpu_verdicts
 
 CLASSES = (("1 node", 1, 1), ("2-15 nodes", 2, 15), ("16-59 nodes", 16, 59), ("60 and more", 60, 1 << 30))
 HEADINGS = (
-    *("cell", "ours", "best PyTorch", "", "ratio", "avx2", "GFLOP/s", "% gemm", "GB/s", "% read", "% roof", "noise"),
+    *("cell", "ours", "best peer", "", "ratio", "avx2", "GFLOP/s", "% gemm", "GB/s", "% read", "% roof", "noise"),
 )
 
 
@@ -27,7 +31,7 @@ def table_line(cell: Cell) -> tuple[str, ...]:
     ours, limited = cell.ours, cell.of("specdec_ops avx2")
     if ours is None:
         return (cell.label, problem(cell)[:60] or "no time", *[""] * (len(HEADINGS) - 2))
-    peer = cell.of(ours["best_pytorch"])
+    peer = cell.of(ours["best_peer"])
     return (
         cell.label,
         microseconds(ours["p50_us"]),
@@ -104,8 +108,29 @@ def summary(all_cells: list[Cell]) -> list[str]:
     """Everything after the last cell."""
     lines = ["", *table(all_cells), "", *problems(all_cells), *means(all_cells), ""]
     if any(cell.first["op"] == "tree_attention" for cell in all_cells):
-        lines += [line for verdict in verdicts(all_cells) for line in verdict.lines()]
+        on_gpu = all_cells[0].first["isa"].startswith("sm_")
+        if on_gpu:
+            lines += library_means(all_cells)
+        judge = gpu_verdicts if on_gpu else verdicts
+        lines += [line for verdict in judge(all_cells) for line in verdict.lines()]
+    if any(cell.first["op"].startswith("accept") for cell in all_cells):
+        lines += [line for verdict in acceptance_verdicts(all_cells) for line in verdict.lines()]
+    if any(cell.first["op"] == "exit_confidence" for cell in all_cells):
+        lines += [line for verdict in exit_verdicts(all_cells) for line in verdict.lines()]
     noisy = sum(cell.noisy for cell in all_cells)
     if noisy:
         lines.append(f"{noisy} of {len(all_cells)} cells were disturbed by other processes (see 'others')")
     return lines
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """`python -m benchmarks.report RESULT.csv` prints the tables again. Returns 1 when a kernel of ours was wrong."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    all_cells = cells(read(Path(arguments[0])))
+    print("\n".join(summary(all_cells)))
+    wrong = any(row["role"] == "ours" and row["problem"].startswith("WRONG") for cell in all_cells for row in cell.rows)
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

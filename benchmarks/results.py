@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from .cases import Case
-from .contestant import Contestant
+from .contestant import PEERS, Contestant
 from .timing import Measurement, Timing, paired_ratio
 
 MACHINE_COLUMNS = ("date", "commit", "machine", "isa", "threads", "specdec_ops", "torch", "python", "command")
@@ -21,16 +21,16 @@ NUMBERS = (
 )
 COLUMNS = (
     *("op", "model", "heads", "kv_heads", "dim", "dtype", "context", "lengths", "batch", "tree", "nodes", "mode"),
-    *("contestant", "role", "problem", "error", "p20_us", "p50_us", "p80_us", "ratio", "best_pytorch"),
+    *("contestant", "role", "problem", "error", "p20_us", "p50_us", "p80_us", "ratio", "best_peer"),
     *("gbps", "gflops", "roof_us", "roof_percent", "gemm_percent", "read_percent"),
-    *("rounds", "noise_percent", "others_percent"),
+    *("rounds", "noise_percent", "others_percent", "how"),
     *MACHINE_COLUMNS,
 )
 
 
-def fastest_pytorch(contestants: list[Contestant], timings: dict[str, Timing], layout: str = "") -> str:
-    """Name of the fastest correct PyTorch form for K and V of this layout, or ""."""
-    peers = [c.name for c in contestants if c.role == "pytorch" and c.layout == layout and c.name in timings]
+def fastest_peer(contestants: list[Contestant], timings: dict[str, Timing], layout: str = "") -> str:
+    """Name of the fastest correct peer for K and V of this layout, or ""."""
+    peers = [c.name for c in contestants if c.role in PEERS and c.layout == layout and c.name in timings]
     return min(peers, key=lambda name: timings[name].median, default="")
 
 
@@ -39,7 +39,8 @@ def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Meas
     timings = measured.timings
     gemm = _gemm_rate(case, timings, roofs)
     read = timings.get("plain read")
-    roof = max(read.median if read else case.bytes / roofs.read, case.flops / gemm if gemm else 0.0)
+    least = read.median if read else case.bytes / roofs.read
+    roof = max(least, case.flops / gemm if gemm else 0.0)
     shape = {
         **{"op": case.op, "model": case.model.name, "heads": case.model.heads, "kv_heads": case.model.kv_heads},
         **{"dim": case.model.dim, "dtype": case.dtype, "context": case.context, "batch": case.batch},
@@ -53,13 +54,14 @@ def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Meas
         timing = timings.get(contestant.name)
         if timing is not None:
             row |= _speed(case, contestant, timing)
-            best = fastest_pytorch(contestants, timings, contestant.layout)
-            row |= {"others_percent": measured.others_percent, "best_pytorch": best}
+            best = fastest_peer(contestants, timings, contestant.layout)
+            row |= {"others_percent": measured.others_percent, "best_peer": best}
+            row["how"] = measured.how.get(contestant.name, "")
             if contestant.role != "control":
                 row["ratio"] = paired_ratio(timings[best], timing) if best else ""
                 row |= {"roof_us": roof * 1e6, "roof_percent": 100 * roof / timing.median}
                 row["gemm_percent"] = 100 * case.flops / timing.median / gemm if gemm else ""
-                row["read_percent"] = 100 * read.median / timing.median if read else ""
+                row["read_percent"] = 100 * least / timing.median if read or roofs.how == "copy" else ""
         rows.append(row)
     return rows
 
@@ -98,7 +100,16 @@ def read(path: Path) -> list[dict]:
         rows = list(csv.DictReader(file))
     if not rows or not {"op", "contestant", "p50_us"} <= rows[0].keys():
         raise ValueError(f"{Path(path).name} is not a result of benchmarks.run")
+    for row in rows:  # results from before other libraries took part
+        row.setdefault("best_peer", row.pop("best_pytorch", ""))
     return [{k: float(v) if k in NUMBERS and v != "" else v for k, v in row.items()} for row in rows]
+
+
+def key(case: Case, mode: str) -> tuple:
+    """What tells a case and mode from all others, as Cell.key."""
+    lengths = "ragged" if case.ragged else "equal"
+    shape = (case.op, case.model.name, case.dtype, case.context, lengths, case.batch, case.tree.name, case.nodes)
+    return (*shape, mode)
 
 
 @dataclass
@@ -132,6 +143,10 @@ class Cell:
             return f"{op} b{batch} n{nodes}"
         if op == "merge_states":
             return f"{op} {dtype} b{batch} n{nodes}"
+        if op == "exit_confidence":
+            return f"{op} {model.removeprefix('head ')} {dtype} {tree} {nodes}"
+        if op.startswith("accept"):
+            return f"{op} {model} {dtype} b{batch} n{nodes}"
         ragged = " ragged" if lengths == "ragged" else ""
         chain = " chain" if tree == "chain" and nodes > 8 else ""
         return f"{model} {dtype} ctx{context}{ragged} b{batch} n{nodes}{chain} {mode}"

@@ -14,18 +14,20 @@ import torch
 
 import specdec_ops
 
-from . import machine, report, results, roofs
+from . import acceptance_cases, exit_cases, machine, report, results, roofs
 from .cases import PRESETS, Case
-from .contestant import check
+from .contestant import check, unavailable
 from .peers import OPS
 from .timing import CpuTimer, Evictor, Measurement
 
 LOCAL_RESULTS = Path(__file__).parent / "results" / "local"
-QUICK_SECONDS = 95.0  # for everything after the imports
+LIMITS = {"quick": 160.0, "gpu-quick": 480.0, "gpu": 540.0}  # seconds for everything after the imports
 FLEX_RESERVE = 30.0  # of them, kept for the first compilation of FlexAttention
-CELL_SECONDS = {"quick": 3.0, "standard": 4.0, "full": 8.0}
-PATIENCE_SECONDS = {"quick": 0.0, "standard": 15.0, "full": 30.0}
-FLEX_SECONDS = {"quick": 40.0, "standard": 120.0, "full": 300.0}
+CELL_SECONDS = {"quick": 3.0, "standard": 4.0, "full": 8.0, "gpu-quick": 1.0, "gpu": 2.0}
+PATIENCE_SECONDS = {"quick": 0.0, "standard": 15.0, "full": 30.0, "gpu-quick": 0.0, "gpu": 0.0}
+FLEX_SECONDS = {"quick": 40.0, "standard": 120.0, "full": 300.0, "gpu-quick": 60.0, "gpu": 120.0}
+UNFINISHED = 75  # exit status: time was up, or the GPU failed; run again with --resume for the rest
+MOST_ATTEMPTS = 3  # at a cell that does not end
 GEMM_ROWS = 64  # query rows per KV head from which a matrix product runs beside the contestants
 
 
@@ -39,16 +41,24 @@ class Options:
     flex_seconds: float = 0.0
     device: str = "cpu"
     patience: float = 0.0
+    without: str = ""
 
 
 class Clock:
     """How long each cell may take, so that a preset ends in time."""
 
-    def __init__(self, preset: str, cells: int, cell_seconds: float | None = None, flex: bool = False) -> None:
+    def __init__(
+        self,
+        preset: str,
+        cells: int,
+        cell_seconds: float | None = None,
+        flex: bool = False,
+        limit: float | None = None,
+    ) -> None:
         self.start = time.perf_counter()
         self.left = self.cells = cells
         self.cell_seconds = cell_seconds or CELL_SECONDS[preset]
-        self.limit = QUICK_SECONDS if preset == "quick" else None
+        self.limit = LIMITS.get(preset) if limit is None else limit
         self.reserve = FLEX_RESERVE if flex else 0.0
         self.flex_limit = FLEX_SECONDS[preset]
         self.untimed = 0.0  # inputs, checks and compilation so far
@@ -86,18 +96,20 @@ class Runner:
         self.rows: list[dict] = []
         self.timer = CpuTimer()
         self.gemm = {}  # dtype -> Contestant
+        self.gpu_failed = False  # after an illegal access nothing runs on the GPU any more in this process
 
     def run(self, case: Case, modes: tuple[str, ...]) -> list[list[dict]]:
         """Check every contestant of a case, then time it in each mode; returns the rows of each cell."""
         start = time.perf_counter()
         needed = 3 * case.memory  # K and V, the copy in another layout, scores
         if self.options.device == "cpu" and needed > 0.8 * machine.available_bytes():
-            return self._skipped(case, modes, f"needs about {needed >> 30} GiB of memory")
+            return self.skip(case, modes, f"needs about {needed >> 30} GiB of memory")
         groups = self._contestants(case)
         untimed = time.perf_counter() - start
         finished = []
+        self.gpu_failed = self.options.device == "cuda" and gpu_failed()
         for mode in modes:
-            measured = self._measure(groups, mode)
+            measured = Measurement() if self.gpu_failed else self._measure(groups, mode)
             rows = results.rows_of(case, mode, groups[0], measured, self.roofs, self.columns)
             self.rows += rows
             finished.append(rows)
@@ -116,7 +128,7 @@ class Runner:
         groups = []
         for copy in range(copies):
             inputs = op.make_inputs(case, device)
-            group = op.contestants(inputs, self.options)
+            group = [each for each in op.contestants(inputs, self.options) if not self._left_out(each)]
             if copy == 0:
                 expected = op.expected(inputs)
                 group = [check(contestant, expected) for contestant in group]
@@ -124,6 +136,9 @@ class Runner:
                 group += self._gemm_control(case.dtype)
             groups.append(group)
         return groups
+
+    def _left_out(self, contestant) -> bool:
+        return bool(self.options.without and re.search(self.options.without, contestant.name))
 
     def _gemm_control(self, dtype: str) -> list:
         if dtype not in self.gemm:
@@ -137,9 +152,7 @@ class Runner:
             return GpuTimer().measure(groups, self.clock.for_cell())
         return self.timer.measure(groups[0], mode, self.clock.for_cell(), self.options.patience)
 
-    def _skipped(self, case: Case, modes: tuple[str, ...], reason: str) -> list[list[dict]]:
-        from .contestant import unavailable
-
+    def skip(self, case: Case, modes: tuple[str, ...], reason: str) -> list[list[dict]]:
         finished = []
         for mode in modes:
             nobody = [unavailable("specdec_ops", "ours", reason)]
@@ -149,11 +162,21 @@ class Runner:
         return finished
 
 
+def gpu_failed() -> bool:
+    """Whether an earlier kernel has left the GPU unusable for this process."""
+    try:
+        torch.cuda.synchronize()
+    except RuntimeError:
+        return True
+    return False
+
+
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_const", const="quick", dest="preset", help="two minutes on two cores")
     size.add_argument("--full", action="store_const", const="full", dest="preset", help="every cell, for hours")
+    size.add_argument("--preset", choices=PRESETS, help="another choice of cells")
     parser.add_argument("--op", action="append", choices=sorted(OPS), help="only this op (may be repeated)")
     parser.add_argument("--filter", help="only cases whose label, as --list shows it, matches this regular expression")
     parser.add_argument("--csv", type=Path, help="where to write the lines (default: benchmarks/results/local)")
@@ -168,14 +191,25 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--patience", type=float, help="seconds to wait, per cell, for rounds undisturbed by others")
     parser.add_argument("--threads", type=int, help="threads (default: PyTorch's)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--without", default="", help="leave out contestants whose name matches this regular expression"
+    )
+    parser.add_argument("--limit", type=float, help="start no cell after this many seconds")
+    parser.add_argument("--resume", action="store_true", help="keep the cells that --csv has already")
     parser.add_argument("--list", action="store_true", help="show the cases and stop")
-    return parser.parse_args(arguments)
+    asked = parser.parse_args(arguments)
+    if asked.resume and asked.csv is None:
+        parser.error("--resume needs --csv")
+    if asked.preset == "quick" and asked.device == "cuda":
+        asked.preset = "gpu-quick"
+    return asked
 
 
 def select(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
     """The chosen cases, each with its modes. On a GPU every cell is cold."""
     chosen = []
-    for case in PRESETS[options.preset or "standard"]():
+    preset = options.preset or "standard"
+    for case in [*exit_cases.PRESETS[preset](), *acceptance_cases.PRESETS[preset](), *PRESETS[preset]()]:
         if options.op and case.op not in options.op:
             continue
         if options.filter and not re.search(options.filter, case.label):
@@ -204,7 +238,7 @@ def progress(cell: results.Cell, clock: Clock) -> str:
         return f"{count} {cell.label}: no time: {report.problem(cell)}"
     text = f"{count} {cell.label}: {report.microseconds(ours['p50_us'])}"
     if ours["ratio"] != "":
-        text += f", {ours['ratio']:.2f}x against {ours['best_pytorch']}"
+        text += f", {ours['ratio']:.2f}x against {ours['best_peer']}"
     if ours["gflops"] != "":
         text += f", {ours['gflops']:.0f} GFLOP/s"
     if cell.noisy:
@@ -212,17 +246,50 @@ def progress(cell: results.Cell, clock: Clock) -> str:
     return f"{text}; {ours['rounds']} rounds; {clock.eta()} left"
 
 
-def run_all(runner: Runner, chosen, csv: Path) -> None:
-    """Run, print and write each cell at once, so that an interrupted run keeps what it has."""
-    results.write(csv, [], header=True)
+def attempt(case: Case, csv: Path) -> str:
+    """Note that a cell begins. Why it must not, if it has ended the whole run too often; else ""."""
+    notes = csv.with_suffix(".attempts")
+    tried = notes.read_text().splitlines().count(case.label) if notes.is_file() else 0
+    with notes.open("a") as file:
+        file.write(f"{case.label}\n")
+    return f"ended the run {tried} times" if tried >= MOST_ATTEMPTS else ""
+
+
+def run_all(runner: Runner, chosen, csv: Path, limit: float | None = None, resume: bool = False) -> bool:
+    """Run, print and write each cell at once, so that an interrupted run keeps what it has. Whether all were run."""
+    if not runner.rows:
+        results.write(csv, [], header=True)
+    start = time.perf_counter()
     try:
         for case, modes in chosen:
-            for rows in runner.run(case, modes):
+            if limit is not None and time.perf_counter() - start > limit:
+                say("time is up")
+                return False
+            reason = attempt(case, csv) if resume else ""
+            for rows in runner.skip(case, modes, reason) if reason else runner.run(case, modes):
                 results.write(csv, rows, header=False)
                 say(progress(results.Cell(rows), runner.clock))
+            if runner.gpu_failed:
+                say("the GPU has failed in this cell; the first contestant with a problem is to blame")
+                return False
             gc.collect()
+            if runner.options.device == "cuda":
+                torch.cuda.empty_cache()
     except KeyboardInterrupt:
         say("interrupted: what follows covers the cells above")
+        return False
+    return True
+
+
+def done_before(csv: Path, resume: bool) -> list[dict]:
+    """The rows of an earlier run to go on with."""
+    return results.read(csv) if resume and csv.is_file() and csv.read_text().count("\n") > 1 else []
+
+
+def still_to_run(chosen, rows: list[dict]) -> list[tuple[Case, tuple[str, ...]]]:
+    keys = {cell.key for cell in results.cells(rows)}
+    left = [(case, tuple(mode for mode in modes if results.key(case, mode) not in keys)) for case, modes in chosen]
+    return [(case, modes) for case, modes in left if modes]
 
 
 def draw(rows: list[dict], target: Path) -> None:
@@ -237,7 +304,7 @@ def draw(rows: list[dict], target: Path) -> None:
 
 @torch.no_grad()
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 1 when a kernel of ours gave a wrong result, else 0."""
+    """Returns 1 when a kernel of ours gave a wrong result, UNFINISHED when cells are left, else 0."""
     asked = parse(arguments)
     preset = asked.preset or "standard"
     chosen = select(asked)
@@ -249,30 +316,33 @@ def main(arguments: list[str] | None = None) -> int:
     if asked.threads:
         torch.set_num_threads(asked.threads)
 
+    csv = asked.csv or LOCAL_RESULTS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}.csv"
+    before = done_before(csv, asked.resume)
+    chosen = still_to_run(chosen, before)
     flex = any(case.flex for case, _ in chosen)
-    clock = Clock(preset, sum(len(modes) for _, modes in chosen), asked.seconds, flex)
+    clock = Clock(preset, sum(len(modes) for _, modes in chosen), asked.seconds, flex, asked.limit)
     columns = machine.describe(asked.device, sys.argv[1:] if arguments is None else arguments)
     introduce(columns, asked.device)
     if asked.device == "cpu" and any("cold" in modes for _, modes in chosen):
         say(Evictor().how)
-    dtypes = list(dict.fromkeys(case.dtype for case, _ in chosen if case.op == "tree_attention"))
+    dtypes = list(dict.fromkeys(case.dtype for case, _ in chosen if case.flops))
     measured_roofs = roofs.measure(asked.device, dtypes)
     say(f"roofs: {measured_roofs.describe()}")
 
     isas = tuple(filter(None, asked.isa.split(",")))
     backends = tuple(filter(None, asked.backends.split(",")))
     patience = PATIENCE_SECONDS[preset] if asked.patience is None else asked.patience
-    options = Options(preset, backends, isas, device=asked.device, patience=patience)
+    options = Options(preset, backends, isas, device=asked.device, patience=patience, without=asked.without)
     runner = Runner(options, measured_roofs, columns, clock)
-    csv = asked.csv or LOCAL_RESULTS / f"{preset}-{time.strftime('%Y%m%d-%H%M%S')}.csv"
-    run_all(runner, chosen, csv)
+    runner.rows += before
+    complete = run_all(runner, chosen, csv, asked.limit, asked.resume)
     for line in report.summary(results.cells(runner.rows)):
         say(line)
     say(f"lines: {csv.name}, in {'benchmarks/results/local' if asked.csv is None else 'the folder given'}")
     if not asked.no_plot:
         draw(runner.rows, asked.plot or csv.with_suffix(".png"))
     wrong = [row for row in runner.rows if row["role"] == "ours" and row["problem"].startswith(("WRONG", "fails"))]
-    return 1 if wrong else 0
+    return UNFINISHED if not complete else 1 if wrong else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The speed that is asked of tree_attention, checked against a run: one line each, with every cell that misses it.
+"""The speed that is asked of tree_attention and of acceptance, checked against a run: a line each, and what misses it.
 
 Ratios are against the fastest PyTorch form of the same cell. Ragged batches are shown in the table but count for no
 target: PyTorch computes their padding, which would flatter us.
@@ -107,4 +107,29 @@ def verdicts(all_cells: list[Cell]) -> list[Verdict]:
         floor("bf16, one node, cold: 70% of a plain read", decode, column("read_percent"), 70, "%"),
         floor("AVX2 alone against all of PyTorch: 1x", usable, column("ratio", "specdec_ops avx2"), 1, "x"),
         floor("128-256 nodes, dims 64 and 80: 90% of 64 nodes at dim 128", sweep, relative_efficiency(usable), 90, "%"),
+    ]
+
+
+def acceptance_verdicts(all_cells: list[Cell]) -> list[Verdict]:
+    """The same of acceptance. Traversal has no PyTorch form, so it counts for no ratio."""
+    usable = [cell for cell in all_cells if cell.first["op"].startswith("accept") and cell.ours]
+    greedy = [cell for cell in usable if cell.first["op"] == "accept greedy"]
+    compared = [cell for cell in usable if cell.ours["ratio"] != ""]
+    drawing = [cell for cell in compared if cell.first["op"] not in ("accept greedy", "accept typical")]
+    many = [cell for cell in drawing if cell.first["batch"] >= 8]
+    return [
+        floor("greedy: 85% of a plain read of the path's rows", greedy, column("read_percent"), 85, "%"),
+        floor("rules that draw, batch 8 and more: 5x", many, column("ratio"), 5, "x"),
+        floor("acceptance: never slower than PyTorch", compared, column("ratio"), 1, "x"),
+    ]
+
+
+def exit_verdicts(all_cells: list[Cell]) -> list[Verdict]:
+    """The same of early exit."""
+    usable = [cell for cell in all_cells if cell.first["op"] == "exit_confidence" and cell.ours]
+    one = [cell for cell in usable if cell.first["nodes"] == 1]
+    many = [cell for cell in usable if cell.first["nodes"] == 60]
+    return [
+        floor("exit_confidence, one row: 85% of a plain read of the head", one, column("read_percent"), 85, "%"),
+        floor("exit_confidence, 60 rows: 1.5x", many, column("ratio"), 1.5, "x"),
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from .contestant import Contestant
+from .contestant import PEERS, Contestant
 from .machine import cache_bytes, native
 
 MIN_ROUNDS = 5
@@ -58,12 +58,16 @@ def paired_ratio(slower: Timing, faster: Timing) -> float:
 
 @dataclass
 class Measurement:
-    """timings by contestant name; the share of processor time that others took; rounds kept and rounds run."""
+    """timings by contestant name; the share of processor time that others took; rounds kept and rounds run.
+
+    how: on a GPU, by contestant name: "graph" or "loop".
+    """
 
     timings: dict[str, Timing] = field(default_factory=dict)
     others_percent: float = 0.0
     rounds_kept: int = 0
     rounds_run: int = 0
+    how: dict[str, str] = field(default_factory=dict)
 
     @property
     def noisy(self) -> bool:
@@ -192,9 +196,9 @@ class CpuTimer:
 
 
 def without_hopeless(active: list[Contestant], samples: dict[str, list[float]]) -> list[Contestant]:
-    medians = {each.name: statistics.median(samples[each.name]) for each in active if each.role == "pytorch"}
+    medians = {each.name: statistics.median(samples[each.name]) for each in active if each.role in PEERS}
     fastest = min(medians.values(), default=0.0)
-    return [each for each in active if each.role != "pytorch" or medians[each.name] <= HOPELESS * fastest]
+    return [each for each in active if each.role not in PEERS or medians[each.name] <= HOPELESS * fastest]
 
 
 def keep_quiet(samples: dict[str, list[float]], others: list[float]) -> Measurement:

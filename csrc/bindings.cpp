@@ -5,11 +5,11 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 
+#include "bindings.h"
 #include "cpu/instruments.h"
 #include "cpu/kernels.h"
 #include "specdec/params.h"
@@ -22,13 +22,7 @@ using namespace specdec;
 
 namespace {
 
-using Address = uintptr_t;
 using Strides3 = std::tuple<int64_t, int64_t, int64_t>;
-
-template <class T>
-T* pointer(Address address) {
-  return reinterpret_cast<T*>(address);
-}
 
 BuildTopologyParams build_topology_params(Address parents, Address num_nodes, Address parents_out, Address depths,
                                           Address ancestors, Address first_child, Address next_sibling,
@@ -110,30 +104,6 @@ TreeAttentionParams tree_attention_params(
   return p;
 }
 
-template <class MakeParams>
-struct Bind;
-
-// Binds `name_cpu(<the arguments of make>, threads)`, and, where CUDA is built, `name_cuda(<...>, device, stream)`.
-template <class Params, class... Args>
-struct Bind<Params (*)(Args...)> {
-  static void cpu(py::module_& m, const char* name, Params (*make)(Args...), void (*kernel)(const Params&, int)) {
-    m.def(name, [make, kernel](Args... args, int threads) {
-      const Params params = make(args...);
-      py::gil_scoped_release unlocked;
-      kernel(params, threads);
-    });
-  }
-#ifdef SPECDEC_WITH_CUDA
-  static void cuda(py::module_& m, const char* name, Params (*make)(Args...),
-                   cudaError_t (*launch)(const Params&, int, cudaStream_t)) {
-    m.def(name, [make, launch, name](Args... args, int device, Address stream) {
-      const cudaError_t error = launch(make(args...), device, pointer<CUstream_st>(stream));
-      if (error != cudaSuccess) throw std::runtime_error(std::string(name) + ": " + explain(error, device));
-    });
-  }
-#endif
-};
-
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -169,6 +139,8 @@ PYBIND11_MODULE(_C, m) {
   Bind<decltype(&build_topology_params)>::cpu(m, "build_topology_cpu", build_topology_params, build_topology_cpu);
   Bind<decltype(&merge_states_params)>::cpu(m, "merge_states_cpu", merge_states_params, merge_states_cpu);
   Bind<decltype(&tree_attention_params)>::cpu(m, "tree_attention_cpu", tree_attention_params, tree_attention_cpu);
+  bind_accept(m);
+  bind_exit(m);
 #ifdef SPECDEC_WITH_CUDA
   m.def("cuda_device_error", &cuda_device_error, "Why this device can't run the compiled kernels, or an empty string.");
   Bind<decltype(&build_topology_params)>::cuda(m, "build_topology_cuda", build_topology_params, build_topology_cuda);

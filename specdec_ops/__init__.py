@@ -17,18 +17,42 @@ del _folder, Path
 
 from . import published_trees  # noqa: E402
 from ._dispatch import backends  # noqa: E402
+from .accept import Acceptance, chain_accept, greedy_accept, match_accept, tree_accept  # noqa: E402
+from .accept_lossy import LongestPath, longest_path_accept, typical_accept  # noqa: E402
+from .early_exit import Confidence, Exit, early_exit, exit_confidence  # noqa: E402
+from .quantized_head import QuantizedHead, quantize_head  # noqa: E402
+from .sampling import Children, sample_children, sample_tokens  # noqa: E402
 from .topology import Topology, build_topology  # noqa: E402
 from .tree import Tree  # noqa: E402
 from .tree_attention import AttentionState, merge_states, tree_attention  # noqa: E402
+from .vocab_map import VocabMap  # noqa: E402
 
 __all__ = [
+    "Acceptance",
     "AttentionState",
+    "Children",
+    "Confidence",
+    "Exit",
+    "LongestPath",
+    "QuantizedHead",
     "Topology",
     "Tree",
+    "VocabMap",
     "__version__",
     "backends",
     "build_topology",
+    "chain_accept",
+    "early_exit",
+    "exit_confidence",
+    "greedy_accept",
+    "longest_path_accept",
+    "match_accept",
     "merge_states",
     "published_trees",
+    "quantize_head",
+    "sample_children",
+    "sample_tokens",
+    "tree_accept",
     "tree_attention",
+    "typical_accept",
 ]

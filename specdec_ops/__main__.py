@@ -9,7 +9,18 @@ from pathlib import Path
 
 import torch
 
-from . import Tree, __version__, _dispatch, _loader, build_topology, merge_states, tree_attention
+from . import (
+    Tree,
+    __version__,
+    _dispatch,
+    _loader,
+    build_topology,
+    merge_states,
+    sample_children,
+    sample_tokens,
+    tree_accept,
+    tree_attention,
+)
 
 # Far above the rounding of float32 on any backend, far below the error of a kernel that is wrong.
 TOLERANCE = 5e-3
@@ -90,8 +101,46 @@ def check_build_topology(backend: str, device: str) -> float:
     return float(any(not torch.equal(getattr(got, name), getattr(want, name)) for name in names))
 
 
+def check_accept(backend: str, device: str) -> float:
+    """1 if any decision over eight requests differs from the reference's in float64, else 0."""
+    tree = Tree.from_branching((4, 2, 2), root=True)
+    target, draft = random_like(device, (8, len(tree), 1000), (8, len(tree), 1000))
+    draft = target + draft  # a draft that knows something of its target
+    topology, noise = tree.to(device), {"seeds": torch.arange(8, device=device), "positions": 3}
+    children = sample_children(draft.float(), 4, backend="torch", temperature=0.5, **noise).tokens
+    parents = torch.from_numpy(tree.parents[1:].copy()).long()
+    ranks = torch.tensor([sum(parents[:node] == parents[node]) for node in range(len(parents))])
+    tokens = torch.nn.functional.pad(children[:, parents, ranks], (1, 0))
+
+    def run(dtype: torch.dtype, rule: str, name: str):
+        logits = (target.to(dtype), draft.to(dtype))
+        temperature = torch.tensor([0.5] * 7 + [0.0], device=device)
+        return tree_accept(
+            logits[0], tokens, topology, logits[1], rule=rule, temperature=temperature, top_p=0.9, backend=name, **noise
+        )
+
+    same = True
+    for rule in ("recursive", "traversal"):
+        got, want = run(torch.float32, rule, backend), run(torch.float64, rule, "torch")
+        same &= all(torch.equal(getattr(got, name), getattr(want, name)) for name in ("tokens", "nodes", "status"))
+    return float(not same)
+
+
+def check_sample(backend: str, device: str) -> float:
+    """1 if any of 64 sampled tokens differs from the reference's in float64, or the largest error of a logprob."""
+    (logits,) = random_like(device, (32, 1000))
+    options = {"seeds": torch.arange(32, device=device), "positions": 7, "temperature": 0.8, "top_k": 50}
+    got, want = (
+        (sample_tokens(values, backend=name, **options), sample_children(values[:, None], 1, backend=name, **options))
+        for values, name in ((logits.float(), backend), (logits, "torch"))
+    )
+    if not (torch.equal(got[0], want[0]) and torch.equal(got[1].tokens, want[1].tokens)):
+        return 1.0
+    return largest_difference(got[1].logprobs, want[1].logprobs)
+
+
 def check_tree_attention(backend: str, device: str) -> float:
-    """The largest error of a 44-node tree over two requests, with grouped heads. CUDA refuses float32."""
+    """The largest error of a 44-node tree over two requests, grouped heads; in float16 where float32 is refused."""
     dtype = torch.float16 if backend == "cuda" else torch.float32
     tree = Tree.from_branching((4, 2, 2, 1))
     shapes = (2, len(tree), 4, 64), (2, 160, 2, 64), (2, 160, 2, 64)
@@ -129,8 +178,10 @@ def largest_difference(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 CHECKS: dict[str, Callable[[str, str], float]] = {
+    "accept": check_accept,
     "build_topology": check_build_topology,
     "merge_states": check_merge_states,
+    "sample": check_sample,
     "tree_attention": check_tree_attention,
 }
 

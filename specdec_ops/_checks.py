@@ -38,6 +38,14 @@ def wrong_device(op: str, name: str, device: torch.device, value: torch.Tensor) 
     return f"specdec_ops.{op}: {name} must be on {device}, got a tensor on {value.device}"
 
 
+def wrong_grad(op: str) -> str:
+    """What to say of an input that requires grad: a missing gradient must not go unnoticed."""
+    return (
+        f"specdec_ops.{op}: an input requires grad, but this op has no backward; "
+        "call it under torch.inference_mode() or torch.no_grad()"
+    )
+
+
 def is_int(value) -> bool:
     """True for an int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -19,17 +19,29 @@ BACKENDS = ("cuda", "triton", "cpu", "torch")
 ENVIRONMENT = "SPECDEC_OPS_BACKEND"
 
 IMPLEMENTATIONS = {
+    "accept": {
+        "cpu": "specdec_ops._native_accept:accept_cpu",
+        "torch": "specdec_ops.reference.accept:accept",
+    },
     "build_topology": {
         "cuda": "specdec_ops._native:build_topology_cuda",
         "triton": "specdec_ops.triton_kernels.build_topology:build_topology",
         "cpu": "specdec_ops._native:build_topology_cpu",
         "torch": "specdec_ops.reference.build_topology:build_topology",
     },
+    "exit_confidence": {
+        "cpu": "specdec_ops._native_exit:exit_confidence_cpu",
+        "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
+    },
     "merge_states": {
         "cuda": "specdec_ops._native:merge_states_cuda",
         "triton": "specdec_ops.triton_kernels.merge_states:merge_states",
         "cpu": "specdec_ops._native:merge_states_cpu",
         "torch": "specdec_ops.reference.merge_states:merge_states",
+    },
+    "sample": {
+        "cpu": "specdec_ops._native_accept:sample_cpu",
+        "torch": "specdec_ops.reference.sample:sample",
     },
     "tree_attention": {
         "cuda": "specdec_ops._native:tree_attention_cuda",
@@ -49,7 +61,8 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
     """Say which backends can run an op on a device.
 
     Args:
-        op: "build_topology", "merge_states" or "tree_attention".
+        op: "accept" (every op whose name ends so), "build_topology", "exit_confidence" (and early_exit),
+            "merge_states", "sample" (sample_tokens and sample_children) or "tree_attention".
         device: a device, its name, or a tensor on it.
 
     Returns:
@@ -144,7 +157,8 @@ def _refusal(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dty
     """Why this backend can't run the op on this very tensor, or None."""
     reason = _unavailable(op, backend, tensor.device)
     if reason is None and backend != "torch" and op != "build_topology":
-        if tensor.dtype not in KERNEL_DTYPES:
+        ids = op == "accept" and tensor.dtype == torch.int32  # of greedy_accept
+        if tensor.dtype not in KERNEL_DTYPES and not ids:
             dtype = describe_dtype(tensor.dtype)
             return f"its kernels take float32, bfloat16 and float16, not {dtype} (backend='torch' does)"
         if op == "tree_attention":

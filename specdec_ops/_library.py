@@ -29,7 +29,7 @@ def short_cut(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def _define(name: str, arguments: str, results: str, outputs: str, run, run_out, fake, what: str = "") -> None:
+def define(name: str, arguments: str, results: str, outputs: str, run, run_out, fake, what: str = "") -> None:
     """Register `name(arguments, what) -> results` and `name.out(arguments, *, outputs) -> ()`.
 
     `what` tells which results to make; the out overload makes those that it is given.
@@ -90,11 +90,11 @@ def _run_build_topology_out(
         )
 
 
-def _fake_empty(shape, dtype, device):
+def fake_empty(shape, dtype, device):
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-_define(
+define(
     "build_topology",
     "Tensor parents, Tensor num_nodes, str backend",
     "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -102,7 +102,7 @@ _define(
     "Tensor(e!) next_sibling, Tensor(f!) num_nodes_out, Tensor(g!) status",
     _run_build_topology,
     _run_build_topology_out,
-    lambda parents, num_nodes, backend: _topology_like(parents, _fake_empty),
+    lambda parents, num_nodes, backend: _topology_like(parents, fake_empty),
 )
 
 
@@ -135,7 +135,7 @@ def _run_merge_states_out(out_a, lse_a, out_b, lse_b, backend, out, lse):
         implementation(out_a, lse_a, out_b, lse_b, out, lse)
 
 
-_define(
+define(
     "merge_states",
     "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str backend",
     "(Tensor, Tensor)",
@@ -143,8 +143,8 @@ _define(
     _run_merge_states,
     _run_merge_states_out,
     lambda out_a, lse_a, out_b, lse_b, backend: (
-        _fake_empty(out_a.shape, out_a.dtype, out_a.device),
-        _fake_empty(lse_a.shape, lse_a.dtype, lse_a.device),
+        fake_empty(out_a.shape, out_a.dtype, out_a.device),
+        fake_empty(lse_a.shape, lse_a.dtype, lse_a.device),
     ),
 )
 
@@ -244,10 +244,10 @@ def _run_tree_attention_out(
 
 def _fake_tree_attention(q, *others):
     lse_shape = q.shape[:-1] if others[-1] else (0,)
-    return _fake_empty(q.shape, q.dtype, q.device), _fake_empty(lse_shape, torch.float32, q.device)
+    return fake_empty(q.shape, q.dtype, q.device), fake_empty(lse_shape, torch.float32, q.device)
 
 
-_define(
+define(
     "tree_attention",
     f"{_TREE_ATTENTION}, str backend",
     "(Tensor, Tensor)",

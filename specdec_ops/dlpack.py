@@ -8,6 +8,7 @@ Each function takes the arguments of the op of the same name in `specdec_ops`; s
 op takes tensors, `out` included. GPU work is queued on the stream that PyTorch uses.
 """
 
+import dataclasses
 import functools
 import sys
 import warnings
@@ -15,8 +16,18 @@ import warnings
 import numpy as np
 import torch
 
+from .accept import Acceptance
+from .accept import chain_accept as _chain_accept
+from .accept import greedy_accept as _greedy_accept
+from .accept import match_accept as _match_accept
+from .accept import tree_accept as _tree_accept
+from .accept_lossy import LongestPath
+from .accept_lossy import longest_path_accept as _longest_path_accept
+from .accept_lossy import typical_accept as _typical_accept
+from .sampling import Children
+from .sampling import sample_children as _sample_children
+from .sampling import sample_tokens as _sample_tokens
 from .topology import build_topology as _build_topology
-from .tree_attention import AttentionState
 from .tree_attention import merge_states as _merge_states
 from .tree_attention import tree_attention as _tree_attention
 
@@ -58,16 +69,26 @@ def _shared(op):
         tensors = [to_torch(value, f"argument {index}") for index, value in enumerate((first, *others))]
         options = {name: to_torch(value, name) for name, value in options.items()}
         if out is not None:
-            _refuse_read_only(*(out if isinstance(out, tuple) else (out,)))
-            into = AttentionState(*map(to_torch, out)) if isinstance(out, tuple) else to_torch(out, "out")
+            arrays = _fields(out)
+            _refuse_read_only(*(arrays or (out,)))
+            into = type(out)(*map(to_torch, arrays)) if arrays else to_torch(out, "out")
             op(*tensors, out=into, **options)
             return out
         result = op(*tensors, **options)
-        if isinstance(result, AttentionState):
-            return AttentionState(*(from_torch(tensor, first) for tensor in result))
+        if fields := _fields(result):
+            return type(result)(*(from_torch(tensor, first) for tensor in fields))
         return from_torch(result, first) if isinstance(result, torch.Tensor) else result
 
     return call
+
+
+def _fields(result) -> tuple | None:
+    """The tensors or arrays of a result that has several, all of which become arrays; else None."""
+    if isinstance(result, tuple):
+        return result
+    if isinstance(result, Acceptance | LongestPath | Children):
+        return tuple(getattr(result, field.name) for field in dataclasses.fields(result))
+    return None
 
 
 def _refuse_read_only(*arrays) -> None:
@@ -79,3 +100,11 @@ def _refuse_read_only(*arrays) -> None:
 tree_attention = _shared(_tree_attention)
 merge_states = _shared(_merge_states)
 build_topology = _shared(_build_topology)
+greedy_accept = _shared(_greedy_accept)
+match_accept = _shared(_match_accept)
+chain_accept = _shared(_chain_accept)
+tree_accept = _shared(_tree_accept)
+typical_accept = _shared(_typical_accept)
+longest_path_accept = _shared(_longest_path_accept)
+sample_tokens = _shared(_sample_tokens)
+sample_children = _shared(_sample_children)

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 
 from . import _library
-from ._checks import KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_strides
+from ._checks import KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
 from .topology import Topology
 
 MAX_SPLITS = 256
@@ -363,10 +363,7 @@ def _check_like(op: str, name: str, value, like, shape, dtype=None, contiguous: 
 
 def _check_no_grad(op: str, *inputs: torch.Tensor) -> None:
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in inputs]):
-        raise RuntimeError(
-            f"specdec_ops.{op}: an input requires grad, but this op has no backward; "
-            "call it under torch.inference_mode() or torch.no_grad()"
-        )
+        raise RuntimeError(wrong_grad(op))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -51,9 +51,20 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("target", found, ids=[f"{target.backend}-on-{target.device}" for target in found])
 
 
+def pytest_collection_modifyitems(items):
+    """Whatever runs on CUDA tensors is marked gpu: `pytest -m gpu` is everything that a GPU can show."""
+    for item in items:
+        target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
+        if target is not None and target.device == "cuda":
+            item.add_marker(pytest.mark.gpu)
+
+
 def poisoned_empty(shape, dtype, device):
-    """Memory in which an unwritten element shows: NaN, or the smallest integer."""
+    """Memory in which an unwritten element shows: NaN, or the smallest integer. Of a bool, the impossible byte 0x80."""
     tensor = torch.empty(shape, dtype=dtype, device=device)
+    if dtype == torch.bool:
+        tensor.view(torch.uint8).fill_(0x80)
+        return tensor
     return tensor.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
 
 

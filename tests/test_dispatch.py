@@ -48,7 +48,7 @@ def test_backends_lists_every_name(op):
 def test_unknown_names():
     """Of an op and of a backend."""
     with pytest.raises(
-        ValueError, match="op must be one of build_topology, merge_states, tree_attention, got 'attend'"
+        ValueError, match="op must be one of accept, build_topology, merge_states, sample, tree_attention, got 'attend'"
     ):
         backends("attend")
     with pytest.raises(ValueError, match="backend must be one of auto, cuda, triton, cpu, torch, got 'rocm'"):
@@ -60,7 +60,7 @@ def test_auto_on_cpu_takes_cpu_then_torch(op, monkeypatch):
     """And never Triton, even under its interpreter."""
     tensor = torch.zeros(2, 64)
     if _loader.load()[0] is not None:
-        assert chosen(op, tensor) == f"specdec_ops._native:{op}_cpu"
+        assert chosen(op, tensor) == _dispatch.IMPLEMENTATIONS[op]["cpu"]
     monkeypatch.setattr(_loader, "load", lambda: (None, "not built"))
     _dispatch.forget()
     assert chosen(op, tensor) == f"specdec_ops.reference.{op}:{op}"

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from attention_cases import make_case, random_tree
-from specdec_ops import AttentionState, Topology, Tree, build_topology, dlpack
+from specdec_ops import Acceptance, AttentionState, Topology, Tree, build_topology, dlpack, tree_accept
 
 CASE = make_case([random_tree(9)] * 2, [4, 20], page_size=4, sinks=True)
 WANTED = CASE.run("auto", return_lse=True)
@@ -105,3 +105,23 @@ def test_what_can_not_be_shared():
         dlpack.tree_attention(np.array(["a"]), *ARRAYS[1:], CASE.topology, LENGTHS)
     with pytest.raises(TypeError, match=r"context_lens must be int32 \[batch\] or an int, got int64 \[2\]"):
         dlpack.tree_attention(*ARRAYS, Tree.chain(2).to(), LENGTHS.astype(np.int64), **OPTIONS)
+
+
+def test_acceptance():
+    """Records of arrays come out, and may be given to be written into."""
+    tree = Tree.from_branching((2, 1), root=True)
+    logits = np.random.default_rng(0).normal(size=(2, len(tree), 9)).astype(np.float32)
+    tokens = np.arange(2 * len(tree), dtype=np.int64).reshape(2, -1) % 9
+    noise = {"seeds": np.arange(2), "positions": np.array([3, 4], np.int32)}
+    got = dlpack.tree_accept(logits, tokens, tree.to("cpu"), logits, **noise)
+    assert isinstance(got, Acceptance)
+    assert isinstance(got.tokens, np.ndarray)
+    tensors = {name: torch.from_numpy(value) for name, value in noise.items()}
+    target = torch.from_numpy(logits)
+    want = tree_accept(target, torch.from_numpy(tokens), tree.to("cpu"), target, **tensors)
+    np.testing.assert_array_equal(got.nodes, want.nodes.numpy())
+    into = Acceptance(*(np.full_like(getattr(got, name), -9) for name in got.__slots__))
+    assert dlpack.tree_accept(logits, tokens, tree.to("cpu"), logits, out=into, **noise) is into
+    np.testing.assert_array_equal(into.tokens, got.tokens)
+    assert isinstance(dlpack.sample_tokens(logits[0], seeds=1, positions=0), np.ndarray)
+    assert isinstance(dlpack.sample_children(logits, 2, seeds=1, positions=0).logprobs, np.ndarray)

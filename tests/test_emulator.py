@@ -95,6 +95,7 @@ def test_names_mean_what_they_mean_on_a_gpu(sanitizer):
     assert status == 0 and output.endswith(RIGHT), output
 
 
+@pytest.mark.gpu
 def test_names_on_a_gpu(tmp_path):
     """The same program from nvcc; without a GPU it is only compiled, which takes every line of PTX to the assembler."""
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
@@ -102,7 +103,8 @@ def test_names_on_a_gpu(tmp_path):
         pytest.skip("there is no nvcc")
     program = tmp_path / "device_names"
     source = build.FOLDER / "device_names.cpp"
-    options = ["-std=c++17", "-arch=sm_80", f"-I{build.ROOT / 'csrc'}", "-x", "cu", "-o", program]
+    arch = "native" if torch.cuda.is_available() else "sm_80"
+    options = ["-std=c++17", f"-arch={arch}", f"-I{build.ROOT / 'csrc'}", "-x", "cu", "-o", program]
     done = subprocess.run([nvcc, *options, source], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     if torch.cuda.is_available():

@@ -8,9 +8,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PUBLIC = [".build_topology", ".merge_states", ".tree_attention"]
-OPS = ["tree", "published_trees", "topology", "tree_attention"]
-PLUMBING = ["_checks", "_alloc", "_library", "_dispatch"]
+PUBLIC = [
+    ".build_topology",
+    ".merge_states",
+    ".sample_children",
+    ".sample_tokens",
+    ".tree_accept",
+    ".tree_attention",
+]
+OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
+OPS += ["early_exit", "quantized_head"]
+PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_dispatch"]
 
 # What a file may import besides the standard library, by the longest key that starts its path. Names without a dot in
 # front are other packages; `.name` is specdec_ops.name.
@@ -21,27 +29,35 @@ MAY_IMPORT = {
     "specdec_ops/published_trees.py": ["numpy", ".tree"],
     "specdec_ops/dlpack.py": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "specdec_ops/_loader.py": ["._C"],
+    "specdec_ops/_native_accept.py": ["torch", "._native"],
+    "specdec_ops/_native_exit.py": ["torch", "._native"],
     "specdec_ops/_native.py": ["torch", "._alloc", "._loader"],
     "specdec_ops/_alloc.py": ["torch"],
     "specdec_ops/_checks.py": ["torch"],
+    "specdec_ops/_accept_checks.py": ["torch", "._checks", ".topology", ".vocab_map"],
     "specdec_ops/_dispatch.py": ["torch", "._loader", "._checks"],
     "specdec_ops/_library.py": ["torch", "._dispatch", "._alloc", "._checks"],
-    "specdec_ops/reference/": ["torch"],
+    "specdec_ops/reference/accept.py": ["torch", ".noise", ".sample", ".accept_rules"],
+    "specdec_ops/reference/accept_rules.py": ["torch", ".noise"],
+    "specdec_ops/reference/sample.py": ["torch", ".noise"],
+    "specdec_ops/_library_exit.py": ["torch", "._library", "._dispatch", "._alloc"],
+    "specdec_ops/_library_accept.py": ["torch", "._library", "._dispatch", "._alloc"],
+    "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
     "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "triton_kernels/tree_attention.py": ["torch", "triton", ".tree_attention_kernels"],
     "triton_kernels/": ["torch", "triton"],
     "setup.py": ["setuptools", "ninja", "pybind11"],
 }
 
-# The same for #include "...": what starts the included path. Only bindings.cpp includes a framework, which is pybind11.
+# The same for #include "...": what starts the included path. Only bindings include a framework, which is pybind11, and
+# only CUDA files include a .cuh.
 MAY_INCLUDE = {
-    "bindings.cpp": ["cpu/", "cuda/launchers.h", "specdec/params.h"],
+    "bindings": ["bindings.h", "cpu/", "cuda/launchers.h", "specdec/"],
     "specdec/params.h": [],
-    "specdec/math.h": ["specdec/params.h"],
     "specdec/device.cuh": [],
     "specdec/": ["specdec/"],
-    "cpu/": ["cpu/", "specdec/params.h", "specdec/math.h"],
-    "cuda/launchers.h": ["specdec/params.h"],
+    "cpu/": ["cpu/", "specdec/"],
+    "cuda/launchers.h": ["specdec/"],
     "cuda/": ["cuda/launchers.h", "specdec/"],
 }
 FRAMEWORKS = re.compile(r"#include\s*<(torch|ATen|c10|Python|pybind11|cutlass|cute)\b")
@@ -107,7 +123,10 @@ def test_includes_go_down(path):
     included = re.findall(r'#include\s*"([^"]+)"', text)
     wrong = [name for name in included if not any(name.startswith(start) for start in allowed)]
     assert not wrong, f"{path} includes {wrong}, and may include {allowed}"
-    frameworks = set(FRAMEWORKS.findall(text)) - ({"pybind11"} if path == "bindings.cpp" else set())
+    cuda = path.startswith("cuda/") or path.endswith(".cuh")
+    device = [] if cuda else [name for name in included if name.endswith(".cuh")]
+    assert not device, f"{path} includes {device}, which only CUDA files may"
+    frameworks = set(FRAMEWORKS.findall(text)) - ({"pybind11"} if path.startswith("bindings") else set())
     assert not frameworks, f"{path} includes {frameworks}"
 
 

@@ -5,8 +5,6 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from conftest import poisoned_empty
 from specdec_ops import Topology, Tree, build_topology
@@ -15,12 +13,11 @@ from specdec_ops.topology import (
     STATUS_PARENT_NOT_BEFORE,
     STATUS_PARENT_OUT_OF_RANGE,
 )
-from trees import EDGE_SIZES, level_ordered, random_tree, trees, trees_of_size
+from trees import EDGE_SIZES, level_ordered, random_tree, trees_of_size
 
 OP = "build_topology"
 INT_MIN, INT_MAX = -(2**31), 2**31 - 1
 TABLES = ("parents", "depths", "ancestors", "first_child", "next_sibling")
-some = settings(max_examples=40, deadline=None, derandomize=True)
 
 
 def assert_same(topology: Topology, expected: Topology) -> None:
@@ -59,12 +56,8 @@ def test_every_kind_of_tree(target, nodes):
 
 
 def test_ragged_batches(target):
-    @settings(some, max_examples={"cpu": 60, "torch": 15}.get(target.backend, 8))
-    @given(st.lists(trees(max_nodes=140 if target.interpreted else 300), min_size=1, max_size=5))
-    def check(batch):
-        check_build(batch, target)
-
-    check()
+    sizes = (65, 1, 128, 17) if target.interpreted else (300, 1, 65, 128, 17)
+    check_build([random_tree(nodes, seed=nodes, roots=0.05) for nodes in sizes], target)
 
 
 def test_more_words_than_one_tile(target, monkeypatch):
@@ -201,27 +194,6 @@ def leading(topology: Topology) -> Topology:
         topology.num_nodes,
         topology.status,
     )
-
-
-@some
-@given(st.lists(trees(max_nodes=100), min_size=1, max_size=4), st.integers(0, 110))
-def test_a_slice_equals_a_rebuild(batch, size):
-    topology = Topology.from_trees(batch, packed=True)
-    part = topology[:size]
-    counts = torch.tensor([min(len(tree), size) for tree in batch], dtype=torch.int32)
-    assert_same(leading(part), build_topology(topology.parents, counts, backend="torch"))
-    assert part.offsets.tolist() == [0, *counts.cumsum(0).tolist()]
-    assert all(getattr(part, name) is getattr(topology, name) for name in TABLES)
-
-
-@some
-@given(st.lists(trees(max_nodes=100), min_size=1, max_size=4), st.integers(-1, 12))
-def test_truncation_equals_the_truncated_trees(batch, depth):
-    batch = [level_ordered(tree) for tree in batch]
-    part = Topology.from_trees(batch, packed=True).truncate(depth)
-    shorter = [tree.truncate(depth) for tree in batch]
-    assert part.num_nodes.tolist() == [len(tree) for tree in shorter]
-    assert part.offsets.tolist() == Topology.from_trees(shorter, packed=True).offsets.tolist()
 
 
 def test_cuts_may_be_tensors():

@@ -8,11 +8,14 @@ import sys
 
 import numpy as np
 import pytest
+
+pytest.importorskip("hypothesis")
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from specdec_ops import Tree, published_trees
-from trees import EDGE_SIZES, level_ordered, naive_ancestors, random_tree, trees, trees_of_size
+from tree_strategies import trees
+from trees import EDGE_SIZES, level_ordered, naive_ancestors, random_tree, trees_of_size
 
 some = settings(max_examples=60, deadline=None, derandomize=True)
 DERIVED = ("parents", "depths", "ancestors", "first_child", "next_sibling", "roots", "leaves")

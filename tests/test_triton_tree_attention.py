@@ -17,6 +17,7 @@ pytest.importorskip("triton")
 from specdec_ops.triton_kernels import tree_attention as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 NAN = float("nan")
 
 

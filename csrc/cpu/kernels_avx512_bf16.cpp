@@ -1,11 +1,13 @@
 #define SPECDEC_ISA avx512_bf16
-#include "cpu/multiply.h"
+#include "cpu/narrow_pairs.h"
 
 namespace specdec::SPECDEC_ISA {
 
-// A handful of rows is left to the AVX-512 kernels: they wait for memory, not for products.
 const LaneKernel* select_kernel(DType dtype, int rows, int) {
-  return dtype == DType::kBFloat16 && rows > kMostNarrowRows ? &kWideKernel<DotEngine> : nullptr;
+  if (dtype != DType::kBFloat16) return nullptr;
+  if (rows == 1) return &kWideKernel<NarrowPairsEngine<1>>;
+  if (rows <= kMostNarrowRows) return &kWideKernel<NarrowPairsEngine<4>>;
+  return &kWideKernel<DotEngine>;
 }
 
 }  // namespace specdec::SPECDEC_ISA

@@ -349,12 +349,20 @@ static SPECDEC_INLINE void store_f16(uint16_t* p, Vec v) {
 
 #endif
 
-// softcap * tanh(s / softcap), by exp2 of a number <= 0 so that nothing overflows.
+// softcap * tanh(s / softcap). By exp2 of a number <= 0, so that nothing overflows; near 0, where 1 - e would cancel,
+// by its series.
 static SPECDEC_INLINE Vec soft_cap(Vec s, float softcap) {
-  const Vec negated = splat(0.0f) - s;
-  const Vec e = exp2(maximum(s, negated) * splat(-2.0f * kLog2e / softcap));
-  const Vec capped = (splat(1.0f) - e) / (splat(1.0f) + e) * splat(softcap);
-  return s < splat(0.0f) ? splat(0.0f) - capped : capped;
+  const Vec x = s * splat(1.0f / softcap), negated = splat(0.0f) - x, magnitude = maximum(x, negated);
+  const Vec e = exp2(magnitude * splat(-2.0f * kLog2e));
+  const Vec far = (splat(1.0f) - e) / (splat(1.0f) + e);
+  const Vec square = x * x;
+  Vec series = fma(square, splat(-8.863235529902197e-3f), splat(2.1869488536155203e-2f));
+  series = fma(square, series, splat(-5.396825396825397e-2f));
+  series = fma(square, series, splat(1.3333333333333333e-1f));
+  series = fma(square, series, splat(-3.333333333333333e-1f));
+  const Vec near = fma(x * square, series, x);
+  const Vec capped = magnitude < splat(0.35f) ? near : (x < splat(0.0f) ? splat(0.0f) - far : far);
+  return capped * splat(softcap);
 }
 
 // Elements as they lie in memory.

@@ -1,0 +1,57 @@
+// The early exit ops of specdec_ops._C. The callers in specdec_ops/_native_exit.py have checked everything.
+#include <tuple>
+
+#include "bindings.h"
+#include "cpu/exit_kernels.h"
+#include "specdec/exit_params.h"
+
+namespace specdec {
+
+// A number for all rows and the address of one for each, or 0.
+using RowNumber = std::tuple<float, Address>;
+
+ExitParams exit_params(std::tuple<Address, int32_t, int64_t> hidden, std::tuple<Address, int32_t, Address> head,
+                       std::tuple<Address, int32_t, float> norm, Address bias, RowNumber temperature, Address token_map,
+                       RowNumber threshold, int32_t measure, int32_t level,
+                       std::tuple<Address, Address, Address, Address, Address, Address, Address, Address> figures,
+                       std::tuple<Address, Address, Address, Address> decision,
+                       std::tuple<int32_t, int32_t, int32_t, int32_t> sizes) {
+  ExitParams p{};
+  p.hidden = pointer<void>(std::get<0>(hidden));
+  p.hidden_dtype = static_cast<DType>(std::get<1>(hidden));
+  p.hidden_stride_row = std::get<2>(hidden);
+  p.head = pointer<void>(std::get<0>(head));
+  p.head_type = static_cast<HeadType>(std::get<1>(head));
+  p.scales = pointer<float>(std::get<2>(head));
+  p.norm_weight = pointer<void>(std::get<0>(norm));
+  p.norm_dtype = static_cast<DType>(std::get<1>(norm));
+  p.norm_eps = std::get<2>(norm);
+  p.bias = pointer<float>(bias);
+  p.temperature = std::get<0>(temperature);
+  p.temperatures = pointer<float>(std::get<1>(temperature));
+  p.token_map = pointer<int32_t>(token_map);
+  p.threshold = std::get<0>(threshold);
+  p.thresholds = pointer<float>(std::get<1>(threshold));
+  p.measure = static_cast<ExitMeasure>(measure);
+  p.level = static_cast<ExitLevel>(level);
+  p.token = pointer<int32_t>(std::get<0>(figures));
+  p.max_prob = pointer<float>(std::get<1>(figures));
+  p.margin = pointer<float>(std::get<2>(figures));
+  p.entropy = pointer<float>(std::get<3>(figures));
+  p.logsumexp = pointer<float>(std::get<4>(figures));
+  p.top_tokens = pointer<int32_t>(std::get<5>(figures));
+  p.top_logprobs = pointer<float>(std::get<6>(figures));
+  p.status = pointer<int32_t>(std::get<7>(figures));
+  p.exited = pointer<bool>(std::get<0>(decision));
+  p.active_rows = pointer<int32_t>(std::get<1>(decision));
+  p.inverse = pointer<int32_t>(std::get<2>(decision));
+  p.num_active = pointer<int32_t>(std::get<3>(decision));
+  std::tie(p.rows, p.dim, p.vocab, p.top_k) = sizes;
+  return p;
+}
+
+void bind_exit(pybind11::module_& m) {
+  Bind<decltype(&exit_params)>::cpu(m, "exit_confidence_cpu", exit_params, exit_confidence_cpu);
+}
+
+}  // namespace specdec

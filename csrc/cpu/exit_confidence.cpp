@@ -1,0 +1,211 @@
+// Early exit on the CPU: what the head says of each row, and which rows may stop.
+//
+// The head is cut into chunks of a fixed number of rows, which threads take in any order. A chunk is seen a tile at a
+// time by all hidden rows and leaves a state for each of them; states are merged in the order of the chunks, so a
+// result depends neither on the threads nor on the other rows. Memory read: the head once (once for every 64 hidden
+// rows, but then products are what takes the time). Scratch: the packed rows, and 150 bytes per row and chunk.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "cpu/exit_kernels.h"
+#include "cpu/isa.h"
+#include "cpu/team.h"
+
+namespace specdec {
+namespace {
+
+constexpr int kChunk = 512;                      // rows of the head
+constexpr int64_t kProductsPerThread = 1 << 18;  // below this many another thread does not pay
+constexpr float kMinusInfinity = -INFINITY;
+constexpr double kLog2e = 1.4426950408889634;
+
+const ExitKernels& exit_kernels() {
+#ifdef SPECDEC_X86
+#ifdef SPECDEC_HAVE_AVX512_BF16
+  if (current_isa() >= Isa::kAvx512Bf16) return avx512_bf16::kExitKernels;
+#endif
+  if (current_isa() >= Isa::kAvx512) return avx512::kExitKernels;
+  if (current_isa() >= Isa::kAvx2) return avx2::kExitKernels;
+#endif
+  return generic::kExitKernels;
+}
+
+int64_t element_bytes(HeadType type) { return type == HeadType::kFloat32 ? 4 : type == HeadType::kInt8 ? 1 : 2; }
+
+struct AlignedBytes {
+  explicit AlignedBytes(size_t bytes) : memory(bytes + 63) {}
+  char* data() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63)); }
+  std::vector<char> memory;
+};
+
+ExitState empty_state() {
+  ExitState state{kMinusInfinity, 0.0f, 0.0f, false, {}, {}};
+  std::fill(state.value, state.value + kMostListed, kMinusInfinity);
+  std::fill(state.entry, state.entry + kMostListed, -1);
+  return state;
+}
+
+// The rows of one call in the form in which they are multiplied, and what every thread needs to know.
+class Call {
+ public:
+  Call(const ExitParams& p, const Team& team)
+      : p_(p),
+        kernels_(exit_kernels()),
+        listed_(std::max(2, p.top_k)),
+        row_bytes_(kernels_.packed_bytes(p.head_type, p.dim)),
+        packed_(row_bytes_ * p.rows) {
+    team.run(p.rows, [&](int64_t row, int) {
+      std::vector<float> y(p_.dim);
+      kernels_.normalise(p_, int(row), y.data());
+      kernels_.pack(p_.head_type, y.data(), p_.dim, packed_.data() + row * row_bytes_);
+    });
+  }
+
+  int listed() const { return listed_; }
+  float temperature(int row) const { return p_.temperatures ? p_.temperatures[row] : p_.temperature; }
+
+  // states [rows] of the head's rows from `begin` to `end`.
+  void see(int64_t begin, int64_t end, ExitState* states) {
+    alignas(64) float logits[kExitRowBlock * kExitTile], scales[kExitTile], bias[kExitTile];
+    for (int row = 0; row < p_.rows; row++) states[row] = empty_state();
+    for (int64_t first = begin; first < end; first += kExitTile) {
+      const int count = int(std::min<int64_t>(kExitTile, end - first));
+      const int64_t offset = first * p_.dim * element_bytes(p_.head_type);
+      const ExitTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim};
+      const float* tile_scales = part(p_.scales, first, count, scales);
+      const float* tile_bias = part(p_.bias, first, count, bias);
+      for (int row = 0; row < p_.rows; row += kExitRowBlock) {
+        const int rows = std::min(kExitRowBlock, p_.rows - row);
+        kernels_.multiply(p_.head_type, tile, packed_.data() + row * row_bytes_, rows, logits);
+        for (int n = 0; n < rows; n++) {
+          const float factor = float(kLog2e / temperature(row + n));
+          kernels_.absorb(logits + n * kExitTile, tile_scales, tile_bias, int32_t(first), factor, listed_,
+                          states[row + n]);
+        }
+      }
+    }
+  }
+
+ private:
+  // kExitTile numbers of a vector [vocab], padded where it ends.
+  static const float* part(const float* vector, int64_t first, int count, float* padded) {
+    if (!vector || count == kExitTile) return vector ? vector + first : nullptr;
+    std::copy_n(vector + first, count, padded);
+    std::fill(padded + count, padded + kExitTile, 1.0f);
+    return padded;
+  }
+
+  const ExitParams& p_;
+  const ExitKernels& kernels_;
+  const int listed_;
+  const size_t row_bytes_;
+  AlignedBytes packed_;
+};
+
+// Takes in what a later part of the vocabulary has left.
+void merge(ExitState& state, const ExitState& later, int listed, float temperature) {
+  state.invalid |= later.invalid;
+  if (later.sum > 0) {
+    const float top = std::max(state.max, later.max);
+    double sum = 0, log_sum = 0;
+    for (const ExitState* part : {static_cast<const ExitState*>(&state), &later}) {
+      if (!(part->sum > 0)) continue;
+      const double fall = double(part->max) - top, decay = std::exp(fall / temperature);
+      sum += part->sum * decay;
+      log_sum += (part->log_sum + part->sum * fall) * decay;
+    }
+    state.max = top;
+    state.sum = float(sum);
+    state.log_sum = float(log_sum);
+  }
+  ExitState both = state;
+  int mine = 0, theirs = 0;
+  for (int i = 0; i < listed; i++) {
+    const bool take_mine = state.value[mine] >= later.value[theirs];  // equals: the lower entry
+    const ExitState& from = take_mine ? state : later;
+    int& at = take_mine ? mine : theirs;
+    both.value[i] = from.value[at];
+    both.entry[i] = from.entry[at];
+    at++;
+  }
+  std::copy_n(both.value, listed, state.value);
+  std::copy_n(both.entry, listed, state.entry);
+}
+
+// Writes what a row has seen of the whole vocabulary.
+void write_row(const ExitParams& p, int row, const ExitState& state, float temperature) {
+  const bool valid = !state.invalid && state.sum > 0;
+  const auto token_of = [&](int32_t entry) { return p.token_map ? p.token_map[entry] : entry; };
+  p.token[row] = token_of(std::max(state.entry[0], 0));
+  p.status[row] = valid ? 0 : kExitInvalid;
+  const double sum = valid ? state.sum : 1.0, log_sum = std::log(sum), scale = 1.0 / temperature;
+  const auto probability = [&](float value) {
+    return value > kMinusInfinity ? std::exp((double(value) - state.max) * scale) / sum : 0.0;
+  };
+  p.max_prob[row] = valid ? float(probability(state.value[0])) : 0.0f;
+  p.margin[row] = valid ? float(probability(state.value[0]) - probability(state.value[1])) : 0.0f;
+  p.entropy[row] = valid ? float(std::max(0.0, log_sum - state.log_sum * scale / sum)) : 0.0f;
+  p.logsumexp[row] = valid ? float(state.max * scale + log_sum) : kMinusInfinity;
+  for (int k = 0; k < p.top_k; k++) {
+    const int64_t at = int64_t(row) * p.top_k + k;
+    const bool exists = valid && state.value[k] > kMinusInfinity;
+    p.top_tokens[at] = exists ? token_of(state.entry[k]) : -1;
+    p.top_logprobs[at] = exists ? float((double(state.value[k]) - state.max) * scale - log_sum) : kMinusInfinity;
+  }
+}
+
+bool passes(const ExitParams& p, int row) {
+  if (p.status[row] != 0) return false;
+  const float limit = p.thresholds ? p.thresholds[row] : p.threshold;
+  switch (p.measure) {
+    case ExitMeasure::kMaxProb:
+      return p.max_prob[row] >= limit;
+    case ExitMeasure::kMargin:
+      return p.margin[row] >= limit;
+    default:
+      return p.entropy[row] <= limit;
+  }
+}
+
+void decide(const ExitParams& p) {
+  bool any = false, all = p.rows > 0;
+  for (int row = 0; row < p.rows; row++) {
+    p.exited[row] = passes(p, row);
+    any |= p.exited[row];
+    all &= p.exited[row];
+  }
+  int32_t active = 0;
+  for (int row = 0; row < p.rows; row++) {
+    if (p.level == ExitLevel::kAny) p.exited[row] = any;
+    if (p.level == ExitLevel::kAll) p.exited[row] = all;
+    p.inverse[row] = p.exited[row] ? -1 : active;
+    if (!p.exited[row]) p.active_rows[active++] = row;
+  }
+  std::fill(p.active_rows + active, p.active_rows + p.rows, -1);
+  *p.num_active = active;
+}
+
+}  // namespace
+
+void exit_confidence_cpu(const ExitParams& p, int threads) {
+  const int64_t chunks = (int64_t(p.vocab) + kChunk - 1) / kChunk;
+  const double products = double(p.vocab) * p.dim * p.rows;
+  const Team team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+  Call call(p, team);
+  std::vector<ExitState> states(chunks * p.rows);
+  team.run(chunks, [&](int64_t chunk, int) {
+    call.see(chunk * kChunk, std::min<int64_t>((chunk + 1) * kChunk, p.vocab), &states[chunk * p.rows]);
+  });
+  for (int row = 0; row < p.rows; row++) {
+    ExitState& state = states[row];
+    for (int64_t chunk = 1; chunk < chunks; chunk++) {
+      merge(state, states[chunk * p.rows + row], call.listed(), call.temperature(row));
+    }
+    write_row(p, row, state, call.temperature(row));
+  }
+  if (p.measure != ExitMeasure::kNone) decide(p);
+}
+
+}  // namespace specdec

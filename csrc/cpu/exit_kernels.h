@@ -1,0 +1,60 @@
+// What exit_confidence asks of each instruction set: rows in the form that is multiplied, logits of a tile of the
+// head, and what a row makes of them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "specdec/exit_params.h"
+
+namespace specdec {
+
+constexpr int kExitTile = 64;       // rows of the head whose logits are made at once
+constexpr int kExitRowBlock = 64;   // hidden rows that are multiplied with a tile before the next ones
+constexpr int kExitNarrowRows = 8;  // up to here the head is read strictly in order: memory is all that counts
+
+// What a row knows of the part of the vocabulary that it has seen. Values are logits before the temperature.
+struct ExitState {
+  float max;
+  float sum;      // of exp((z - max) / T)
+  float log_sum;  // of the same times (z - max)
+  bool invalid;
+  float value[kMostListed];    // the greatest logits, descending, the lowest entry first among equals; then -inf
+  int32_t entry[kMostListed];  // their places in the vocabulary
+};
+
+struct ExitTile {
+  const void* head;  // of its first row
+  int count;         // rows, at most kExitTile
+  int dim;
+};
+
+struct ExitKernels {
+  // y = hidden, or its RMSNorm; float32.
+  void (*normalise)(const ExitParams& p, int row, float* y);
+  // Bytes of a packed row, and y in that form.
+  size_t (*packed_bytes)(HeadType type, int dim);
+  void (*pack)(HeadType type, const float* y, int dim, void* packed);
+  // logits [rows][kExitTile] of packed rows; past `count` they are -inf.
+  void (*multiply)(HeadType type, const ExitTile& tile, const char* packed, int rows, float* logits);
+  // Takes one row's logits in. scales and bias are [kExitTile] or nullptr; the logits are changed by them.
+  void (*absorb)(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int listed,
+                 ExitState& state);
+};
+
+namespace generic {
+extern const ExitKernels kExitKernels;
+}
+namespace avx2 {
+extern const ExitKernels kExitKernels;
+}
+namespace avx512 {
+extern const ExitKernels kExitKernels;
+}
+namespace avx512_bf16 {
+extern const ExitKernels kExitKernels;
+}
+
+void exit_confidence_cpu(const ExitParams& params, int threads);
+
+}  // namespace specdec

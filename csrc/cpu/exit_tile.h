@@ -1,0 +1,301 @@
+// The early exit kernels (cpu/exit_kernels.h) of one instruction set.
+//
+// Logits are dot products along the dim: kWidth / 4 rows of the head times up to four hidden rows in as many
+// accumulators as a vector has lanes, reduced together. With few hidden rows every row of the head is read once, from
+// its beginning to its end, and memory is what they wait for. With more, a block of the dim is multiplied with all of
+// them before the next one, so that four hidden rows' block stays in the first-level cache and the tile's in the
+// second.
+//
+// A row takes a tile's 64 logits in with two looks: the maximum, which seldom changes anything, then the exponentials.
+#pragma once
+
+#include "cpu/exit_kernels.h"
+#include "cpu/lanes.h"
+
+namespace specdec::SPECDEC_ISA {
+
+// 32-bit floats times elements that are widened to them.
+template <class Storage>
+struct Widened {
+  using Element = typename Storage::Element;
+  using Hidden = float;
+  using Operand = Vec;
+  static constexpr int kStep = kWidth;
+  static SPECDEC_INLINE Operand load_head(const Element* at) { return Storage::load_vec(at); }
+  static SPECDEC_INLINE Operand load_hidden(const Hidden* at) { return load(at); }
+  static SPECDEC_INLINE Vec apply(Vec sum, Operand head, Operand hidden) { return fma(head, hidden, sum); }
+  static void pack(const float* y, int dim, Hidden* to) { __builtin_memcpy(to, y, dim * sizeof(float)); }
+};
+
+struct Int8 {
+  using Element = int8_t;
+  static SPECDEC_INLINE Vec load_vec(const int8_t* at) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
+#else
+    Vec v;
+    for (int i = 0; i < kWidth; i++) v[i] = float(at[i]);
+    return v;
+#endif
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Pairs of bfloat16. Hidden rows are rounded to it, as PyTorch does before such a head.
+struct BFloat16Pairs {
+  using Element = uint16_t;
+  using Hidden = uint16_t;
+  using Operand = __m512bh;
+  static constexpr int kStep = 2 * kWidth;
+  static SPECDEC_INLINE Operand load_head(const Element* at) { return (__m512bh)_mm512_loadu_si512(at); }
+  static SPECDEC_INLINE Operand load_hidden(const Hidden* at) { return (__m512bh)_mm512_loadu_si512(at); }
+  static SPECDEC_INLINE Vec apply(Vec sum, Operand head, Operand hidden) { return _mm512_dpbf16_ps(sum, head, hidden); }
+  static void pack(const float* y, int dim, Hidden* to) {
+    int d = 0;
+    for (; d + kWidth <= dim; d += kWidth) store_bf16(to + d, load(y + d));
+    alignas(64) float rest[kWidth] = {};
+    uint16_t rounded[kWidth];
+    __builtin_memcpy(rest, y + d, (dim - d) * sizeof(float));
+    store_bf16(rounded, load(rest));
+    __builtin_memcpy(to + d, rounded, (dim - d) * sizeof(uint16_t));
+  }
+};
+using HeadBFloat16 = BFloat16Pairs;
+#else
+using HeadBFloat16 = Widened<BFloat16>;
+#endif
+
+template <class Function>
+static SPECDEC_INLINE auto with_head(HeadType type, const Function& function) {
+  switch (type) {
+    case HeadType::kFloat32:
+      return function(Widened<Float32>());
+    case HeadType::kBFloat16:
+      return function(HeadBFloat16());
+    case HeadType::kFloat16:
+      return function(Widened<Float16>());
+    default:
+      return function(Widened<Int8>());
+  }
+}
+
+template <class Multiplier>
+static SPECDEC_INLINE int packed_dim(int dim) {
+  return round_up(dim, Multiplier::kStep);
+}
+
+constexpr int kSlots = kWidth / 4;  // rows of the head that are multiplied at once
+constexpr int kBlockBytes = 2048;   // of a head's row, where the dim is cut
+constexpr int kFetchAhead = 1024;   // bytes
+
+// Dot products of kSlots rows of the head with kRows packed hidden rows over dims [begin, end), whole steps. Lane
+// slot * 4 + row of the result.
+template <class Multiplier, int kRows, bool kFetch>
+static SPECDEC_INLINE Vec dots(const typename Multiplier::Element* const (&head)[kSlots],
+                               const typename Multiplier::Hidden* hidden, int64_t stride, int begin, int end) {
+  Vec sum[kWidth];
+  SPECDEC_UNROLL
+  for (int i = 0; i < kWidth; i++) sum[i] = splat(0.0f);
+  for (int d = begin; d < end; d += Multiplier::kStep) {
+    typename Multiplier::Operand rows[kRows];
+    SPECDEC_UNROLL
+    for (int n = 0; n < kRows; n++) rows[n] = Multiplier::load_hidden(hidden + n * stride + d);
+    SPECDEC_UNROLL
+    for (int k = 0; k < kSlots; k++) {
+      if (kFetch) __builtin_prefetch(reinterpret_cast<const char*>(head[k] + d) + kFetchAhead);
+      const auto row = Multiplier::load_head(head[k] + d);
+      SPECDEC_UNROLL
+      for (int n = 0; n < kRows; n++) sum[k * 4 + n] = Multiplier::apply(sum[k * 4 + n], row, rows[n]);
+    }
+  }
+  return sums(sum);
+}
+
+// One group of kSlots rows of the head times up to four hidden rows over a part of the dim, added to their logits.
+template <class Multiplier, bool kFetch>
+static SPECDEC_INLINE void add_dots(const ExitTile& tile, int slot, const typename Multiplier::Hidden* hidden, int rows,
+                                    int begin, int end, float* logits) {
+  using Element = typename Multiplier::Element;
+  const Element* head[kSlots];
+  for (int k = 0; k < kSlots; k++) {
+    head[k] = static_cast<const Element*>(tile.head) + int64_t(min_of(slot + k, tile.count - 1)) * tile.dim;
+  }
+  const int64_t stride = packed_dim<Multiplier>(tile.dim);
+  const int whole = end < tile.dim ? end : begin + (tile.dim - begin) / Multiplier::kStep * Multiplier::kStep;
+  Vec sum = rows == 1   ? dots<Multiplier, 1, kFetch>(head, hidden, stride, begin, whole)
+            : rows == 2 ? dots<Multiplier, 2, kFetch>(head, hidden, stride, begin, whole)
+            : rows == 3 ? dots<Multiplier, 3, kFetch>(head, hidden, stride, begin, whole)
+                        : dots<Multiplier, 4, kFetch>(head, hidden, stride, begin, whole);
+  if (whole < end) {  // the last step of a row, which must not be read beyond its end
+    Element padded[kSlots][Multiplier::kStep] = {};
+    for (int k = 0; k < kSlots; k++) {
+      __builtin_memcpy(padded[k], head[k] + whole, (tile.dim - whole) * sizeof(Element));
+      head[k] = padded[k] - whole;
+    }
+    sum = sum + (rows == 1   ? dots<Multiplier, 1, false>(head, hidden, stride, whole, whole + 1)
+                 : rows == 2 ? dots<Multiplier, 2, false>(head, hidden, stride, whole, whole + 1)
+                 : rows == 3 ? dots<Multiplier, 3, false>(head, hidden, stride, whole, whole + 1)
+                             : dots<Multiplier, 4, false>(head, hidden, stride, whole, whole + 1));
+  }
+  alignas(64) float by_slot[kWidth];
+  store(by_slot, sum);
+  for (int n = 0; n < rows; n++) {
+    float* to = logits + n * kExitTile + slot;
+    SPECDEC_UNROLL
+    for (int k = 0; k < kSlots; k++) to[k] = begin == 0 ? by_slot[k * 4 + n] : to[k] + by_slot[k * 4 + n];
+  }
+}
+
+template <class Multiplier>
+static void multiply_tile(const ExitTile& tile, const char* packed, int rows, float* logits) {
+  using Hidden = typename Multiplier::Hidden;
+  const auto* hidden = reinterpret_cast<const Hidden*>(packed);
+  const int64_t stride = packed_dim<Multiplier>(tile.dim);
+  if (rows <= kExitNarrowRows) {
+    for (int slot = 0; slot < tile.count; slot += kSlots) {
+      for (int row = 0; row < rows; row += 4) {
+        add_dots<Multiplier, true>(tile, slot, hidden + row * stride, min_of(4, rows - row), 0, tile.dim,
+                                   logits + row * kExitTile);
+      }
+    }
+  } else {
+    constexpr int kBlock = kBlockBytes / int(sizeof(typename Multiplier::Element));
+    for (int begin = 0; begin < tile.dim; begin += kBlock) {
+      const int end = min_of(begin + kBlock, tile.dim);
+      for (int row = 0; row < rows; row += 4) {
+        for (int slot = 0; slot < tile.count; slot += kSlots) {
+          add_dots<Multiplier, false>(tile, slot, hidden + row * stride, min_of(4, rows - row), begin, end,
+                                      logits + row * kExitTile);
+        }
+      }
+    }
+  }
+  for (int n = 0; n < rows; n++) {
+    for (int i = tile.count; i < kExitTile; i++) logits[n * kExitTile + i] = -__builtin_inff();
+  }
+}
+
+static void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, float* logits) {
+  with_head(type, [&](auto multiplier) { multiply_tile<decltype(multiplier)>(tile, packed, rows, logits); });
+}
+
+static size_t packed_bytes(HeadType type, int dim) {
+  return with_head(type, [&](auto multiplier) {
+    using Multiplier = decltype(multiplier);
+    return (size_t(packed_dim<Multiplier>(dim)) * sizeof(typename Multiplier::Hidden) + 63) & ~size_t(63);
+  });
+}
+
+static void pack(HeadType type, const float* y, int dim, void* packed) {
+  with_head(type, [&](auto multiplier) {
+    using Multiplier = decltype(multiplier);
+    __builtin_memset(packed, 0, packed_bytes(type, dim));
+    Multiplier::pack(y, dim, static_cast<typename Multiplier::Hidden*>(packed));
+  });
+}
+
+// Puts a logit where it belongs among the greatest ones. Entries come in ascending order, so equals stay behind.
+static SPECDEC_INLINE void list(float value, int32_t entry, int listed, ExitState& state) {
+  int at = listed - 1;
+  for (; at > 0 && value > state.value[at - 1]; at--) {
+    state.value[at] = state.value[at - 1];
+    state.entry[at] = state.entry[at - 1];
+  }
+  state.value[at] = value;
+  state.entry[at] = entry;
+}
+
+static void absorb(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int listed,
+                   ExitState& state) {
+  constexpr unsigned kAll = kWidth == 16 ? 0xffffu : 0xffu;
+  const Vec infinity = splat(__builtin_inff());
+  Vec top = splat(-__builtin_inff());
+  unsigned finite = kAll;
+  for (int i = 0; i < kExitTile; i += kWidth) {
+    Vec z = load(logits + i);
+    if (scales) z = z * load(scales + i);
+    if (bias) z = z + load(bias + i);
+    if (scales || bias) store(logits + i, z);
+    finite &= lanes_above(infinity, z);
+    top = maximum(z, top);  // the second operand where the first is a NaN
+  }
+  if (finite != kAll) state.invalid = true;
+  const float peak = greatest(top);
+  if (peak > state.value[listed - 1]) {
+    for (int i = 0; i < kExitTile; i++) {
+      if (logits[i] > state.value[listed - 1]) list(logits[i], first_entry + i, listed, state);
+    }
+  }
+  if (!(peak > -__builtin_inff())) return;
+  if (peak > state.max) {
+    if (state.sum > 0) {
+      const float fall = state.max - peak, decay = __builtin_exp2f(fall * factor);
+      state.log_sum = (state.log_sum + state.sum * fall) * decay;
+      state.sum *= decay;
+    }
+    state.max = peak;
+  }
+  const Vec max = splat(state.max), scale = splat(factor);
+  Vec sum = splat(0.0f), log_sum = splat(0.0f);
+  for (int i = 0; i < kExitTile; i += kWidth) {
+    const Vec below = maximum(load(logits + i) - max, splat(-1e30f));  // -inf would make NaN of 0 * -inf
+    const Vec weight = exp2(below * scale);
+    sum = sum + weight;
+    log_sum = fma(weight, below, log_sum);
+  }
+  state.sum += total(sum);
+  state.log_sum += total(log_sum);
+}
+
+template <class Storage>
+static void normalise_row(const ExitParams& p, int row, float* y) {
+  const auto* x = static_cast<const typename Storage::Element*>(p.hidden) + row * p.hidden_stride_row;
+  alignas(64) float padded[kWidth];
+  Vec squares = splat(0.0f);
+  for (int d = 0; d < p.dim; d += kWidth) {
+    Vec v;
+    if (d + kWidth <= p.dim) {
+      v = Storage::load_vec(x + d);
+      store(y + d, v);
+    } else {
+      typename Storage::Element rest[kWidth] = {};
+      __builtin_memcpy(rest, x + d, (p.dim - d) * sizeof(rest[0]));
+      v = Storage::load_vec(rest);
+      store(padded, v);
+      __builtin_memcpy(y + d, padded, (p.dim - d) * sizeof(float));
+    }
+    squares = fma(v, v, squares);
+  }
+  if (!p.norm_weight) return;
+  const float scale = 1.0f / __builtin_sqrtf(total(squares) / float(p.dim) + p.norm_eps);
+  for (int d = 0; d < p.dim; d++) y[d] *= scale;
+}
+
+template <class Storage>
+static void weigh_row(const ExitParams& p, float* y) {
+  const auto* weight = static_cast<const typename Storage::Element*>(p.norm_weight);
+  alignas(64) float padded[kWidth];
+  for (int d = 0; d < p.dim; d += kWidth) {
+    const int count = min_of(kWidth, p.dim - d);
+    typename Storage::Element some[kWidth] = {};
+    __builtin_memcpy(some, weight + d, count * sizeof(some[0]));
+    store(padded, Storage::load_vec(some));
+    for (int i = 0; i < count; i++) y[d + i] *= padded[i];
+  }
+}
+
+static void normalise(const ExitParams& p, int row, float* y) {
+  if (p.hidden_dtype == DType::kFloat32) normalise_row<Float32>(p, row, y);
+  if (p.hidden_dtype == DType::kBFloat16) normalise_row<BFloat16>(p, row, y);
+  if (p.hidden_dtype == DType::kFloat16) normalise_row<Float16>(p, row, y);
+  if (!p.norm_weight) return;
+  if (p.norm_dtype == DType::kFloat32) weigh_row<Float32>(p, y);
+  if (p.norm_dtype == DType::kBFloat16) weigh_row<BFloat16>(p, y);
+  if (p.norm_dtype == DType::kFloat16) weigh_row<Float16>(p, y);
+}
+
+const ExitKernels kExitKernels = {normalise, packed_bytes, pack, multiply, absorb};
+
+}  // namespace specdec::SPECDEC_ISA

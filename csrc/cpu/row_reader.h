@@ -1,0 +1,71 @@
+// Rows of logits as distributions, and races over them, on a team of threads.
+#pragma once
+
+#include <cstddef>
+#include <vector>
+
+#include "cpu/row_kernels.h"
+#include "cpu/team.h"
+
+namespace specdec {
+
+struct RowSettings {
+  float temperature;
+  int32_t top_k;
+  float top_p;
+};
+RowSettings settings_of(const SamplingParams& params, int32_t request);
+
+const void* row_at(const void* base, DType dtype, int64_t element);
+float logit_at(const void* row, DType dtype, int64_t place);
+
+// Scratch and threads; one for each row that is worked on at a time.
+class RowReader {
+ public:
+  explicit RowReader(int threads) : kernels_(row_kernels()), team_(threads) {}
+
+  // One pass over the row; filters add passes (see row_filter.cpp).
+  Law law(const void* row, DType dtype, int64_t size, const RowSettings& settings, bool with_entropy);
+
+  // Sum of the weights of `vocab` tokens and, with a race, its winner or -1.
+  Pass weigh(WeightPass& pass, int64_t vocab, bool race);
+
+  // The best `count` of a race, or of the weights where all scores are 0; then -1. Returns how many there are.
+  int race_top(WeightPass& pass, int64_t vocab, int count, int32_t* out);
+
+  // The greatest logits above -inf.
+  int top_logits(const void* row, DType dtype, int64_t size, int count, int32_t* out);
+
+  RhoSums rho_sums(const LawRow& target, const LawRow& draft, float from, float step, int64_t vocab);
+
+ private:
+  struct View {
+    const void* row;
+    DType dtype;
+    int64_t size;
+  };
+  struct Kept {
+    Cut cut;
+    double mass;
+  };
+
+  ScanPart scan(const View& view, ScanKind kind, float scale);
+  Kept filter(const View& row, const RowSettings& settings, const Law& law, double mass);
+  Cut narrow(const View& view, ScanKind kind, double target, const Law& law, double* reached);
+  Cut last_of(const View& view, float low, float high, ScanKind kind, double target, double above, const Law& law,
+              double* reached);
+  void sums_above(const View& view, ScanKind kind, const Law& law, const float* thresholds, double* sums);
+  int64_t collect(const View& view, float threshold, std::vector<float>& values, std::vector<int32_t>& places);
+  ScanPart kept(const View& view, const Law& law, const Cut& cut);
+
+  const RowKernels& kernels_;
+  Team team_;
+  std::vector<ScanPart> parts_;
+  std::vector<float> sums_;
+  std::vector<float> top_values_, values_;  // collected entries: those of top-k, and those around a cut
+  std::vector<int32_t> top_places_, places_;
+  std::vector<int64_t> counts_;
+  std::vector<uint64_t> order_;
+};
+
+}  // namespace specdec

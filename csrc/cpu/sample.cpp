@@ -1,0 +1,116 @@
+// Sampling on CPUs: the law of a row, then one race over it. With at least as many rows as threads a thread owns a row,
+// else the threads share each row, chunk by chunk.
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <limits>
+
+#include "cpu/accept.h"
+#include "cpu/row_reader.h"
+
+namespace specdec {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+class RowSampler {
+ public:
+  RowSampler(const SampleParams& params, int32_t request, int32_t row, RowReader& reader)
+      : p(params), reader(reader), request(request), row(row) {
+    const int64_t place = int64_t(request) * p.rows + row;
+    logits = row_at(p.logits, p.dtype, request * p.logits_stride_batch + row * p.logits_stride_row);
+    tokens = p.tokens + place * p.count;
+    logprobs = p.logprobs ? p.logprobs + place * p.count : nullptr;
+    logsumexp = p.logsumexp ? p.logsumexp + place : nullptr;
+    settings = settings_of(p.sampling, request);
+  }
+
+  // Returns the row's status.
+  int32_t run() {
+    const bool drafting = p.domain == SampleDomain::kDraft;
+    const Law law = reader.law(logits, p.dtype, p.vocab, settings, false);
+    int drawn = 0;
+    if (law.valid || !drafting) drawn = draw(law);
+    std::fill(tokens + drawn, tokens + p.count, -1);
+    if (logprobs || logsumexp) describe(law, law.valid || !drafting ? drawn : -1);
+    if (p.draft_to_target)
+      for (int i = 0; i < drawn; ++i) tokens[i] = p.draft_to_target[tokens[i]];
+    return law.valid ? 0 : drafting ? kDraftInvalid : kTargetInvalid;
+  }
+
+ private:
+  const SampleParams& p;
+  RowReader& reader;
+  int32_t request, row;
+  const void* logits;
+  int32_t* tokens;
+  float *logprobs, *logsumexp;
+  RowSettings settings;
+
+  NoiseKey noise(uint32_t draw) const {
+    const int64_t seed = p.seed.values ? p.seed.values[request] : p.seed.value;
+    const int32_t position = p.position.values ? p.position.values[request] : p.position.value;
+    if (p.domain == SampleDomain::kSample) return noise_key(seed, position, kNoiseSample, 0);
+    const int32_t parent = p.parents ? p.parents[int64_t(request) * p.rows + row] : p.first_parent + row;
+    return noise_key(seed, position, kNoiseDraft, uint32_t(parent) + (draw << 16));
+  }
+
+  // Writes ids of the row; returns how many there are.
+  int draw(const Law& law) {
+    if (law.one_hot && (p.replacement || !law.valid || p.count == 1)) {
+      const int drawn = p.replacement ? p.count : 1;
+      std::fill(tokens, tokens + drawn, law.argmax);
+      return drawn;
+    }
+    if (law.one_hot) return reader.top_logits(logits, p.dtype, p.vocab, p.count, tokens);
+    WeightPass pass{};
+    pass.target = {logits, p.dtype, nullptr, law, 1.0f};
+    pass.noise = noise(0);
+    if (!p.replacement && p.count > 1) return reader.race_top(pass, p.vocab, p.count, tokens);
+    for (int32_t i = 0; i < p.count; ++i) {
+      pass.noise = noise(uint32_t(i));
+      tokens[i] = reader.weigh(pass, p.vocab, true).winner;
+    }
+    return p.count;
+  }
+
+  // Natural logarithms of q, for the tokens while they are still ids of the row. At temperature 0, where it would say
+  // nothing, of temperature 1 without filters. drawn -1: there is no distribution.
+  void describe(Law law, int drawn) {
+    if (law.valid && law.one_hot) law = reader.law(logits, p.dtype, p.vocab, {1.0f, 0, 1.0f}, false);
+    const double temperature = settings.temperature > 0 ? settings.temperature : 1.0;
+    const double total = law.max / temperature - std::log(double(law.inverse_sum));
+    if (logsumexp) *logsumexp = drawn < 0 ? -kInfinity : float(total);
+    if (!logprobs) return;
+    for (int32_t i = 0; i < p.count; ++i) {
+      const double scaled = i < drawn ? logit_at(logits, p.dtype, tokens[i]) / temperature : 0.0;
+      logprobs[i] = i < drawn ? float(scaled - total) : -kInfinity;
+    }
+  }
+};
+
+}  // namespace
+
+void sample_cpu(const SampleParams& p, int threads) {
+  const int64_t rows = int64_t(p.batch) * p.rows;
+  threads = std::max(threads, 1);
+  std::fill(p.status, p.status + p.batch, 0);
+  const auto sample_row = [&](int64_t place, RowReader& reader) {
+    const int32_t request = int32_t(place / p.rows);
+    const int32_t status = RowSampler(p, request, int32_t(place % p.rows), reader).run();
+    if (status) __atomic_fetch_or(p.status + request, status, __ATOMIC_RELAXED);
+  };
+  if (rows < threads || threads == 1) {
+    RowReader reader(threads);
+    for (int64_t place = 0; place < rows; ++place) sample_row(place, reader);
+    return;
+  }
+#pragma omp parallel num_threads(threads)
+  {
+    RowReader reader(1);
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t place = 0; place < rows; ++place) sample_row(place, reader);
+  }
+}
+
+}  // namespace specdec

@@ -1,0 +1,35 @@
+// The threads that work on one row. A row is cut into chunks whose size does not depend on their number.
+#pragma once
+
+#include <cstdint>
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace specdec {
+
+class Team {
+ public:
+  explicit Team(int threads) : threads_(threads) {}
+  int threads() const { return threads_; }
+
+  // Calls work(chunk, worker) for every chunk; a worker gets its chunks in ascending order.
+  template <class Work>
+  void run(int64_t chunks, const Work& work) const {
+#ifdef _OPENMP
+    if (threads_ > 1 && chunks > 1) {
+      const int threads = chunks < threads_ ? int(chunks) : threads_;
+#pragma omp parallel for num_threads(threads) schedule(static)
+      for (int64_t chunk = 0; chunk < chunks; chunk++) work(chunk, omp_get_thread_num());
+      return;
+    }
+#endif
+    for (int64_t chunk = 0; chunk < chunks; chunk++) work(chunk, 0);
+  }
+
+ private:
+  int threads_;
+};
+
+}  // namespace specdec

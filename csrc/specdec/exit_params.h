@@ -1,0 +1,51 @@
+// Plain structs of the early exit ops, shared by the CPU kernels, the CUDA launchers and the bindings. See params.h.
+#pragma once
+
+#include <cstdint>
+
+#include "specdec/params.h"
+
+namespace specdec {
+
+// How an LM head is stored. The first three are those of DType.
+enum class HeadType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
+
+enum class ExitMeasure : int32_t { kNone = 0, kMaxProb = 1, kMargin = 2, kEntropy = 3 };
+enum class ExitLevel : int32_t { kRow = 0, kAny = 1, kAll = 2 };
+
+constexpr int32_t kExitInvalid = 1;  // status: a logit of NaN or +inf, or none above -inf
+constexpr int32_t kMostListed = 16;  // of top_k
+
+struct ExitParams {
+  const void* hidden;         // [rows, dim]
+  const void* head;           // [vocab, dim], contiguous
+  const float* scales;        // [vocab] of an int8 head, else nullptr
+  const void* norm_weight;    // [dim] of the RMSNorm, or nullptr: no norm
+  const float* bias;          // [vocab] or nullptr
+  const float* temperatures;  // [rows] or nullptr: `temperature`
+  const int32_t* token_map;   // [vocab] or nullptr: entries are tokens
+  const float* thresholds;    // [rows] or nullptr: `threshold`
+
+  int32_t* token;   // [rows]
+  float* max_prob;  // [rows], as the next three
+  float* margin;
+  float* entropy;
+  float* logsumexp;
+  int32_t* top_tokens;   // [rows, top_k], or nullptr
+  float* top_logprobs;   // [rows, top_k], or nullptr
+  int32_t* status;       // [rows]
+  bool* exited;          // [rows]; this and the rest: nullptr without a measure
+  int32_t* active_rows;  // [rows]
+  int32_t* inverse;      // [rows]
+  int32_t* num_active;   // [1]
+
+  int64_t hidden_stride_row;
+  DType hidden_dtype, norm_dtype;
+  HeadType head_type;
+  ExitMeasure measure;
+  ExitLevel level;
+  int32_t rows, dim, vocab, top_k;
+  float norm_eps, temperature, threshold;
+};
+
+}  // namespace specdec

@@ -1,0 +1,168 @@
+"""The acceptance and sampling ops as torch.library operators; see _library for when a call goes through them.
+
+`accept` is one operator for all acceptance rules and `sample` one for both samplers, as their implementations are.
+"""
+
+import torch
+
+from . import _alloc, _dispatch
+from ._library import define, fake_empty, short_cut
+
+_NAMESPACE = torch.ops.specdec_ops
+
+
+# accept. `arguments` is everything from rule to child_rows, in the order of the schema below.
+
+_LAW = (
+    "float {0}temperature, Tensor? {0}temperatures, SymInt {0}top_k, Tensor? {0}top_ks, "
+    "float {0}top_p, Tensor? {0}top_ps, "
+)
+_NOISE = "SymInt seed, Tensor? seeds, SymInt position, Tensor? positions"
+_ACCEPT = (
+    "str rule, Tensor target, Tensor draft_tokens, Tensor? draft_logits, Tensor? target_to_draft, Tensor? first_child, "
+    f"Tensor? next_sibling, Tensor num_nodes, {_LAW.format('')}{_LAW.format('draft_')}{_NOISE}, int[] eos, "
+    "float[] thresholds, bool replacement, bool child_rows"
+)
+
+
+def accept(arguments: tuple, max_depth: int, width: int, backend: str, out: tuple | None = None) -> tuple:
+    """Checked arguments in; (tokens, nodes, num_accepted, next_tokens [batch, width], status) out."""
+    tensors = arguments[1:8] + arguments[9:24:2]
+    if short_cut(*(tensors if out is None else tensors + out)):
+        if out is None:
+            return _run_accept(*arguments, backend, max_depth, width)
+        _run_accept_out(*arguments, backend, *out)
+    elif out is None:
+        return _NAMESPACE.accept(*arguments, backend, max_depth, width)
+    else:
+        tokens, nodes, num_accepted, next_tokens, status = out
+        _NAMESPACE.accept.out(
+            *arguments,
+            backend,
+            tokens=tokens,
+            nodes=nodes,
+            num_accepted=num_accepted,
+            next_tokens=next_tokens,
+            status=status,
+        )
+    return out
+
+
+def _run_accept(*arguments):
+    *arguments, backend, max_depth, width = arguments
+    target = arguments[1]
+    batch, device, columns = target.shape[0], target.device, max_depth + 1
+    empty = _alloc.empty
+    out = (
+        empty((batch, columns), torch.int32, device),
+        empty((batch, columns), torch.int32, device),
+        empty((batch,), torch.int32, device),
+        empty((batch, width), torch.int32, device),
+        empty((batch,), torch.int32, device),
+    )
+    _run_accept_out(*arguments, backend, *out)
+    return out
+
+
+def _run_accept_out(*arguments):
+    target = arguments[1]
+    implementation = _dispatch.resolve("accept", arguments[28], target)
+    if target.shape[0]:
+        implementation(*arguments[:28], *arguments[29:])
+
+
+def _fake_accept(rule, target, *others):
+    max_depth, width = others[-2:]
+    batch, device = target.shape[0], target.device
+    shapes = ((batch, max_depth + 1), (batch, max_depth + 1), (batch,), (batch, width), (batch,))
+    return tuple(fake_empty(shape, torch.int32, device) for shape in shapes)
+
+
+define(
+    "accept",
+    f"{_ACCEPT}, str backend",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(a!) tokens, Tensor(b!) nodes, Tensor(c!) num_accepted, Tensor(d!) next_tokens, Tensor(e!) status",
+    _run_accept,
+    lambda *arguments, tokens, nodes, num_accepted, next_tokens, status: _run_accept_out(
+        *arguments, tokens, nodes, num_accepted, next_tokens, status
+    ),
+    _fake_accept,
+    what=", SymInt max_depth, SymInt width",
+)
+
+
+# sample. `arguments` is everything from logits to positions, in the order of the schema below.
+
+_SAMPLE = (
+    "Tensor logits, Tensor? draft_to_target, SymInt count, bool replacement, Tensor? parents, SymInt first_parent, "
+    f"str domain, {_LAW.format('')}{_NOISE}"
+)
+
+
+def sample(arguments: tuple, with_law: bool, backend: str, out: tuple | None = None) -> tuple:
+    """Checked arguments in; (tokens, logprobs, logsumexp, status) out. Without with_law the two are None or empty."""
+    tensors = (arguments[0], arguments[1], arguments[4], *arguments[8:17:2])
+    if short_cut(*(tensors if out is None else tensors + out)):
+        if out is None:
+            out = _sampled(_alloc.empty, arguments, with_law)
+        _run_sample_out(*arguments, backend, *out)
+    elif out is None:
+        return _NAMESPACE.sample(*arguments, backend, with_law)
+    else:
+        tokens, logprobs, logsumexp, status = out
+        _NAMESPACE.sample.out(*arguments, backend, tokens=tokens, logprobs=logprobs, logsumexp=logsumexp, status=status)
+    return out
+
+
+def _sampled(empty, arguments, with_law: bool) -> tuple:
+    batch, rows, _ = arguments[0].shape
+    count, device = arguments[2], arguments[0].device
+    return (
+        empty((batch, rows, count), torch.int32, device),
+        empty((batch, rows, count), torch.float32, device) if with_law else None,
+        empty((batch, rows), torch.float32, device) if with_law else None,
+        empty((batch,), torch.int32, device),
+    )
+
+
+def _run_sample(*arguments):
+    *arguments, backend, with_law = arguments
+    tokens, logprobs, logsumexp, status = _sampled(_alloc.empty, arguments, with_law)
+    _run_sample_out(*arguments, backend, tokens, logprobs, logsumexp, status)
+    if with_law:
+        return tokens, logprobs, logsumexp, status
+    device = tokens.device  # an operator can't return None for a Tensor
+    return tokens, _alloc.empty((0,), torch.float32, device), _alloc.empty((0,), torch.float32, device), status
+
+
+def _run_sample_out(*arguments):
+    logits = arguments[0]
+    implementation = _dispatch.resolve("sample", arguments[17], logits)
+    if logits.shape[0] and logits.shape[1]:
+        implementation(*arguments[:17], *arguments[18:])
+    elif logits.shape[0]:  # requests without rows have nothing to report
+        arguments[-1].zero_()
+
+
+def _fake_sample(*arguments):
+    *arguments, _, with_law = arguments
+    tokens, logprobs, logsumexp, status = _sampled(fake_empty, arguments, with_law)
+    if with_law:
+        return tokens, logprobs, logsumexp, status
+    device = tokens.device
+    return tokens, fake_empty((0,), torch.float32, device), fake_empty((0,), torch.float32, device), status
+
+
+define(
+    "sample",
+    f"{_SAMPLE}, str backend",
+    "(Tensor, Tensor, Tensor, Tensor)",
+    "Tensor(a!) tokens, Tensor(b!)? logprobs, Tensor(c!)? logsumexp, Tensor(d!) status",
+    _run_sample,
+    lambda *arguments, tokens, logprobs=None, logsumexp=None, status: _run_sample_out(
+        *arguments, tokens, logprobs, logsumexp, status
+    ),
+    _fake_sample,
+    what=", bool with_law",
+)

@@ -1,0 +1,97 @@
+"""The early exit ops as torch.library operators; see _library for when a call goes through them."""
+
+import torch
+
+from . import _alloc, _dispatch
+from ._library import define, fake_empty, short_cut
+
+_NAMESPACE = torch.ops.specdec_ops
+
+# exit_confidence. `arguments` is everything from hidden to level, in the order of the schema below. Outputs: those of
+# Confidence, then those of Exit, which are None (empty, in the operator) without a measure.
+
+_EXIT_CONFIDENCE = (
+    "Tensor hidden, Tensor head, Tensor? scales, Tensor? norm_weight, float norm_eps, Tensor? bias, "
+    "float temperature, Tensor? temperatures, Tensor? token_map, float threshold, Tensor? thresholds, str measure, "
+    "str level"
+)
+_OUTPUTS = (
+    *("token", "max_prob", "margin", "entropy", "logsumexp", "top_tokens", "top_logprobs", "status"),
+    *("exited", "active_rows", "inverse", "num_active"),
+)
+_OPTIONAL = ("top_tokens", "top_logprobs", "exited", "active_rows", "inverse", "num_active")
+
+
+def exit_confidence(arguments: tuple, top_k: int, backend: str, out: tuple | None = None) -> tuple:
+    """Checked arguments in; the tensors of Confidence and Exit out, None where there are none."""
+    tensors = (*arguments[:4], arguments[5], arguments[7], arguments[8], arguments[10])
+    if short_cut(*(tensors if out is None else tensors + out)):
+        if out is None:
+            out = _outputs(_alloc.empty, arguments, top_k)
+        _run_exit_confidence_out(*arguments, backend, *out)
+    elif out is None:
+        results = _NAMESPACE.exit_confidence(*arguments, backend, top_k)
+        decides = bool(arguments[11])
+        wanted = (top_k > 0 if n.startswith("top_") else decides or n not in _OPTIONAL for n in _OUTPUTS)
+        return tuple(result if given else None for result, given in zip(results, wanted, strict=True))
+    else:
+        _NAMESPACE.exit_confidence.out(*arguments, backend, **dict(zip(_OUTPUTS, out, strict=True)))
+    return out
+
+
+def _outputs(empty, arguments: tuple, top_k: int) -> tuple:
+    rows, device, decides = arguments[0].shape[0], arguments[0].device, bool(arguments[11])
+    return (
+        empty((rows,), torch.int32, device),
+        empty((rows,), torch.float32, device),
+        empty((rows,), torch.float32, device),
+        empty((rows,), torch.float32, device),
+        empty((rows,), torch.float32, device),
+        empty((rows, top_k), torch.int32, device) if top_k else None,
+        empty((rows, top_k), torch.float32, device) if top_k else None,
+        empty((rows,), torch.int32, device),
+        empty((rows,), torch.bool, device) if decides else None,
+        empty((rows,), torch.int32, device) if decides else None,
+        empty((rows,), torch.int32, device) if decides else None,
+        empty((1,), torch.int32, device) if decides else None,
+    )
+
+
+def _filled(outputs: tuple, empty, device) -> tuple:
+    """An operator can't return None for a Tensor."""
+    return tuple(empty((0,), torch.int32, device) if output is None else output for output in outputs)
+
+
+def _run_exit_confidence(*arguments):
+    *arguments, backend, top_k = arguments
+    out = _outputs(_alloc.empty, arguments, top_k)
+    _run_exit_confidence_out(*arguments, backend, *out)
+    return _filled(out, _alloc.empty, arguments[0].device)
+
+
+def _run_exit_confidence_out(*arguments):
+    hidden, num_active = arguments[0], arguments[-1]
+    implementation = _dispatch.resolve("exit_confidence", arguments[13], hidden)
+    if hidden.shape[0]:
+        implementation(*arguments[:13], *arguments[14:])
+    elif num_active is not None:
+        num_active.zero_()
+
+
+def _fake_exit_confidence(*arguments):
+    *arguments, _, top_k = arguments
+    return _filled(_outputs(fake_empty, arguments, top_k), fake_empty, arguments[0].device)
+
+
+define(
+    "exit_confidence",
+    f"{_EXIT_CONFIDENCE}, str backend",
+    f"({', '.join(['Tensor'] * len(_OUTPUTS))})",
+    ", ".join(
+        f"Tensor({chr(ord('a') + i)}!){'?' if name in _OPTIONAL else ''} {name}" for i, name in enumerate(_OUTPUTS)
+    ),
+    _run_exit_confidence,
+    lambda *arguments, **out: _run_exit_confidence_out(*arguments, *(out.get(name) for name in _OUTPUTS)),
+    _fake_exit_confidence,
+    what=", SymInt top_k",
+)

@@ -1,0 +1,62 @@
+"""Calls of the early exit kernels in the compiled module. Nothing is checked here; the public ops have done so.
+
+The order of arguments is that of csrc/bindings_exit.cpp.
+"""
+
+import torch
+
+from ._native import _DTYPE_CODES, _address, _module
+
+_HEAD_TYPES = {**_DTYPE_CODES, torch.int8: 3}  # HeadType in csrc/specdec/exit_params.h
+_MEASURES = ("", "max_prob", "margin", "entropy")  # ExitMeasure
+_LEVELS = ("row", "any", "all")  # ExitLevel
+
+
+def exit_confidence_cpu(*arguments):
+    """See specdec_ops.reference.exit_confidence for the arguments."""
+    _module().exit_confidence_cpu(*_exit_arguments(*arguments), torch.get_num_threads())
+
+
+def _exit_arguments(
+    hidden,
+    head,
+    scales,
+    norm_weight,
+    norm_eps,
+    bias,
+    temperature,
+    temperatures,
+    token_map,
+    threshold,
+    thresholds,
+    measure,
+    level,
+    token,
+    max_prob,
+    margin,
+    entropy,
+    logsumexp,
+    top_tokens,
+    top_logprobs,
+    status,
+    exited,
+    active_rows,
+    inverse,
+    num_active,
+):
+    norm_code = 0 if norm_weight is None else _DTYPE_CODES[norm_weight.dtype]
+    figures = (token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status)
+    return (
+        (hidden.data_ptr(), _DTYPE_CODES[hidden.dtype], hidden.stride(0)),
+        (head.data_ptr(), _HEAD_TYPES[head.dtype], _address(scales)),
+        (_address(norm_weight), norm_code, norm_eps),
+        _address(bias),
+        (temperature, _address(temperatures)),
+        _address(token_map),
+        (threshold, _address(thresholds)),
+        _MEASURES.index(measure),
+        _LEVELS.index(level),
+        tuple(map(_address, figures)),
+        tuple(map(_address, (exited, active_rows, inverse, num_active))),
+        (*hidden.shape, head.shape[0], 0 if top_tokens is None else top_tokens.shape[1]),
+    )

@@ -1,0 +1,80 @@
+"""`VocabMap`: which target token each entry of a reduced draft vocabulary is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from ._checks import is_int, wrong
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False, init=False)
+class VocabMap:
+    """A draft head over a part of the target's vocabulary (as EAGLE-3's and FR-Spec's), both ways. Make it once.
+
+    Draft tokens are target ids everywhere in this package; only rows of draft logits have draft entries. A target token
+    that no entry stands for has draft probability 0.
+
+    Args:
+        draft_to_target: int32 or int64 `[draft_vocab]`: the target id of every draft entry, all different. A list or an
+            array will do. (EAGLE-3's `d2t` holds differences: pass `d2t + torch.arange(len(d2t))`.)
+        vocab: entries of a row of target logits.
+
+    Raises:
+        TypeError: the ids are not integers.
+        ValueError: they are not one-dimensional, out of range or not all different.
+
+    Making one checks the values, which waits for the device; using one does not.
+    """
+
+    draft_to_target: torch.Tensor
+    """int32 [draft_vocab]."""
+    target_to_draft: torch.Tensor
+    """int32 [vocab]: the draft entry of a target token, or -1."""
+
+    def __init__(self, draft_to_target: torch.Tensor | Sequence[int], vocab: int) -> None:
+        ids = torch.as_tensor(draft_to_target)
+        if ids.dtype not in (torch.int32, torch.int64):
+            raise TypeError(wrong("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids))
+        if ids.dim() != 1 or ids.shape[0] < 1:
+            raise ValueError(wrong("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids))
+        if not is_int(vocab):
+            raise TypeError(wrong("VocabMap", "vocab", "an int", vocab))
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocab:
+            must = f"of ids from 0 to {vocab - 1}"
+            raise ValueError(f"specdec_ops.VocabMap: draft_to_target must be {must}, got ids from {low} to {high}")
+        inverse = torch.full((vocab,), -1, dtype=torch.int32, device=ids.device)
+        entries = torch.arange(ids.shape[0], dtype=torch.int32, device=ids.device)
+        inverse[ids.long()] = entries
+        if not torch.equal(inverse[ids.long()], entries):
+            raise ValueError(
+                f"specdec_ops.VocabMap: draft_to_target must be of different ids, got {len(ids.unique())} of {len(ids)}"
+            )
+        self._set(ids.to(torch.int32).contiguous(), inverse)
+
+    @property
+    def vocab(self) -> int:
+        """Entries of a row of target logits."""
+        return self.target_to_draft.shape[0]
+
+    @property
+    def draft_vocab(self) -> int:
+        """Entries of a row of draft logits."""
+        return self.draft_to_target.shape[0]
+
+    def to(self, device) -> VocabMap:
+        """The same on another device."""
+        other = object.__new__(VocabMap)
+        other._set(self.draft_to_target.to(device), self.target_to_draft.to(device))
+        return other
+
+    def _set(self, draft_to_target: torch.Tensor, target_to_draft: torch.Tensor) -> None:
+        object.__setattr__(self, "draft_to_target", draft_to_target)
+        object.__setattr__(self, "target_to_draft", target_to_draft)
+
+    def __repr__(self) -> str:
+        device = self.draft_to_target.device
+        return f"<VocabMap of {self.draft_vocab} draft entries into {self.vocab} tokens on {device}>"

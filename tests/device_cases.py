@@ -1,0 +1,119 @@
+"""One small call of each op whose inputs can all change in place: for streams, graphs, several devices and sanitizers.
+
+A new op gets an entry in CASES: `make(seed)` gives its input tensors by name, of the same shapes for every seed, and
+`call(tensors, backend)` the tensors of its result.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from attention_cases import random_tree
+from specdec_ops import Topology, build_topology, merge_states, tree_attention
+
+BATCH, NODES, HEADS, KV_HEADS, DIM, PAGE, PAGES = 3, 45, 8, 2, 64, 16, 12  # pages of each request
+QKV = ("q", "caches")
+Tensors = dict[str, torch.Tensor]
+
+
+class DeviceCase(NamedTuple):
+    """How to make the inputs on the CPU, and how to call the op with them.
+
+    precise: the inputs that are float64 for the exact result.
+    """
+
+    make: Callable[[int], Tensors]
+    call: Callable[[Tensors, str], list[torch.Tensor]]
+    precise: tuple[str, ...] = ()
+
+
+def generator_of(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def make_trees(seed: int) -> Tensors:
+    """Trees of other shapes and sizes for every seed, padded to NODES."""
+    sizes = torch.randint(1, NODES + 1, (BATCH,), generator=generator_of(seed), dtype=torch.int32)
+    parents = torch.tensor([random_tree(NODES, seed=BATCH * seed + request) for request in range(BATCH)])
+    return {"parents": parents.to(torch.int32), "num_nodes": sizes}
+
+
+def call_build_topology(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    topology = build_topology(tensors["parents"], tensors["num_nodes"], backend=backend)
+    return fields_of(topology)
+
+
+def fields_of(topology: Topology) -> list[torch.Tensor]:
+    names = ("parents", "depths", "ancestors", "first_child", "next_sibling", "num_nodes", "status")
+    return [getattr(topology, name) for name in names]
+
+
+def make_attention(seed: int, dtype: torch.dtype = torch.bfloat16) -> Tensors:
+    """A paged cache with its pages in another order for every seed, and contexts of other lengths."""
+    generator = generator_of(seed)
+    most = PAGE * PAGES - NODES
+    return {
+        **make_trees(seed),
+        "q": torch.randn(BATCH, NODES, HEADS, DIM, generator=generator).to(dtype),
+        "caches": torch.randn(2, BATCH * PAGES, PAGE, KV_HEADS, DIM, generator=generator).to(dtype),
+        "page_table": torch.randperm(BATCH * PAGES, generator=generator).view(BATCH, PAGES).to(torch.int32),
+        "context_lens": torch.randint(0, most + 1, (BATCH,), generator=generator, dtype=torch.int32),
+    }
+
+
+def make_attention_float32(seed: int) -> Tensors:
+    return make_attention(seed, torch.float32)
+
+
+def call_paged_attention(tensors: Tensors, backend: str, **options) -> list[torch.Tensor]:
+    topology = build_topology(tensors["parents"], tensors["num_nodes"], backend=backend)
+    lengths, table = tensors["context_lens"], tensors["page_table"]
+    options = {"page_table": table, "return_lse": True, "backend": backend} | options
+    return list(tree_attention(tensors["q"], *tensors["caches"], topology, lengths, **options))
+
+
+def call_attention_in_parts(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    """Three parts and their merge, with every feature."""
+    features = {"window": 30, "softcap": 5.0, "num_splits": 3}
+    return call_paged_attention(tensors, backend, **features)
+
+
+def call_dense_attention(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    """The same numbers as one cache per request."""
+    k, v = tensors["caches"].view(2, BATCH, PAGES * PAGE, KV_HEADS, DIM)
+    return call_paged_attention(tensors | {"caches": (k, v)}, backend, page_table=None)
+
+
+def make_states(seed: int) -> Tensors:
+    generator = generator_of(seed)
+    shape = (BATCH, NODES, HEADS, DIM)
+    tensors = {name: torch.randn(shape, generator=generator).bfloat16() for name in ("out_a", "out_b")}
+    return tensors | {name: torch.randn(shape[:-1], generator=generator) for name in ("lse_a", "lse_b")}
+
+
+def call_merge_states(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    names = ("out_a", "lse_a", "out_b", "lse_b")
+    return list(merge_states(*(tensors[name] for name in names), backend=backend))
+
+
+CASES = {
+    "build_topology": {"": DeviceCase(make_trees, call_build_topology)},
+    "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},
+    "tree_attention": {
+        "paged": DeviceCase(make_attention, call_paged_attention, QKV),
+        "dense": DeviceCase(make_attention, call_dense_attention, QKV),
+        "parts": DeviceCase(make_attention, call_attention_in_parts, QKV),
+        "float32": DeviceCase(make_attention_float32, call_paged_attention, QKV),
+    },
+}
+
+
+def to(tensors: Tensors, device) -> Tensors:
+    return {name: tensor.to(device, copy=True) for name, tensor in tensors.items()}
+
+
+def overwrite(tensors: Tensors, others: Tensors) -> None:
+    """Put the contents of `others` where `tensors` lie."""
+    for name, tensor in tensors.items():
+        tensor.copy_(others[name], non_blocking=True)

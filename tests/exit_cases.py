@@ -1,0 +1,86 @@
+"""Inputs of the early exit tests, and PyTorch's own form in the same dtype, whose error is the measure."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from specdec_ops import QuantizedHead, early_exit, exit_confidence
+
+
+@dataclass
+class ExitCase:
+    """One call; hidden rows scaled so that the rows' confidences cover everything between unsure and sure."""
+
+    hidden: torch.Tensor
+    head: torch.Tensor | QuantizedHead
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def to(self, dtype: torch.dtype, device: str = "cpu") -> ExitCase:
+        """Every floating input in another dtype, but the float32 ones that stay so in each call."""
+
+        def move(name, value):
+            if isinstance(value, QuantizedHead):
+                return value.to(device)
+            if not isinstance(value, torch.Tensor):
+                return value.to(device) if hasattr(value, "to") else value
+            kept = name in ("bias", "temperature") or not value.dtype.is_floating_point
+            return value.to(device) if kept else value.to(device, dtype)
+
+        options = {name: move(name, value) for name, value in self.options.items()}
+        return replace(self, hidden=move("hidden", self.hidden), head=move("head", self.head), options=options)
+
+    def run(self, backend: str, **options):
+        return exit_confidence(self.hidden, self.head, **self.options, **options, backend=backend)
+
+    def decide(self, backend: str, threshold, **options):
+        return early_exit(self.hidden, self.head, threshold, **self.options, **options, backend=backend)
+
+    def exact(self, **options):
+        """The definition in float64, on the values that the case's dtype holds."""
+        exact = self.to(torch.float64)
+        return exact.run("torch", **options)
+
+    def plain(self):
+        """What PyTorch's users write, in the case's dtype: max_prob, margin, entropy and logsumexp."""
+        options, dtype = self.options, self.hidden.dtype
+        x = self.hidden
+        if options.get("norm_weight") is not None:
+            norm = torch.nn.functional.rms_norm(x.float(), x.shape[1:], None, options.get("norm_eps", 1e-6))
+            x = (norm * options["norm_weight"].float()).to(dtype)
+        head = self.head
+        if isinstance(head, QuantizedHead):
+            logits = (x @ head.values.to(dtype).T).float() * head.scales
+        else:
+            logits = (x @ head.T).float()
+        if options.get("bias") is not None:
+            logits = logits + options["bias"]
+        temperature = options.get("temperature", 1.0)
+        logits = logits / (temperature[:, None] if isinstance(temperature, torch.Tensor) else temperature)
+        p = torch.softmax(logits, 1)
+        best = p.topk(min(2, p.shape[1]), 1).values
+        margin = best[:, 0] - best[:, 1] if p.shape[1] > 1 else best[:, 0]
+        return best[:, 0], margin, torch.special.entr(p).sum(1), logits.logsumexp(1)
+
+
+def make_case(rows: int, dim: int, vocab: int, dtype: torch.dtype, seed: int = 0, **options) -> ExitCase:
+    """Random rows; every second one points along some head row, more or less."""
+    generator = torch.Generator().manual_seed(seed + rows * 1009 + dim * 31 + vocab)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    head = normal(vocab, dim)
+    hidden = normal(rows, dim)
+    chosen = torch.randint(vocab, (rows,), generator=generator)
+    hidden[::2] += head[chosen[::2]] * torch.linspace(0, 2, len(hidden[::2]), dtype=torch.float64)[:, None]
+    hidden *= 3 / dim**0.5
+    if options.pop("norm", False):
+        options["norm_weight"] = (normal(dim).abs() * 3 / dim**0.5).to(dtype)
+    if options.pop("bias", False):
+        options["bias"] = normal(vocab).float()
+    if options.pop("temperatures", False):
+        options["temperature"] = torch.rand(rows, generator=generator) + 0.3
+    return ExitCase(hidden.to(dtype), head.to(dtype), options)
