@@ -231,8 +231,7 @@ def test_attention_reads_keys_and_values_once(nodes, heads, dim, options):
         assert moved["k_cache"].read <= 1.02 * least
         assert moved["v_cache"].read <= 1.02 * least
         assert moved["k_cache"].written == moved["v_cache"].written == 0
-        q = (nodes + 2) * heads * dim * 2
-        assert moved["q"].read == q
+        assert moved["q"].read <= options["num_splits"] * (nodes + 2) * heads * dim * 2  # once in each part
         assert moved["out"].written == kernels.extent(launch.tensors["out"])
         masks.append((moved["ancestors"].read, moved["depths"].read))
     assert masks[0] == masks[1]
