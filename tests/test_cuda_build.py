@@ -152,6 +152,13 @@ def test_attention_scratch():
     assert MODULE.tree_attention_scratch(1, 100, 1, 1, 80, 1000, 2, True) == (2 * 128 * 130, 1)
 
 
+def test_attention_scratch_is_bounded():
+    """A large batch goes in slices of 256 MiB at most; a single request takes what it needs."""
+    floats, counters = MODULE.tree_attention_scratch(1000, 64, 32, 8, 128, 100_000, 0, False)
+    assert 4 * floats <= 256 * 2**20 < 4 * (floats + floats // (counters // 16))
+    assert MODULE.tree_attention_scratch(9, 10_000, 32, 8, 128, 100_000, 256, False)[1] == 8 * 313
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_the_reason_is_a_sentence():
     reason = r"^(no CUDA driver, or one that is older than CUDA \d+\.\d+|the CUDA driver sees no device)$"

@@ -74,9 +74,9 @@ cudaError_t attend_in(const TreeAttentionParams& params, int device, cudaStream_
 
 TreeAttentionScratch tree_attention_scratch(const TreeAttentionParams& params) {
   const int dim = compiled_dim(params), rows = tree_attention_rows(params, dim);
-  const TreeAttentionLaunch launch = tree_attention_launch(params, rows);
+  const TreeAttentionLaunch launch = tree_attention_launch(params, rows, dim);
   if (launch.max_parts == 1) return {0, 0};
-  const int64_t counters = int64_t(params.batch) * params.kv_heads * launch.row_blocks;
+  const int64_t counters = int64_t(launch.requests) * params.kv_heads * launch.row_blocks;
   return {counters * launch.max_parts * rows * (dim + 2), counters};
 }
 

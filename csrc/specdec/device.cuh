@@ -102,7 +102,7 @@ __device__ __forceinline__ void widen_float8<BFloat16>(uint32_t four, uint32_t& 
 }
 template <>
 __device__ __forceinline__ void widen_float8<Float16>(uint32_t four, uint32_t& first, uint32_t& second) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 890
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ >= 900 || (__CUDA_ARCH__ == 890 && CUDART_VERSION >= 12010))
   asm("{ .reg .b16 low, high; mov.b32 {low, high}, %2; cvt.rn.f16x2.e4m3x2 %0, low; cvt.rn.f16x2.e4m3x2 %1, high; }"
       : "=r"(first), "=r"(second)
       : "r"(four));

@@ -15,14 +15,15 @@
 // grid has room for as many as the cache's capacity allows, and blocks without a part end at once. Parts leave their
 // unnormalised sums in scratch memory, and the last block to arrive joins them in the order of the slots, so the result
 // does not depend on who was last. It also sets the counter back to zero. A request with one part writes its result
-// directly.
+// directly. Scratch is sized for requests that fill the cache; where a large batch would need more than 256 MiB,
+// several launches serve a slice of it each, one after the other, through the same scratch and counters.
 //
 // A row's result depends on its request alone, to the last bit: parts come from the context length, tiles lie on a grid
 // that does too, and each row's sums are made in the same order whatever the size of the block.
 //
-// Bytes: K and V once per KV head and row block (of 128 rows, 64 for dims above 192), q and out once; in the last part
-// 8 per tree row and 64 nodes, twice, and 8 more per packed row and tail tile; 4 per slot for paged caches; with
-// S > 1 parts 2 * S * (dim + 2) * 4 per row of scratch.
+// Bytes: K and V once per KV head and row block (of 128 rows, 64 for dims above 192), q once per part, out once; in the
+// last part 8 per tree row and 64 nodes, twice, and 8 more per packed row and tail tile; 4 per slot for paged caches;
+// with S > 1 parts 2 * S * (dim + 2) * 4 per row of scratch.
 //
 // Packing rows of a group is what XQA does, the split is Flash-Decoding's, the softmax FlashAttention-2's.
 #pragma once
@@ -31,10 +32,11 @@
 
 namespace specdec {
 
-// A launch: the call and what the host derives from it.
+// A launch: the call and what the host derives from it. It serves `requests` of the batch, from first_request on.
 struct TreeAttentionLaunch {
   TreeAttentionParams call;
   int32_t group, max_queries, row_blocks, max_parts;
+  int32_t first_request, requests;
 };
 
 // What a block works on. The same in all of its threads.
@@ -75,7 +77,7 @@ __device__ __forceinline__ BlockWork block_of(const TreeAttentionLaunch& launch)
   work.first_row = rest % launch.row_blocks * Shape::kRows;
   rest /= launch.row_blocks;
   work.kv_head = rest % p.kv_heads;
-  work.request = rest / p.kv_heads;
+  work.request = launch.first_request + rest / p.kv_heads;
 
   work.first_q = 0;
   work.own_rows = p.queries;

@@ -154,20 +154,27 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) tree_attention_kernel(Tree
   }
 }
 
-inline TreeAttentionLaunch tree_attention_launch(const TreeAttentionParams& call, int rows) {
-  TreeAttentionLaunch launch = {call, call.heads / call.kv_heads, call.queries, 0, 1};
+constexpr int64_t kScratchBytes = 256 << 20;
+
+inline TreeAttentionLaunch tree_attention_launch(const TreeAttentionParams& call, int rows, int compiled_dim) {
+  TreeAttentionLaunch launch = {call, call.heads / call.kv_heads, call.queries, 0, 1, 0, call.batch};
   if (call.offsets != nullptr && call.ancestors != nullptr) launch.max_queries = at_most(call.queries, call.nodes);
   // At least one row block, so that padding is written.
   launch.row_blocks = int32_t((int64_t(launch.max_queries) * launch.group + rows - 1) / rows);
   launch.row_blocks = at_least(launch.row_blocks, 1);
   // As many parts as a request that fills the cache has.
   launch.max_parts = parts_of(call.slots, call.kv_heads, call.num_splits);
+  const int64_t blocks = int64_t(call.kv_heads) * launch.row_blocks * launch.max_parts;  // of a request
+  int64_t most = 0x7fffffff / blocks;
+  if (launch.max_parts > 1) most = kScratchBytes / (blocks * rows * (compiled_dim + 2) * int64_t(sizeof(float)));
+  if (most < launch.requests) launch.requests = most < 1 ? 1 : int32_t(most);
   return launch;
 }
 
 // Packed rows of a block: the fewest of 16, 32, 64, 128 that take all, as far as a dimension has them.
 inline int tree_attention_rows(const TreeAttentionParams& call, int compiled_dim) {
-  const int64_t rows = int64_t(tree_attention_launch(call, 16).max_queries) * (call.heads / call.kv_heads);
+  const int64_t rows =
+      int64_t(tree_attention_launch(call, 16, compiled_dim).max_queries) * (call.heads / call.kv_heads);
   const int most = compiled_dim > 192 ? 64 : 128;
   int block_rows = 16;
   while (block_rows < most && block_rows < rows) block_rows *= 2;
@@ -181,11 +188,16 @@ template <class Shape>
 cudaError_t launch_tree_attention(const TreeAttentionParams& call, int device, cudaStream_t stream) {
   static_assert(SharedTiles<Shape>::bytes(1024 / 64) <= kSharedBytesPerBlock - kSharedBytesOfCuda,
                 "1,024 nodes fit on every device");
-  const TreeAttentionLaunch launched = tree_attention_launch(call, Shape::kRows);
-  const int64_t blocks = int64_t(call.batch) * call.kv_heads * launched.row_blocks * launched.max_parts;
-  if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return launch(tree_attention_kernel<Shape>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
-                SharedTiles<Shape>::bytes(call.words), device, stream, launched);
+  TreeAttentionLaunch slice = tree_attention_launch(call, Shape::kRows, Shape::kDim);
+  cudaError_t error = cudaSuccess;
+  for (; slice.first_request < call.batch && error == cudaSuccess; slice.first_request += slice.requests) {
+    const int64_t requests = at_most(slice.requests, call.batch - slice.first_request);
+    const int64_t blocks = requests * call.kv_heads * slice.row_blocks * slice.max_parts;
+    if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
+    error = launch(tree_attention_kernel<Shape>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
+                   SharedTiles<Shape>::bytes(call.words), device, stream, slice);
+  }
+  return error;
 }
 
 // One dtype, cache and compiled dimension. Instantiated in csrc/cuda/tree_attention_*.cu.

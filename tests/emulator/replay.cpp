@@ -2,6 +2,7 @@
 //
 // `replay FILE RESULTS`: FILE has the parameters and what each of their pointers points to, which becomes memory of
 // just that size. All orders must leave the same bytes; these are written to RESULTS, one buffer after the other.
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -53,7 +54,7 @@ std::vector<Bytes> run(Bytes params, const std::vector<Buffer>& buffers, emulato
     void* address = nullptr;
     if (posix_memalign(&address, 128, buffer.content.size()) != 0) stop("out of memory");
     memory.emplace_back(address);
-    std::memcpy(address, buffer.content.data(), buffer.content.size());
+    std::copy(buffer.content.begin(), buffer.content.end(), static_cast<char*>(address));
     for (const uint64_t place : buffer.places) std::memcpy(params.data() + place, &address, sizeof address);
   }
   const char* error = specdec_run(params.data(), int(options.order), options.seed);
