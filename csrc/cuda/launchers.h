@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "cuda/accept_launchers.h"
 #include "specdec/params.h"
 
 namespace specdec {
