@@ -163,7 +163,7 @@ class WalkerRows {
   }
   __device__ void stop() {
     if (leader()) shared_.order->task = Task::kStop;
-    if (threads_ > kWarpSize) group_sync(kPostedBarrier, threads_);
+    if (threads_ > kWarpSize) group_sync<kPostedBarrier>(threads_);
   }
 
   __device__ static float log(float x) { return logf(x); }
@@ -195,8 +195,8 @@ class WalkerRows {
   }
   __device__ void post(Task task) const {
     if (leader()) shared_.order->task = task;
-    group_sync(kPostedBarrier, threads_);
-    group_sync(kServedBarrier, threads_);
+    group_sync<kPostedBarrier>(threads_);
+    group_sync<kServedBarrier>(threads_);
   }
 
   const WalkShared& shared_;
@@ -216,10 +216,10 @@ class Servants {
 
   __device__ __forceinline__ void run() {
     for (;;) {
-      group_sync(kPostedBarrier, int(blockDim.x));
+      group_sync<kPostedBarrier>(int(blockDim.x));
       if (shared_.order->task == Task::kStop) return;
       serve(*shared_.order);
-      group_sync(kServedBarrier, int(blockDim.x));
+      group_sync<kServedBarrier>(int(blockDim.x));
     }
   }
 

@@ -14,7 +14,7 @@ __device__ inline bool arrives_last(const Team& team, int32_t* counter, int32_t 
   if (team.rank == 0) arrived = atomic_add(counter, 1);
   team.sync();
   if (arrived != blocks - 1) return false;
-  if (team.rank == 0) *counter = 0;
+  if (team.rank == 0) atomic_add(counter, -blocks);
   device_fence();
   return true;
 }

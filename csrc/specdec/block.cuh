@@ -20,7 +20,7 @@ constexpr int kTeamBarrier = 1;
 struct Team {
   int32_t rank, size;  // of this thread, and how many: whole warps, at most kTeamMostThreads
 
-  __device__ __forceinline__ void sync() const { group_sync(kTeamBarrier, size); }
+  __device__ __forceinline__ void sync() const { group_sync<kTeamBarrier>(size); }
 };
 
 // A value as 32-bit words, for what moves words only.

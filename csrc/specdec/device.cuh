@@ -139,8 +139,9 @@ __device__ __forceinline__ float fast_exp2(float x) {
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 __device__ __forceinline__ void warp_sync(uint32_t lanes = kAllLanes) { __syncwarp(lanes); }
 // A barrier of its own, 1 to 15, for `threads` threads: whole warps of the block, which may come from different lines.
-__device__ __forceinline__ void group_sync(int barrier, int threads) {
-  asm volatile("barrier.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+template <int kBarrier>
+__device__ __forceinline__ void group_sync(int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
 }
 
 // Orders this thread's accesses to global memory before and after it, as seen by the other blocks.

@@ -108,15 +108,15 @@ __global__ void warp_kernel(WrongParams p) {
   SPECDEC_SHARED(int32_t, handed, [2]);
   if (warp_start == 0) {
     if (lane == 0) handed[0] = 41;
-    group_sync(1, kThreads);
-    group_sync(2, kThreads);
+    group_sync<1>(kThreads);
+    group_sync<2>(kThreads);
     expect(p, handed[1] == 42);
   } else {
-    group_sync(1, kThreads);
+    group_sync<1>(kThreads);
     if (lane == 31) handed[1] = handed[0] + 1;
-    group_sync(3, kWarpSize);
+    group_sync<3>(kWarpSize);
     expect(p, handed[1] == 42);
-    group_sync(2, kThreads);
+    group_sync<2>(kThreads);
   }
   expect(p, popcount(0xf00000000000000full) == 8 && lowest_bit(24) == 3 && lowest_bit(0) == -1);
 }

@@ -88,8 +88,9 @@ inline float fast_exp2(float x) {
 }
 
 inline void block_sync(emulator::Site site = SPECDEC_HERE) { emulator::block_sync(site); }
-inline void group_sync(int barrier, int threads, emulator::Site site = SPECDEC_HERE) {
-  emulator::group_sync(barrier, threads, site);
+template <int kBarrier>
+inline void group_sync(int threads, emulator::Site site = SPECDEC_HERE) {
+  emulator::group_sync(kBarrier, threads, site);
 }
 #ifndef SPECDEC_WITHOUT_FENCES  // which a test expects to be found out
 inline void device_fence() { emulator::device_fence(); }

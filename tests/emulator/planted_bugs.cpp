@@ -248,9 +248,9 @@ __global__ void small_kernel(SmallParams p) {
   }
   // Both warps, at a barrier that each names for itself.
   if (thread >= 32) {
-    if (p.bug != kGroupTooFew) group_sync(1, p.bug == kGroupCountsDiffer ? 32 : 64);
+    if (p.bug != kGroupTooFew) group_sync<1>(p.bug == kGroupCountsDiffer ? 32 : 64);
   } else {
-    group_sync(1, 64);
+    group_sync<1>(64);
   }
   const double next = warp_shuffle(double(thread), thread + 1);
   p.results[4 * thread] = float_of(loaded.word[1]);
