@@ -6,7 +6,7 @@
 // multiprocessor can read; the eager one reads all rows at what the GPU can read, and so must not have many that the
 // walk won't reach. Only shapes decide, never values, so a captured graph stays right. Target ids instead of logits are
 // always walked lazily: there are no rows.
-#include "cuda/accept_launchers.h"
+#include "cuda/launchers.h"
 #include "specdec/accept.cuh"
 #include "specdec/accept_eager.cuh"
 

@@ -1,7 +1,7 @@
 // The launcher of sampling.
 #include "specdec/sample.cuh"
 
-#include "cuda/accept_launchers.h"
+#include "cuda/launchers.h"
 
 namespace specdec {
 
