@@ -341,6 +341,12 @@ def main(arguments: list[str] | None = None) -> int:
     say(f"lines: {csv.name}, in {'benchmarks/results/local' if asked.csv is None else 'the folder given'}")
     if not asked.no_plot:
         draw(runner.rows, asked.plot or csv.with_suffix(".png"))
+    if asked.device == "cpu" and not asked.op and not asked.filter:  # the acceptance rules; no clock is involved
+        from . import acceptance_lengths
+
+        say()
+        path = csv.with_name(f"{csv.stem}-acceptance.csv")
+        acceptance_lengths.report(preset, path, columns, say, plot=not asked.no_plot)
     wrong = [row for row in runner.rows if row["role"] == "ours" and row["problem"].startswith(("WRONG", "fails"))]
     return UNFINISHED if not complete else 1 if wrong else 0
 

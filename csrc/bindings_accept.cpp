@@ -6,6 +6,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include <pybind11/stl.h>
@@ -108,9 +109,70 @@ SampleParams sample_params(std::tuple<Address, int32_t, Pair> logits, Address dr
   return p;
 }
 
+#ifdef SPECDEC_WITH_CUDA
+namespace {
+
+using Scratch = std::tuple<Address, Address, int32_t>;  // and the path
+
+template <class Launch, auto kMake>
+struct LaunchOf;
+template <class Launch, class Params, class... Args, Params (*kMake)(Args...)>
+struct LaunchOf<Launch, kMake> {
+  static Launch make(Args... args, Scratch scratch) {
+    Launch launch{};
+    launch.call = kMake(args...);
+    launch.scratch = pointer<uint8_t>(std::get<0>(scratch));
+    launch.counters = pointer<int32_t>(std::get<1>(scratch));
+    if constexpr (std::is_same_v<Launch, AcceptLaunch>) {
+      launch.launch_path = static_cast<AcceptPath>(std::get<2>(scratch));
+    }
+    return launch;
+  }
+};
+
+using Sizes = std::tuple<int64_t, int64_t>;
+
+Sizes accept_scratch_sizes(int32_t rule, int32_t batch, int32_t nodes, int32_t vocab, int32_t max_depth, bool ids,
+                           bool has_draft, bool child_rows, int32_t path) {
+  AcceptLaunch launch{};
+  AcceptParams& p = launch.call;
+  p.rule = static_cast<AcceptRule>(rule);
+  p.batch = batch;
+  p.nodes = nodes;
+  p.vocab = vocab;
+  p.max_depth = max_depth;
+  p.target_is_ids = ids;
+  p.draft = has_draft ? &p : nullptr;  // looked at, and not read
+  p.child_rows = child_rows;
+  launch.launch_path = static_cast<AcceptPath>(path);
+  const CallScratch scratch = accept_scratch(launch);
+  return {scratch.bytes, scratch.counters};
+}
+
+Sizes sample_scratch_sizes(int32_t batch, int32_t rows, int32_t vocab, int32_t count) {
+  SampleLaunch launch{};
+  launch.call.batch = batch;
+  launch.call.rows = rows;
+  launch.call.vocab = vocab;
+  launch.call.count = count;
+  const CallScratch scratch = sample_scratch(launch);
+  return {scratch.bytes, scratch.counters};
+}
+
+}  // namespace
+#endif
+
 void bind_accept(pybind11::module_& m) {
   Bind<decltype(&accept_params)>::cpu(m, "accept_cpu", accept_params, accept_cpu);
   Bind<decltype(&sample_params)>::cpu(m, "sample_cpu", sample_params, sample_cpu);
+#ifdef SPECDEC_WITH_CUDA
+  using Accept = LaunchOf<AcceptLaunch, accept_params>;
+  using Sample = LaunchOf<SampleLaunch, sample_params>;
+  Bind<decltype(&Accept::make)>::cuda(m, "accept_cuda", Accept::make, accept_cuda);
+  Bind<decltype(&Sample::make)>::cuda(m, "sample_cuda", Sample::make, sample_cuda);
+  m.def("accept_scratch", accept_scratch_sizes, "Bytes of scratch, and zeroed int32 counters, for such a call.");
+  m.def("sample_scratch", sample_scratch_sizes, "Bytes of scratch, and zeroed int32 counters, for such a call.");
+#endif
 }
 
 }  // namespace specdec

@@ -20,6 +20,8 @@ ENVIRONMENT = "SPECDEC_OPS_BACKEND"
 
 IMPLEMENTATIONS = {
     "accept": {
+        "cuda": "specdec_ops._native_accept:accept_cuda",
+        "triton": "specdec_ops.triton_kernels.accept:accept",
         "cpu": "specdec_ops._native_accept:accept_cpu",
         "torch": "specdec_ops.reference.accept:accept",
     },
@@ -40,6 +42,8 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.merge_states:merge_states",
     },
     "sample": {
+        "cuda": "specdec_ops._native_accept:sample_cuda",
+        "triton": "specdec_ops.triton_kernels.sample:sample",
         "cpu": "specdec_ops._native_accept:sample_cpu",
         "torch": "specdec_ops.reference.sample:sample",
     },
@@ -54,6 +58,8 @@ IMPLEMENTATIONS = {
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _MAX_KERNEL_DIM = 256
 _MAX_FLOAT8_DIM = 128
+_MAX_CUDA_VOCAB = {"accept": 393216, "sample": 2**20}  # as in csrc/cuda/launchers.h
+_SIZED = ("tree_attention", *_MAX_CUDA_VOCAB)  # ops whose last dimension decides, too
 _resolved: dict[tuple, Callable] = {}
 
 
@@ -94,7 +100,7 @@ def resolve(
     """
     cache_dtype = caches[0].dtype if caches else tensor.dtype
     aligned = not caches or not tensor.is_cuda or _is_aligned(tensor, *caches, out)
-    key = (op, backend, tensor.device, tensor.dtype, tensor.shape[-1] if op == "tree_attention" else 0)
+    key = (op, backend, tensor.device, tensor.dtype, tensor.shape[-1] if op in _SIZED else 0)
     key += (cache_dtype, aligned)
     found = _resolved.get(key)
     if found is None:
@@ -161,6 +167,9 @@ def _refusal(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dty
         if tensor.dtype not in KERNEL_DTYPES and not ids:
             dtype = describe_dtype(tensor.dtype)
             return f"its kernels take float32, bfloat16 and float16, not {dtype} (backend='torch' does)"
+        dim = tensor.shape[-1]
+        if backend == "cuda" and not ids and dim > _MAX_CUDA_VOCAB.get(op, dim):
+            return f"its kernels take a vocabulary of at most {_MAX_CUDA_VOCAB[op]} tokens, not {dim}"
         if op == "tree_attention":
             reason = attention_refusal(backend, tensor.dtype, tensor.shape[-1], cache_dtype, aligned)
     return reason

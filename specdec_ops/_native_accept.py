@@ -3,9 +3,12 @@
 The order of arguments is that of csrc/bindings_accept.cpp.
 """
 
+import functools
+
 import torch
 
-from ._native import _DTYPE_CODES, _address, _module
+from . import _alloc
+from ._native import _DTYPE_CODES, _address, _counters, _module, _stream
 
 _RULES = ("greedy", "match", "recursive", "traversal", "coin", "kseq", "typical", "longest")  # AcceptRule
 _DOMAINS = ("sample", "draft")  # SampleDomain
@@ -19,6 +22,41 @@ def accept_cpu(*arguments):
 def sample_cpu(*arguments):
     """See specdec_ops.reference.sample.sample for the arguments."""
     _module().sample_cpu(*_sample_arguments(*arguments), torch.get_num_threads())
+
+
+def accept_cuda(rule, target, *others, path=0):
+    """See specdec_ops.reference.accept.accept for the arguments.
+
+    path, for tests: 0 chooses by the sizes, 1 is lazy, 2 is eager (csrc/cuda/accept.cu).
+    """
+    arguments = _accept_arguments(rule, target, *others)
+    (ids, _, child_rows), (batch, nodes, vocab, _, max_depth, _) = arguments[-3], arguments[-1]
+    sizes = _accept_scratch(arguments[0], batch, nodes, vocab, max_depth, ids, others[1] is not None, child_rows, path)
+    _launch(_module().accept_cuda, arguments, target.device, *sizes, path)
+
+
+def sample_cuda(logits, *others):
+    """See specdec_ops.reference.sample.sample for the arguments."""
+    arguments = _sample_arguments(logits, *others)
+    _launch(_module().sample_cuda, arguments, logits.device, *_sample_scratch(*arguments[-1]), 0)
+
+
+def _launch(function, arguments, device, scratch_bytes, counters, path):
+    """Adds scratch, which may hold anything and is this call's alone, and the stream's counters; see _counters."""
+    index, stream = _stream(device)
+    scratch = _alloc.empty((scratch_bytes,), torch.uint8, device) if scratch_bytes else None
+    counter = _counters(device, stream, counters) if counters else None
+    function(*arguments, (_address(scratch), _address(counter), path), index, stream)
+
+
+@functools.lru_cache(maxsize=1024)
+def _accept_scratch(*sizes) -> tuple[int, int]:
+    return _module().accept_scratch(*sizes)
+
+
+@functools.lru_cache(maxsize=1024)
+def _sample_scratch(*sizes) -> tuple[int, int]:
+    return _module().sample_scratch(*sizes)
 
 
 def _rows(tensor):

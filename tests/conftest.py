@@ -13,8 +13,10 @@ if not torch.cuda.is_available():
 
 import attention_cases
 import specdec_ops
-from emulator import build, kernels
+from emulator import accept_kernels, build, kernels
 from specdec_ops import _alloc, _dispatch
+
+EMULATED = {**kernels.IMPLEMENTATIONS, **accept_kernels.IMPLEMENTATIONS}
 
 
 class Target(NamedTuple):
@@ -35,7 +37,7 @@ def targets(op: str) -> list[Target]:
     One more is known to the tests only: the CUDA kernels on CPU tensors, run by the emulator in tests/emulator.
     """
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    emulated = [Target(kernels.BACKEND, "cpu")] if op in kernels.IMPLEMENTATIONS and not build.why_not() else []
+    emulated = [Target(kernels.BACKEND, "cpu")] if op in EMULATED and not build.why_not() else []
     return emulated + [
         Target(backend, device)
         for device in devices
@@ -94,7 +96,7 @@ def emulated_cuda(request, monkeypatch):
         resolve = _dispatch.resolve
 
         def resolve_or_emulate(op, backend, *tensors):
-            return kernels.IMPLEMENTATIONS[op] if backend == kernels.BACKEND else resolve(op, backend, *tensors)
+            return EMULATED[op] if backend == kernels.BACKEND else resolve(op, backend, *tensors)
 
         monkeypatch.setattr(_dispatch, "resolve", resolve_or_emulate)
 

@@ -7,7 +7,19 @@ import time
 import pytest
 import torch
 
-from benchmarks import attention, cases, compare, peers, report, results, roofs, run, targets, timing
+from benchmarks import (
+    acceptance_lengths,
+    attention,
+    cases,
+    compare,
+    peers,
+    report,
+    results,
+    roofs,
+    run,
+    targets,
+    timing,
+)
 from benchmarks.contestant import Contestant, check
 
 COLUMNS = {"machine": "a machine", "isa": "an ISA", "threads": "1", "torch": "2", "commit": "abc", "date": "today"}
@@ -126,10 +138,12 @@ def test_command_writes_csv_and_plot(tmp_path, monkeypatch, capsys):
     few = [cases.toy(), cases.toy(tree=cases.TREES[16]), cases.toy("merge_states"), cases.toy("build_topology")]
     monkeypatch.setitem(run.PRESETS, "quick", lambda: few)
     monkeypatch.setattr(roofs, "SIZES", (64,))
+    monkeypatch.setitem(acceptance_lengths.SIZES, "quick", (4, 1))
     path = tmp_path / "folder" / "result.csv"
     assert run.main(["--quick", "--seconds", "0.02", "--csv", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "[4/4]" in shown and "geometric mean, fp32" in shown and "target:" in shown
+    assert "bytes per call of the target" in shown and path.with_name("result-acceptance.csv").exists()
     rows = results.read(path)
     assert tuple(rows[0]) == results.COLUMNS
     assert len(results.cells(rows)) == 4
@@ -137,7 +151,8 @@ def test_command_writes_csv_and_plot(tmp_path, monkeypatch, capsys):
     if importlib.util.find_spec("matplotlib") is None:
         assert "matplotlib is not installed" in shown
     else:
-        assert sorted(file.name for file in path.parent.glob("*.png")) == ["result-ratio.png", "result-roof.png"]
+        names = sorted(file.name for file in path.parent.glob("*.png"))
+        assert names == ["result-acceptance.png", "result-ratio.png", "result-roof.png"]
 
 
 def test_list_and_filter(capsys):

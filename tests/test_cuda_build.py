@@ -17,6 +17,8 @@ if MODULE is None or not MODULE.build_info()["cuda"]:
 ARCHS = MODULE.build_info()["archs"].split()
 # With this many registers per thread, a block of 256 threads leaves room for three more on every multiprocessor.
 MOST_REGISTERS = 64
+# Blocks of acceptance and sampling have 512 threads, those that walk 384, and one fits a multiprocessor.
+ACCEPTANCE = {"accept_walk_kernel": 168, "accept_laws_kernel": 128, "accept_race_kernel": 128, "sample_kernel": 128}
 # tree_attention's packed rows per block, of each compiled dim. Twice for bfloat16 and float16.
 ROWS = {64: (16, 32, 64, 128), 96: (16, 32, 64, 128), 128: (16, 32, 64, 128), 192: (16, 32, 64, 128), 256: (16, 32, 64)}
 FLOAT8_DIMS = (64, 128)
@@ -26,6 +28,7 @@ KERNELS = {  # instantiations of each
     "merge_states_kernel": 6,
     "any_kernel": 1,
     "tree_attention_kernel": ATTENTION,
+    **dict.fromkeys(ACCEPTANCE, 1),
 }
 
 
@@ -91,7 +94,7 @@ def attention_shape(function):
 def most_registers(function):
     """Per thread. The widest blocks of tree_attention fill a multiprocessor, those of 128 threads leave half of it."""
     if (shape := attention_shape(function)) is None:
-        return MOST_REGISTERS
+        return next((most for kernel, most in ACCEPTANCE.items() if kernel in function), MOST_REGISTERS)
     dim, rows = shape
     warps = max(4, rows // 16 * (2 if rows <= 32 or dim > 128 else 1))
     return min(255, 65536 // (32 * warps))
@@ -129,6 +132,31 @@ def test_empty_batch_needs_no_device():
     MODULE.tree_attention_cuda(*attention_arguments())
     MODULE.build_topology_cuda(*[0] * 9, 0, 44, 1, 0, 0)
     MODULE.merge_states_cuda(*[0] * 6, 0, 128, 1, 0, 0)
+    MODULE.accept_cuda(*accept_arguments(batch=0))
+
+
+def accept_arguments(batch=1, vocab=100):
+    """Of a recursive chain of 4 nodes, all addresses 0."""
+    rows, sampling = (0, 0, (0, 0)), ((1.0, 0), (0, 0), (1.0, 0))
+    tree = ((0, 0, 1), 0, (0, 0, 0), (0, 0))
+    flags, outputs, sizes = (False, False, False), (0,) * 5, (batch, 4, vocab, vocab, 3, 1)
+    noise = ((0, 0), (0, 0))
+    return 2, rows, rows, *tree, sampling, sampling, *noise, (), (1.0, 1.0), flags, outputs, sizes, (0, 0, 0), 0, 0
+
+
+def test_too_large_a_vocabulary_is_a_sentence():
+    with pytest.raises(RuntimeError, match=r"^accept_cuda: a size is beyond what the kernel takes .*393216"):
+        MODULE.accept_cuda(*accept_arguments(vocab=393_217))
+
+
+def test_scratch_of_acceptance():
+    """Rules that keep nothing need none; the eager path keeps a table of laws, and one counter for each row."""
+    recursive, traversal, lazy, eager = 2, 3, 1, 2
+    assert MODULE.accept_scratch(recursive, 8, 60, 128_256, 59, False, True, False, lazy) == (0, 0)
+    bytes_needed, counters = MODULE.accept_scratch(traversal, 8, 60, 128_256, 59, False, True, False, lazy)
+    assert 0 < bytes_needed < 8 * 60 * 256 and counters == 0
+    bytes_needed, counters = MODULE.accept_scratch(recursive, 2, 60, 128_256, 59, False, True, False, eager)
+    assert 0 < bytes_needed < 2 * 100_000 and counters == 2 * (2 * 60 + 1)
 
 
 def test_too_many_nodes_is_a_sentence():
@@ -165,3 +193,5 @@ def test_without_a_gpu_the_reason_is_a_sentence():
     assert re.match(reason, MODULE.cuda_device_error(0))
     with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
         MODULE.merge_states_cuda(*[0] * 6, 1, 128, 1, 0, 0)
+    with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
+        MODULE.accept_cuda(*accept_arguments())

@@ -19,6 +19,7 @@ PUBLIC = [
 OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
 OPS += ["early_exit", "quantized_head"]
 PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_dispatch"]
+ACCEPT_KERNELS = [".accept_kernels", ".accept_traversal_kernel", ".accept_lossy_kernels"]
 
 # What a file may import besides the standard library, by the longest key that starts its path. Names without a dot in
 # front are other packages; `.name` is specdec_ops.name.
@@ -29,7 +30,7 @@ MAY_IMPORT = {
     "specdec_ops/published_trees.py": ["numpy", ".tree"],
     "specdec_ops/dlpack.py": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "specdec_ops/_loader.py": ["._C"],
-    "specdec_ops/_native_accept.py": ["torch", "._native"],
+    "specdec_ops/_native_accept.py": ["torch", "._native", "._alloc"],
     "specdec_ops/_native_exit.py": ["torch", "._native"],
     "specdec_ops/_native.py": ["torch", "._alloc", "._loader"],
     "specdec_ops/_alloc.py": ["torch"],
@@ -37,6 +38,7 @@ MAY_IMPORT = {
     "specdec_ops/_accept_checks.py": ["torch", "._checks", ".topology", ".vocab_map"],
     "specdec_ops/_dispatch.py": ["torch", "._loader", "._checks"],
     "specdec_ops/_library.py": ["torch", "._dispatch", "._alloc", "._checks"],
+    "specdec_ops/compat/": ["torch", ".", "._checks", "._links", ".reference"],
     "specdec_ops/reference/accept.py": ["torch", ".noise", ".sample", ".accept_rules"],
     "specdec_ops/reference/accept_rules.py": ["torch", ".noise"],
     "specdec_ops/reference/sample.py": ["torch", ".noise"],
@@ -45,6 +47,15 @@ MAY_IMPORT = {
     "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
     "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "triton_kernels/tree_attention.py": ["torch", "triton", ".tree_attention_kernels"],
+    "triton_kernels/rows.py": ["triton", ".noise"],
+    "triton_kernels/sample_kernels.py": ["triton", ".noise", ".rows"],
+    "triton_kernels/sample.py": ["torch", "triton", ".sample_kernels"],
+    "triton_kernels/accept_state.py": ["triton", ".noise", ".rows"],
+    "triton_kernels/accept.py": ["torch", ".sample", ".accept_state", *ACCEPT_KERNELS],
+    **{
+        f"triton_kernels/{name[1:]}.py": ["triton", ".noise", ".rows", ".accept_state", ".accept_kernels"]
+        for name in ACCEPT_KERNELS
+    },
     "triton_kernels/": ["torch", "triton"],
     "setup.py": ["setuptools", "ninja", "pybind11"],
 }

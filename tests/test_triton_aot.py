@@ -17,6 +17,15 @@ import pytest
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+ALIGNED = ("q_", "k_", "v_", "out_", "size", "draft_size", "target_node", "target_batch_s", "draft_node",
+           "draft_batch_s", "row_s", "batch_s")  # fmt: skip
+INTEGERS = ("top_ks", "draft_top_ks", "positions", "parents", "tokens", "nodes", "num_accepted", "next_tokens",
+            "status", "scratch", "draft_tokens", "target_to_draft", "draft_to_target", "first_child", "next_sibling",
+            "num_nodes", "depths", "offsets", "context_lens", "page_table", "query_starts")  # fmt: skip
+FLOATS = ("temperature", "top_p", "draft_temperature", "draft_top_p", "threshold_a", "threshold_b", "logit_scale",
+          "softcap", "out_scale")  # fmt: skip
+FLOAT_POINTERS = ("temperatures", "top_ps", "draft_temperatures", "draft_top_ps", "logprobs", "logsumexp", "lse",
+                  "lse_a", "lse_b", "part_out", "part_stats", "sinks", "alibi_slopes")  # fmt: skip
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 
@@ -58,6 +67,36 @@ SPECS = [
 SMALL_KERNELS = ["merge_parts", "merge_states"]
 
 
+@dataclass(frozen=True)
+class AcceptSpec:
+    """One compilation of an acceptance kernel with all options that add code, or of the sampling kernel ("sample")."""
+
+    rule: str
+    architectures: tuple
+    dtype: str = "bf16"
+    draft: bool = True
+    child_rows: bool = False
+
+    def __str__(self):
+        return f"{self.rule}-{self.dtype}{'' if self.draft else '-nodraft'}{'-childrows' if self.child_rows else ''}"
+
+
+# The largest kernels on two architectures, the others on one: they are made of the same parts.
+ACCEPT_SPECS = [
+    AcceptSpec("recursive", (80, 90)),
+    AcceptSpec("traversal", (80, 100)),
+    AcceptSpec("longest", (80,)),
+    AcceptSpec("kseq", (90,)),
+    AcceptSpec("coin", (80,), draft=False),
+    AcceptSpec("match", (100,), "fp16", draft=False),
+    AcceptSpec("typical", (90,), draft=False),
+    AcceptSpec("greedy", (100,), "fp32", draft=False),
+    AcceptSpec("recursive", (100,), "fp32", child_rows=True),
+    AcceptSpec("sample", (80, 100), draft=False),
+]
+ACCEPT_PAIRS = [(spec, arch) for spec in ACCEPT_SPECS for arch in spec.architectures]
+
+
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """{architecture: {name: measurements}}; the architectures compile side by side."""
@@ -94,6 +133,19 @@ def test_merge_kernels_fit_the_device(name, arch, measured):
     use = measured[arch][name]
     assert use["stack"] == 0 and use["local"] == 0 and use["registers"] <= 128, use
     assert use["shared"] <= SHARED_LIMIT[arch] // 4, use
+
+
+@pytest.mark.parametrize(("spec", "arch"), ACCEPT_PAIRS, ids=lambda value: str(value))
+def test_acceptance_kernels_fit_the_device(spec, arch, measured):
+    """Without a spill at 128 registers, so that a multiprocessor holds their 512 threads; rows come in 16-byte or
+    asynchronous loads, several blocks ahead."""
+    use = measured[arch][str(spec)]
+    # For sampling the assembler chooses 64 registers and a second program per multiprocessor over a few scalars.
+    few = 32 if use["registers"] <= 64 else stack_limit()
+    assert use["stack"] <= few and use["local"] == 0, use
+    assert use["registers"] * 32 * use["warps"] <= 65536, use
+    assert use["shared"] <= SHARED_LIMIT[arch] // 2, use
+    assert use["asynchronous_copies"] > 0, use
 
 
 def test_large_tiles_prefetch_with_asynchronous_copies(measured):
@@ -146,6 +198,24 @@ def compile_small(name, arch):
     return compile_kernel(module.merge_parts_kernel, constants, "*bf16", arch, 4, 3)
 
 
+def compile_accept(spec, arch):
+    from specdec_ops.triton_kernels import accept, sample
+
+    block = sample.block_of(10**5)
+    if spec.rule == "sample":
+        kernel = sample.sample_kernel
+        constants = {"REPLACEMENT": False, "DRAFTING": True, "FILTER": True, "PER_ROW": False, "BLOCK": block}
+    else:
+        kernel = accept.KERNELS.get(spec.rule, accept.accept_walk_kernel)
+        constants = {
+            "RULE": accept.RULES.index(spec.rule), "IDS": False, "REPLACEMENT": False, "CHILD_ROWS": spec.child_rows,
+            "FILTER": True, "DRAFT_FILTER": True, "BLOCK": block,
+        }  # fmt: skip
+        if not spec.draft:
+            constants |= {"draft": None, "target_to_draft": None}
+    return compile_kernel(kernel, constants, POINTERS[spec.dtype], arch, sample.warps_of(block), 3)
+
+
 def compile_kernel(kernel, constants, element_pointer, arch, warps, stages):
     """Compile as the launch would: tensors of elements and their strides are aligned, everything else unknown."""
     import triton
@@ -158,7 +228,7 @@ def compile_kernel(kernel, constants, element_pointer, arch, warps, stages):
             signature[name] = "constexpr"
             continue
         signature[name] = argument_type(name, element_pointer)
-        if signature[name] == element_pointer or name.startswith(("q_", "k_", "v_", "out_")) or "part_" in name:
+        if signature[name] == element_pointer or name.startswith(ALIGNED) or "part_" in name:
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
@@ -166,15 +236,15 @@ def compile_kernel(kernel, constants, element_pointer, arch, warps, stages):
 
 
 def argument_type(name, element_pointer):
-    if name in ("q", "k_cache", "v_cache", "out", "out_a", "out_b"):
+    if name in ("q", "k_cache", "v_cache", "out", "out_a", "out_b", "target", "draft", "logits"):
         return element_pointer
-    if name in ("lse", "lse_a", "lse_b", "part_out", "part_stats", "sinks", "alibi_slopes"):
+    if name in FLOAT_POINTERS:
         return "*fp32"
-    if name in ("depths", "num_nodes", "offsets", "context_lens", "page_table", "query_starts"):
+    if name in INTEGERS:
         return "*i32"
-    if name == "ancestors":
+    if name in ("ancestors", "seeds"):
         return "*i64"
-    return "fp32" if name in ("logit_scale", "softcap", "out_scale") else "i32"
+    return "fp32" if name in FLOATS else "i32"
 
 
 def measure(compiled):
@@ -203,6 +273,7 @@ def measure(compiled):
 def main(arch):
     results = {str(spec): measure(compile_attention(spec, arch)) for spec in SPECS}
     results |= {name: measure(compile_small(name, arch)) for name in SMALL_KERNELS}
+    results |= {str(spec): measure(compile_accept(spec, arch)) for spec in ACCEPT_SPECS if arch in spec.architectures}
     print(json.dumps(results))
 
 

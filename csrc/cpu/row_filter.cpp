@@ -20,15 +20,16 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kFewToSort = 1024;
 constexpr double kFewToCopy = 8192;
+constexpr int kMostPasses = 14;  // enough to tell any two floats apart
 
-// Unsigned integers in the order of the floats they stand for.
+// Unsigned integers in the order of the floats they stand for; both zeros have one.
 uint32_t key_of(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+  return bits & 0x80000000u ? ~bits + 1 : bits | 0x80000000u;
 }
 float value_of(uint32_t key) {
-  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~key;
+  const uint32_t bits = key & 0x80000000u ? key & 0x7fffffffu : ~(key - 1);
   float value;
   std::memcpy(&value, &bits, 4);
   return value;
@@ -88,8 +89,7 @@ Cut RowReader::last_of(const View& view, float low, float high, ScanKind kind, d
   const int64_t found = collect(view, low, values_, places_);
   order_.clear();
   for (int64_t i = 0; i < found; i++)
-    if (values_[i] <= high)  // + 0: -0 equals 0, and must have its key
-      order_.push_back(uint64_t(~key_of(values_[i] + 0.0f)) << 32 | uint32_t(places_[i]));
+    if (values_[i] <= high) order_.push_back(uint64_t(~key_of(values_[i])) << 32 | uint32_t(places_[i]));
   if (value_of(key_of(low) + 1) < high) std::sort(order_.begin(), order_.end());  // else all equal, and in order
   *reached = above;
   for (const uint64_t entry : order_) {
@@ -105,15 +105,11 @@ Cut RowReader::narrow(const View& view, ScanKind kind, double target, const Law&
   double above = 0, within = double(view.size), sums[kThresholds];
   const float step = 1.0f / std::max(law.scale, 1e-30f);  // halves a weight
   for (int i = 0; i < kThresholds; i++) thresholds[i] = law.max - step * float(1 << i) * 0.75f;
-  // Between the keys of the greatest negative float and 0 there is that of -0, which equals 0 and splits nothing.
-  bool moved = true;
-  for (int pass = 0; (moved || pass < 2) && within > kFewToSort && key_of(high) - key_of(low) > 1; pass++) {
-    moved = false;
+  for (int pass = 0; pass < kMostPasses && within > kFewToSort && key_of(high) - key_of(low) > 1; pass++) {
     sums_above(view, kind, law, thresholds, sums);
     double reached_at_low = -1;
     for (int i = 0; i < kThresholds && reached_at_low < 0; i++) {
       if (!(thresholds[i] < high && thresholds[i] > low)) continue;
-      moved = true;
       if (sums[i] >= target) {
         low = thresholds[i];
         reached_at_low = sums[i];

@@ -75,23 +75,31 @@ static int place_of(const typename Storage::Element* at, int count, float value)
 }
 
 // Sum and, with the entropy, sum of weight times exponent, of weights relative to a maximum that rises.
+//
+// Short sums are added up to long ones: a row of equal weights, summed one by one, would drift by 1e-5.
 template <bool kEntropy>
 struct Mass {
   Vec sum[2], log_sum[2];
+  Vec folded = splat(0.0f), folded_log = splat(0.0f);
 
-  SPECDEC_INLINE Mass() {
+  SPECDEC_INLINE Mass() { clear(); }
+  SPECDEC_INLINE void clear() {
     for (int j = 0; j < 2; j++) sum[j] = log_sum[j] = splat(0.0f);
+  }
+  SPECDEC_INLINE void fold() {
+    folded = folded + (sum[0] + sum[1]);
+    if (kEntropy) folded_log = folded_log + (log_sum[0] + log_sum[1]);
+    clear();
   }
   SPECDEC_INLINE void add(int j, Vec weight, Vec exponent) {
     sum[j] = sum[j] + weight;
     if (kEntropy) log_sum[j] = fma(weight, maximum(exponent, splat(-200.0f)), log_sum[j]);  // 0 * -inf would be NaN
   }
+  // Of what has been folded.
   SPECDEC_INLINE void lower(float exponent) {
     const Vec factor = exp2(splat(exponent));
-    for (int j = 0; j < 2; j++) {
-      if (kEntropy) log_sum[j] = fma(splat(maximum_of(exponent, -200.0f)), sum[j], log_sum[j]) * factor;
-      sum[j] = sum[j] * factor;
-    }
+    if (kEntropy) folded_log = fma(splat(maximum_of(exponent, -200.0f)), folded, folded_log) * factor;
+    folded = folded * factor;
   }
   static SPECDEC_INLINE float maximum_of(float a, float b) { return a > b ? a : b; }
 };
@@ -124,10 +132,11 @@ static ScanPart scan_of(const RowSpan& span, float scale) {
       const Vec exponent = (load_some<Storage>(row + at + i, count - i) - max) * factor;
       mass.add(0, exp2(exponent), exponent);
     }
+    mass.fold();
   }
   part.has_nan = nan.any();
-  part.sum = total(mass.sum[0] + mass.sum[1]);
-  part.log_sum = total(mass.log_sum[0] + mass.log_sum[1]);
+  part.sum = total(mass.folded);
+  part.log_sum = total(mass.folded_log);
   return part;
 }
 
@@ -137,11 +146,19 @@ static void above_of(const RowSpan& span, float max, float scale, const float* t
   Vec threshold[kThresholds], sum[kThresholds];
   SPECDEC_UNROLL
   for (int t = 0; t < kThresholds; t++) threshold[t] = splat(thresholds[t]), sum[t] = splat(0.0f);
-  for (int64_t i = span.begin; i < span.end; i += kWidth) {
-    const Vec z = load_some<Storage>(row + i, span.end - i);
-    const Vec weight = kMass ? exp2((z - splat(max)) * splat(scale)) : splat(1.0f);
+  for (int64_t at = span.begin; at < span.end; at += kBlock) {
+    const int64_t end = min_of<int64_t>(at + kBlock, span.end);
+    Vec part[kThresholds];
     SPECDEC_UNROLL
-    for (int t = 0; t < kThresholds; t++) sum[t] = sum[t] + zero_unless_above(weight, z, threshold[t]);
+    for (int t = 0; t < kThresholds; t++) part[t] = splat(0.0f);
+    for (int64_t i = at; i < end; i += kWidth) {
+      const Vec z = load_some<Storage>(row + i, end - i);
+      const Vec weight = kMass ? exp2((z - splat(max)) * splat(scale)) : splat(1.0f);
+      SPECDEC_UNROLL
+      for (int t = 0; t < kThresholds; t++) part[t] = part[t] + zero_unless_above(weight, z, threshold[t]);
+    }
+    SPECDEC_UNROLL
+    for (int t = 0; t < kThresholds; t++) sum[t] = sum[t] + part[t];
   }
   SPECDEC_UNROLL
   for (int t = 0; t < kThresholds; t++) sums[t] = total(sum[t]);
@@ -179,12 +196,16 @@ template <class Storage>
 static ScanPart kept_of(const RowSpan& span, float max, float scale, const Cut& cut) {
   const auto* row = static_cast<const typename Storage::Element*>(span.row);
   Mass<true> mass;
-  for (int64_t i = span.begin; i < span.end; i += kWidth) {
-    const Vec z = load_some<Storage>(row + i, span.end - i);
-    const Vec exponent = (z - splat(max)) * splat(scale);
-    mass.add(0, keep(exp2(exponent), z, i, cut), exponent);
+  for (int64_t at = span.begin; at < span.end; at += kBlock) {
+    const int64_t end = min_of<int64_t>(at + kBlock, span.end);
+    for (int64_t i = at; i < end; i += kWidth) {
+      const Vec z = load_some<Storage>(row + i, end - i);
+      const Vec exponent = (z - splat(max)) * splat(scale);
+      mass.add(0, keep(exp2(exponent), z, i, cut), exponent);
+    }
+    mass.fold();
   }
-  return {max, 0, false, total(mass.sum[0]), total(mass.log_sum[0])};
+  return {max, 0, false, total(mass.folded), total(mass.folded_log)};
 }
 
 // Probabilities of the tokens [token, token + count) of one row; 0 beyond them.
@@ -296,17 +317,22 @@ static void race_group(const WeightPass& pass, const float* weight, int64_t toke
 static float weigh(const WeightPass& pass, int64_t begin, int64_t end, RaceSink* sink) {
   alignas(64) float weight[kGroup], other[kGroup];
   Vec sum = splat(0.0f);
-  for (int64_t token = begin; token < end; token += kGroup) {
-    weigh_group(pass, token, int(min_of<int64_t>(kGroup, end - token)), weight, other);
-    Vec top = splat(0.0f);
-    SPECDEC_UNROLL
-    for (int i = 0; i < kGroup; i += kWidth) {
-      const Vec w = load(weight + i);
-      sum = sum + w;
-      top = maximum(top, w);
+  for (int64_t at = begin; at < end; at += kBlock) {
+    Vec part = splat(0.0f);
+    for (int64_t token = at; token < min_of<int64_t>(at + kBlock, end); token += kGroup) {
+      weigh_group(pass, token, int(min_of<int64_t>(kGroup, end - token)), weight, other);
+      Vec group = splat(0.0f), top = splat(0.0f);
+      SPECDEC_UNROLL
+      for (int i = 0; i < kGroup; i += kWidth) {
+        const Vec w = load(weight + i);
+        group = group + w;
+        top = maximum(top, w);
+      }
+      part = part + group;
+      // No uniform is below 2^-33.
+      if (sink && any_above(top, splat(sink->bound * 0x1p-33f))) race_group(pass, weight, token, sink);
     }
-    // No uniform is below 2^-33.
-    if (sink && any_above(top, splat(sink->bound * 0x1p-33f))) race_group(pass, weight, token, sink);
+    sum = sum + part;
   }
   return total(sum);
 }

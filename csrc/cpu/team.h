@@ -18,7 +18,7 @@ class Team {
   template <class Work>
   void run(int64_t chunks, const Work& work) const {
 #ifdef _OPENMP
-    if (threads_ > 1 && chunks > 1) {
+    if (threads_ > 1 && chunks > 2) {  // two chunks take about as long as waking a thread on a busy machine
       const int threads = chunks < threads_ ? int(chunks) : threads_;
 #pragma omp parallel for num_threads(threads) schedule(static)
       for (int64_t chunk = 0; chunk < chunks; chunk++) work(chunk, omp_get_thread_num());

@@ -45,8 +45,8 @@ std::string explain(cudaError_t error, int device) {
     case cudaErrorInvalidValue:
       return "a size is beyond what the kernel takes (build_topology: " + std::to_string(kBuildTopologyMaxNodes) +
              " nodes; tree_attention: dims that are multiples of 16 up to 256, rows that start at multiples of 16 "
-             "bytes); "
-             "use backend='triton' or 'torch'";
+             "bytes; accept: a vocabulary of " +
+             std::to_string(kAcceptMaxVocab) + "); use backend='triton' or 'torch'";
     default:
       return std::string(cudaGetErrorString(error)) + " (" + cudaGetErrorName(error) + "), on CUDA device " +
              std::to_string(device);

@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include "specdec/accept_launch.h"
 #include "specdec/params.h"
 
 namespace specdec {
@@ -18,6 +19,16 @@ struct TreeAttentionScratch {
   int64_t floats, counters;
 };
 TreeAttentionScratch tree_attention_scratch(const TreeAttentionParams& params);
+
+// 48 KiB of shared memory for the bits of a vocabulary: with all else it is what every GPU grants a block.
+constexpr int32_t kAcceptMaxVocab = 393216, kSampleMaxVocab = 1 << 20;
+
+cudaError_t accept_cuda(const AcceptLaunch& launch, int device, cudaStream_t stream);
+cudaError_t sample_cuda(const SampleLaunch& launch, int device, cudaStream_t stream);
+
+// What a call needs, which its shapes and its path decide.
+CallScratch accept_scratch(const AcceptLaunch& launch);
+CallScratch sample_scratch(const SampleLaunch& launch);
 
 // One helpful sentence for an error of a launch on this device.
 std::string explain(cudaError_t error, int device);

@@ -43,17 +43,14 @@ SPECDEC_WALK void accept_walk(const AcceptParams& p, int32_t request, Rows& rows
   const PerRequest<float>& temperature = p.target_sampling.temperature;
   const bool greedy = !((temperature.values ? temperature.values[request] : temperature.value) > 0);
   switch (p.rule) {
-    case AcceptRule::kGreedy:
-    case AcceptRule::kMatch:
-      return MatchWalk<Rows>(p, request, rows, scratch).run();
     case AcceptRule::kRecursive:
-      if (greedy) return MatchWalk<Rows>(p, request, rows, scratch).run();
+      if (greedy) break;
       return RejectionWalk<Rows>(p, request, rows, scratch).run_recursive();
     case AcceptRule::kTraversal:
-      if (greedy) return MatchWalk<Rows>(p, request, rows, scratch).run();
+      if (greedy) break;
       return RejectionWalk<Rows>(p, request, rows, scratch).run_traversal();
     case AcceptRule::kKseq:
-      if (greedy) return MatchWalk<Rows>(p, request, rows, scratch).run();
+      if (greedy) break;
       return KseqWalk<Rows>(p, request, rows, scratch).run();
     case AcceptRule::kCoin:
       return CoinWalk<Rows>(p, request, rows, scratch).run();
@@ -61,7 +58,11 @@ SPECDEC_WALK void accept_walk(const AcceptParams& p, int32_t request, Rows& rows
       return PathWalk<Rows>(p, request, rows, scratch).run_typical();
     case AcceptRule::kLongestPath:
       return PathWalk<Rows>(p, request, rows, scratch).run_longest_path();
+    case AcceptRule::kGreedy:
+    case AcceptRule::kMatch:
+      break;
   }
+  MatchWalk<Rows>(p, request, rows, scratch).run();  // in one place, for it is inlined
 }
 
 }  // namespace specdec

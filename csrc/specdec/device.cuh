@@ -54,6 +54,10 @@ __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(BFloat16 value) { return __bfloat162float(value); }
 __device__ __forceinline__ float to_float(Float16 value) { return __half2float(value); }
 
+__device__ __forceinline__ float float16_bits_to_float(uint32_t bits) {
+  return __half2float(__ushort_as_half(static_cast<unsigned short>(bits)));
+}
+
 // Rounds to nearest, ties to even.
 template <class T>
 __device__ __forceinline__ T from_float(float value);
@@ -117,6 +121,8 @@ __device__ __forceinline__ void widen_float8<Float16>(uint32_t four, uint32_t& f
 #endif
 }
 
+__device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ float negative_infinity() { return -__int_as_float(0x7f800000); }
 __device__ __forceinline__ int popcount(uint64_t bits) { return __popcll(bits); }
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(bits) - 1; }  // -1 for none
@@ -132,6 +138,11 @@ __device__ __forceinline__ float fast_exp2(float x) {
 
 __device__ __forceinline__ void block_sync() { __syncthreads(); }
 __device__ __forceinline__ void warp_sync(uint32_t lanes = kAllLanes) { __syncwarp(lanes); }
+// A barrier of its own, 1 to 15, for `threads` threads: whole warps of the block, which may come from different lines.
+template <int kBarrier>
+__device__ __forceinline__ void group_sync(int threads) {
+  asm volatile("barrier.sync %0, %1;" ::"n"(kBarrier), "r"(threads) : "memory");
+}
 
 // Orders this thread's accesses to global memory before and after it, as seen by the other blocks.
 __device__ __forceinline__ void device_fence() { __threadfence(); }

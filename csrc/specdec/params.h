@@ -57,8 +57,8 @@ struct TreeAttentionParams {
   int64_t v_stride_batch, v_stride_slot, v_stride_head;
   int64_t page_table_stride;
 
-  DType dtype;           // of q, out and the caches
-  int32_t float8_cache;  // 1: the caches are e4m3 instead (CUDA only)
+  DType dtype;                                   // of q, out and the caches
+  int32_t float8_cache;                          // 1: the caches are e4m3 instead (CUDA only)
   int32_t batch, queries, heads, kv_heads, dim;  // packed: queries is the number of rows of q in all
   int32_t slots;                                 // dense: slots per request; paged: max_pages * page_size
   int32_t pages, page_size;                      // paged only

@@ -31,7 +31,10 @@ OPS = {
     "build_topology": "BuildTopologyParams",
     "merge_states": "MergeStatesParams",
     "tree_attention": "TreeAttentionParams",
+    "accept": "AcceptLaunch",
+    "sample": "SampleLaunch",
 }
+SCRATCH = ("tree_attention", "accept", "sample")  # ops whose OP_scratch says how much a call needs
 
 
 class CannotRun(Exception):
@@ -87,7 +90,7 @@ def ninja_file():
             linked(f"{build}/{name}", [*emulator, f"{build}/{name}"], flags)
         for op, params in OPS.items():
             names = [f"-DSPECDEC_LAUNCHER={op}_cuda", f"-DSPECDEC_PARAMS={params}"]
-            names += ["-DSPECDEC_HAS_SCRATCH"] if op == "tree_attention" else []
+            names += [f"-DSPECDEC_SCRATCH={op}_scratch"] if op in SCRATCH else []
             compiled(f"{build}/{op}_entry", "tests/emulator/entry.cpp", [*own, *names])
             for kernel in kernels_of(op):
                 compiled(f"{build}/{kernel}", f"csrc/cuda/{kernel}.cu", flags)
@@ -144,8 +147,8 @@ def links(build):
 
 
 def run(target, *arguments):
-    """Run a program: its exit status and everything it prints."""
-    command = [made(target), *map(str, arguments)]
+    """Run a program, or one that lies elsewhere: its exit status and everything it prints."""
+    command = [target if target.startswith("/") else made(target), *map(str, arguments)]
     status, output = output_of(command)
     # ThreadSanitizer of older compilers fails where addresses are randomised by more bits than it knows.
     if "unexpected memory mapping" in output:

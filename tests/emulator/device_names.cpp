@@ -104,6 +104,20 @@ __global__ void warp_kernel(WrongParams p) {
     expect(p, warp_match(lane / 8, 0x55555555u) == 0x55u << lane / 8 * 8);
   }
   warp_sync();
+  // One warp at a barrier of its own, and both at one from two lines.
+  SPECDEC_SHARED(int32_t, handed, [2]);
+  if (warp_start == 0) {
+    if (lane == 0) handed[0] = 41;
+    group_sync<1>(kThreads);
+    group_sync<2>(kThreads);
+    expect(p, handed[1] == 42);
+  } else {
+    group_sync<1>(kThreads);
+    if (lane == 31) handed[1] = handed[0] + 1;
+    group_sync<3>(kWarpSize);
+    expect(p, handed[1] == 42);
+    group_sync<2>(kThreads);
+  }
   expect(p, popcount(0xf00000000000000full) == 8 && lowest_bit(24) == 3 && lowest_bit(0) == -1);
 }
 
@@ -112,6 +126,7 @@ __global__ void number_kernel(WrongParams p) {
   const float right = exp2f(x);
   expect(p, fabsf(fast_exp2(x) - right) <= 4e-7f * right);
   expect(p, fast_exp2(negative_infinity()) == 0.0f && fast_exp2(-140.0f) == 0.0f && fast_exp2(3.0f) == 8.0f);
+  expect(p, float_of(bits_of(x)) == x && float16_bits_to_float(0xc100u) == -2.5f);
   expect(p, to_float(from_float<BFloat16>(1.00390625f)) == 1.0f && to_float(from_float<Float16>(2049.0f)) == 2048.0f);
   expect(p, pack_pair<BFloat16>(1.0f, -2.0f) == 0xc0003f80u && pack_pair<Float16>(1.0f, -2.0f) == 0xc0003c00u);
   SPECDEC_SHARED(int32_t, total, [2]);

@@ -35,6 +35,8 @@ inline float to_float(Float16 value) {
   return float_of(sign | bits_of(magnitude));
 }
 
+inline float float16_bits_to_float(uint32_t bits) { return to_float(Float16{uint16_t(bits)}); }
+
 template <class T>
 inline T from_float(float value);
 template <>
@@ -86,6 +88,10 @@ inline float fast_exp2(float x) {
 }
 
 inline void block_sync(emulator::Site site = SPECDEC_HERE) { emulator::block_sync(site); }
+template <int kBarrier>
+inline void group_sync(int threads, emulator::Site site = SPECDEC_HERE) {
+  emulator::group_sync(kBarrier, threads, site);
+}
 #ifndef SPECDEC_WITHOUT_FENCES  // which a test expects to be found out
 inline void device_fence() { emulator::device_fence(); }
 #else

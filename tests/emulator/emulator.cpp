@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "text.h"
 
 uint3 threadIdx, blockIdx;
 dim3 blockDim, gridDim;
@@ -25,8 +26,9 @@ namespace {
 constexpr int kLanes = 32;
 constexpr size_t kMostSharedBytes = 227 * 1024;
 constexpr size_t kSharedAlignment = 128;
+constexpr int kGroupBarriers = 16;
 
-enum class State : unsigned char { kReady, kAtBarrier, kAtCollective, kDone };
+enum class State : unsigned char { kReady, kAtBarrier, kAtGroupBarrier, kAtCollective, kDone };
 
 void thread_main();
 
@@ -39,6 +41,7 @@ struct Thread {
   Site site{"", 0};  // where it waits
   Collective collective{};
   uint32_t lanes = 0;
+  int barrier = 0, barrier_threads = 0;  // of the group barrier where it waits
   Payload* payload = nullptr;
   std::deque<std::vector<AsyncCopy>> groups;  // committed, the oldest first
   std::vector<AsyncCopy> open_group;
@@ -74,6 +77,7 @@ class Block {
   void free_old_arrays();
 
   void block_sync(Site);
+  void group_sync(int barrier, int threads, Site);
   void warp_collective(Collective, uint32_t lanes, Payload&, Site);
   [[noreturn]] void fail(Site, const char* format, va_list);
   void* shared_static(const void* key, size_t bytes);
@@ -105,6 +109,10 @@ class Block {
   std::vector<unsigned char*> old_arrays_;
   char barrier_[2];  // two, in turn: a thread that is late for one must not meet those that have reached the next
   char warp_sync_[1024 / kLanes];
+  struct GroupBarrier {
+    int arrived, turns;
+    char turn[2];
+  } groups_[kGroupBarriers];
 };
 
 // ThreadSanitizer takes blocks for unordered only if they are run by different fibers, hence two.
@@ -115,24 +123,6 @@ constexpr int kBlocks = 1;
 #endif
 Block blocks[kBlocks];
 Block* running = nullptr;
-
-std::string text(Site site) { return std::string(site.file) + ":" + std::to_string(site.line); }
-
-bool same(Site a, Site b) { return a.line == b.line && std::strcmp(a.file, b.file) == 0; }
-
-// {0, 1, 2, 7} is "0-2,7".
-std::string ranges(const std::vector<int>& numbers) {
-  std::string list;
-  for (size_t first = 0; first < numbers.size();) {
-    size_t last = first;
-    while (last + 1 < numbers.size() && numbers[last + 1] == numbers[last] + 1) ++last;
-    if (!list.empty()) list += ",";
-    list += std::to_string(numbers[first]);
-    if (last > first) list += "-" + std::to_string(numbers[last]);
-    first = last + 1;
-  }
-  return list;
-}
 
 void complain_of(const std::vector<AsyncCopy>& copies) {
   if (!copies.empty()) fail(copies[0].site, "an asynchronous copy is never waited for");
@@ -169,6 +159,7 @@ void Block::begin(uint64_t linear_index) {
   release(&launch_->started);
   alive_ = count_;
   arrived_ = 0;
+  for (auto& group : groups_) group.arrived = group.turns = 0;
   turns_.resize(count_);
   for (int i = 0; i < count_; ++i) {
     Thread& thread = *threads_[i];
@@ -240,6 +231,10 @@ std::string Block::waiting_threads() const {
     std::string what = "exited";
     if (thread.state == State::kReady) what = "can run";
     if (thread.state == State::kAtBarrier) what = "wait in block_sync at " + text(thread.site);
+    if (thread.state == State::kAtGroupBarrier) {
+      what = "wait in group_sync " + std::to_string(thread.barrier) + " of " + std::to_string(thread.barrier_threads) +
+             " threads at " + text(thread.site);
+    }
     if (thread.state == State::kAtCollective) {
       char mask[16];
       std::snprintf(mask, sizeof mask, "%08x", thread.lanes);
@@ -280,6 +275,35 @@ void Block::block_sync(Site site) {
     ++barriers_;
   }
   acquire(barrier);
+}
+
+void Block::group_sync(int barrier, int threads, Site site) {
+  Thread& thread = *current;
+  if (barrier < 1 || barrier >= kGroupBarriers) emulator::fail(site, "there is no group barrier %d", barrier);
+  if (threads < 1 || threads > count_ || threads % kLanes != 0) {
+    emulator::fail(site, "group_sync of %d threads: not whole warps of the block", threads);
+  }
+  GroupBarrier& group = groups_[barrier];
+  void* turn = &group.turn[group.turns & 1];
+  release(turn);
+  thread.site = site;
+  thread.barrier = barrier;
+  thread.barrier_threads = threads;
+  thread.state = State::kAtGroupBarrier;
+  if (++group.arrived < threads) {
+    thread.fiber.yield();
+  } else {
+    for (int i = 0; i < count_; ++i) {
+      Thread& other = *threads_[i];
+      if (other.state != State::kAtGroupBarrier || other.barrier != barrier) continue;
+      if (other.barrier_threads != threads)
+        emulator::fail(site, "threads name different numbers for one group barrier");
+      other.state = State::kReady;
+    }
+    group.arrived = 0;
+    ++group.turns;
+  }
+  acquire(turn);
 }
 
 void Block::warp_collective(Collective collective, uint32_t lanes, Payload& payload, Site site) {
@@ -421,6 +445,8 @@ void fail(Site site, const char* format, ...) {
 
 void block_sync(Site site) { running->block_sync(site); }
 
+void group_sync(int barrier, int threads, Site site) { running->group_sync(barrier, threads, site); }
+
 void warp_collective(Collective collective, uint32_t lanes, Payload& payload, Site site) {
   running->warp_collective(collective, lanes, payload, site);
 }
@@ -467,12 +493,18 @@ bool next_copy_to_finish(int groups_left, AsyncCopy& copy) {
   return found;
 }
 
+uint64_t& launches() {
+  static uint64_t count = 0;
+  return count;
+}
+
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
   if (shared_bytes > kMostSharedBytes) return cudaErrorInvalidValue;
+  ++launches();
   gridDim = grid;
   blockDim = block;
   Launch launch{grid, block, shared_bytes, body, argument, 0, 0};

@@ -68,6 +68,7 @@ struct Payload {
 void combine(Collective, uint32_t lanes, Payload* const payloads[32]);
 
 void block_sync(Site);
+void group_sync(int barrier, int threads, Site);
 void warp_collective(Collective, uint32_t lanes, Payload&, Site);
 void device_fence();
 
@@ -89,6 +90,9 @@ struct AsyncCopy {
 void copy_issued(AsyncCopy);
 void copies_committed();
 bool next_copy_to_finish(int groups_left, AsyncCopy&);
+
+// How many launches there have been.
+uint64_t& launches();
 
 // Runs body(argument) in every thread of the grid. One launch at a time: the caller sees to that.
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);

@@ -13,13 +13,16 @@ using namespace specdec;
 
 SPECDEC_EXPORT size_t specdec_params_bytes() { return sizeof(SPECDEC_PARAMS); }
 
-#ifdef SPECDEC_HAS_SCRATCH
+#ifdef SPECDEC_SCRATCH
+// Bytes (or numbers) of scratch and zeroed counters that a call needs.
 SPECDEC_EXPORT void specdec_scratch(const void* params, int64_t* sizes) {
-  const TreeAttentionScratch scratch = tree_attention_scratch(*static_cast<const SPECDEC_PARAMS*>(params));
-  sizes[0] = scratch.floats;
-  sizes[1] = scratch.counters;
+  const auto [scratch, counters] = SPECDEC_SCRATCH(*static_cast<const SPECDEC_PARAMS*>(params));
+  sizes[0] = scratch;
+  sizes[1] = counters;
 }
 #endif
+
+SPECDEC_EXPORT uint64_t specdec_launches() { return emulator::launches(); }
 
 // Returns nullptr, or what went wrong. The text is good until the next call.
 SPECDEC_EXPORT const char* specdec_run(const void* params, int order, uint64_t seed) {

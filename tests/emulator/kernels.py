@@ -22,8 +22,10 @@ _C_TYPES = {
     "int64_t": ctypes.c_int64,
     "uint64_t": ctypes.c_uint64,
     "float": ctypes.c_float,
-    "DType": ctypes.c_int32,
+    "bool": ctypes.c_bool,
 }
+_COUNTS = {"kMaxEos": 8}
+_HEADERS = ("params.h", "accept_params.h", "accept_launch.h")
 
 
 class Launch(NamedTuple):
@@ -107,16 +109,33 @@ IMPLEMENTATIONS = {"build_topology": build_topology, "merge_states": merge_state
 
 @functools.cache
 def params_type(op):
-    """The ctypes structure of an op's parameters, read from csrc/specdec/params.h."""
-    name = build.OPS[op]
-    text = re.sub(r"//.*", "", (build.ROOT / "csrc/specdec/params.h").read_text())
-    body = re.search(rf"struct {name} \{{(.*?)\n\}};", text, re.DOTALL)[1]
+    """The ctypes structure of an op's parameters, read from the headers in csrc/specdec."""
+    return type(build.OPS[op], (ctypes.Structure,), {"_fields_": fields_of(build.OPS[op])})
+
+
+def fields_of(struct, prefix=""):
+    """The fields of a structure, and in their places those of the structures in it: [(name, type)]
+
+    A PerRequest is a pointer NAMEs and a number NAME. The fields of draft_sampling begin with draft_.
+    """
+    text = "".join((build.ROOT / "csrc/specdec" / header).read_text() for header in _HEADERS)
+    body = re.search(rf"struct {struct} \{{(.*?)\n\}};", re.sub(r"//.*", "", text), re.DOTALL)[1]
     fields = []
     for declaration in filter(None, map(str.strip, body.split(";"))):
-        kind, names = re.fullmatch(r"(?:const )?(\w+\*?) (.*)", declaration, re.DOTALL).groups()
-        c_type = ctypes.c_void_p if kind.endswith("*") else _C_TYPES[kind]
-        fields += [(field.strip(), c_type) for field in names.split(",")]
-    return type(name, (ctypes.Structure,), {"_fields_": fields})
+        kind, names = re.fullmatch(r"(?:const )?(\w+(?:<\w+>)?\*?) (.*)", declaration, re.DOTALL).groups()
+        for name in (prefix + name.strip() for name in names.split(",")):
+            name, _, count = name.rstrip("]").partition("[")
+            if kind.endswith("*"):
+                fields.append((name, ctypes.c_void_p))
+            elif kind.startswith("PerRequest"):
+                fields += [(f"{name}s", ctypes.c_void_p), (name, _C_TYPES[kind[len("PerRequest<") : -1]])]
+            elif kind.endswith("Params"):
+                fields += fields_of(kind, "draft_" if name == "draft_sampling" else "")
+            elif count:
+                fields.append((name, _C_TYPES[kind] * (_COUNTS.get(count) or int(count))))
+            else:
+                fields.append((name, _C_TYPES.get(kind, ctypes.c_int32)))  # others are enums
+    return fields
 
 
 @functools.cache
@@ -124,6 +143,7 @@ def library(name, op):
     """A library of an op, with the types of its functions."""
     loaded = ctypes.CDLL(build.made(f"{name}.so"))
     loaded.specdec_params_bytes.restype = ctypes.c_size_t
+    loaded.specdec_launches.restype = ctypes.c_uint64
     loaded.specdec_run.restype = ctypes.c_char_p
     loaded.specdec_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64]
     assert loaded.specdec_params_bytes() == ctypes.sizeof(params_type(op))
@@ -182,7 +202,7 @@ def replay(launch, sanitizer, program=None):
     """Emulate a launch in a process with a sanitizer, in several orders.
 
     Every tensor gets memory of just its size; two share theirs if they start at one address. The given tensors stay as
-    they are. `program` may name another build of the op.
+    they are. `program` may name another build of the op, or be a path. Orders may leave scratch as they like.
 
     Returns:
         {name: the tensor after the launch}
@@ -199,11 +219,13 @@ def replay(launch, sanitizer, program=None):
     parts = [numbers(len(params)), params, numbers(len(sharing))]
     for names in sharing.values():
         content = bytes_of(tensors[names[0]])
-        parts += [numbers(len(names), *(getattr(kind, name).offset for name in names), len(content)), content]
+        places = [getattr(kind, name).offset for name in names]
+        parts += [numbers("scratch" not in names, len(places), *places, len(content)), content]
     with tempfile.TemporaryDirectory() as folder:
         file, results = Path(folder, "launch"), Path(folder, "results")
         file.write_bytes(b"".join(parts))
-        status, output = build.run(f"{sanitizer}/{program or launch.op}", file, results)
+        target = program if program and Path(program).is_absolute() else f"{sanitizer}/{program or launch.op}"
+        status, output = build.run(target, file, results)
         if status != 0:
             raise RuntimeError(f"{launch.op} on the emulator ({sanitizer}): {output}")
         content = results.read_bytes()

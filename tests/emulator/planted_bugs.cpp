@@ -45,6 +45,8 @@ enum Bug {
   kUnalignedPack,
   kShiftTooFar,
   kLaneNotNamed,
+  kGroupTooFew,
+  kGroupCountsDiffer,
 };
 
 const char* const kNames[] = {"none",
@@ -71,7 +73,9 @@ const char* const kNames[] = {"none",
                               "unaligned-load",
                               "unaligned-pack",
                               "shift-too-far",
-                              "lane-not-named"};
+                              "lane-not-named",
+                              "group-too-few",
+                              "group-counts-differ"};
 
 // The sum of numbers: every block adds up a part, the last one to finish adds up the parts.
 
@@ -241,6 +245,12 @@ __global__ void small_kernel(SmallParams p) {
     mine = warp_ballot(thread % 3 == 0, named);
   } else {
     mine = warp_match(thread % 4, odd_or_even);
+  }
+  // Both warps, at a barrier that each names for itself.
+  if (thread >= 32) {
+    if (p.bug != kGroupTooFew) group_sync<1>(p.bug == kGroupCountsDiffer ? 32 : 64);
+  } else {
+    group_sync<1>(64);
   }
   const double next = warp_shuffle(double(thread), thread + 1);
   p.results[4 * thread] = float_of(loaded.word[1]);
