@@ -100,7 +100,7 @@ def most_registers(function):
     return min(255, 65536 // (32 * warps))
 
 
-@pytest.mark.parametrize("arch", ["8.0", "9.0"])
+@pytest.mark.parametrize("arch", ["8.0"])
 def test_attention_uses_what_the_hardware_has(arch, cuobjdump):
     """Tensor cores, asynchronous copies of 16 bytes, 16-byte stores of results, and no local memory."""
     if arch not in ARCHS:
