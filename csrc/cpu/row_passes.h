@@ -10,6 +10,8 @@
 // are after a filter, need no noise at all.
 #pragma once
 
+#include <type_traits>
+
 #include "cpu/lanes.h"
 #include "cpu/row_kernels.h"
 
@@ -65,6 +67,85 @@ static SPECDEC_INLINE Vec peak_of(const typename Storage::Element* at, int count
   return maximum(maximum(top[0], top[1]), maximum(top[2], top[3]));
 }
 
+#if defined(__AVX2__)
+// What 16-bit floats compare as: integers whose order is theirs, and magnitudes, of which a NaN's is above infinity's.
+// 32 or 16 at a time without a conversion, which is twice as fast.
+struct HalfPeak {
+#if defined(__AVX512F__)
+  using Lanes = __m512i;
+  static SPECDEC_INLINE Lanes splat_lanes(int x) { return _mm512_set1_epi16(short(x)); }
+  static SPECDEC_INLINE Lanes load_lanes(const uint16_t* at) { return _mm512_loadu_si512(at); }
+  static SPECDEC_INLINE Lanes key_of(Lanes x) {
+    return _mm512_xor_si512(x, _mm512_srli_epi16(_mm512_srai_epi16(x, 15), 1));
+  }
+  static SPECDEC_INLINE Lanes magnitude_of(Lanes x) { return _mm512_and_si512(x, splat_lanes(0x7fff)); }
+  static SPECDEC_INLINE Lanes larger(Lanes a, Lanes b) { return _mm512_max_epi16(a, b); }
+#else
+  using Lanes = __m256i;
+  static SPECDEC_INLINE Lanes splat_lanes(int x) { return _mm256_set1_epi16(short(x)); }
+  static SPECDEC_INLINE Lanes load_lanes(const uint16_t* at) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+  }
+  static SPECDEC_INLINE Lanes key_of(Lanes x) {
+    return _mm256_xor_si256(x, _mm256_srli_epi16(_mm256_srai_epi16(x, 15), 1));
+  }
+  static SPECDEC_INLINE Lanes magnitude_of(Lanes x) { return _mm256_and_si256(x, splat_lanes(0x7fff)); }
+  static SPECDEC_INLINE Lanes larger(Lanes a, Lanes b) { return _mm256_max_epi16(a, b); }
+#endif
+  static constexpr int kLanes = sizeof(Lanes) / 2;
+
+  static SPECDEC_INLINE int16_t largest(Lanes v) {
+    alignas(64) int16_t lane[kLanes];
+    __builtin_memcpy(lane, &v, sizeof lane);
+    int16_t top = lane[0];
+    for (int i = 1; i < kLanes; i++) top = lane[i] > top ? lane[i] : top;
+    return top;
+  }
+};
+
+// The bits of the greatest of `count` 16-bit floats, a multiple of 4 * kLanes; false if one of them is a NaN.
+static SPECDEC_INLINE bool half_peak(const uint16_t* at, int count, uint16_t infinity, uint16_t& bits) {
+  HalfPeak::Lanes top[4], magnitude[4];
+  for (int j = 0; j < 4; j++) {
+    top[j] = HalfPeak::splat_lanes(-0x8000);
+    magnitude[j] = HalfPeak::splat_lanes(0);
+  }
+  for (int i = 0; i < count; i += 4 * HalfPeak::kLanes) {
+    SPECDEC_UNROLL
+    for (int j = 0; j < 4; j++) {
+      const HalfPeak::Lanes x = HalfPeak::load_lanes(at + i + j * HalfPeak::kLanes);
+      top[j] = HalfPeak::larger(top[j], HalfPeak::key_of(x));
+      magnitude[j] = HalfPeak::larger(magnitude[j], HalfPeak::magnitude_of(x));
+    }
+  }
+  for (int j = 1; j < 4; j++) {
+    top[0] = HalfPeak::larger(top[0], top[j]);
+    magnitude[0] = HalfPeak::larger(magnitude[0], magnitude[j]);
+  }
+  const int16_t key = HalfPeak::largest(top[0]);
+  bits = uint16_t(key < 0 ? key ^ 0x7fff : key);
+  return HalfPeak::largest(magnitude[0]) <= int16_t(infinity);
+}
+#endif
+
+template <class Storage>
+static SPECDEC_INLINE float block_peak(const typename Storage::Element* at, int count, NanFlag& nan) {
+#if defined(__AVX2__)
+  if constexpr (sizeof(typename Storage::Element) == 2) {
+    constexpr uint16_t kInfinity = std::is_same<Storage, BFloat16>::value ? 0x7f80 : 0x7c00;
+    const int whole = count / (4 * HalfPeak::kLanes) * (4 * HalfPeak::kLanes);
+    uint16_t bits;
+    if (whole > 0 && half_peak(at, whole, kInfinity, bits)) {
+      const float top = load_one<Storage>(&bits, 0);
+      if (whole == count) return top;
+      const float rest = greatest(peak_of<Storage>(at + whole, count - whole, nan));
+      return rest > top ? rest : top;
+    }
+  }
+#endif
+  return greatest(peak_of<Storage>(at, count, nan));
+}
+
 template <class Storage>
 static int place_of(const typename Storage::Element* at, int count, float value) {
   for (int i = 0; i < count; i += kWidth) {
@@ -112,7 +193,7 @@ static ScanPart scan_of(const RowSpan& span, float scale) {
   Mass<kEntropy> mass;
   for (int64_t at = span.begin; at < span.end; at += kBlock) {
     const int count = int(min_of<int64_t>(kBlock, span.end - at));
-    const float peak = greatest(peak_of<Storage>(row + at, count, nan));
+    const float peak = block_peak<Storage>(row + at, count, nan);
     if (peak > part.max) {
       if (kSums && part.max > minus_infinity()) mass.lower((part.max - peak) * scale);
       part.max = peak;
