@@ -17,7 +17,8 @@
 
 namespace specdec::SPECDEC_ISA {
 
-constexpr int kBlock = 2048;
+constexpr int kSumBlock = 2048;   // entries whose values are kept in the first-level cache: 8 KB of float32
+constexpr int kPeakBlock = 8192;  // entries of which only the greatest is wanted
 
 static SPECDEC_INLINE float minus_infinity() { return -__builtin_inff(); }
 
@@ -95,11 +96,14 @@ struct HalfPeak {
   static constexpr int kLanes = sizeof(Lanes) / 2;
 
   static SPECDEC_INLINE int16_t largest(Lanes v) {
-    alignas(64) int16_t lane[kLanes];
-    __builtin_memcpy(lane, &v, sizeof lane);
-    int16_t top = lane[0];
-    for (int i = 1; i < kLanes; i++) top = lane[i] > top ? lane[i] : top;
-    return top;
+#if defined(__AVX512F__)
+    const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
+#else
+    const __m256i half = v;
+#endif
+    const __m128i top = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    const __m128i below = _mm_sub_epi16(_mm_set1_epi16(0x7fff), top);  // the least of these unsigned numbers
+    return int16_t(0x7fff - (_mm_cvtsi128_si32(_mm_minpos_epu16(below)) & 0xffff));
   }
 };
 
@@ -191,6 +195,7 @@ static ScanPart scan_of(const RowSpan& span, float scale) {
   ScanPart part{minus_infinity(), span.begin, false, 0.0f, 0.0f};
   NanFlag nan;
   Mass<kEntropy> mass;
+  constexpr int kBlock = kSums ? kSumBlock : kPeakBlock;
   for (int64_t at = span.begin; at < span.end; at += kBlock) {
     const int count = int(min_of<int64_t>(kBlock, span.end - at));
     const float peak = block_peak<Storage>(row + at, count, nan);
@@ -227,8 +232,8 @@ static void above_of(const RowSpan& span, float max, float scale, const float* t
   Vec threshold[kThresholds], sum[kThresholds];
   SPECDEC_UNROLL
   for (int t = 0; t < kThresholds; t++) threshold[t] = splat(thresholds[t]), sum[t] = splat(0.0f);
-  for (int64_t at = span.begin; at < span.end; at += kBlock) {
-    const int64_t end = min_of<int64_t>(at + kBlock, span.end);
+  for (int64_t at = span.begin; at < span.end; at += kSumBlock) {
+    const int64_t end = min_of<int64_t>(at + kSumBlock, span.end);
     Vec part[kThresholds];
     SPECDEC_UNROLL
     for (int t = 0; t < kThresholds; t++) part[t] = splat(0.0f);
@@ -277,8 +282,8 @@ template <class Storage>
 static ScanPart kept_of(const RowSpan& span, float max, float scale, const Cut& cut) {
   const auto* row = static_cast<const typename Storage::Element*>(span.row);
   Mass<true> mass;
-  for (int64_t at = span.begin; at < span.end; at += kBlock) {
-    const int64_t end = min_of<int64_t>(at + kBlock, span.end);
+  for (int64_t at = span.begin; at < span.end; at += kSumBlock) {
+    const int64_t end = min_of<int64_t>(at + kSumBlock, span.end);
     for (int64_t i = at; i < end; i += kWidth) {
       const Vec z = load_some<Storage>(row + i, end - i);
       const Vec exponent = (z - splat(max)) * splat(scale);
@@ -398,9 +403,9 @@ static void race_group(const WeightPass& pass, const float* weight, int64_t toke
 static float weigh(const WeightPass& pass, int64_t begin, int64_t end, RaceSink* sink) {
   alignas(64) float weight[kGroup], other[kGroup];
   Vec sum = splat(0.0f);
-  for (int64_t at = begin; at < end; at += kBlock) {
+  for (int64_t at = begin; at < end; at += kSumBlock) {
     Vec part = splat(0.0f);
-    for (int64_t token = at; token < min_of<int64_t>(at + kBlock, end); token += kGroup) {
+    for (int64_t token = at; token < min_of<int64_t>(at + kSumBlock, end); token += kGroup) {
       weigh_group(pass, token, int(min_of<int64_t>(kGroup, end - token)), weight, other);
       Vec group = splat(0.0f), top = splat(0.0f);
       SPECDEC_UNROLL
