@@ -53,12 +53,30 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("target", found, ids=[f"{target.backend}-on-{target.device}" for target in found])
 
 
-def pytest_collection_modifyitems(items):
-    """Whatever runs on CUDA tensors is marked gpu: `pytest -m gpu` is everything that a GPU can show."""
+def pytest_collection_modifyitems(config, items):
+    """Whatever runs on CUDA tensors is marked gpu: `pytest -m gpu` is everything that a GPU can show.
+
+    Triton's interpreter takes seconds where a kernel takes microseconds. A module that sets INTERPRETED_SHARE = n has
+    every n-th of a test's interpreted cases run (the first one always), unless SPECDEC_OPS_ALL_TESTS is 1.
+    """
+    seen: dict[str, int] = {}
+    left_out = []
     for item in items:
         target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
-        if target is not None and target.device == "cuda":
+        if target is None:
+            continue
+        if target.device == "cuda":
             item.add_marker(pytest.mark.gpu)
+        share = getattr(item.module, "INTERPRETED_SHARE", 1)
+        if target.interpreted and os.environ.get("SPECDEC_OPS_ALL_TESTS") != "1":
+            test = f"{item.module.__name__}.{item.originalname}"
+            seen[test] = seen.get(test, -1) + 1
+            if seen[test] % share:
+                left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        gone = set(map(id, left_out))
+        items[:] = [item for item in items if id(item) not in gone]
 
 
 def poisoned_empty(shape, dtype, device):

@@ -20,6 +20,7 @@ from accept_cases import (
 from specdec_ops import Topology, Tree, VocabMap, chain_accept, greedy_accept, tree_accept
 
 OP = "accept"
+INTERPRETED_SHARE = 11
 SLOW = ("triton", "cuda-emulated")
 
 

@@ -41,6 +41,7 @@ from specdec_ops import (
 )
 
 OP = "accept"
+INTERPRETED_SHARE = 11
 INF, NAN = float("inf"), float("nan")
 STOCHASTIC = [rule for rule in RULES if rule != "greedy"]
 STATUS_TARGET, STATUS_DRAFT, STATUS_IMPOSSIBLE, STATUS_TREE = 1, 2, 4, 16
