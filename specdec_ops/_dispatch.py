@@ -47,6 +47,10 @@ IMPLEMENTATIONS = {
         "cpu": "specdec_ops._native_accept:sample_cpu",
         "torch": "specdec_ops.reference.sample:sample",
     },
+    "screened_exit": {
+        "cpu": "specdec_ops._native_exit:screened_exit_cpu",
+        "torch": "specdec_ops.reference.screened_exit:screened_exit",
+    },
     "tree_attention": {
         "cuda": "specdec_ops._native:tree_attention_cuda",
         "triton": "specdec_ops.triton_kernels.tree_attention:tree_attention",
@@ -68,7 +72,8 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
 
     Args:
         op: "accept" (every op whose name ends so), "build_topology", "exit_confidence" (and early_exit),
-            "merge_states", "sample" (sample_tokens and sample_children) or "tree_attention".
+            "merge_states", "sample" (sample_tokens and sample_children), "screened_exit" (exit_confidence and
+            early_exit with a screen) or "tree_attention".
         device: a device, its name, or a tensor on it.
 
     Returns:

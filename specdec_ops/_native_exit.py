@@ -17,6 +17,14 @@ def exit_confidence_cpu(*arguments):
     _module().exit_confidence_cpu(*_exit_arguments(*arguments), torch.get_num_threads())
 
 
+def screened_exit_cpu(*arguments):
+    """See specdec_ops.reference.screened_exit for the arguments."""
+    *exit_arguments, values, scales, error_norms, norms, error_gain, tolerance, rechecked = arguments
+    screen = tuple(map(_address, (values, scales, error_norms, norms, error_gain)))
+    exit_arguments = _exit_arguments(*exit_arguments)
+    _module().screened_exit_cpu(*exit_arguments, screen, tolerance, _address(rechecked), torch.get_num_threads())
+
+
 def _exit_arguments(
     hidden,
     head,
