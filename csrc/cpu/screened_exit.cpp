@@ -41,6 +41,7 @@ constexpr double kFloatRoom = 1e-4;                             // relative
 constexpr double kOutward = 1 + 1e-6;                           // for the rounding of the bound itself
 constexpr double kGreatest = 1e30;                              // above this product of lengths a sum might overflow
 constexpr int kLeastLimit = 64;                                 // entries that may always be rechecked
+constexpr int kLeastShared = 4;                                 // tiles to recheck for which other threads are woken
 constexpr float kDepths[] = {-1, 1, 2, 3, 4.5f, 6, 8, 10, 12};  // of what is rechecked below the best; -1: candidates
 
 struct Interval {
@@ -214,36 +215,17 @@ class Screen {
 
   int listed() const { return std::max(2, p_.top_k); }
 
-  // Entries that are not in the tail, ascending, and the tail.
-  std::vector<int32_t> look(int row, const ScreenScan& scan, const Team& team, ScreenTail& tail) {
-    std::vector<std::vector<int32_t>> parts(chunks_);
-    std::vector<ScreenTail> tails(chunks_);
-    team.run(chunks_, [&](int64_t chunk, int) {
-      alignas(64) float padded[2][kExitChunk];
-      int32_t entries[kExitChunk];
-      const int64_t first = chunk * kExitChunk;
-      const int count =
-          looks_.scan(&approximate_[row * stride_ + first], part(s_.error_norms, chunk, padded[0]),
-                      part(s_.norms, chunk, padded[1]), kExitChunk, scan, int32_t(first), entries, tails[chunk]);
-      parts[chunk].assign(entries, entries + count);
-    });
+  // Entries that are not in the tail, ascending, and the tail. By one thread: it takes a hundredth of the first pass.
+  std::vector<int32_t> look(int row, const ScreenScan& scan, ScreenTail& tail) {
+    alignas(64) float padded[2][kExitChunk];
+    int32_t entries[kExitChunk];
     std::vector<int32_t> all;
     tail = {};
     for (int64_t chunk = 0; chunk < chunks_; chunk++) {
-      all.insert(all.end(), parts[chunk].begin(), parts[chunk].end());
-      const ScreenTail& t = tails[chunk];
-      tail = {tail.upper + t.upper,
-              tail.lower + t.lower,
-              tail.weight + t.weight,
-              tail.squares + t.squares,
-              std::max(tail.peak, t.peak),
-              std::max(tail.error, t.error),
-              std::max(tail.noise, t.noise),
-              tail.upper_fall + t.upper_fall,
-              tail.lower_fall + t.lower_fall,
-              tail.fall + t.fall,
-              tail.turn_squares + t.turn_squares,
-              std::max(tail.peak_fall, t.peak_fall)};
+      const int64_t first = chunk * kExitChunk;
+      const int count = looks_.scan(&approximate_[row * stride_ + first], part(s_.error_norms, chunk, padded[0]),
+                                    part(s_.norms, chunk, padded[1]), kExitChunk, scan, int32_t(first), entries, tail);
+      all.insert(all.end(), entries, entries + count);
     }
     return all;
   }
@@ -252,7 +234,7 @@ class Screen {
   std::vector<float> recheck(int row, const std::vector<int32_t>& entries, const Team& team) {
     std::vector<float> z(entries.size());
     const int64_t tiles = (int64_t(entries.size()) + kExitTile - 1) / kExitTile;
-    team.run(tiles, [&](int64_t at, int) {
+    (tiles < kLeastShared ? Team(1) : team).run(tiles, [&](int64_t at, int) {
       alignas(64) float logits[kExitTile];
       const int64_t first = at * kExitTile;
       const int count = int(std::min<int64_t>(kExitTile, int64_t(entries.size()) - first));
@@ -296,7 +278,7 @@ class Screen {
     for (float depth : kDepths) {
       if (depth > 0) scan.deep = lower[0] - depth * temperature;
       ScreenTail tail;
-      const std::vector<int32_t> entries = look(row, scan, team, tail);
+      const std::vector<int32_t> entries = look(row, scan, tail);
       if (entries.empty() || entries.size() > limit) return false;
       const auto figures = [&](const std::vector<float>& z, float first, float second) {
         return figures_of(z, first, second, tail, lower[0], temperature, spread);
