@@ -35,6 +35,10 @@ IMPLEMENTATIONS = {
         "cpu": "specdec_ops._native_exit:exit_confidence_cpu",
         "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
     },
+    "exit_mlp": {
+        "cpu": "specdec_ops._native_exit:exit_mlp_cpu",
+        "torch": "specdec_ops.reference.exit_mlp:exit_mlp",
+    },
     "merge_states": {
         "cuda": "specdec_ops._native:merge_states_cuda",
         "triton": "specdec_ops.triton_kernels.merge_states:merge_states",
@@ -72,8 +76,8 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
 
     Args:
         op: "accept" (every op whose name ends so), "build_topology", "exit_confidence" (and early_exit),
-            "merge_states", "sample" (sample_tokens and sample_children), "screened_exit" (exit_confidence and
-            early_exit with a screen) or "tree_attention".
+            "exit_mlp", "merge_states", "sample" (sample_tokens and sample_children), "screened_exit" (exit_confidence
+            and early_exit with a screen) or "tree_attention".
         device: a device, its name, or a tensor on it.
 
     Returns:

@@ -147,3 +147,42 @@ _define(
     _run_screened_exit_out,
     _fake_screened_exit,
 )
+
+
+# exit_mlp
+
+
+def exit_mlp(features, weights: list, biases: list, threshold: float, backend: str) -> tuple:
+    """Checked arguments in; (score, stop) out."""
+    if short_cut(features, *weights, *biases):
+        return _run_exit_mlp(features, weights, biases, threshold, backend)
+    return _NAMESPACE.exit_mlp(features, weights, biases, threshold, backend)
+
+
+def _mlp_outputs(empty, features) -> tuple:
+    return empty((features.shape[0],), torch.float32, features.device), empty((1,), torch.bool, features.device)
+
+
+def _run_exit_mlp(features, weights, biases, threshold, backend):
+    out = _mlp_outputs(_alloc.empty, features)
+    _run_exit_mlp_out(features, weights, biases, threshold, backend, *out)
+    return out
+
+
+def _run_exit_mlp_out(features, weights, biases, threshold, backend, score, stop):
+    implementation = _dispatch.resolve("exit_mlp", backend, features)
+    if features.shape[0]:
+        implementation(features, weights, biases, threshold, score, stop)
+    else:
+        stop.fill_(True)
+
+
+define(
+    "exit_mlp",
+    "Tensor features, Tensor[] weights, Tensor[] biases, float threshold, str backend",
+    "(Tensor, Tensor)",
+    "Tensor(a!) score, Tensor(b!) stop",
+    _run_exit_mlp,
+    _run_exit_mlp_out,
+    lambda features, *_: _mlp_outputs(fake_empty, features),
+)

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "specdec_ops/reference/sample.py": ["torch", ".noise"],
     "specdec_ops/_library_exit.py": ["torch", "._library", "._dispatch", "._alloc"],
     "specdec_ops/_library_accept.py": ["torch", "._library", "._dispatch", "._alloc"],
+    "specdec_ops/reference/screened_exit.py": [".exit_confidence"],
     "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
     "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "triton_kernels/tree_attention.py": ["torch", "triton", ".tree_attention_kernels"],

@@ -34,5 +34,6 @@ void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& te
 void decide_exits(const ExitParams& p);
 
 void screened_exit_cpu(const ScreenedParams& params, int threads);
+void exit_mlp_cpu(const MlpParams& params, int threads);
 
 }  // namespace specdec

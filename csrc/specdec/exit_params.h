@@ -61,4 +61,25 @@ struct ScreenedParams {
   float tolerance;           // of max_prob and margin
 };
 
+// A decision model: linear layers, ReLU between them, a sigmoid at the end.
+constexpr int32_t kMostLayers = 8;
+
+struct MlpLayer {
+  const void* weight;  // [outputs, inputs], contiguous
+  const float* bias;   // [outputs]
+  HeadType type;       // not kInt8
+  int32_t outputs;
+};
+
+struct MlpParams {
+  const void* features;  // [rows, inputs]
+  float* score;          // [rows]
+  bool* stop;            // [1]
+  int64_t features_stride_row;
+  MlpLayer layers[kMostLayers];
+  DType features_dtype;
+  int32_t count, rows, inputs;
+  float threshold;
+};
+
 }  // namespace specdec
