@@ -1,5 +1,6 @@
 """Decision models and rules that stop drafting, against float64 and against the rules written out."""
 
+import itertools
 import math
 
 import pytest
@@ -22,7 +23,7 @@ def make_model(sizes, dtype, seed=0):
 
     layers = [
         ((normal(outputs, inputs) * (2 / inputs) ** 0.5).to(dtype), (normal(outputs) * 0.1).float())
-        for inputs, outputs in zip(sizes[:-1], sizes[1:], strict=True)
+        for inputs, outputs in itertools.pairwise(sizes)
     ]
     return layers, normal
 
