@@ -341,12 +341,17 @@ def test_falling_back_is_counted():
     assert (got.token == 0).all()
 
 
-def test_thresholds_per_row_and_at_the_edge(target):
-    case = make_case(9, 64, 500, torch.float32).to(torch.float32, target.device)
-    figures = case.run(target.backend).max_prob
-    above = torch.nextafter(figures, torch.tensor(2.0, device=figures.device))
-    thresholds = torch.where(torch.arange(9, device=figures.device) % 2 == 0, figures, above)
-    assert_same(case, target.backend, threshold=thresholds)
+@pytest.mark.parametrize("measure", list(THRESHOLDS))
+@pytest.mark.parametrize("temperature", (1.0, 0.1))
+def test_thresholds_at_the_edge(target, measure, temperature):
+    """Thresholds that a row meets exactly, misses by the least number or nearly meets, of unsure and of sure rows."""
+    case = make_case(33, 64, 500, torch.float32, temperature=temperature).to(torch.float32, target.device)
+    figures = getattr(case.run(target.backend), measure)
+    row = torch.arange(33, device=figures.device) % 4
+    off = torch.where(row == 2, 1 - 1e-6, 1 + 1e-4)
+    above = torch.nextafter(figures, torch.tensor(20.0, device=figures.device))
+    thresholds = torch.where(row == 0, figures, torch.where(row == 1, above, figures * off))
+    assert_same(case, target.backend, measure, threshold=thresholds)
 
 
 @pytest.mark.parametrize("level", ("any", "all"))

@@ -102,10 +102,10 @@ Figures figures_of(const std::vector<float>& known, float first, float second, c
   const Interval all_fall = scale > 0 ? (rest_fall + rest * gap) * scale + fall : Interval{fall, fall};
   const double lead = -std::expm1((double(second) - first) / temperature);
   const double size = sum + tail.weight * scale, size_fall = fall + (tail.fall + gap * tail.weight) * scale;
-  const Interval max_prob = {(1 - kFloatRoom) / all.high, std::min(1.0, (1 + kFloatRoom) / all.low)};
+  const Interval max_prob = {(1 - kFloatRoom) / all.high, (1 + kFloatRoom) / all.low};
   const double highest = std::log(all.high) + all_fall.high / all.low, room = 2 * kFloatRoom * (1 + highest);
   const Interval entropy = {std::max(0.0, std::log(all.low) + all_fall.low / all.high - room), highest + room};
-  const double value = max_prob.nearest(1 / size);
+  const double value = std::min(1.0, max_prob.nearest(1 / size));
   return {{value, max_prob},
           {value * lead, max_prob * lead},
           {entropy.nearest(std::log(size) + (scale > 0 ? size_fall : fall) / size), entropy}};
