@@ -34,10 +34,12 @@ GIGABYTES_PER_JOB = 1.0  # the largest of our compilations, with room to spare
 # no such ending is compiled for the oldest processor, and decides at run time which of the others may be called.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
-_AVX512_BF16 = [*_AVX512, "-mavx512bf16"]
+_AVX512_VNNI = [*_AVX512, "-mavx512vnni"]
+_AVX512_BF16 = [*_AVX512_VNNI, "-mavx512bf16"]
 X86_FLAGS = {
     "avx2": _AVX2,
     "avx512": _AVX512,
+    "avx512_vnni": _AVX512_VNNI,
     "avx512_bf16": _AVX512_BF16,
     "amx": [*_AVX512_BF16, "-mamx-tile", "-mamx-bf16"],
 }

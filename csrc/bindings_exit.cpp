@@ -1,8 +1,12 @@
 // The early exit ops of specdec_ops._C. The callers in specdec_ops/_native_exit.py have checked everything.
+#include <pybind11/stl.h>
+
 #include <tuple>
+#include <type_traits>
+#include <vector>
 
 #include "bindings.h"
-#include "cpu/exit_kernels.h"
+#include "cpu/exit_call.h"
 #include "specdec/exit_params.h"
 
 namespace specdec {
@@ -50,8 +54,50 @@ ExitParams exit_params(std::tuple<Address, int32_t, int64_t> hidden, std::tuple<
   return p;
 }
 
+// The same arguments, then what the screen adds: values, scales, error_norms, norms and error_gain; tolerance;
+// rechecked.
+template <class MakeParams>
+struct Screened;
+template <class... Args>
+struct Screened<ExitParams (*)(Args...)> {
+  static ScreenedParams make(Args... args, std::tuple<Address, Address, Address, Address, Address> screen,
+                             float tolerance, Address rechecked) {
+    ScreenedParams p{};
+    p.exit = exit_params(args...);
+    p.values = pointer<int8_t>(std::get<0>(screen));
+    p.scales = pointer<float>(std::get<1>(screen));
+    p.error_norms = pointer<float>(std::get<2>(screen));
+    p.norms = pointer<float>(std::get<3>(screen));
+    p.error_gain = pointer<float>(std::get<4>(screen));
+    p.tolerance = tolerance;
+    p.rechecked = pointer<int32_t>(rechecked);
+    return p;
+  }
+};
+
+// Layers are (weight, type of its elements, bias, outputs), at most kMostLayers.
+MlpParams mlp_params(std::tuple<Address, int32_t, int64_t> features,
+                     std::vector<std::tuple<Address, int32_t, Address, int32_t>> layers, float threshold, Address score,
+                     Address stop, std::tuple<int32_t, int32_t> sizes) {
+  MlpParams p{};
+  p.features = pointer<void>(std::get<0>(features));
+  p.features_dtype = static_cast<DType>(std::get<1>(features));
+  p.features_stride_row = std::get<2>(features);
+  for (const auto& [weight, type, bias, outputs] : layers) {
+    p.layers[p.count++] = {pointer<void>(weight), pointer<float>(bias), static_cast<HeadType>(type), outputs};
+  }
+  p.threshold = threshold;
+  p.score = pointer<float>(score);
+  p.stop = pointer<bool>(stop);
+  std::tie(p.rows, p.inputs) = sizes;
+  return p;
+}
+
 void bind_exit(pybind11::module_& m) {
   Bind<decltype(&exit_params)>::cpu(m, "exit_confidence_cpu", exit_params, exit_confidence_cpu);
+  const auto screened_params = &Screened<decltype(&exit_params)>::make;
+  Bind<std::remove_const_t<decltype(screened_params)>>::cpu(m, "screened_exit_cpu", screened_params, screened_exit_cpu);
+  Bind<decltype(&mlp_params)>::cpu(m, "exit_mlp_cpu", mlp_params, exit_mlp_cpu);
 }
 
 }  // namespace specdec

@@ -19,6 +19,7 @@ from . import published_trees  # noqa: E402
 from ._dispatch import backends  # noqa: E402
 from .accept import Acceptance, chain_accept, greedy_accept, match_accept, tree_accept  # noqa: E402
 from .accept_lossy import LongestPath, longest_path_accept, typical_accept  # noqa: E402
+from .draft_stop import AdaptiveThreshold, entropy_stop, exit_features, exit_mlp  # noqa: E402
 from .early_exit import Confidence, Exit, early_exit, exit_confidence  # noqa: E402
 from .quantized_head import QuantizedHead, quantize_head  # noqa: E402
 from .sampling import Children, sample_children, sample_tokens  # noqa: E402
@@ -29,6 +30,7 @@ from .vocab_map import VocabMap  # noqa: E402
 
 __all__ = [
     "Acceptance",
+    "AdaptiveThreshold",
     "AttentionState",
     "Children",
     "Confidence",
@@ -43,7 +45,10 @@ __all__ = [
     "build_topology",
     "chain_accept",
     "early_exit",
+    "entropy_stop",
     "exit_confidence",
+    "exit_features",
+    "exit_mlp",
     "greedy_accept",
     "longest_path_accept",
     "match_accept",

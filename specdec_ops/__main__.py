@@ -15,7 +15,10 @@ from . import (
     _dispatch,
     _loader,
     build_topology,
+    exit_confidence,
+    exit_mlp,
     merge_states,
+    quantize_head,
     sample_children,
     sample_tokens,
     tree_accept,
@@ -155,6 +158,40 @@ def check_tree_attention(backend: str, device: str) -> float:
     return largest_difference(run(dtype, backend), run(torch.float64, "torch"))
 
 
+def check_exit_confidence(backend: str, device: str) -> float:
+    """The largest error of four rows' figures, or 1 if a token differs."""
+    return exit_error(backend, device, {})
+
+
+def check_screened_exit(backend: str, device: str) -> float:
+    """The same with a screen."""
+    _, head = exit_inputs(device)
+    return exit_error(backend, device, {"screen": quantize_head(head.float()), "tolerance": 1e-3})
+
+
+def exit_inputs(device: str) -> list[torch.Tensor]:
+    hidden, head = random_like(device, (4, 96), (1000, 96))
+    return [(0.2 * hidden + 0.1 * head[:4]).float().double(), head]
+
+
+def exit_error(backend: str, device: str, options: dict) -> float:
+    hidden, head = exit_inputs(device)
+    got = exit_confidence(hidden.float(), head.float(), **options, backend=backend)
+    want = exit_confidence(hidden, head, backend="torch")
+    if not torch.equal(got.token, want.token):
+        return 1.0
+    return max(largest_difference(getattr(got, name), getattr(want, name)) for name in ("max_prob", "margin"))
+
+
+def check_exit_mlp(backend: str, device: str) -> float:
+    """The largest error of a score."""
+    features, first, last = (0.3 * part for part in random_like(device, (5, 11), (44, 11), (1, 44)))
+    biases = [torch.zeros(size, device=device) for size in (44, 1)]
+    got = exit_mlp(features.float(), list(zip((first.float(), last.float()), biases, strict=True)), backend=backend)
+    want = exit_mlp(features, list(zip((first, last), biases, strict=True)), backend="torch")
+    return largest_difference(got[0], want[0])
+
+
 def check_merge_states(backend: str, device: str) -> float:
     """The largest error over rows of which some saw nothing, on one side or on both."""
     out_a, out_b = random_like(device, (2, 5, 4, 64), (2, 5, 4, 64))
@@ -180,8 +217,11 @@ def largest_difference(got: torch.Tensor, want: torch.Tensor) -> float:
 CHECKS: dict[str, Callable[[str, str], float]] = {
     "accept": check_accept,
     "build_topology": check_build_topology,
+    "exit_confidence": check_exit_confidence,
+    "exit_mlp": check_exit_mlp,
     "merge_states": check_merge_states,
     "sample": check_sample,
+    "screened_exit": check_screened_exit,
     "tree_attention": check_tree_attention,
 }
 

@@ -35,6 +35,10 @@ IMPLEMENTATIONS = {
         "cpu": "specdec_ops._native_exit:exit_confidence_cpu",
         "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
     },
+    "exit_mlp": {
+        "cpu": "specdec_ops._native_exit:exit_mlp_cpu",
+        "torch": "specdec_ops.reference.exit_mlp:exit_mlp",
+    },
     "merge_states": {
         "cuda": "specdec_ops._native:merge_states_cuda",
         "triton": "specdec_ops.triton_kernels.merge_states:merge_states",
@@ -46,6 +50,10 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.sample:sample",
         "cpu": "specdec_ops._native_accept:sample_cpu",
         "torch": "specdec_ops.reference.sample:sample",
+    },
+    "screened_exit": {
+        "cpu": "specdec_ops._native_exit:screened_exit_cpu",
+        "torch": "specdec_ops.reference.screened_exit:screened_exit",
     },
     "tree_attention": {
         "cuda": "specdec_ops._native:tree_attention_cuda",
@@ -68,7 +76,8 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
 
     Args:
         op: "accept" (every op whose name ends so), "build_topology", "exit_confidence" (and early_exit),
-            "merge_states", "sample" (sample_tokens and sample_children) or "tree_attention".
+            "exit_mlp", "merge_states", "sample" (sample_tokens and sample_children), "screened_exit" (exit_confidence
+            and early_exit with a screen) or "tree_attention".
         device: a device, its name, or a tensor on it.
 
     Returns:

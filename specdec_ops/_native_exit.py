@@ -17,6 +17,31 @@ def exit_confidence_cpu(*arguments):
     _module().exit_confidence_cpu(*_exit_arguments(*arguments), torch.get_num_threads())
 
 
+def screened_exit_cpu(*arguments):
+    """See specdec_ops.reference.screened_exit for the arguments."""
+    *exit_arguments, values, scales, error_norms, norms, error_gain, tolerance, rechecked = arguments
+    screen = tuple(map(_address, (values, scales, error_norms, norms, error_gain)))
+    exit_arguments = _exit_arguments(*exit_arguments)
+    _module().screened_exit_cpu(*exit_arguments, screen, tolerance, _address(rechecked), torch.get_num_threads())
+
+
+def exit_mlp_cpu(features, weights, biases, threshold, score, stop):
+    """See specdec_ops.reference.exit_mlp for the arguments."""
+    layers = [
+        (weight.data_ptr(), _HEAD_TYPES[weight.dtype], bias.data_ptr(), weight.shape[0])
+        for weight, bias in zip(weights, biases, strict=True)
+    ]
+    _module().exit_mlp_cpu(
+        (features.data_ptr(), _DTYPE_CODES[features.dtype], features.stride(0)),
+        layers,
+        threshold,
+        score.data_ptr(),
+        stop.data_ptr(),
+        tuple(features.shape),
+        torch.get_num_threads(),
+    )
+
+
 def _exit_arguments(
     hidden,
     head,

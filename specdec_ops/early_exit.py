@@ -14,6 +14,9 @@ from .vocab_map import VocabMap
 STATUS_INVALID = 1
 """The row's logits held NaN or +inf, or nothing but -inf. Its figures are 0, its logsumexp is -inf; it never exits."""
 
+STATUS_FELL_BACK = 2
+"""The screen left something open, so the row was read from the whole head."""
+
 MAX_TOP_K = 16
 MEASURES = ("max_prob", "margin", "entropy")
 LEVELS = ("row", "any", "all")
@@ -40,7 +43,10 @@ class Confidence:
     top_logprobs: torch.Tensor | None
     """float32 like top_tokens; -inf beside -1."""
     status: torch.Tensor
-    """int32 [rows]: 0, or STATUS_INVALID of specdec_ops.early_exit."""
+    """int32 [rows]: 0, or STATUS_INVALID and STATUS_FELL_BACK of specdec_ops.early_exit, added."""
+    rechecked: torch.Tensor | None = None
+    """int32 [rows]: entries of the head that were read in full precision (some twice, if the first look left something
+    open); all of them for a row that fell back. None without a screen."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -68,6 +74,8 @@ def exit_confidence(
     temperature: torch.Tensor | float = 1.0,
     top_k: int = 0,
     vocab_map: VocabMap | None = None,
+    screen: QuantizedHead | None = None,
+    tolerance: float = 0.01,
     out: Confidence | None = None,
     backend: str = "auto",
 ) -> Confidence:
@@ -83,9 +91,16 @@ def exit_confidence(
         temperature: float32 `[rows]` or a number, above 0. Values on the device are not checked.
         top_k: how many of the most likely tokens to return, 0 to 16.
         vocab_map: the tokens that the rows of a reduced head stand for.
+        screen: `quantize_head(head)`, made from this very head, which must be a tensor. The int8 copy is read instead
+            of the head, and then those entries of the head that matter: half the bytes of a bfloat16 head. token and
+            top_tokens are the whole head's by proof. So are max_prob and margin up to `tolerance`, and logsumexp and
+            top_logprobs up to about tolerance / max_prob; entropy is an estimate. A row for which
+            an eighth of the head does not suffice falls back to the whole head.
+        tolerance: of max_prob and margin with a screen, absolute, at least 0.001.
         out: a Confidence to write into, with contiguous tensors.
-        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("exit_confidence")`. A named
-            backend never falls back. float64 hidden rows run with the torch backend.
+        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("exit_confidence")`, with a
+            screen `backends("screened_exit")`. A named backend never falls back. float64 hidden rows run with the torch
+            backend.
 
     Returns:
         A Confidence, `out` where given. Nothing waits for the device; a row's figures depend on that row alone.
@@ -101,11 +116,11 @@ def exit_confidence(
     op = "exit_confidence"
     arguments = check_arguments(op, hidden, head, norm_weight, norm_eps, bias, temperature, vocab_map)
     check_top_k(op, top_k)
+    screening = check_screen(op, screen, tolerance, hidden, head)
     if out is not None:
-        check_out(op, "out", out, hidden, top_k)
-        _library_exit.exit_confidence((*arguments, *_NO_DECISION), top_k, backend, (*fields(out), *[None] * 4))
-        return out
-    return Confidence(*_library_exit.exit_confidence((*arguments, *_NO_DECISION), top_k, backend)[:8])
+        check_out(op, "out", out, hidden, top_k, screen is not None)
+    confidence, _ = _run((*arguments, *_NO_DECISION), screening, top_k, backend, out)
+    return confidence
 
 
 def early_exit(
@@ -121,6 +136,8 @@ def early_exit(
     temperature: torch.Tensor | float = 1.0,
     top_k: int = 0,
     vocab_map: VocabMap | None = None,
+    screen: QuantizedHead | None = None,
+    tolerance: float = 0.01,
     backend: str = "auto",
 ) -> Exit:
     """Decide for each row whether a sorted draft may stop at this layer, and list the rows that go on.
@@ -138,6 +155,8 @@ def early_exit(
         temperature: of the softmax.
         top_k: how many of the most likely tokens to return.
         vocab_map: of a reduced head.
+        screen: as in exit_confidence. Each row's decision is the whole head's, by whichever measure.
+        tolerance: of max_prob and margin with a screen. 1 asks for the token and the decision alone.
         backend: as in exit_confidence.
 
     Returns:
@@ -155,8 +174,21 @@ def early_exit(
     if level not in LEVELS:
         raise ValueError(wrong(op, "level", "'row', 'any' or 'all'", level))
     limit = per_row(op, "threshold", threshold, hidden)
-    results = _library_exit.exit_confidence((*arguments, *limit, measure, level), top_k, backend)
-    return Exit(Confidence(*results[:8]), *results[8:])
+    screening = check_screen(op, screen, tolerance, hidden, head)
+    confidence, decision = _run((*arguments, *limit, measure, level), screening, top_k, backend)
+    return Exit(confidence, *decision)
+
+
+def _run(arguments: tuple, screening: tuple, top_k: int, backend: str, out: Confidence | None = None) -> tuple:
+    """A Confidence, `out` where given, and what else belongs to an Exit."""
+    given = None if out is None else (*fields(out)[:8], *[None] * 4)
+    if not screening:
+        results = _library_exit.exit_confidence(arguments, top_k, backend, given)
+        rechecked = None
+    else:
+        given = None if out is None else (*given, out.rechecked)
+        *results, rechecked = _library_exit.screened_exit(arguments, screening, top_k, backend, given)
+    return out or Confidence(*results[:8], rechecked), results[8:]
 
 
 def check_arguments(op: str, hidden, head, norm_weight, norm_eps, bias, temperature, vocab_map) -> tuple:
@@ -211,6 +243,23 @@ def check_head(op: str, head, dim: int, hidden: torch.Tensor) -> tuple[torch.Ten
     return head, scales
 
 
+def check_screen(op: str, screen, tolerance, hidden: torch.Tensor, head) -> tuple:
+    """What the implementations take of a screen, or ()."""
+    if not is_number(tolerance) or not tolerance >= 1e-3:
+        raise ValueError(wrong(op, "tolerance", "a number of at least 0.001", tolerance))
+    if screen is None:
+        return ()
+    if not isinstance(screen, QuantizedHead):
+        raise TypeError(wrong(op, "screen", "a specdec_ops.QuantizedHead or None", screen))
+    if isinstance(head, QuantizedHead):
+        raise TypeError(wrong(op, "head", "the tensor that the screen was made from", head))
+    if screen.values.shape != head.shape:
+        raise ValueError(wrong(op, "screen.values", f"int8 {list(head.shape)} like the head", screen.values))
+    if screen.values.device != hidden.device:
+        raise ValueError(wrong_device(op, "screen.values", hidden.device, screen.values))
+    return (screen.values, screen.scales, screen.error_norms, screen.norms, screen.error_gain, float(tolerance))
+
+
 def check_vector(op: str, name: str, value, length: int, dtypes: tuple, device) -> None:
     """Check for a contiguous [length] of one of the dtypes."""
     names = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
@@ -247,17 +296,19 @@ def fields(confidence: Confidence) -> tuple:
     return tuple(getattr(confidence, field.name) for field in dataclasses.fields(Confidence))
 
 
-def check_out(op: str, name: str, out, hidden: torch.Tensor, top_k: int) -> None:
+def check_out(op: str, name: str, out, hidden: torch.Tensor, top_k: int, screened: bool = False) -> None:
     """Check a Confidence to write into."""
     if not isinstance(out, Confidence):
         raise TypeError(wrong(op, name, "a specdec_ops.Confidence", out))
     rows = hidden.shape[0]
     for field, value in zip(dataclasses.fields(Confidence), fields(out), strict=True):
-        dtype = torch.int32 if field.name in ("token", "top_tokens", "status") else torch.float32
+        dtype = torch.int32 if field.name in ("token", "top_tokens", "status", "rechecked") else torch.float32
         shape = (rows, top_k) if field.name.startswith("top_") else (rows,)
         if field.name.startswith("top_") and top_k == 0:
             if value is not None:
                 raise ValueError(wrong(op, f"{name}.{field.name}", "None without top_k", value))
+            continue
+        if field.name == "rechecked" and not screened:
             continue
         must = f"contiguous {str(dtype).removeprefix('torch.')} {list(shape)}"
         if not isinstance(value, torch.Tensor) or value.dtype != dtype:

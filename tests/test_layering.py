@@ -10,14 +10,17 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
     ".build_topology",
+    ".exit_confidence",
+    ".exit_mlp",
     ".merge_states",
+    ".quantize_head",
     ".sample_children",
     ".sample_tokens",
     ".tree_accept",
     ".tree_attention",
 ]
 OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
-OPS += ["early_exit", "quantized_head"]
+OPS += ["early_exit", "quantized_head", "draft_stop"]
 PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_dispatch"]
 ACCEPT_KERNELS = [".accept_kernels", ".accept_traversal_kernel", ".accept_lossy_kernels"]
 
@@ -44,6 +47,7 @@ MAY_IMPORT = {
     "specdec_ops/reference/sample.py": ["torch", ".noise"],
     "specdec_ops/_library_exit.py": ["torch", "._library", "._dispatch", "._alloc"],
     "specdec_ops/_library_accept.py": ["torch", "._library", "._dispatch", "._alloc"],
+    "specdec_ops/reference/screened_exit.py": [".exit_confidence"],
     "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
     "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "triton_kernels/tree_attention.py": ["torch", "triton", ".tree_attention_kernels"],

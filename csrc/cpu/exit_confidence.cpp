@@ -6,22 +6,20 @@
 // rows, but then products are what takes the time). Scratch: the packed rows, and 150 bytes per row and chunk.
 #include <algorithm>
 #include <cmath>
-#include <cstring>
+#include <numeric>
 #include <vector>
 
-#include "cpu/exit_kernels.h"
+#include "cpu/exit_call.h"
 #include "cpu/isa.h"
-#include "cpu/team.h"
 
 namespace specdec {
 namespace {
 
-constexpr int kChunk = 512;                      // rows of the head
 constexpr int64_t kProductsPerThread = 1 << 18;  // below this many another thread does not pay
 constexpr float kMinusInfinity = -INFINITY;
 constexpr double kLog2e = 1.4426950408889634;
 
-const ExitKernels& exit_kernels() {
+const ExitKernels& kernels_of_isa() {
 #ifdef SPECDEC_X86
 #ifdef SPECDEC_HAVE_AVX512_BF16
   if (current_isa() >= Isa::kAvx512Bf16) return avx512_bf16::kExitKernels;
@@ -34,12 +32,6 @@ const ExitKernels& exit_kernels() {
 
 int64_t element_bytes(HeadType type) { return type == HeadType::kFloat32 ? 4 : type == HeadType::kInt8 ? 1 : 2; }
 
-struct AlignedBytes {
-  explicit AlignedBytes(size_t bytes) : memory(bytes + 63) {}
-  char* data() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63)); }
-  std::vector<char> memory;
-};
-
 ExitState empty_state() {
   ExitState state{kMinusInfinity, 0.0f, 0.0f, false, {}, {}};
   std::fill(state.value, state.value + kMostListed, kMinusInfinity);
@@ -47,40 +39,41 @@ ExitState empty_state() {
   return state;
 }
 
-// The rows of one call in the form in which they are multiplied, and what every thread needs to know.
+// Some hidden rows of a call in the form in which they are multiplied, and what every thread needs to know.
 class Call {
  public:
-  Call(const ExitParams& p, const Team& team)
+  Call(const ExitParams& p, const std::vector<int>& rows, const Team& team)
       : p_(p),
-        kernels_(exit_kernels()),
+        rows_(rows),
+        kernels_(exit_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
         listed_(std::max(2, p.top_k)),
         row_bytes_(kernels_.packed_bytes(p.head_type, p.dim)),
-        packed_(row_bytes_ * p.rows) {
-    team.run(p.rows, [&](int64_t row, int) {
+        packed_(row_bytes_ * rows.size()) {
+    team.run(rows_.size(), [&](int64_t n, int) {
       std::vector<float> y(p_.dim);
-      kernels_.normalise(p_, int(row), y.data());
-      kernels_.pack(p_.head_type, y.data(), p_.dim, packed_.data() + row * row_bytes_);
+      kernels_.normalise(p_, rows_[n], y.data());
+      kernels_.pack(p_.head_type, y.data(), p_.dim, packed_.data() + n * row_bytes_);
     });
   }
 
   int listed() const { return listed_; }
-  float temperature(int row) const { return p_.temperatures ? p_.temperatures[row] : p_.temperature; }
 
   // states [rows] of the head's rows from `begin` to `end`.
   void see(int64_t begin, int64_t end, ExitState* states) {
     alignas(64) float logits[kExitRowBlock * kExitTile], scales[kExitTile], bias[kExitTile];
-    for (int row = 0; row < p_.rows; row++) states[row] = empty_state();
+    const int count_of_rows = int(rows_.size());
+    for (int row = 0; row < count_of_rows; row++) states[row] = empty_state();
     for (int64_t first = begin; first < end; first += kExitTile) {
       const int count = int(std::min<int64_t>(kExitTile, end - first));
       const int64_t offset = first * p_.dim * element_bytes(p_.head_type);
-      const ExitTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim};
+      const ExitTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim, nullptr};
       const float* tile_scales = part(p_.scales, first, count, scales);
       const float* tile_bias = part(p_.bias, first, count, bias);
-      for (int row = 0; row < p_.rows; row += kExitRowBlock) {
-        const int rows = std::min(kExitRowBlock, p_.rows - row);
-        kernels_.multiply(p_.head_type, tile, packed_.data() + row * row_bytes_, rows, logits);
+      for (int row = 0; row < count_of_rows; row += kExitRowBlock) {
+        const int rows = std::min(kExitRowBlock, count_of_rows - row);
+        kernels_.multiply(p_.head_type, tile, packed_.data() + row * row_bytes_, rows, exit_narrow(p_), logits);
         for (int n = 0; n < rows; n++) {
-          const float factor = float(kLog2e / temperature(row + n));
+          const float factor = float(kLog2e / exit_temperature(p_, rows_[row + n]));
           kernels_.absorb(logits + n * kExitTile, tile_scales, tile_bias, int32_t(first), factor, listed_,
                           states[row + n]);
         }
@@ -98,7 +91,8 @@ class Call {
   }
 
   const ExitParams& p_;
-  const ExitKernels& kernels_;
+  const std::vector<int>& rows_;
+  const ExitKernels kernels_;
   const int listed_;
   const size_t row_bytes_;
   AlignedBytes packed_;
@@ -157,7 +151,7 @@ void write_row(const ExitParams& p, int row, const ExitState& state, float tempe
 }
 
 bool passes(const ExitParams& p, int row) {
-  if (p.status[row] != 0) return false;
+  if (p.status[row] & kExitInvalid) return false;
   const float limit = p.thresholds ? p.thresholds[row] : p.threshold;
   switch (p.measure) {
     case ExitMeasure::kMaxProb:
@@ -169,7 +163,23 @@ bool passes(const ExitParams& p, int row) {
   }
 }
 
-void decide(const ExitParams& p) {
+}  // namespace
+
+ExitKernels exit_kernels(HeadType type, int dim, bool may_round) {
+  ExitKernels kernels = kernels_of_isa();
+#ifdef SPECDEC_HAVE_AVX512_VNNI
+  if (type == HeadType::kInt8 && may_round && dim <= kMostIntegerDim && may_use_vnni()) {
+    kernels.packed_bytes = avx512_vnni::packed_bytes;
+    kernels.pack = avx512_vnni::pack;
+    kernels.multiply = avx512_vnni::multiply;
+  }
+#else
+  (void)type, (void)dim, (void)may_round;
+#endif
+  return kernels;
+}
+
+void decide_exits(const ExitParams& p) {
   bool any = false, all = p.rows > 0;
   for (int row = 0; row < p.rows; row++) {
     p.exited[row] = passes(p, row);
@@ -187,25 +197,34 @@ void decide(const ExitParams& p) {
   *p.num_active = active;
 }
 
-}  // namespace
+void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& team) {
+  const int64_t chunks = (int64_t(p.vocab) + kExitChunk - 1) / kExitChunk;
+  const int64_t count = int64_t(rows.size());
+  Call call(p, rows, team);
+  std::vector<ExitState> states(chunks * count);
+  team.run(chunks, [&](int64_t chunk, int) {
+    call.see(chunk * kExitChunk, std::min<int64_t>((chunk + 1) * kExitChunk, p.vocab), &states[chunk * count]);
+  });
+  for (int64_t n = 0; n < count; n++) {
+    ExitState& state = states[n];
+    const float temperature = exit_temperature(p, rows[n]);
+    for (int64_t chunk = 1; chunk < chunks; chunk++) {
+      merge(state, states[chunk * count + n], call.listed(), temperature);
+    }
+    write_row(p, rows[n], state, temperature);
+  }
+}
+
+Team exit_team(const ExitParams& p, int threads) {
+  const double products = double(p.vocab) * p.dim * p.rows;
+  return Team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+}
 
 void exit_confidence_cpu(const ExitParams& p, int threads) {
-  const int64_t chunks = (int64_t(p.vocab) + kChunk - 1) / kChunk;
-  const double products = double(p.vocab) * p.dim * p.rows;
-  const Team team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
-  Call call(p, team);
-  std::vector<ExitState> states(chunks * p.rows);
-  team.run(chunks, [&](int64_t chunk, int) {
-    call.see(chunk * kChunk, std::min<int64_t>((chunk + 1) * kChunk, p.vocab), &states[chunk * p.rows]);
-  });
-  for (int row = 0; row < p.rows; row++) {
-    ExitState& state = states[row];
-    for (int64_t chunk = 1; chunk < chunks; chunk++) {
-      merge(state, states[chunk * p.rows + row], call.listed(), call.temperature(row));
-    }
-    write_row(p, row, state, call.temperature(row));
-  }
-  if (p.measure != ExitMeasure::kNone) decide(p);
+  std::vector<int> rows(p.rows);
+  std::iota(rows.begin(), rows.end(), 0);
+  read_head(p, rows, exit_team(p, threads));
+  if (p.measure != ExitMeasure::kNone) decide_exits(p);
 }
 
 }  // namespace specdec

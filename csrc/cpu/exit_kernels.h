@@ -27,6 +27,7 @@ struct ExitTile {
   const void* head;  // of its first row
   int count;         // rows, at most kExitTile
   int dim;
+  const int32_t* entries;  // [count], which rows of the head, or nullptr: the first ones
 };
 
 struct ExitKernels {
@@ -35,8 +36,11 @@ struct ExitKernels {
   // Bytes of a packed row, and y in that form.
   size_t (*packed_bytes)(HeadType type, int dim);
   void (*pack)(HeadType type, const float* y, int dim, void* packed);
-  // logits [rows][kExitTile] of packed rows; past `count` they are -inf.
-  void (*multiply)(HeadType type, const ExitTile& tile, const char* packed, int rows, float* logits);
+  // Rounds y to what a packed row holds.
+  void (*round)(HeadType type, float* y, int dim);
+  // logits [rows][kExitTile] of packed rows; past `count` they are -inf. `narrow` decides the order of a sum, and is
+  // therefore the same for all rows of a call.
+  void (*multiply)(HeadType type, const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits);
   // Takes one row's logits in. scales and bias are [kExitTile] or nullptr; the logits are changed by them.
   void (*absorb)(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int listed,
                  ExitState& state);
@@ -54,6 +58,14 @@ extern const ExitKernels kExitKernels;
 namespace avx512_bf16 {
 extern const ExitKernels kExitKernels;
 }
+
+// Int8 heads by integer products (cpu/int8_tile_avx512_vnni.cpp), in place of the functions of the same names above.
+namespace avx512_vnni {
+size_t packed_bytes(HeadType type, int dim);
+void pack(HeadType type, const float* y, int dim, void* packed);
+void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits);
+double rounding_error(const float* y, int dim);  // the length of y - what `pack` makes of it
+}  // namespace avx512_vnni
 
 void exit_confidence_cpu(const ExitParams& params, int threads);
 

@@ -25,6 +25,7 @@ struct Widened {
   static SPECDEC_INLINE Operand load_hidden(const Hidden* at) { return load(at); }
   static SPECDEC_INLINE Vec apply(Vec sum, Operand head, Operand hidden) { return fma(head, hidden, sum); }
   static void pack(const float* y, int dim, Hidden* to) { __builtin_memcpy(to, y, dim * sizeof(float)); }
+  static void round(float*, int) {}
 };
 
 struct Int8 {
@@ -61,6 +62,14 @@ struct BFloat16Pairs {
     store_bf16(rounded, load(rest));
     __builtin_memcpy(to + d, rounded, (dim - d) * sizeof(uint16_t));
   }
+  static void round(float* y, int dim) {
+    for (int d = 0; d < dim; d++) {
+      uint16_t rounded[kWidth];
+      store_bf16(rounded, splat(y[d]));
+      const uint32_t bits = uint32_t(rounded[0]) << 16;
+      __builtin_memcpy(y + d, &bits, sizeof bits);
+    }
+  }
 };
 using HeadBFloat16 = BFloat16Pairs;
 #else
@@ -81,9 +90,11 @@ static SPECDEC_INLINE auto with_head(HeadType type, const Function& function) {
   }
 }
 
+// Elements from one packed row to the next: whole steps, and whole cache lines.
 template <class Multiplier>
 static SPECDEC_INLINE int packed_dim(int dim) {
-  return round_up(dim, Multiplier::kStep);
+  constexpr int kLine = 64 / int(sizeof(typename Multiplier::Hidden));
+  return round_up(dim, max_of(kLine, Multiplier::kStep));
 }
 
 constexpr int kSlots = kWidth / 4;  // rows of the head that are multiplied at once
@@ -120,7 +131,8 @@ static SPECDEC_INLINE void add_dots(const ExitTile& tile, int slot, const typena
   using Element = typename Multiplier::Element;
   const Element* head[kSlots];
   for (int k = 0; k < kSlots; k++) {
-    head[k] = static_cast<const Element*>(tile.head) + int64_t(min_of(slot + k, tile.count - 1)) * tile.dim;
+    const int at = min_of(slot + k, tile.count - 1);
+    head[k] = static_cast<const Element*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
   }
   const int64_t stride = packed_dim<Multiplier>(tile.dim);
   const int whole = end < tile.dim ? end : begin + (tile.dim - begin) / Multiplier::kStep * Multiplier::kStep;
@@ -149,11 +161,11 @@ static SPECDEC_INLINE void add_dots(const ExitTile& tile, int slot, const typena
 }
 
 template <class Multiplier>
-static void multiply_tile(const ExitTile& tile, const char* packed, int rows, float* logits) {
+static void multiply_tile(const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits) {
   using Hidden = typename Multiplier::Hidden;
   const auto* hidden = reinterpret_cast<const Hidden*>(packed);
   const int64_t stride = packed_dim<Multiplier>(tile.dim);
-  if (rows <= kExitNarrowRows) {
+  if (narrow) {
     for (int slot = 0; slot < tile.count; slot += kSlots) {
       for (int row = 0; row < rows; row += 4) {
         add_dots<Multiplier, true>(tile, slot, hidden + row * stride, min_of(4, rows - row), 0, tile.dim,
@@ -177,14 +189,18 @@ static void multiply_tile(const ExitTile& tile, const char* packed, int rows, fl
   }
 }
 
-static void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, float* logits) {
-  with_head(type, [&](auto multiplier) { multiply_tile<decltype(multiplier)>(tile, packed, rows, logits); });
+static void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits) {
+  with_head(type, [&](auto multiplier) { multiply_tile<decltype(multiplier)>(tile, packed, rows, narrow, logits); });
+}
+
+static void round(HeadType type, float* y, int dim) {
+  with_head(type, [&](auto multiplier) { decltype(multiplier)::round(y, dim); });
 }
 
 static size_t packed_bytes(HeadType type, int dim) {
   return with_head(type, [&](auto multiplier) {
     using Multiplier = decltype(multiplier);
-    return (size_t(packed_dim<Multiplier>(dim)) * sizeof(typename Multiplier::Hidden) + 63) & ~size_t(63);
+    return size_t(packed_dim<Multiplier>(dim)) * sizeof(typename Multiplier::Hidden);
   });
 }
 
@@ -296,6 +312,6 @@ static void normalise(const ExitParams& p, int row, float* y) {
   if (p.norm_dtype == DType::kFloat16) weigh_row<Float16>(p, y);
 }
 
-const ExitKernels kExitKernels = {normalise, packed_bytes, pack, multiply, absorb};
+const ExitKernels kExitKernels = {normalise, packed_bytes, pack, round, multiply, absorb};
 
 }  // namespace specdec::SPECDEC_ISA

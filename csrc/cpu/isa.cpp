@@ -38,7 +38,7 @@ Isa best_isa() {
     return best;
   best = Isa::kAvx512;
 #ifdef SPECDEC_HAVE_AVX512_BF16
-  if (!__builtin_cpu_supports("avx512bf16")) return best;
+  if (!(__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16"))) return best;
   // Intel's cores issue the bfloat16 dot product at a third of the rate of fp32 multiply-adds (measured on a 2024 Xeon:
   // 75 against 227 GFLOP/s); AMD's at twice the rate. With the matrix unit at hand it doesn't matter.
   if (!__builtin_cpu_is("intel")) best = Isa::kAvx512Bf16;
@@ -62,7 +62,7 @@ Isa limited(Isa limit) {
   // A processor that has the dot product but is not given it by default may be asked for it by name.
   if (limit == Isa::kAvx512Bf16 && best == Isa::kAvx512) {
 #ifdef SPECDEC_HAVE_AVX512_BF16
-    if (__builtin_cpu_supports("avx512bf16")) return limit;
+    if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) return limit;
 #endif
   }
   return limit < best ? limit : best;
@@ -81,6 +81,15 @@ Isa& selected() {
 }  // namespace
 
 Isa current_isa() { return selected(); }
+
+bool may_use_vnni() {
+#ifdef SPECDEC_HAVE_AVX512_VNNI
+  static const bool has = __builtin_cpu_supports("avx512vnni");
+  return has && current_isa() >= Isa::kAvx512;
+#else
+  return false;
+#endif
+}
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 

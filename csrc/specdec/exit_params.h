@@ -13,8 +13,9 @@ enum class HeadType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8
 enum class ExitMeasure : int32_t { kNone = 0, kMaxProb = 1, kMargin = 2, kEntropy = 3 };
 enum class ExitLevel : int32_t { kRow = 0, kAny = 1, kAll = 2 };
 
-constexpr int32_t kExitInvalid = 1;  // status: a logit of NaN or +inf, or none above -inf
-constexpr int32_t kMostListed = 16;  // of top_k
+constexpr int32_t kExitInvalid = 1;   // status: a logit of NaN or +inf, or none above -inf
+constexpr int32_t kExitFellBack = 2;  // status: the screen could not answer, the whole head was read
+constexpr int32_t kMostListed = 16;   // of top_k
 
 struct ExitParams {
   const void* hidden;         // [rows, dim]
@@ -46,6 +47,39 @@ struct ExitParams {
   ExitLevel level;
   int32_t rows, dim, vocab, top_k;
   float norm_eps, temperature, threshold;
+};
+
+// The same with an int8 copy of the head, which is read first (specdec_ops.QuantizedHead).
+struct ScreenedParams {
+  ExitParams exit;
+  const int8_t* values;      // [vocab, dim], contiguous
+  const float* scales;       // [vocab], as the next two
+  const float* error_norms;  // not below |head - scale * values| of a row
+  const float* norms;        // not below |scale * values| of a row
+  const float* error_gain;   // [1], not below the spectral norm of head - scales * values
+  int32_t* rechecked;        // [rows]
+  float tolerance;           // of max_prob and margin
+};
+
+// A decision model: linear layers, ReLU between them, a sigmoid at the end.
+constexpr int32_t kMostLayers = 8;
+
+struct MlpLayer {
+  const void* weight;  // [outputs, inputs], contiguous
+  const float* bias;   // [outputs]
+  HeadType type;       // not kInt8
+  int32_t outputs;
+};
+
+struct MlpParams {
+  const void* features;  // [rows, inputs]
+  float* score;          // [rows]
+  bool* stop;            // [1]
+  int64_t features_stride_row;
+  MlpLayer layers[kMostLayers];
+  DType features_dtype;
+  int32_t count, rows, inputs;
+  float threshold;
 };
 
 }  // namespace specdec

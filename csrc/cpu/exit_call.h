@@ -1,0 +1,39 @@
+// What exit_confidence and its screened form share: the choice of kernels, the reading of the whole head, the decision.
+#pragma once
+
+#include <vector>
+
+#include "cpu/exit_kernels.h"
+#include "cpu/team.h"
+
+namespace specdec {
+
+constexpr int kExitChunk = 512;          // rows of the head that one thread takes at a time
+constexpr int kMostIntegerDim = 65'536;  // sums of int8 times uint8 fit into 32 bits
+
+struct AlignedBytes {
+  explicit AlignedBytes(size_t bytes) : memory(bytes + 63) {}
+  char* data() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63)); }
+  std::vector<char> memory;
+};
+
+// `may_round`: hidden rows may be rounded to 16 bits before an int8 head, where that is faster.
+ExitKernels exit_kernels(HeadType type, int dim, bool may_round);
+
+Team exit_team(const ExitParams& p, int threads);
+
+inline bool exit_narrow(const ExitParams& p) { return p.rows <= kExitNarrowRows; }
+inline float exit_temperature(const ExitParams& p, int row) {
+  return p.temperatures ? p.temperatures[row] : p.temperature;
+}
+
+// Writes the figures of these rows from the whole head.
+void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& team);
+
+// From the figures of all rows, which of them exit.
+void decide_exits(const ExitParams& p);
+
+void screened_exit_cpu(const ScreenedParams& params, int threads);
+void exit_mlp_cpu(const MlpParams& params, int threads);
+
+}  // namespace specdec

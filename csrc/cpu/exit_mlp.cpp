@@ -1,0 +1,72 @@
+// Decision models on the CPU: a layer is the product of a small head, so the kernels of exit_confidence make it, a tile
+// of 64 outputs at a time. Tiles go to different threads where a layer is large; an output is made by one of them, from
+// its first input to its last, so no result depends on their number. Activations stay in float32 between layers, and
+// are rounded to bfloat16 where the processor multiplies a bfloat16 layer in pairs. Memory read: the weights once.
+#include <algorithm>
+#include <cmath>
+
+#include "cpu/exit_call.h"
+
+namespace specdec {
+namespace {
+
+constexpr double kProductsPerThread = 1 << 18;  // below this many another thread does not pay
+
+int64_t weight_bytes(HeadType type) { return type == HeadType::kFloat32 ? 4 : 2; }
+
+// y [rows, outputs] = x [rows, inputs] W^T + bias.
+std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int rows, int inputs, int threads) {
+  const ExitKernels kernels = exit_kernels(layer.type, inputs, false);
+  const size_t bytes = kernels.packed_bytes(layer.type, inputs);
+  AlignedBytes packed(bytes * rows);
+  for (int row = 0; row < rows; row++) {
+    kernels.pack(layer.type, &x[size_t(row) * inputs], inputs, packed.data() + row * bytes);
+  }
+  std::vector<float> y(size_t(rows) * layer.outputs);
+  const double products = double(rows) * inputs * layer.outputs;
+  const Team team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+  team.run((layer.outputs + kExitTile - 1) / kExitTile, [&](int64_t at, int) {
+    alignas(64) float sums[kExitRowBlock * kExitTile];
+    const int64_t first = at * kExitTile;
+    const int count = int(std::min<int64_t>(kExitTile, layer.outputs - first));
+    const char* weight = static_cast<const char*>(layer.weight) + first * inputs * weight_bytes(layer.type);
+    const ExitTile tile = {weight, count, inputs, nullptr};
+    for (int row = 0; row < rows; row += kExitRowBlock) {
+      const int some = std::min(kExitRowBlock, rows - row);
+      kernels.multiply(layer.type, tile, packed.data() + row * bytes, some, rows <= kExitNarrowRows, sums);
+      for (int n = 0; n < some; n++) {
+        float* to = &y[size_t(row + n) * layer.outputs + first];
+        for (int i = 0; i < count; i++) to[i] = sums[n * kExitTile + i] + layer.bias[first + i];
+      }
+    }
+  });
+  return y;
+}
+
+}  // namespace
+
+void exit_mlp_cpu(const MlpParams& p, int threads) {
+  ExitParams rows{};  // as hidden rows without a norm, they come in float32
+  rows.hidden = p.features;
+  rows.hidden_dtype = p.features_dtype;
+  rows.hidden_stride_row = p.features_stride_row;
+  rows.dim = p.inputs;
+  std::vector<float> x(size_t(p.rows) * p.inputs);
+  const ExitKernels kernels = exit_kernels(HeadType::kFloat32, p.inputs, false);
+  for (int row = 0; row < p.rows; row++) kernels.normalise(rows, row, &x[size_t(row) * p.inputs]);
+  int inputs = p.inputs;
+  for (int at = 0; at < p.count; at++) {
+    x = apply(p.layers[at], x, p.rows, inputs, threads);
+    inputs = p.layers[at].outputs;
+    if (at + 1 == p.count) break;
+    for (float& value : x) value = value < 0 ? 0 : value;  // a NaN stays one
+  }
+  bool any = false;
+  for (int row = 0; row < p.rows; row++) {
+    p.score[row] = float(1 / (1 + std::exp(-double(x[row]))));
+    any |= p.score[row] > p.threshold;
+  }
+  *p.stop = !any;
+}
+
+}  // namespace specdec

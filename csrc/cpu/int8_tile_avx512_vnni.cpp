@@ -1,0 +1,177 @@
+// Int8 heads times 16-bit hidden rows in exact integers, by AVX-512's dot products of bytes.
+//
+// A hidden row y becomes integers of 16 bits, scale * (256 * high + low) with both limbs from -128 to 127. vpdpbusd
+// multiplies unsigned bytes with signed ones, so the head takes the unsigned side: (w + 128) is w with its top bit
+// turned over, and 128 * sum(high), 128 * sum(low) are taken off in the end. No sum can leave 32 bits up to a dim of
+// 65,536. Eight dot products of two limbs are sixteen sums, as many as are reduced together; with one hidden row they
+// are eight rows of the head. The head is read once, in order.
+#define SPECDEC_ISA avx512_vnni
+#include "cpu/exit_kernels.h"
+#include "cpu/simd.h"
+
+namespace specdec::avx512_vnni {
+
+constexpr int kStep = 64;               // bytes of a vector
+constexpr int kTogether = 8;            // dot products that are reduced together
+constexpr int kMost = 127 * 256 + 127;  // of a limb pair
+constexpr int kHeader = 64;             // bytes before the limbs
+static_assert(kExitTile % kTogether == 0, "");
+
+// The head of a packed row. Then, for every 64 dims, 64 high limbs and 64 low ones, zeros past the dim.
+struct Header {
+  float scale;
+  int32_t high_sum, low_sum;  // times 128
+};
+
+struct Rounding {
+  float scale;
+  double inverse;
+  SPECDEC_INLINE int32_t apply(float y) const {
+    return max_of(-kMost, min_of(kMost, int32_t(__builtin_rint(y * inverse))));
+  }
+};
+
+// What rounds a finite row; a scale of NaN where it is not.
+static Rounding rounding_of(const float* y, int dim) {
+  float most = 0;
+  bool finite = true;
+  for (int d = 0; d < dim; d++) {
+    const float size = __builtin_fabsf(y[d]);
+    finite &= size < __builtin_inff();
+    most = size > most ? size : most;
+  }
+  if (!finite) return {__builtin_nanf(""), 0.0};
+  const float scale = most / kMost;
+  return {scale, scale > 0 ? 1.0 / scale : 0.0};
+}
+
+size_t packed_bytes(HeadType, int dim) { return kHeader + 2 * size_t(round_up(dim, kStep)); }
+
+void pack(HeadType, const float* y, int dim, void* packed) {
+  const Rounding rounding = rounding_of(y, dim);
+  Header header = {rounding.scale, 0, 0};
+  auto* limbs = static_cast<int8_t*>(packed) + kHeader;
+  __builtin_memset(limbs, 0, 2 * size_t(round_up(dim, kStep)));
+  for (int d = 0; rounding.inverse > 0 && d < dim; d++) {
+    const int32_t whole = rounding.apply(y[d]);
+    const int32_t low = int8_t(whole & 255), high = (whole - low) / 256;
+    int8_t* to = limbs + d / kStep * (2 * kStep) + d % kStep;
+    to[0] = int8_t(high);
+    to[kStep] = int8_t(low);
+    header.high_sum += 128 * high;
+    header.low_sum += 128 * low;
+  }
+  __builtin_memcpy(packed, &header, sizeof header);
+}
+
+double rounding_error(const float* y, int dim) {
+  const Rounding rounding = rounding_of(y, dim);
+  double squares = 0;
+  for (int d = 0; d < dim; d++) {
+    const double error = y[d] - double(rounding.scale) * (rounding.inverse > 0 ? rounding.apply(y[d]) : 0);
+    squares += error * error;
+  }
+  return __builtin_sqrt(squares);
+}
+
+// Lane i of the result is the sum of the lanes of vector i.
+static SPECDEC_INLINE __m512i integer_sums(const __m512i (&v)[16]) {
+  __m512i t[8], u[4];
+  SPECDEC_UNROLL
+  for (int i = 0; i < 8; i++) {
+    t[i] =
+        _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+  }
+  SPECDEC_UNROLL
+  for (int i = 0; i < 4; i++) {
+    u[i] =
+        _mm512_add_epi32(_mm512_unpacklo_epi64(t[2 * i], t[2 * i + 1]), _mm512_unpackhi_epi64(t[2 * i], t[2 * i + 1]));
+  }
+  const __m512i low = _mm512_add_epi32(_mm512_shuffle_i32x4(u[0], u[1], 0x44), _mm512_shuffle_i32x4(u[0], u[1], 0xee));
+  const __m512i high = _mm512_add_epi32(_mm512_shuffle_i32x4(u[2], u[3], 0x44), _mm512_shuffle_i32x4(u[2], u[3], 0xee));
+  return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
+}
+
+// 8 / kRows rows of the head times kRows hidden rows: lane slot * kRows + row, the low limbs 8 lanes further.
+template <int kRows>
+static SPECDEC_INLINE __m512i dots(const int8_t* const (&head)[kTogether / kRows], const int8_t* const (&limbs)[kRows],
+                                   int dim, int64_t ahead) {
+  constexpr int kSlots = kTogether / kRows;
+  const __m512i flip = _mm512_set1_epi8(-128);
+  __m512i sum[2 * kTogether];
+  SPECDEC_UNROLL
+  for (int i = 0; i < 2 * kTogether; i++) sum[i] = _mm512_setzero_si512();
+  for (int d = 0; d < dim; d += kStep) {
+    const __mmask64 inside = dim - d >= kStep ? ~__mmask64(0) : (__mmask64(1) << (dim - d)) - 1;
+    __m512i high[kRows], low[kRows];
+    SPECDEC_UNROLL
+    for (int n = 0; n < kRows; n++) {
+      high[n] = _mm512_loadu_si512(limbs[n] + 2 * d);
+      low[n] = _mm512_loadu_si512(limbs[n] + 2 * d + kStep);
+    }
+    SPECDEC_UNROLL
+    for (int k = 0; k < kSlots; k++) {
+      if (ahead) __builtin_prefetch(head[k] + d + ahead, 0, 2);
+      const __m512i row = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, head[k] + d), flip);
+      SPECDEC_UNROLL
+      for (int n = 0; n < kRows; n++) {
+        const int at = k * kRows + n;
+        sum[at] = _mm512_dpbusd_epi32(sum[at], row, high[n]);
+        sum[kTogether + at] = _mm512_dpbusd_epi32(sum[kTogether + at], row, low[n]);
+      }
+    }
+  }
+  return integer_sums(sum);
+}
+
+template <int kRows>
+static SPECDEC_INLINE void multiply_slots(const ExitTile& tile, int slot, const char* packed, int64_t stride, int rows,
+                                          bool fetch, float* logits) {
+  constexpr int kSlots = kTogether / kRows;
+  const int8_t *head[kSlots], *limbs[kRows];
+  for (int k = 0; k < kSlots; k++) {
+    const int at = min_of(slot + k, tile.count - 1);
+    head[k] = static_cast<const int8_t*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
+  }
+  for (int n = 0; n < kRows; n++) {
+    limbs[n] = reinterpret_cast<const int8_t*>(packed + min_of(n, rows - 1) * stride + kHeader);
+  }
+  alignas(64) int32_t sums[2 * kTogether];
+  _mm512_store_si512(sums, dots<kRows>(head, limbs, tile.dim, fetch ? int64_t(kSlots) * tile.dim : 0));
+  for (int n = 0; n < rows; n++) {
+    Header header;
+    __builtin_memcpy(&header, packed + n * stride, sizeof header);
+    SPECDEC_UNROLL
+    for (int k = 0; k < kSlots; k++) {
+      const int32_t high = sums[k * kRows + n] - header.high_sum,
+                    low = sums[kTogether + k * kRows + n] - header.low_sum;
+      logits[n * kExitTile + slot + k] = (256.0f * float(high) + float(low)) * header.scale;
+    }
+  }
+}
+
+template <int kRows>
+static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stride, int rows, bool fetch,
+                          float* logits) {
+  for (int slot = 0; slot < tile.count; slot += kTogether / kRows) {
+    multiply_slots<kRows>(tile, slot, packed, stride, rows, fetch, logits);
+  }
+}
+
+void multiply(HeadType, const ExitTile& tile, const char* packed, int rows, bool, float* logits) {
+  const int64_t stride = int64_t(packed_bytes(HeadType::kInt8, tile.dim));
+  for (int row = 0; row < rows; row += 4) {  // the tile stays in the second-level cache
+    const int some = min_of(4, rows - row);
+    const bool fetch = row == 0 && !tile.entries;
+    const char* from = packed + row * stride;
+    float* to = logits + row * kExitTile;
+    if (some == 1) multiply_rows<1>(tile, from, stride, 1, fetch, to);
+    if (some == 2) multiply_rows<2>(tile, from, stride, 2, fetch, to);
+    if (some > 2) multiply_rows<4>(tile, from, stride, some, fetch, to);
+  }
+  for (int n = 0; n < rows; n++) {
+    for (int i = tile.count; i < kExitTile; i++) logits[n * kExitTile + i] = -__builtin_inff();
+  }
+}
+
+}  // namespace specdec::avx512_vnni

@@ -1,0 +1,2 @@
+#define SPECDEC_ISA generic
+#include "cpu/screen_tile.h"

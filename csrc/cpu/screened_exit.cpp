@@ -1,0 +1,381 @@
+// The screened head on the CPU: an int8 copy says which entries matter, and those alone are read in full precision.
+//
+// First pass: approximate logits of all entries from the copy, half the bytes of the head, kept in memory (4 bytes per
+// entry and row). Second pass, per row: entries that may be among the best are rechecked, with the products in the very
+// order of exit_confidence, so their logits are its logits bit for bit. The others enter the sum of exponentials as an
+// interval. Where that leaves the decision open or max_prob vaguer than the tolerance, the heaviest of them are
+// rechecked as well; where an eighth of the head would not do, the row falls back to the whole head.
+//
+// The bound. Let y be a row as exit_confidence multiplies it, r what the int8 kernel makes of it (y itself, or y in
+// 16 bits), W_v = s_v q_v + E_v an entry of the head. Then exactly
+//     W_v y = s_v q_v r + s_v q_v (y - r) + E_v y,
+// where |E_v y| <= |E_v| |y| and |s_v q_v (y - r)| <= norms[v] |y - r| (Cauchy and Schwarz). Both kernels sum n = dim
+// products in chains of at most n / 4 + 24 roundings, plus a handful of scales and the bias (an int8 sum is exact, but
+// turned to float twice), which makes errors of at most (n / 4 + 64) 2^-24 |y| |W_v| each, |W_v| <= norms[v] +
+// error_norms[v]; what the bias adds is covered by 2^-21 of the approximation. Numbers that a dot product of bfloat16
+// takes for zero are below 2^-126 and cost less than 2^-125 (sqrt(n) (|y| + |W_v|) + n). All of it is rounded outward.
+//
+// The sum. With w_v = exp(approximation / T) of the entries in the tail, whose true logits are off by d_v / T:
+//   (1) each by itself: the sum lies between those of exp at both ends.
+//   (2) together: d = E y + noise, and |E y| as a vector over all entries is at most gain |y| with gain the spectral
+//   norm
+//       of E, a small part of what its rows could do one by one. As 1 + x <= exp(x) <= 1 + x + c x^2 for |x| <= X,
+//       c = (exp(X) - 1 - X) / X^2, the sum is off by at most |w| B below and |w| B + c max(w) B^2 above,
+//       B = gain |y| / T, times exp(noise). The entropy's sum goes likewise.
+// The narrower end of each holds. kFloatRoom covers the float sums here and those of exit_confidence.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <iterator>
+#include <limits>
+
+#include "cpu/exit_call.h"
+#include "cpu/isa.h"
+#include "cpu/screen_kernels.h"
+
+namespace specdec {
+namespace {
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+constexpr double kFloatRoom = 1e-4;                             // relative
+constexpr double kOutward = 1 + 1e-6;                           // for the rounding of the bound itself
+constexpr double kGreatest = 1e30;                              // above this product of lengths a sum might overflow
+constexpr int kLeastLimit = 64;                                 // entries that may always be rechecked
+constexpr int kLeastShared = 4;                                 // tiles to recheck for which other threads are woken
+constexpr float kDepths[] = {-1, 1, 2, 3, 4.5f, 6, 8, 10, 12};  // of what is rechecked below the best; -1: candidates
+
+struct Interval {
+  double low, high;
+  Interval operator*(double positive) const { return {low * positive, high * positive}; }
+  Interval operator+(Interval other) const { return {low + other.low, high + other.high}; }
+  Interval operator+(double number) const { return {low + number, high + number}; }
+  Interval within(Interval other) const { return {std::max(low, other.low), std::min(high, other.high)}; }
+  double nearest(double number) const { return std::min(std::max(number, low), high); }
+};
+
+const ScreenKernels& screen_kernels() {
+#ifdef SPECDEC_X86
+  if (current_isa() >= Isa::kAvx512) return avx512::kScreenKernels;
+  if (current_isa() >= Isa::kAvx2) return avx2::kScreenKernels;
+#endif
+  return generic::kScreenKernels;
+}
+
+// What is given as a figure, and what the whole head may have.
+struct Figure {
+  double value;
+  Interval bounds;
+  double error() const { return std::max(bounds.high - value, value - bounds.low); }
+};
+
+struct Figures {
+  Figure max_prob, margin, entropy;
+};
+
+// exp(x) <= 1 + x + this * x^2 for |x| <= most.
+double curvature(double most) { return most < 1e-3 ? 0.501 : (std::expm1(most) - most) / (most * most) * kOutward; }
+
+// `known` are rechecked logits (or what stands for them), the greatest of them first and second. `spread` is B above.
+Figures figures_of(const std::vector<float>& known, float first, float second, const ScreenTail& tail, float reference,
+                   double temperature, double spread) {
+  double sum = 0, fall = 0;
+  for (float z : known) {
+    const double s = (double(z) - first) / temperature, weight = std::exp(s);
+    sum += weight;
+    if (weight > 0) fall -= weight * s;
+  }
+  Interval rest = {tail.lower, tail.upper};
+  Interval rest_fall = tail.error < 300 ? Interval{tail.lower_fall, tail.upper_fall} : Interval{0, kInfinity};
+  if (tail.error < 20) {
+    const double off = std::sqrt(tail.squares) * spread, more = curvature(tail.error) * tail.peak * spread * spread;
+    rest =
+        rest.within({(tail.weight - off) * std::exp(-tail.noise), (tail.weight + off + more) * std::exp(tail.noise)});
+    const double turned = std::sqrt(tail.turn_squares) * spread + tail.noise * (tail.weight + tail.fall);
+    const double bent = (tail.peak_fall + (tail.error + 2) * tail.peak) * spread * spread +
+                        (tail.fall + (tail.error + 2) * tail.weight) * tail.noise * tail.noise;
+    const double off_fall = turned + std::exp(tail.error) * bent;
+    rest_fall = rest_fall.within({tail.fall - off_fall, tail.fall + off_fall});
+  }
+  // The tail is measured from the reference, which lies `gap` below the first.
+  const double gap = (double(first) - reference) / temperature, scale = std::exp(-gap);
+  const Interval all = rest * scale + sum;
+  const Interval all_fall = scale > 0 ? (rest_fall + rest * gap) * scale + fall : Interval{fall, fall};
+  const double lead = -std::expm1((double(second) - first) / temperature);
+  const double size = sum + tail.weight * scale, size_fall = fall + (tail.fall + gap * tail.weight) * scale;
+  const Interval max_prob = {(1 - kFloatRoom) / all.high, (1 + kFloatRoom) / all.low};
+  const double highest = std::log(all.high) + all_fall.high / all.low, room = 2 * kFloatRoom * (1 + highest);
+  const Interval entropy = {std::max(0.0, std::log(all.low) + all_fall.low / all.high - room), highest + room};
+  const double value = std::min(1.0, max_prob.nearest(1 / size));
+  return {{value, max_prob},
+          {value * lead, max_prob * lead},
+          {entropy.nearest(std::log(size) + (scale > 0 ? size_fall : fall) / size), entropy}};
+}
+
+class Screen {
+ public:
+  Screen(const ScreenedParams& p, const Team& team, int first_row, int rows)
+      : s_(p),
+        p_(p.exit),
+        team_(team),
+        full_(exit_kernels(p_.head_type, p_.dim, true)),
+        small_(exit_kernels(HeadType::kInt8, p_.dim, true)),
+        looks_(screen_kernels()),
+        first_row_(first_row),
+        rows_(rows),
+        chunks_((int64_t(p_.vocab) + kExitChunk - 1) / kExitChunk),
+        stride_(chunks_ * kExitChunk),
+        full_bytes_(full_.packed_bytes(p_.head_type, p_.dim)),
+        small_bytes_(small_.packed_bytes(HeadType::kInt8, p_.dim)),
+        full_packed_(full_bytes_ * rows),
+        small_packed_(small_bytes_ * rows),
+        lengths_(rows),
+        bounds_(rows),
+        approximate_(stride_ * rows),
+        found_(chunks_ * rows) {
+    team_.run(rows_, [&](int64_t row, int) { prepare(int(row)); });
+  }
+
+  // Rows that need the whole head are added to `fallen`.
+  void run(std::vector<int>& fallen) {
+    std::vector<float> longest(chunks_);
+    team_.run(chunks_, [&](int64_t chunk, int) { longest[chunk] = approximate(chunk); });
+    const float most = *std::max_element(longest.begin(), longest.end());
+    std::vector<char> answered(rows_);
+    const bool many = rows_ >= team_.threads();
+    (many ? team_ : Team(1)).run(rows_, [&](int64_t row, int) {
+      answered[row] = lengths_[row] * most < kGreatest && answer(int(row), many ? Team(1) : team_);
+    });
+    for (int row = 0; row < rows_; row++) {
+      if (!answered[row]) fallen.push_back(first_row_ + row);
+    }
+  }
+
+ private:
+  struct Found {  // what a chunk says of a row
+    bool sound;
+    float lower[kMostListed];
+  };
+
+  void prepare(int row) {
+    std::vector<float> y(p_.dim);
+    full_.normalise(p_, first_row_ + row, y.data());
+    full_.pack(p_.head_type, y.data(), p_.dim, full_packed_.data() + row * full_bytes_);
+    full_.round(p_.head_type, y.data(), p_.dim);
+    small_.pack(HeadType::kInt8, y.data(), p_.dim, small_packed_.data() + row * small_bytes_);
+    double squares = 0, rounding = 0;
+    for (float value : y) squares += double(value) * value;
+#ifdef SPECDEC_HAVE_AVX512_VNNI
+    if (small_.pack == avx512_vnni::pack) rounding = avx512_vnni::rounding_error(y.data(), p_.dim);
+#endif
+    const double length = std::sqrt(squares), sums = 2 * (p_.dim / 4.0 + 64) * 0x1p-24;
+    const double vanishing = std::sqrt(double(p_.dim)) * 0x1p-125;
+    lengths_[row] = length;  // NaN and infinity stay, and make the row fall back
+    bounds_[row] = {float((length * (1 + sums) + vanishing) * kOutward),
+                    float((rounding + length * sums + vanishing) * kOutward),
+                    float((vanishing * length + p_.dim * 0x1p-125) * kOutward)};
+  }
+
+  // kExitChunk of a vector [vocab], zeros where it ends.
+  const float* part(const float* vector, int64_t chunk, float* padded) const {
+    const int64_t first = chunk * kExitChunk, count = std::min<int64_t>(kExitChunk, p_.vocab - first);
+    if (count == kExitChunk) return vector + first;
+    std::copy_n(vector + first, count, padded);
+    std::fill(padded + count, padded + kExitChunk, 0.0f);
+    return padded;
+  }
+
+  // The approximate logits of a chunk, and their greatest lower bounds. The length that no entry of the head exceeds.
+  float approximate(int64_t chunk) {
+    alignas(64) float logits[kExitRowBlock * kExitTile], padded[2][kExitChunk];
+    const int64_t begin = chunk * kExitChunk, end = std::min<int64_t>(begin + kExitChunk, p_.vocab);
+    for (int64_t first = begin; first < end; first += kExitTile) {
+      const int count = int(std::min<int64_t>(kExitTile, end - first));
+      const ExitTile tile = {s_.values + first * p_.dim, count, p_.dim, nullptr};
+      small_.multiply(HeadType::kInt8, tile, small_packed_.data(), rows_, exit_narrow(p_), logits);
+      for (int row = 0; row < rows_; row++) {
+        float* to = &approximate_[row * stride_ + first];
+        const float *from = logits + row * kExitTile, *scales = s_.scales + first;
+        for (int i = 0; i < count; i++) to[i] = from[i] * scales[i];
+        for (int i = 0; p_.bias && i < count; i++) to[i] += p_.bias[first + i];
+      }
+    }
+    const float* error_norms = part(s_.error_norms, chunk, padded[0]);
+    const float* norms = part(s_.norms, chunk, padded[1]);
+    for (int row = 0; row < rows_; row++) {
+      float* of_row = &approximate_[row * stride_];
+      std::fill(of_row + end, of_row + begin + kExitChunk, -kInfinity);
+      Found& found = found_[row * chunks_ + chunk];
+      std::fill(found.lower, found.lower + kMostListed, -kInfinity);
+      found.sound = looks_.note(of_row + begin, error_norms, norms, kExitChunk, bounds_[row], listed(), found.lower);
+    }
+    float most = 0;
+    for (int i = 0; i < kExitChunk; i++) most = std::max(most, error_norms[i] + norms[i]);
+    return most;
+  }
+
+  int listed() const { return std::max(2, p_.top_k); }
+
+  // Entries that are not in the tail, ascending, and the tail. By one thread: it takes a hundredth of the first pass.
+  std::vector<int32_t> look(int row, const ScreenScan& scan, ScreenTail& tail) {
+    alignas(64) float padded[2][kExitChunk];
+    int32_t entries[kExitChunk];
+    std::vector<int32_t> all;
+    tail = {};
+    for (int64_t chunk = 0; chunk < chunks_; chunk++) {
+      const int64_t first = chunk * kExitChunk;
+      const int count = looks_.scan(&approximate_[row * stride_ + first], part(s_.error_norms, chunk, padded[0]),
+                                    part(s_.norms, chunk, padded[1]), kExitChunk, scan, int32_t(first), entries, tail);
+      all.insert(all.end(), entries, entries + count);
+    }
+    return all;
+  }
+
+  // The logits of these entries as exit_confidence has them.
+  std::vector<float> recheck(int row, const std::vector<int32_t>& entries, const Team& team) {
+    std::vector<float> z(entries.size());
+    const int64_t tiles = (int64_t(entries.size()) + kExitTile - 1) / kExitTile;
+    (tiles < kLeastShared ? Team(1) : team).run(tiles, [&](int64_t at, int) {
+      alignas(64) float logits[kExitTile];
+      const int64_t first = at * kExitTile;
+      const int count = int(std::min<int64_t>(kExitTile, int64_t(entries.size()) - first));
+      const ExitTile tile = {p_.head, count, p_.dim, &entries[first]};
+      full_.multiply(p_.head_type, tile, full_packed_.data() + row * full_bytes_, 1, exit_narrow(p_), logits);
+      for (int i = 0; i < count; i++) {
+        z[first + i] = p_.bias ? logits[i] + p_.bias[entries[first + i]] : logits[i];
+      }
+    });
+    return z;
+  }
+
+  bool settled(int row, const Figures& f) const {
+    if (!(f.max_prob.error() <= s_.tolerance && f.margin.error() <= s_.tolerance)) return false;
+    const float limit = p_.thresholds ? p_.thresholds[row] : p_.threshold;
+    const Interval& bounds = (p_.measure == ExitMeasure::kEntropy  ? f.entropy
+                              : p_.measure == ExitMeasure::kMargin ? f.margin
+                                                                   : f.max_prob)
+                                 .bounds;
+    return p_.measure == ExitMeasure::kNone || bounds.low > limit || bounds.high < limit;
+  }
+
+  // Writes a row, or gives it up.
+  bool answer(int row, const Team& team) {
+    float lower[kMostListed];
+    std::fill(lower, lower + kMostListed, -kInfinity);
+    for (int64_t chunk = 0; chunk < chunks_; chunk++) {
+      const Found& found = found_[row * chunks_ + chunk];
+      if (!found.sound) return false;
+      for (int i = 0; i < listed(); i++) {
+        if (!(found.lower[i] > lower[listed() - 1])) break;
+        insert(found.lower[i], lower);
+      }
+    }
+    if (!(lower[0] > -kInfinity)) return false;
+    const float temperature = exit_temperature(p_, first_row_ + row);
+    const double spread = lengths_[row] * *s_.error_gain / temperature * kOutward;
+    const size_t limit = std::max<size_t>(kLeastLimit, p_.vocab / 8);
+    ScreenScan scan = {bounds_[row], lower[0], lower[listed() - 1], kInfinity, temperature};
+    int32_t reads = 0;
+    for (float depth : kDepths) {
+      if (depth > 0) scan.deep = lower[0] - depth * temperature;
+      ScreenTail tail;
+      const std::vector<int32_t> entries = look(row, scan, tail);
+      if (entries.empty() || entries.size() > limit) return false;
+      const auto figures = [&](const std::vector<float>& z, float first, float second) {
+        return figures_of(z, first, second, tail, lower[0], temperature, spread);
+      };
+      if (depth != kDepths[std::size(kDepths) - 1]) {  // what would come out of it, before it is paid for
+        std::vector<float> guess(entries.size());
+        for (size_t i = 0; i < guess.size(); i++) guess[i] = approximate_[row * stride_ + entries[i]];
+        std::vector<float> best = guess;
+        std::partial_sort(best.begin(), best.begin() + std::min<size_t>(2, best.size()), best.end(), std::greater<>());
+        const float first = std::max(best[0], lower[0]);
+        if (!settled(first_row_ + row, figures(guess, first, best.size() > 1 ? best[1] : -kInfinity))) continue;
+      }
+      const std::vector<float> z = recheck(row, entries, team);
+      reads += int32_t(entries.size());
+      ExitState best = best_of(z, entries);
+      const Figures f = figures(z, best.value[0], best.value[1]);
+      if (!settled(first_row_ + row, f)) continue;
+      write(first_row_ + row, best, f, temperature);
+      s_.rechecked[first_row_ + row] = reads;
+      return true;
+    }
+    return false;
+  }
+
+  void insert(float value, float* lower) const {
+    int at = listed() - 1;
+    for (; at > 0 && value > lower[at - 1]; at--) lower[at] = lower[at - 1];
+    lower[at] = value;
+  }
+
+  // The greatest of ascending entries; equals stay in their order.
+  ExitState best_of(const std::vector<float>& z, const std::vector<int32_t>& entries) const {
+    ExitState best{};
+    std::fill(best.value, best.value + kMostListed, -kInfinity);
+    std::fill(best.entry, best.entry + kMostListed, -1);
+    const int last = listed() - 1;
+    for (size_t i = 0; i < z.size(); i++) {
+      if (!(z[i] > best.value[last])) continue;
+      int at = last;
+      for (; at > 0 && z[i] > best.value[at - 1]; at--) {
+        best.value[at] = best.value[at - 1];
+        best.entry[at] = best.entry[at - 1];
+      }
+      best.value[at] = z[i];
+      best.entry[at] = entries[i];
+    }
+    return best;
+  }
+
+  void write(int row, const ExitState& best, const Figures& f, double temperature) const {
+    const auto token_of = [&](int32_t entry) { return p_.token_map ? p_.token_map[entry] : entry; };
+    const double max_prob = f.max_prob.value;
+    p_.token[row] = token_of(best.entry[0]);
+    p_.max_prob[row] = float(max_prob);
+    p_.margin[row] = float(f.margin.value);
+    p_.entropy[row] = float(f.entropy.value);
+    p_.logsumexp[row] = float(best.value[0] / temperature - std::log(max_prob));
+    p_.status[row] = 0;
+    for (int k = 0; k < p_.top_k; k++) {
+      const int64_t at = int64_t(row) * p_.top_k + k;
+      const bool exists = best.value[k] > -kInfinity;
+      p_.top_tokens[at] = exists ? token_of(best.entry[k]) : -1;
+      p_.top_logprobs[at] =
+          exists ? float((double(best.value[k]) - best.value[0]) / temperature + std::log(max_prob)) : -kInfinity;
+    }
+  }
+
+  const ScreenedParams& s_;
+  const ExitParams& p_;
+  const Team& team_;
+  const ExitKernels full_, small_;
+  const ScreenKernels& looks_;
+  const int first_row_, rows_;
+  const int64_t chunks_, stride_;
+  const size_t full_bytes_, small_bytes_;
+  AlignedBytes full_packed_, small_packed_;
+  std::vector<double> lengths_;
+  std::vector<ScreenBound> bounds_;
+  std::vector<float> approximate_;
+  std::vector<Found> found_;
+};
+
+}  // namespace
+
+void screened_exit_cpu(const ScreenedParams& s, int threads) {
+  const ExitParams& p = s.exit;
+  const Team team = exit_team(p, threads);
+  std::vector<int> fallen;
+  for (int row = 0; row < p.rows; row += kExitRowBlock) {
+    Screen(s, team, row, std::min(kExitRowBlock, p.rows - row)).run(fallen);
+  }
+  if (!fallen.empty()) read_head(p, fallen, team);
+  for (int row : fallen) {
+    p.status[row] |= kExitFellBack;
+    s.rechecked[row] = p.vocab;
+  }
+  if (p.measure != ExitMeasure::kNone) decide_exits(p);
+}
+
+}  // namespace specdec
