@@ -20,6 +20,7 @@ from ._dispatch import backends  # noqa: E402
 from .accept import Acceptance, chain_accept, greedy_accept, match_accept, tree_accept  # noqa: E402
 from .accept_lossy import LongestPath, longest_path_accept, typical_accept  # noqa: E402
 from .early_exit import Confidence, Exit, early_exit, exit_confidence  # noqa: E402
+from .layer_cache import LayerCache  # noqa: E402
 from .quantized_head import QuantizedHead, quantize_head  # noqa: E402
 from .sampling import Children, sample_children, sample_tokens  # noqa: E402
 from .topology import Topology, build_topology  # noqa: E402
@@ -33,6 +34,7 @@ __all__ = [
     "Children",
     "Confidence",
     "Exit",
+    "LayerCache",
     "LongestPath",
     "QuantizedHead",
     "Topology",

@@ -17,7 +17,7 @@ PUBLIC = [
     ".tree_attention",
 ]
 OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
-OPS += ["early_exit", "quantized_head"]
+OPS += ["early_exit", "quantized_head", "layer_cache"]
 PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_dispatch"]
 ACCEPT_KERNELS = [".accept_kernels", ".accept_traversal_kernel", ".accept_lossy_kernels"]
 
