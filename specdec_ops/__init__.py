@@ -20,6 +20,7 @@ from ._dispatch import backends  # noqa: E402
 from .accept import Acceptance, chain_accept, greedy_accept, match_accept, tree_accept  # noqa: E402
 from .accept_lossy import LongestPath, longest_path_accept, typical_accept  # noqa: E402
 from .early_exit import Confidence, Exit, early_exit, exit_confidence  # noqa: E402
+from .kv import kv_propagate  # noqa: E402
 from .layer_cache import LayerCache  # noqa: E402
 from .quantized_head import QuantizedHead, quantize_head  # noqa: E402
 from .sampling import Children, sample_children, sample_tokens  # noqa: E402
@@ -47,6 +48,7 @@ __all__ = [
     "early_exit",
     "exit_confidence",
     "greedy_accept",
+    "kv_propagate",
     "longest_path_accept",
     "match_accept",
     "merge_states",

@@ -35,6 +35,10 @@ IMPLEMENTATIONS = {
         "cpu": "specdec_ops._native_exit:exit_confidence_cpu",
         "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
     },
+    "kv_propagate": {
+        "cpu": "specdec_ops._cpu_kv:kv_propagate",
+        "torch": "specdec_ops.reference.kv_propagate:kv_propagate",
+    },
     "merge_states": {
         "cuda": "specdec_ops._native:merge_states_cuda",
         "triton": "specdec_ops.triton_kernels.merge_states:merge_states",
