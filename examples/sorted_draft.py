@@ -37,12 +37,12 @@ class Settings:
     exits: tuple[int, ...] = (2, 4, 6)
     context: int = 128
     batch: int = 8
-    steps: int = 400
+    steps: int = 800
     learning_rate: float = 2e-3
     seed: int = 0
 
 
-QUICK = Settings(dim=64, heads=2, exits=(1, 2, 4), context=64, batch=16, steps=150, learning_rate=6e-3)
+QUICK = Settings(dim=64, heads=2, exits=(1, 2, 4), context=64, batch=16, steps=110, learning_rate=6e-3)
 
 
 def rotate(x: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from layer_cases import VOCAB, Toy
 from specdec_ops import LayerCache
@@ -175,6 +176,41 @@ def test_kernels_in_float32():
         newest = model.step(cache, group)
     for row, tail in zip(newest, ([3], [4], [3, 5]), strict=True):
         torch.testing.assert_close(row.double(), exact.from_scratch(tokens + tail)[-1], rtol=1e-4, atol=1e-4)
+
+
+class Recorder(TorchDispatchMode):
+    """The names of all operators called."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.name())
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_nothing_reads_from_the_device(batch):
+    """On a GPU these operators would wait: a value read by the host, or a shape that depends on values."""
+    model = Toy()
+    for w in model.layers:
+        w.update({name: tensor.float() for name, tensor in w.items()})
+    model.embedding = model.embedding.float()
+    cache = model.cache(EXITS, 32, batch, dtype=torch.float32, backend="cpu")
+    rows, parents = torch.arange(6 * batch), torch.tensor([-1, -1, 0] * batch, dtype=torch.int32)
+    with Recorder() as recorder:
+        cache.append(model.embedding[rows])
+        model.step(cache, 0)
+        model.step(cache, 1)
+        cache.crop([5, 4][:batch])
+        cache.append(model.embedding[rows[: 3 * batch]], parents)
+        for group in range(3):
+            model.step(cache, group)
+        cache.commit([[0, 2], [1]][:batch])
+    assert {"specdec_ops::tree_attention", "specdec_ops::build_topology"} <= recorder.names
+    waits = ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero", "equal", "unique")
+    assert not [name for name in recorder.names if name.removeprefix("aten::").split(".")[0] in waits]
 
 
 def test_a_parent_that_is_not_earlier_becomes_the_context():
