@@ -15,6 +15,7 @@ from . import (
     _dispatch,
     _loader,
     build_topology,
+    kv_propagate,
     merge_states,
     sample_children,
     sample_tokens,
@@ -155,6 +156,20 @@ def check_tree_attention(backend: str, device: str) -> float:
     return largest_difference(run(dtype, backend), run(torch.float64, "torch"))
 
 
+def check_kv_propagate(backend: str, device: str) -> float:
+    """The largest error over two layers, with a row that is padding."""
+    hidden, norm, keys, values = random_like(device, (3, 64), (64,), (32, 64), (32, 64))
+    positions, slots = (torch.tensor(ids, dtype=torch.int32, device=device) for ids in ([7, 0, 90], [2, -1, 0]))
+
+    def run(dtype: torch.dtype, name: str) -> torch.Tensor:
+        caches = torch.zeros(2, 2, 1, 4, 2, 16, dtype=dtype, device=device)  # K and V, layers
+        layers = [tuple(weight.to(dtype) for weight in (norm, keys / 8, values / 8))] * 2
+        kv_propagate(hidden.to(dtype), layers, positions, slots, *map(list, caches), rope=1e4, backend=name)
+        return caches
+
+    return largest_difference(run(torch.float32, backend), run(torch.float64, "torch"))
+
+
 def check_merge_states(backend: str, device: str) -> float:
     """The largest error over rows of which some saw nothing, on one side or on both."""
     out_a, out_b = random_like(device, (2, 5, 4, 64), (2, 5, 4, 64))
@@ -180,6 +195,7 @@ def largest_difference(got: torch.Tensor, want: torch.Tensor) -> float:
 CHECKS: dict[str, Callable[[str, str], float]] = {
     "accept": check_accept,
     "build_topology": check_build_topology,
+    "kv_propagate": check_kv_propagate,
     "merge_states": check_merge_states,
     "sample": check_sample,
     "tree_attention": check_tree_attention,

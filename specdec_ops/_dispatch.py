@@ -72,7 +72,7 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
 
     Args:
         op: "accept" (every op whose name ends so), "build_topology", "exit_confidence" (and early_exit),
-            "merge_states", "sample" (sample_tokens and sample_children) or "tree_attention".
+            "kv_propagate", "merge_states", "sample" (sample_tokens and sample_children) or "tree_attention".
         device: a device, its name, or a tensor on it.
 
     Returns:

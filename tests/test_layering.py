@@ -10,6 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
     ".build_topology",
+    ".kv_propagate",
     ".merge_states",
     ".sample_children",
     ".sample_tokens",
