@@ -18,14 +18,14 @@ LAYERS = sorted_draft.QUICK.exits[-1]
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """The whole of `sorted_exit --quick` with an empty cache: (model, losses of its training, lines, cache folder)."""
+    """The whole of `sorted_exit --quick` with an empty cache: (model, losses of its training, tables, cache folder)."""
     folder, threads = tmp_path_factory.mktemp("cache"), torch.get_num_threads()
     torch.set_num_threads(1)  # the rows are short
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(folder))
-        lines = sorted_exit.main(["--quick", "--prompts", "3"])
+        tables = sorted_exit.main(["--quick", "--texts", "2"])
         model, history = sorted_draft.load(sorted_draft.QUICK)
-        yield model, history, lines, folder
+        yield model, history, tables, folder
     torch.set_num_threads(threads)
 
 
@@ -41,8 +41,9 @@ def test_every_exit_learns(quick):
     assert losses[-1] < losses[0]
 
 
-def test_thresholds(quick):
-    full, *lines = quick[2]
+@pytest.mark.parametrize("title", ["along the text", "along its own words"])
+def test_thresholds(quick, title):
+    full, *lines = quick[2][title]
     tokens = sum(full.per_exit.values())
     assert full.per_exit == {**dict.fromkeys(full.per_exit, 0), LAYERS: tokens}
     assert full.agreement == lines[-1].agreement == 1.0  # a cache that errs would show here
@@ -50,18 +51,26 @@ def test_thresholds(quick):
     assert lines[-1].threshold == 1.0
     depths = [line.depth for line in lines]
     assert depths[-1] - depths[0] > 1
-    # Each threshold writes its own text, so that a step back is possible.
-    assert all(after > before - 0.5 for before, after in itertools.pairwise(depths))
+    # Along its own words each threshold has a text of its own, so that a step back is possible.
+    slack = 0 if title == "along the text" else 0.5
+    assert all(after >= before - slack for before, after in itertools.pairwise(depths))
     for line in lines:
         assert sum(line.per_exit.values()) == tokens
+        if title == "along the text":  # one that agrees with the full depth is right where that is
+            assert abs(line.right - full.right) <= 1 - line.agreement + 1e-9
         assert line.depth == pytest.approx(sum(depth * n for depth, n in line.per_exit.items()) / tokens)
         assert line.depth - 1e-9 <= line.rows <= LAYERS + 1e-9  # catching up never costs more than not having left
 
 
+def pieces():
+    """A prompt and the text behind it."""
+    text = sorted_draft.windows(sorted_draft.corpus()[1], 1, 26, torch.Generator().manual_seed(7))[0]
+    return text[:16], text[16:]
+
+
 def test_the_lowest_threshold_leaves_at_once(quick):
     """All but the first token, which runs the prompt; and rows that nobody needs are never caught up with."""
-    prompt = sorted_draft.windows(sorted_draft.corpus()[1], 1, 16, torch.Generator().manual_seed(7))[0]
-    decoded = sorted_exit.decode(quick[0], prompt, 10, 0.0)
+    decoded = sorted_exit.decode(quick[0], *pieces(), 0.0)
     assert decoded.depths == [LAYERS] + [sorted_draft.QUICK.exits[0]] * 9
     assert decoded.rows == LAYERS + 9 * sorted_draft.QUICK.exits[0]
 
@@ -80,12 +89,11 @@ def test_weights_and_plot_are_kept_outside_of_the_repository(quick, capsys):
 
 
 def test_agreement_sees_a_wrong_token(quick):
-    model = quick[0]
-    prompt = sorted_draft.windows(sorted_draft.corpus()[1], 1, 16, torch.Generator().manual_seed(7))[0]
-    decoded = sorted_exit.decode(model, prompt, 10, None)
-    assert sorted_exit.agreeing(model, prompt, decoded) == 10
-    decoded.tokens[-1] = (decoded.tokens[-1] + 1) % 256
-    assert sorted_exit.agreeing(model, prompt, decoded) == 9
+    prompt, text = pieces()
+    tokens = sorted_exit.decode(quick[0], prompt, text, None).tokens
+    assert sorted_exit.agreeing(quick[0], prompt, text, tokens) == 10
+    tokens[-1] = (tokens[-1] + 1) % 256
+    assert sorted_exit.agreeing(quick[0], prompt, text, tokens) == 9
 
 
 @pytest.mark.parametrize("script", ["sorted_draft.py", "sorted_exit.py"])
