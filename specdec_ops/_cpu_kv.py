@@ -1,8 +1,9 @@
-"""kv_propagate on the CPU: one product for all keys and values, by PyTorch's matrix library.
+"""kv_propagate on the CPU: the products by PyTorch's matrix library, all around them once for all layers.
 
-The products are nearly all of the work: `2 * layers * kv_heads * head_dim * dim` weights are read once, and a library
-reads them at memory speed already. What is done here around them is done for all layers at once: the norm's statistics,
-which layers share, the rotation and the places in the cache.
+The products read `2 * layers * kv_heads * head_dim * dim` weights once. With the heads of Llama-3-8B they are nine
+tenths of the processor time, for 1 row as for 60, in bfloat16 as in float32: a kernel of our own for the rotation and
+the store could win no more than the rest. What layers share (the norm's statistics, the angles, the places in the
+cache) is computed once.
 """
 
 import torch

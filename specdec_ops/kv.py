@@ -35,6 +35,8 @@ def kv_propagate(
     and V weights of a layer instead of all of them (one twenty-sixth in Llama-3-8B). `LayerCache` keeps the exact rows
     and catches up instead.
 
+    No kernel for GPUs yet: there the torch backend runs, which waits for the device to find the rows to store.
+
     Args:
         hidden: float32, bfloat16 or float16 `[rows, dim]`, before any norm, with a contiguous last dimension.
         layers: per skipped layer `(norm_weight, k_weight, v_weight)`: the RMSNorm before its attention `[dim]` in
