@@ -190,6 +190,8 @@ def main() -> None:
     parser.add_argument("--retrain", action="store_true", help="even if the weights are cached")
     arguments = parser.parse_args()
     settings = QUICK if arguments.quick else Settings()
+    if arguments.quick:
+        torch.set_num_threads(1)  # too small for two
     model, history = load(settings, retrain=arguments.retrain)
     print(f"{sum(weight.numel() for weight in model.parameters()):,} weights, {settings}")
     print(f"training loss {history[0]:.2f} -> {sum(history[-20:]) / 20:.2f} nats per byte, mean of the exits")

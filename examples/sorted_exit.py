@@ -205,7 +205,10 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Line]]:
     parser.add_argument("--plot", type=Path, help="where to write the plot (beside the weights)")
     given = parser.parse_args(arguments)
     settings = sorted_draft.QUICK if given.quick else sorted_draft.Settings()
+    if given.quick:
+        torch.set_num_threads(1)  # too small for two
     model, history = sorted_draft.load(settings, retrain=given.retrain)
+    torch.set_num_threads(1)  # one row of 256 numbers is over before a second thread has started
     print(f"training loss {history[0]:.2f} -> {statistics.mean(history[-20:]):.2f} nats per byte, mean of the exits")
     generator = torch.Generator().manual_seed(2)
     count = given.texts or (3 if given.quick else 12)
