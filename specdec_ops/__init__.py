@@ -21,6 +21,8 @@ from .accept import Acceptance, chain_accept, greedy_accept, match_accept, tree_
 from .accept_lossy import LongestPath, longest_path_accept, typical_accept  # noqa: E402
 from .draft_stop import AdaptiveThreshold, entropy_stop, exit_features, exit_mlp  # noqa: E402
 from .early_exit import Confidence, Exit, early_exit, exit_confidence  # noqa: E402
+from .kv import kv_propagate  # noqa: E402
+from .layer_cache import LayerCache  # noqa: E402
 from .quantized_head import QuantizedHead, quantize_head  # noqa: E402
 from .sampling import Children, sample_children, sample_tokens  # noqa: E402
 from .topology import Topology, build_topology  # noqa: E402
@@ -35,6 +37,7 @@ __all__ = [
     "Children",
     "Confidence",
     "Exit",
+    "LayerCache",
     "LongestPath",
     "QuantizedHead",
     "Topology",
@@ -50,6 +53,7 @@ __all__ = [
     "exit_features",
     "exit_mlp",
     "greedy_accept",
+    "kv_propagate",
     "longest_path_accept",
     "match_accept",
     "merge_states",

@@ -17,6 +17,7 @@ from . import (
     build_topology,
     exit_confidence,
     exit_mlp,
+    kv_propagate,
     merge_states,
     quantize_head,
     sample_children,
@@ -192,6 +193,20 @@ def check_exit_mlp(backend: str, device: str) -> float:
     return largest_difference(got[0], want[0])
 
 
+def check_kv_propagate(backend: str, device: str) -> float:
+    """The largest error over two layers, with a row that is padding."""
+    hidden, norm, keys, values = random_like(device, (3, 64), (64,), (32, 64), (32, 64))
+    positions, slots = (torch.tensor(ids, dtype=torch.int32, device=device) for ids in ([7, 0, 90], [2, -1, 0]))
+
+    def run(dtype: torch.dtype, name: str) -> torch.Tensor:
+        caches = torch.zeros(2, 2, 1, 4, 2, 16, dtype=dtype, device=device)  # K and V, layers
+        layers = [tuple(weight.to(dtype) for weight in (norm, keys / 8, values / 8))] * 2
+        kv_propagate(hidden.to(dtype), layers, positions, slots, *map(list, caches), rope=1e4, backend=name)
+        return caches
+
+    return largest_difference(run(torch.float32, backend), run(torch.float64, "torch"))
+
+
 def check_merge_states(backend: str, device: str) -> float:
     """The largest error over rows of which some saw nothing, on one side or on both."""
     out_a, out_b = random_like(device, (2, 5, 4, 64), (2, 5, 4, 64))
@@ -219,6 +234,7 @@ CHECKS: dict[str, Callable[[str, str], float]] = {
     "build_topology": check_build_topology,
     "exit_confidence": check_exit_confidence,
     "exit_mlp": check_exit_mlp,
+    "kv_propagate": check_kv_propagate,
     "merge_states": check_merge_states,
     "sample": check_sample,
     "screened_exit": check_screened_exit,

@@ -39,6 +39,10 @@ IMPLEMENTATIONS = {
         "cpu": "specdec_ops._native_exit:exit_mlp_cpu",
         "torch": "specdec_ops.reference.exit_mlp:exit_mlp",
     },
+    "kv_propagate": {
+        "cpu": "specdec_ops._cpu_kv:kv_propagate",
+        "torch": "specdec_ops.reference.kv_propagate:kv_propagate",
+    },
     "merge_states": {
         "cuda": "specdec_ops._native:merge_states_cuda",
         "triton": "specdec_ops.triton_kernels.merge_states:merge_states",
@@ -76,8 +80,8 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
 
     Args:
         op: "accept" (every op whose name ends so), "build_topology", "exit_confidence" (and early_exit),
-            "exit_mlp", "merge_states", "sample" (sample_tokens and sample_children), "screened_exit" (exit_confidence
-            and early_exit with a screen) or "tree_attention".
+            "exit_mlp", "kv_propagate", "merge_states", "sample" (sample_tokens and sample_children), "screened_exit"
+            (exit_confidence and early_exit with a screen) or "tree_attention".
         device: a device, its name, or a tensor on it.
 
     Returns:

@@ -12,6 +12,7 @@ PUBLIC = [
     ".build_topology",
     ".exit_confidence",
     ".exit_mlp",
+    ".kv_propagate",
     ".merge_states",
     ".quantize_head",
     ".sample_children",
@@ -20,8 +21,9 @@ PUBLIC = [
     ".tree_attention",
 ]
 OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
-OPS += ["early_exit", "quantized_head", "draft_stop"]
-PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_dispatch"]
+OPS += ["early_exit", "quantized_head", "draft_stop", "layer_cache", "kv"]
+PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_library_kv"]
+PLUMBING += ["_dispatch"]
 ACCEPT_KERNELS = [".accept_kernels", ".accept_traversal_kernel", ".accept_lossy_kernels"]
 
 # What a file may import besides the standard library, by the longest key that starts its path. Names without a dot in
@@ -46,6 +48,8 @@ MAY_IMPORT = {
     "specdec_ops/reference/accept_rules.py": ["torch", ".noise"],
     "specdec_ops/reference/sample.py": ["torch", ".noise"],
     "specdec_ops/_library_exit.py": ["torch", "._library", "._dispatch", "._alloc"],
+    "specdec_ops/_library_kv.py": ["torch", "._library", "._dispatch"],
+    "specdec_ops/_cpu_kv.py": ["torch"],
     "specdec_ops/_library_accept.py": ["torch", "._library", "._dispatch", "._alloc"],
     "specdec_ops/reference/screened_exit.py": [".exit_confidence"],
     "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],

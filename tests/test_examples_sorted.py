@@ -1,0 +1,104 @@
+"""The sorted draft end to end, small: it learns, it leaves early where it is sure, and it knows what that costs."""
+
+import dataclasses
+import itertools
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from examples import sorted_draft, sorted_exit
+
+ROOT = Path(__file__).parent.parent
+LAYERS = sorted_draft.QUICK.exits[-1]
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory):
+    """The whole of `sorted_exit --quick` with an empty cache: (model, losses of its training, tables, cache folder)."""
+    folder, threads = tmp_path_factory.mktemp("cache"), torch.get_num_threads()
+    torch.set_num_threads(1)  # the rows are short
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder))
+        tables = sorted_exit.main(["--quick", "--texts", "2"])
+        model, history = sorted_draft.load(sorted_draft.QUICK)
+        yield model, history, tables, folder
+    torch.set_num_threads(threads)
+
+
+def test_every_exit_learns(quick):
+    """From knowing nothing (5.5 nats, even odds over 256 bytes) the mean of all exits falls by 2.5 nats and more."""
+    model, history, _, _ = quick
+    assert len(history) == sorted_draft.QUICK.steps
+    assert history[0] > 5
+    assert statistics.mean(history[-20:]) < history[0] - 2.5
+    text = sorted_draft.windows(sorted_draft.corpus()[1], 16, 65, torch.Generator().manual_seed(5))
+    losses = model.losses(text)
+    assert (losses < 3.1).all()  # in text that it has not seen
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("title", ["along the text", "along its own words"])
+def test_thresholds(quick, title):
+    full, *lines = quick[2][title]
+    tokens = sum(full.per_exit.values())
+    assert full.per_exit == {**dict.fromkeys(full.per_exit, 0), LAYERS: tokens}
+    assert full.agreement == lines[-1].agreement == 1.0  # a cache that errs would show here
+    assert full.rows == lines[-1].rows == lines[-1].depth == LAYERS
+    assert lines[-1].threshold == 1.0
+    depths = [line.depth for line in lines]
+    assert depths[-1] - depths[0] > 1
+    # Along its own words each threshold has a text of its own, so that a step back is possible.
+    slack = 0 if title == "along the text" else 0.5
+    assert all(after >= before - slack for before, after in itertools.pairwise(depths))
+    for line in lines:
+        assert sum(line.per_exit.values()) == tokens
+        if title == "along the text":  # one that agrees with the full depth is right where that is
+            assert abs(line.right - full.right) <= 1 - line.agreement + 1e-9
+        assert line.depth == pytest.approx(sum(depth * n for depth, n in line.per_exit.items()) / tokens)
+        assert line.depth - 1e-9 <= line.rows <= LAYERS + 1e-9  # catching up never costs more than not having left
+
+
+def pieces():
+    """A prompt and the text behind it."""
+    text = sorted_draft.windows(sorted_draft.corpus()[1], 1, 26, torch.Generator().manual_seed(7))[0]
+    return text[:16], text[16:]
+
+
+def test_the_lowest_threshold_leaves_at_once(quick):
+    """All but the first token, which runs the prompt; and rows that nobody needs are never caught up with."""
+    decoded = sorted_exit.decode(quick[0], *pieces(), 0.0)
+    assert decoded.depths == [LAYERS] + [sorted_draft.QUICK.exits[0]] * 9
+    assert decoded.rows == LAYERS + 9 * sorted_draft.QUICK.exits[0]
+
+
+def test_weights_and_plot_are_kept_outside_of_the_repository(quick, capsys):
+    model, history, _, folder = quick
+    file = sorted_draft.cache_file(sorted_draft.QUICK)
+    assert file.is_file() and file.is_relative_to(folder)
+    assert file.with_suffix(".png").is_file()
+    assert sorted_draft.cache_file(dataclasses.replace(sorted_draft.QUICK, steps=1)) != file
+    again, losses = sorted_draft.load(sorted_draft.QUICK)
+    assert capsys.readouterr().out == f"weights from {file}\n"
+    assert losses == history
+    for name, weight in model.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight)
+
+
+def test_agreement_sees_a_wrong_token(quick):
+    prompt, text = pieces()
+    tokens = sorted_exit.decode(quick[0], prompt, text, None).tokens
+    assert sorted_exit.agreeing(quick[0], prompt, text, tokens) == 10
+    tokens[-1] = (tokens[-1] + 1) % 256
+    assert sorted_exit.agreeing(quick[0], prompt, text, tokens) == 9
+
+
+@pytest.mark.parametrize("script", ["sorted_draft.py", "sorted_exit.py"])
+def test_runs_as_a_script(script):
+    command = [sys.executable, f"examples/{script}", "--help"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "--quick" in done.stdout
