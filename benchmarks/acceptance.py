@@ -148,7 +148,39 @@ def contestants(inputs: Inputs, options) -> list[Contestant]:
     listed = [ours("auto", "specdec_ops")] + [ours(backend, f"specdec_ops {backend}") for backend in options.backends]
     if inputs.target.device.type == "cpu":
         listed.append(read_control(inputs))
+    if inputs.target.device.type == "cuda" and inputs.case.rule == "token" and inputs.case.top_p == 1:
+        listed.append(flashinfer_chain(inputs))
     return listed + [peer(inputs, name, form, options) for name, form in acceptance_peers.forms(inputs.case)]
+
+
+def flashinfer_chain(inputs: Inputs) -> Contestant:
+    """FlashInfer's chain kernel with its softmax before it, as an engine calls them. It draws its own noise.
+
+    Its result is right if the accepted tokens are a leading part of the drafted ones and one token of the vocabulary
+    follows them; its law is not tested here.
+    """
+    try:
+        from flashinfer.sampling import chain_speculative_sampling, softmax
+    except ImportError:
+        return unavailable("flashinfer", "library", "FlashInfer is not installed")
+    (batch, nodes, vocab), drafted = inputs.target.shape, inputs.tokens[:, 1:].contiguous()
+
+    def probabilities(logits):
+        return softmax(logits.reshape(-1, vocab), enable_pdl=False).view(batch, -1, vocab)
+
+    def call():
+        p, q = probabilities(inputs.target), probabilities(inputs.draft[:, :-1])
+        return chain_speculative_sampling(q, drafted, p)[0]
+
+    def to_result(tokens):
+        """As the reference's result if it is well-formed, else as it is."""
+        count = (tokens >= 0).sum(1, keepdim=True) - 1
+        steps = torch.arange(nodes - 1, device=tokens.device)
+        follows = (tokens[:, :-1] == drafted) | (steps >= count)
+        sound = bool((count >= 0).all()) and bool(follows.all()) and bool((tokens < vocab).all())
+        return None if sound else specdec_ops.Acceptance(tokens, tokens, count, count, count)
+
+    return Contestant("flashinfer", "library", call, to_result)
 
 
 def peer(inputs: Inputs, name: str, form, options) -> Contestant:

@@ -4,13 +4,24 @@ A new op gets an entry in CASES: `make(seed)` gives its input tensors by name, o
 `call(tensors, backend)` the tensors of its result.
 """
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from attention_cases import random_tree
-from specdec_ops import Topology, build_topology, merge_states, tree_attention
+from specdec_ops import (
+    Topology,
+    build_topology,
+    chain_accept,
+    greedy_accept,
+    merge_states,
+    sample_children,
+    sample_tokens,
+    tree_accept,
+    tree_attention,
+)
 
 BATCH, NODES, HEADS, KV_HEADS, DIM, PAGE, PAGES = 3, 45, 8, 2, 64, 16, 12  # pages of each request
 QKV = ("q", "caches")
@@ -97,7 +108,55 @@ def call_merge_states(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     return list(merge_states(*(tensors[name] for name in names), backend=backend))
 
 
+def make_acceptance(seed: int) -> Tensors:
+    """Other trees, logits, tokens, seeds, positions and temperatures for every seed; one request is greedy.
+
+    Of 16,411 tokens the kernels read rows in several parts. Tokens are likely, or the likeliest, so that paths are long.
+    """
+    generator, vocab, trees = generator_of(seed), 16_411, make_trees(seed)
+    logits = torch.randn(BATCH, NODES, vocab, generator=generator)
+    logits[..., :8] += 9
+    likely = torch.randint(8, (BATCH, NODES), generator=generator)
+    likeliest = logits.argmax(-1).gather(1, trees["parents"].clamp(min=0).long())
+    chosen = torch.rand(BATCH, NODES, generator=generator) < 0.7
+    return {
+        **trees,
+        "target": logits,
+        "draft": logits + 0.3 * torch.randn(BATCH, NODES, vocab, generator=generator),
+        "tokens": torch.where(chosen, likeliest, likely).int(),
+        "seeds": torch.randint(2**62, (BATCH,), generator=generator),
+        "positions": torch.randint(9999, (BATCH,), generator=generator, dtype=torch.int32),
+        "temperature": torch.tensor([1.0, 0.0, 0.7]),
+    }
+
+
+def call_acceptance(tensors: Tensors, backend: str, rule: str) -> list[torch.Tensor]:
+    topology = build_topology(tensors["parents"], tensors["num_nodes"], backend=backend)
+    target, tokens, draft = tensors["target"], tensors["tokens"], tensors["draft"]
+    options = {name: tensors[name] for name in ("seeds", "positions", "temperature")} | {"backend": backend}
+    if rule == "greedy":
+        accepted = greedy_accept(target, tokens, topology, backend=backend)
+    elif rule == "block":
+        accepted = chain_accept(target, tokens[:, 1:], draft[:, :-1], rule=rule, **options)
+    else:
+        accepted = tree_accept(target, tokens, topology, draft, rule=rule, replacement=True, top_p=0.95, **options)
+    return [accepted.tokens, accepted.nodes, accepted.num_accepted, accepted.next_token, accepted.status]
+
+
+def call_sampling(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    noise = {name: tensors[name] for name in ("seeds", "positions", "temperature")}
+    options = noise | {"top_k": 50, "backend": backend}
+    children = sample_children(tensors["draft"][:, :4], 3, **options)
+    return [children.tokens, children.status, sample_tokens(tensors["target"][:, 0], **options)]
+
+
+PRECISE_LOGITS = ("target", "draft")
 CASES = {
+    "accept": {
+        rule: DeviceCase(make_acceptance, functools.partial(call_acceptance, rule=rule), PRECISE_LOGITS)
+        for rule in ("greedy", "block", "recursive", "traversal")
+    },
+    "sample": {"": DeviceCase(make_acceptance, call_sampling, PRECISE_LOGITS)},
     "build_topology": {"": DeviceCase(make_trees, call_build_topology)},
     "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},
     "tree_attention": {
