@@ -111,7 +111,7 @@ def call_merge_states(tensors: Tensors, backend: str) -> list[torch.Tensor]:
 def make_acceptance(seed: int) -> Tensors:
     """Other trees, logits, tokens, seeds, positions and temperatures for every seed; one request is greedy.
 
-    Of 16,411 tokens the kernels read rows in several parts. Tokens are likely, or the likeliest, so that paths are long.
+    Of 16,411 tokens the kernels read rows in parts. Tokens are likely, or the likeliest, so that paths are long.
     """
     generator, vocab, trees = generator_of(seed), 16_411, make_trees(seed)
     logits = torch.randn(BATCH, NODES, vocab, generator=generator)
