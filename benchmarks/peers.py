@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from . import acceptance, attention, exit, small_ops
-from .acceptance_cases import CHAIN_RULES, TREE_RULES
+from .acceptance_cases import CHAIN_RULES, FILTERED, TREE_RULES
 
 
 class Op(NamedTuple):
@@ -26,5 +26,5 @@ OPS["exit_confidence"] = Op(exit.make_inputs, exit.expected, exit.contestants)
 OPS |= {
     f"accept {rule}{suffix}": Op(acceptance.make_inputs, acceptance.expected, acceptance.contestants)
     for rule in (*CHAIN_RULES, *TREE_RULES)
-    for suffix in ("", " top-p")
+    for suffix in (("", " top-p") if rule in FILTERED else ("",))
 }

@@ -15,7 +15,7 @@ COLOUR, REFERENCE = "#1f5fa8", "#999999"
 
 
 def save(cells: list[Cell], target: Path) -> list[Path]:
-    """Write TARGET-acceptance.png if there is a cell to show."""
+    """Write TARGET-acceptance-speed.png if there is a cell to show."""
     shown = [cell for cell in cells if cell.first["op"].startswith("accept") and cell.ours]
     if not shown:
         return []
@@ -38,7 +38,7 @@ def save(cells: list[Cell], target: Path) -> list[Path]:
         fontsize=9,
     )
     figure.tight_layout()
-    path = target.with_name(f"{target.stem}-acceptance.png")
+    path = target.with_name(f"{target.stem}-acceptance-speed.png")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

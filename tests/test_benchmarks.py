@@ -60,7 +60,9 @@ def toys():
 
 
 def test_every_op_has_a_toy_case():
-    assert {case.op for case in toys()} == peers.OPS.keys()
+    """Those of acceptance and early exit are in files of their own."""
+    others = {op for op in peers.OPS if op.startswith(("accept ", "exit_"))}
+    assert {case.op for case in toys()} == peers.OPS.keys() - others
 
 
 @pytest.mark.parametrize("case", toys(), ids=lambda case: case.label)
@@ -120,11 +122,13 @@ def test_trees_have_their_sizes():
         assert all(-1 <= parent < i for i, parent in enumerate(tree.parents))
 
 
-@pytest.mark.parametrize("preset", sorted(cases.PRESETS))
+@pytest.mark.parametrize("preset", sorted(run.PRESETS))
 def test_presets_list_each_cell_once(preset):
-    labels = [(case.label, mode) for case in cases.PRESETS[preset]() for mode in case.modes]
+    """All but the quick ones have every op."""
+    labels = [(case.label, mode) for case in run.PRESETS[preset]() for mode in case.modes]
     assert len(labels) == len(set(labels))
-    assert {case.op for case in cases.PRESETS[preset]()} == peers.OPS.keys()
+    missing = peers.OPS.keys() - {case.op for case in run.PRESETS[preset]()}
+    assert not missing - ({"accept token top-p", "accept recursive top-p"} if "quick" in preset else set())
 
 
 def test_bytes_and_flops_by_hand():
