@@ -54,9 +54,9 @@ BUGS = {
     "unaligned-load": everywhere(error("the address of load_16 is not aligned to 16 bytes")),
     "unaligned-pack": {"address": r"runtime error: .* misaligned address"},
     "shift-too-far": {"plain": WRONG, "address": r"runtime error: shift exponent 64 is too large"},
+    "lane-not-named": everywhere(error("warp_ballot is called by a lane that it does not name")),
     "group-too-few": everywhere(DEADLOCK + r"exited\n  threads 0-31: wait in group_sync 1 of 64 threads at "),
     "group-counts-differ": everywhere(error("threads name different numbers for one group barrier")),
-    "lane-not-named": everywhere(error("warp_ballot is called by a lane that it does not name")),
 }
 
 
