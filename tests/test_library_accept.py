@@ -112,7 +112,8 @@ def test_fake_tensors():
             torch.empty(2, 3, device="cuda", dtype=torch.int64),
             torch.empty(2, device="cuda", dtype=torch.int64),
         )
-        result = chain_accept(target, tokens, target[:, 1:], seeds=seeds, positions=3)
+        draft = torch.empty(2, 3, 9, device="cuda", dtype=torch.bfloat16)
+        result = chain_accept(target, tokens, draft, seeds=seeds, positions=3)
         children = sample_children(target, 5, seeds=seeds, positions=3)
     assert (result.tokens.shape, result.tokens.device.type) == ((2, 4), "cuda")
     assert result.next_token.shape == result.status.shape == (2,)
