@@ -33,7 +33,7 @@ format: .venv/ready ## rewrite Python and C++ in that style
 test: build lint ## build, lint, run all tests
 	$(BIN)/pytest
 
-bench: build ## build, then time every op against PyTorch: two minutes on two cores
+bench: build ## build, then time every op against PyTorch: three minutes on two cores
 	$(BIN)/python -m benchmarks.run --quick
 
 gpu: ## on a machine with an NVIDIA GPU, offline, with its own Python: build, test, sanitize, measure (PIECE=tests)

@@ -186,7 +186,7 @@ def gpu_failed() -> bool:
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__)
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_const", const="quick", dest="preset", help="two minutes on two cores")
+    size.add_argument("--quick", action="store_const", const="quick", dest="preset", help="three minutes on two cores")
     size.add_argument("--full", action="store_const", const="full", dest="preset", help="every cell, for hours")
     size.add_argument("--preset", choices=PRESETS, help="another choice of cells")
     parser.add_argument("--op", action="append", choices=sorted(OPS), help="only this op (may be repeated)")
