@@ -26,6 +26,7 @@ FLOATS = ("temperature", "top_p", "draft_temperature", "draft_top_p", "threshold
           "softcap", "out_scale")  # fmt: skip
 FLOAT_POINTERS = ("temperatures", "top_ps", "draft_temperatures", "draft_top_ps", "logprobs", "logsumexp", "lse",
                   "lse_a", "lse_b", "part_out", "part_stats", "sinks", "alibi_slopes")  # fmt: skip
+NUMBERS = ("tokens", "nodes")  # of the attention kernels; to the acceptance kernels they are pointers
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 
@@ -180,7 +181,7 @@ def compile_attention(spec, arch):
     }  # fmt: skip
     constants |= {name: None for name, there in present.items() if not there}
     kernel = module.tree_attention_kernel
-    return compile_kernel(kernel, constants, POINTERS[spec.dtype], arch, shape.warps, shape.stages)
+    return compile_kernel(kernel, constants, POINTERS[spec.dtype], arch, shape.warps, shape.stages, NUMBERS)
 
 
 def compile_small(name, arch):
@@ -195,7 +196,7 @@ def compile_small(name, arch):
         "DIM": 128, "PADDED_DIM": 128, "ROWS": module.MERGE_ROWS, "CHUNK": 512, "BLOCK_N": 64, "WINDOW": True,
         "TREE": True,
     }  # fmt: skip
-    return compile_kernel(module.merge_parts_kernel, constants, "*bf16", arch, 4, 3)
+    return compile_kernel(module.merge_parts_kernel, constants, "*bf16", arch, 4, 3, NUMBERS)
 
 
 def compile_accept(spec, arch):
@@ -216,7 +217,7 @@ def compile_accept(spec, arch):
     return compile_kernel(kernel, constants, POINTERS[spec.dtype], arch, sample.warps_of(block), 3)
 
 
-def compile_kernel(kernel, constants, element_pointer, arch, warps, stages):
+def compile_kernel(kernel, constants, element_pointer, arch, warps, stages, numbers=()):
     """Compile as the launch would: tensors of elements and their strides are aligned, everything else unknown."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -227,7 +228,7 @@ def compile_kernel(kernel, constants, element_pointer, arch, warps, stages):
         if name in constants:
             signature[name] = "constexpr"
             continue
-        signature[name] = argument_type(name, element_pointer)
+        signature[name] = "i32" if name in numbers else argument_type(name, element_pointer)
         if signature[name] == element_pointer or name.startswith(ALIGNED) or "part_" in name:
             aligned[(index,)] = [["tt.divisibility", 16]]
     source = ASTSource(kernel, signature, constants, aligned)
