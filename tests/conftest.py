@@ -19,6 +19,12 @@ from specdec_ops import _alloc, _dispatch
 EMULATED = {**kernels.IMPLEMENTATIONS, **accept_kernels.IMPLEMENTATIONS}
 
 
+def pytest_configure():
+    """Tests that run side by side share the cores."""
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
+    torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+
+
 class Target(NamedTuple):
     """A backend and the device whose tensors it gets."""
 
