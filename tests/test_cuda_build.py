@@ -19,10 +19,11 @@ ARCHS = MODULE.build_info()["archs"].split()
 MOST_REGISTERS = 64
 # Blocks of acceptance and sampling have 512 threads, those that walk 384, and one fits a multiprocessor.
 ACCEPTANCE = {"accept_walk_kernel": 168, "accept_laws_kernel": 128, "accept_race_kernel": 128, "sample_kernel": 128}
-# tree_attention's packed rows per block, of each compiled dim. Twice for bfloat16 and float16.
-ROWS = {64: (16, 32, 64, 128), 96: (16, 32, 64, 128), 128: (16, 32, 64, 128), 192: (16, 32, 64, 128), 256: (16, 32, 64)}
-FLOAT8_DIMS = (64, 128)
-ATTENTION = 2 * sum(len(rows) for rows in ROWS.values()) + 2 * sum(len(ROWS[dim]) for dim in FLOAT8_DIMS)
+# tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.
+# Twice, for bfloat16 and float16.
+ROWS = (16, 32, 64, 128)
+DIMS = (64, 96, 128, 192, 256, 64, 128)
+ATTENTION = 2 * len(DIMS) * len(ROWS)
 KERNELS = {  # instantiations of each
     "build_topology_kernel": 2,
     "merge_states_kernel": 6,
@@ -96,7 +97,7 @@ def most_registers(function):
     if (shape := attention_shape(function)) is None:
         return next((most for kernel, most in ACCEPTANCE.items() if kernel in function), MOST_REGISTERS)
     dim, rows = shape
-    warps = max(4, rows // 16 * (2 if rows <= 32 or dim > 128 else 1))
+    warps = max(4, rows // 16 * (2 if rows <= 32 or (dim > 128 and rows <= 64) else 1))
     return min(255, 65536 // (32 * warps))
 
 
@@ -178,6 +179,9 @@ def test_attention_scratch():
     assert MODULE.tree_attention_scratch(3, 4, 8, 2, 128, 257, 0, False) == (6 * 2 * 16 * 130, 6)
     assert MODULE.tree_attention_scratch(1, 100, 8, 2, 80, 100_000, 7, False) == (2 * 4 * 7 * 128 * 98, 8)
     assert MODULE.tree_attention_scratch(1, 100, 1, 1, 80, 1000, 2, True) == (2 * 128 * 130, 1)
+    # Blocks of 128 rows or, where a device has no room for them, of 64.
+    assert MODULE.tree_attention_scratch(1, 100, 1, 1, 256, 1000, 2, False) == (2 * 128 * 258, 2)
+    assert MODULE.tree_attention_scratch(1, 130, 1, 1, 256, 1000, 2, False) == (2 * 256 * 258, 3)
 
 
 def test_attention_scratch_is_bounded():

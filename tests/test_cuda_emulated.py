@@ -83,6 +83,8 @@ ATTENTION = {
     "dim 128, pages": lambda: attention(5, 70, dim=128, heads=4, page_size=7),
     "dim 128, 64 rows": lambda: attention(20, 40, dim=128, heads=3, dtype=torch.float16, num_splits=2),
     "dim 192": lambda: attention(7, 40, dim=192, heads=1, num_splits=2),
+    "dim 192, 128 rows": lambda: attention(66, 20, dim=192, heads=1, num_splits=2),
+    "dim 256, 128 rows": lambda: attention(66, 20, dim=256, heads=1),
     "dim 256, 64 rows": lambda: attention(33, 20, dim=256, heads=1, num_splits=2),
     "fp8, dim 64": lambda: attention(5, 70, heads=1, float8=True, num_splits=2),
     "fp8, dim 112, pages": lambda: attention(20, 40, dim=112, heads=1, float8=True, dtype=torch.float16, page_size=3),
@@ -175,6 +177,15 @@ def test_counters_are_left_at_zero(case):
     assert_same(launch.tensors, expected)
 
 
+def test_a_small_device_gives_the_same_in_more_blocks():
+    """Dim 256 with 128 rows in a block needs more shared memory than every device has."""
+    large, small = (attention(130, 90, dim=256, heads=1, num_splits=2) for _ in range(2))
+    kernels.run(large)
+    with kernels.small_device("tree_attention"):
+        kernels.run(small)
+    assert_same(small.tensors, {name: large.tensors[name] for name in ("out", "lse")})
+
+
 def test_a_batch_too_large_for_its_scratch_goes_in_slices():
     """2,048 rows in 256 parts, of which few are real, need more than half of what a launch may use."""
     options = {"heads": 1, "kv_heads": 1, "queries": 2048, "num_splits": 256, "dtype": torch.bfloat16}
@@ -217,6 +228,7 @@ def test_topology_moves_each_byte_once(nodes):
         (128, 1, 64, {}),
         (40, 1, 192, {}),
         (60, 1, 256, {}),
+        (120, 1, 256, {}),
         (9, 2, 128, {"float8": True}),
     ],
 )

@@ -73,11 +73,18 @@ cudaError_t attend_in(const TreeAttentionParams& params, int device, cudaStream_
 }  // namespace
 
 TreeAttentionScratch tree_attention_scratch(const TreeAttentionParams& params) {
-  const int dim = compiled_dim(params), rows = tree_attention_rows(params, dim);
-  const TreeAttentionLaunch launch = tree_attention_launch(params, rows, dim);
-  if (launch.max_parts == 1) return {0, 0};
-  const int64_t counters = int64_t(launch.requests) * params.kv_heads * launch.row_blocks;
-  return {counters * launch.max_parts * rows * (dim + 2), counters};
+  TreeAttentionScratch most = {0, 0};  // of all devices
+  const int dim = compiled_dim(params);
+  for (const int most_rows : {64, 128}) {
+    if (most_rows == 64 && dim <= 192) continue;
+    const int rows = tree_attention_rows(params, dim, most_rows);
+    const TreeAttentionLaunch launch = tree_attention_launch(params, rows, dim);
+    if (launch.max_parts == 1) continue;
+    const int64_t counters = int64_t(launch.requests) * params.kv_heads * launch.row_blocks;
+    const int64_t floats = counters * launch.max_parts * rows * (dim + 2);
+    most = {floats > most.floats ? floats : most.floats, counters > most.counters ? counters : most.counters};
+  }
+  return most;
 }
 
 cudaError_t tree_attention_cuda(const TreeAttentionParams& params, int device, cudaStream_t stream) {

@@ -293,6 +293,12 @@ class DeviceGuard {
   cudaError_t error_ = cudaSuccess;
 };
 
+// Shared memory that a block of this device may have if it asks, or 0 for a device that can't be asked.
+inline size_t shared_bytes_per_block(int device) {
+  int bytes = 0;
+  return cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) == cudaSuccess ? bytes : 0;
+}
+
 constexpr size_t kSharedBytesWithoutAsking = 48 * 1024;
 
 // Starts a kernel on a device and stream. Returns the error of the launch alone: nothing waits for the kernel.

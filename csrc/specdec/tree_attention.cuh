@@ -21,9 +21,9 @@
 // A row's result depends on its request alone, to the last bit: parts come from the context length, tiles lie on a grid
 // that does too, and each row's sums are made in the same order whatever the size of the block.
 //
-// Bytes: K and V once per KV head and row block (of 128 rows, 64 for dims above 192), q once per part, out once; in the
-// last part 8 per tree row and 64 nodes, twice, and 8 more per packed row and tail tile; 4 per slot for paged caches;
-// with S > 1 parts 2 * S * (dim + 2) * 4 per row of scratch.
+// Bytes: K and V once per KV head and row block (of 128 rows; of 64 for dims above 192 on devices with 99 KiB), q once
+// per part, out once; in the last part 8 per tree row and 64 nodes, twice, and 8 more per packed row and tail tile; 4
+// per slot for paged caches; with S > 1 parts 2 * S * (dim + 2) * 4 per row of scratch.
 //
 // Packing rows of a group is what XQA does, the split is Flash-Decoding's, the softmax FlashAttention-2's.
 #pragma once

@@ -171,23 +171,30 @@ inline TreeAttentionLaunch tree_attention_launch(const TreeAttentionParams& call
   return launch;
 }
 
-// Packed rows of a block: the fewest of 16, 32, 64, 128 that take all, as far as a dimension has them.
-inline int tree_attention_rows(const TreeAttentionParams& call, int compiled_dim) {
+// Packed rows of a block: the fewest of 16, 32, 64, 128 that take all, as far as a device has room for them.
+inline int tree_attention_rows(const TreeAttentionParams& call, int compiled_dim, int most) {
   const int64_t rows =
       int64_t(tree_attention_launch(call, 16, compiled_dim).max_queries) * (call.heads / call.kv_heads);
-  const int most = compiled_dim > 192 ? 64 : 128;
   int block_rows = 16;
   while (block_rows < most && block_rows < rows) block_rows *= 2;
   return block_rows;
 }
 
-// What every device since 8.0 grants to a block that asks, and CUDA's own part and `arrived` of it.
-constexpr size_t kSharedBytesPerBlock = 99 * 1024, kSharedBytesOfCuda = 1024 + 128;
+// What every device since 8.0 grants to a block that asks, what those for data centers do (8.0, 9.0, 10.0), and CUDA's
+// own part and `arrived` of it.
+constexpr size_t kSharedBytesPerBlock = 99 * 1024, kSharedBytesOfLarge = 163 * 1024, kSharedBytesOfCuda = 1024 + 128;
+
+// The most rows of a block. Dims above 192 have 128 on large devices only.
+inline bool has_room_for_128(int compiled_dim, int device) {
+  return compiled_dim <= 192 || shared_bytes_per_block(device) >= kSharedBytesOfLarge;
+}
 
 template <class Shape>
 cudaError_t launch_tree_attention(const TreeAttentionParams& call, int device, cudaStream_t stream) {
-  static_assert(SharedTiles<Shape>::bytes(1024 / 64) <= kSharedBytesPerBlock - kSharedBytesOfCuda,
-                "1,024 nodes fit on every device");
+  constexpr bool kLarge = Shape::kDim > 192 && Shape::kRows > 64;
+  static_assert(SharedTiles<Shape>::bytes(1024 / 64) <=
+                    (kLarge ? kSharedBytesOfLarge : kSharedBytesPerBlock) - kSharedBytesOfCuda,
+                "1,024 nodes fit");
   TreeAttentionLaunch slice = tree_attention_launch(call, Shape::kRows, Shape::kDim);
   cudaError_t error = cudaSuccess;
   for (; slice.first_request < call.batch && error == cudaSuccess; slice.first_request += slice.requests) {
@@ -203,10 +210,8 @@ cudaError_t launch_tree_attention(const TreeAttentionParams& call, int device, c
 // One dtype, cache and compiled dimension. Instantiated in csrc/cuda/tree_attention_*.cu.
 template <class T, class Cache, int kDim>
 cudaError_t tree_attention(const TreeAttentionParams& call, int device, cudaStream_t stream) {
-  const int rows = tree_attention_rows(call, kDim);
-  if constexpr (kDim <= 192) {
-    if (rows == 128) return launch_tree_attention<TileShape<T, Cache, kDim, 128>>(call, device, stream);
-  }
+  const int rows = tree_attention_rows(call, kDim, has_room_for_128(kDim, device) ? 128 : 64);
+  if (rows == 128) return launch_tree_attention<TileShape<T, Cache, kDim, 128>>(call, device, stream);
   if (rows == 64) return launch_tree_attention<TileShape<T, Cache, kDim, 64>>(call, device, stream);
   if (rows == 32) return launch_tree_attention<TileShape<T, Cache, kDim, 32>>(call, device, stream);
   return launch_tree_attention<TileShape<T, Cache, kDim, 16>>(call, device, stream);

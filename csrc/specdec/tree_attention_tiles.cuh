@@ -17,13 +17,13 @@ namespace specdec {
 // T: the type of q and of the matrix instructions. Cache: T or Float8. kDim: the dimension, rounded up to one that is
 // compiled. kRows: packed query rows of a block.
 //
-// A warp owns 16 rows. Two warps share them, each with all scores and half of the columns of the values, where there
-// are few rows (to keep a block's warps busy) or many columns (which must fit in registers). Slots are never split
+// A warp owns 16 rows. Two warps share them, each with all scores and half of the columns of the values, where a block
+// would have few warps otherwise: with few rows, or with 64 of many columns. Slots are never split
 // between warps: how a row's sum is rounded depends on the dimension alone, not on how many rows its neighbours have.
 // Warps beyond those that multiply help with copies and with the join of parts.
 //
 // Sizes are chosen for the 99 KiB of the smallest current devices (8.6, 8.9, 12.0) and for more than one block on the
-// larger ones. A block of dim 256 with 128 rows would not fit, so it ends at 64.
+// larger ones. Only 128 rows of dim 256 do not fit there: those devices serve them as two blocks of 64.
 template <class T_, class Cache_, int kDim_, int kRows_>
 struct TileShape {
   using T = T_;
@@ -34,7 +34,7 @@ struct TileShape {
   static constexpr int kSlots = kDim <= 64 ? 64 : kDim <= 128 ? 32 : 16;
   static constexpr int kStages = kFloat8 ? 5 : 3;
   static constexpr int kRowWarps = kRows / 16;
-  static constexpr int kColumnWarps = kRows <= 32 || kDim > 128 ? 2 : 1;
+  static constexpr int kColumnWarps = kRows <= 32 || (kDim > 128 && kRows <= 64) ? 2 : 1;
   static constexpr int kColumns = kDim / kColumnWarps;
   static constexpr int kWorkers = kRowWarps * kColumnWarps;  // warps that multiply
   static constexpr int kThreads = (kWorkers < 4 ? 4 : kWorkers) * kWarpSize;

@@ -241,6 +241,8 @@ class SharedMemory {
   uint32_t offset_ = 0;
 };
 
+inline size_t shared_bytes_per_block(int) { return emulator::shared_bytes_per_block(); }
+
 // An error in the kernel is thrown. What is returned are the errors that CUDA would return.
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, int, cudaStream_t,

@@ -24,7 +24,6 @@ namespace specdec::emulator {
 namespace {
 
 constexpr int kLanes = 32;
-constexpr size_t kMostSharedBytes = 227 * 1024;
 constexpr size_t kSharedAlignment = 128;
 constexpr int kGroupBarriers = 16;
 
@@ -498,12 +497,17 @@ uint64_t& launches() {
   return count;
 }
 
+size_t& shared_bytes_per_block() {
+  static size_t bytes = 227 * 1024;
+  return bytes;
+}
+
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument) {
   const uint64_t threads = uint64_t(block.x) * block.y * block.z;
   if (threads == 0 || threads > 1024 || block.z > 64) return cudaErrorInvalidConfiguration;
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535)
     return cudaErrorInvalidConfiguration;
-  if (shared_bytes > kMostSharedBytes) return cudaErrorInvalidValue;
+  if (shared_bytes > shared_bytes_per_block()) return cudaErrorInvalidValue;
   ++launches();
   gridDim = grid;
   blockDim = block;

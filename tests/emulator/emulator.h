@@ -94,6 +94,9 @@ bool next_copy_to_finish(int groups_left, AsyncCopy&);
 // How many launches there have been.
 uint64_t& launches();
 
+// What a block may have: of the largest devices, unless a test wants a small one.
+size_t& shared_bytes_per_block();
+
 // Runs body(argument) in every thread of the grid. One launch at a time: the caller sees to that.
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
 

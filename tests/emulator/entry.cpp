@@ -24,6 +24,8 @@ SPECDEC_EXPORT void specdec_scratch(const void* params, int64_t* sizes) {
 
 SPECDEC_EXPORT uint64_t specdec_launches() { return emulator::launches(); }
 
+SPECDEC_EXPORT void specdec_grant(size_t shared_bytes) { emulator::shared_bytes_per_block() = shared_bytes; }
+
 // Returns nullptr, or what went wrong. The text is good until the next call.
 SPECDEC_EXPORT const char* specdec_run(const void* params, int order, uint64_t seed) {
   static std::mutex one_at_a_time;  // Python lets other threads run meanwhile

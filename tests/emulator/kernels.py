@@ -1,5 +1,6 @@
 """The CUDA launchers, emulated: the backend "cuda-emulated" of the tests, and replays under a sanitizer."""
 
+import contextlib
 import ctypes
 import functools
 import re
@@ -153,6 +154,18 @@ def library(name, op):
 def params_of(launch):
     addresses = {name: tensor.data_ptr() for name, tensor in launch.tensors.items() if tensor is not None}
     return params_type(launch.op)(**addresses, **launch.numbers)
+
+
+@contextlib.contextmanager
+def small_device(op):
+    """Blocks of an op get the shared memory of the smallest devices meanwhile: 99 KiB, else 227 KiB."""
+    grant = library(op, op).specdec_grant
+    grant.argtypes = [ctypes.c_size_t]
+    grant(99 * 1024)
+    try:
+        yield
+    finally:
+        grant(227 * 1024)
 
 
 def run(launch, order="forward", seed=0, library_name=None):
