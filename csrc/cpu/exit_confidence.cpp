@@ -52,7 +52,7 @@ class Call {
     team.run(rows_.size(), [&](int64_t n, int) {
       std::vector<float> y(p_.dim);
       kernels_.normalise(p_, rows_[n], y.data());
-      kernels_.pack(p_.head_type, y.data(), p_.dim, packed_.data() + n * row_bytes_);
+      kernels_.pack(p_.head_type, y.data(), p_.dim, packed_.data(), int(n), int(rows_.size()));
     });
   }
 

@@ -33,9 +33,10 @@ struct ExitTile {
 struct ExitKernels {
   // y = hidden, or its RMSNorm; float32.
   void (*normalise)(const ExitParams& p, int row, float* y);
-  // Bytes of a packed row, and y in that form.
+  // Bytes of a packed row.
   size_t (*packed_bytes)(HeadType type, int dim);
-  void (*pack)(HeadType type, const float* y, int dim, void* packed);
+  // Puts y among `rows` packed rows. They may be multiplied together, or cut into pieces of kExitRowBlock.
+  void (*pack)(HeadType type, const float* y, int dim, char* packed, int row, int rows);
   // Rounds y to what a packed row holds.
   void (*round)(HeadType type, float* y, int dim);
   // logits [rows][kExitTile] of packed rows; past `count` they are -inf. `narrow` decides the order of a sum, and is
@@ -62,7 +63,7 @@ extern const ExitKernels kExitKernels;
 // Int8 heads by integer products (cpu/int8_tile_avx512_vnni.cpp), in place of the functions of the same names above.
 namespace avx512_vnni {
 size_t packed_bytes(HeadType type, int dim);
-void pack(HeadType type, const float* y, int dim, void* packed);
+void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows);
 void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits);
 double rounding_error(const float* y, int dim);  // the length of y - what `pack` makes of it
 }  // namespace avx512_vnni

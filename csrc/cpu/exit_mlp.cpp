@@ -20,7 +20,7 @@ std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int
   const size_t bytes = kernels.packed_bytes(layer.type, inputs);
   AlignedBytes packed(bytes * rows);
   for (int row = 0; row < rows; row++) {
-    kernels.pack(layer.type, &x[size_t(row) * inputs], inputs, packed.data() + row * bytes);
+    kernels.pack(layer.type, &x[size_t(row) * inputs], inputs, packed.data(), row, rows);
   }
   std::vector<float> y(size_t(rows) * layer.outputs);
   const double products = double(rows) * inputs * layer.outputs;

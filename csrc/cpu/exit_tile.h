@@ -1,10 +1,16 @@
 // The early exit kernels (cpu/exit_kernels.h) of one instruction set.
 //
 // Logits are dot products along the dim: kWidth / 4 rows of the head times up to four hidden rows in as many
-// accumulators as a vector has lanes, reduced together. With few hidden rows every row of the head is read once, from
-// its beginning to its end, and memory is what they wait for. With more, a block of the dim is multiplied with all of
-// them before the next one, so that four hidden rows' block stays in the first-level cache and the tile's in the
-// second.
+// accumulators as a vector has lanes, reduced together. A group of head rows is multiplied with all hidden rows while
+// it is in the first-level cache; hidden rows come from the second. They are packed in groups of four whose steps
+// alternate, so that a group is one stream of memory, which the hardware fetches ahead of use, and rows that are a
+// power of two apart do not fight for the same sets of a cache. With few hidden rows memory is what all wait for, and
+// every row of the head is read from its beginning to its end. With more, the dim is cut where a group's rows would
+// not fit in the first-level cache.
+//
+// While the first hidden rows are multiplied, the same part of the next head rows is fetched into the second-level
+// cache. Fetching a fixed distance ahead in the same rows is slower than not to fetch at all: it ends where rows do.
+// Rows that are picked one by one have no next ones.
 //
 // A row takes a tile's 64 logits in with two looks: the maximum, which seldom changes anything, then the exponentials.
 #pragma once
@@ -24,7 +30,7 @@ struct Widened {
   static SPECDEC_INLINE Operand load_head(const Element* at) { return Storage::load_vec(at); }
   static SPECDEC_INLINE Operand load_hidden(const Hidden* at) { return load(at); }
   static SPECDEC_INLINE Vec apply(Vec sum, Operand head, Operand hidden) { return fma(head, hidden, sum); }
-  static void pack(const float* y, int dim, Hidden* to) { __builtin_memcpy(to, y, dim * sizeof(float)); }
+  static void pack(const float* y, int count, Hidden* to) { __builtin_memcpy(to, y, count * sizeof(float)); }
   static void round(float*, int) {}
 };
 
@@ -53,14 +59,11 @@ struct BFloat16Pairs {
   static SPECDEC_INLINE Operand load_head(const Element* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static SPECDEC_INLINE Operand load_hidden(const Hidden* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static SPECDEC_INLINE Vec apply(Vec sum, Operand head, Operand hidden) { return _mm512_dpbf16_ps(sum, head, hidden); }
-  static void pack(const float* y, int dim, Hidden* to) {
-    int d = 0;
-    for (; d + kWidth <= dim; d += kWidth) store_bf16(to + d, load(y + d));
-    alignas(64) float rest[kWidth] = {};
-    uint16_t rounded[kWidth];
-    __builtin_memcpy(rest, y + d, (dim - d) * sizeof(float));
-    store_bf16(rounded, load(rest));
-    __builtin_memcpy(to + d, rounded, (dim - d) * sizeof(uint16_t));
+  static void pack(const float* y, int count, Hidden* to) {
+    alignas(64) float step[kStep] = {};
+    __builtin_memcpy(step, y, count * sizeof(float));
+    store_bf16(to, load(step));
+    store_bf16(to + kWidth, load(step + kWidth));
   }
   static void round(float* y, int dim) {
     for (int d = 0; d < dim; d++) {
@@ -90,7 +93,7 @@ static SPECDEC_INLINE auto with_head(HeadType type, const Function& function) {
   }
 }
 
-// Elements from one packed row to the next: whole steps, and whole cache lines.
+// Elements of a packed row: whole steps, and whole cache lines.
 template <class Multiplier>
 static SPECDEC_INLINE int packed_dim(int dim) {
   constexpr int kLine = 64 / int(sizeof(typename Multiplier::Hidden));
@@ -98,24 +101,24 @@ static SPECDEC_INLINE int packed_dim(int dim) {
 }
 
 constexpr int kSlots = kWidth / 4;  // rows of the head that are multiplied at once
-constexpr int kBlockBytes = 2048;   // of a head's row, where the dim is cut
-constexpr int kFetchAhead = 1024;   // bytes
+constexpr int kTogether = 4;        // hidden rows
+constexpr int kBlockBytes = 8192;   // of a head's row, where the dim is cut
 
-// Dot products of kSlots rows of the head with kRows packed hidden rows over dims [begin, end), whole steps. Lane
-// slot * 4 + row of the result.
+// Dot products of kSlots rows of the head with a group of kRows packed hidden rows over dims [begin, end), whole steps.
+// Lane slot * 4 + row of the result. `ahead` elements from here are fetched where kFetch says so.
 template <class Multiplier, int kRows, bool kFetch>
 static SPECDEC_INLINE Vec dots(const typename Multiplier::Element* const (&head)[kSlots],
-                               const typename Multiplier::Hidden* hidden, int64_t stride, int begin, int end) {
+                               const typename Multiplier::Hidden* hidden, int begin, int end, int64_t ahead) {
   Vec sum[kWidth];
   SPECDEC_UNROLL
   for (int i = 0; i < kWidth; i++) sum[i] = splat(0.0f);
   for (int d = begin; d < end; d += Multiplier::kStep) {
     typename Multiplier::Operand rows[kRows];
     SPECDEC_UNROLL
-    for (int n = 0; n < kRows; n++) rows[n] = Multiplier::load_hidden(hidden + n * stride + d);
+    for (int n = 0; n < kRows; n++) rows[n] = Multiplier::load_hidden(hidden + d * kRows + n * Multiplier::kStep);
     SPECDEC_UNROLL
     for (int k = 0; k < kSlots; k++) {
-      if (kFetch) __builtin_prefetch(reinterpret_cast<const char*>(head[k] + d) + kFetchAhead);
+      if (kFetch) __builtin_prefetch(head[k] + d + ahead, 0, 2);
       const auto row = Multiplier::load_head(head[k] + d);
       SPECDEC_UNROLL
       for (int n = 0; n < kRows; n++) sum[k * 4 + n] = Multiplier::apply(sum[k * 4 + n], row, rows[n]);
@@ -124,7 +127,7 @@ static SPECDEC_INLINE Vec dots(const typename Multiplier::Element* const (&head)
   return sums(sum);
 }
 
-// One group of kSlots rows of the head times up to four hidden rows over a part of the dim, added to their logits.
+// One group of kSlots rows of the head times one of hidden rows over a part of the dim, added to their logits.
 template <class Multiplier, bool kFetch>
 static SPECDEC_INLINE void add_dots(const ExitTile& tile, int slot, const typename Multiplier::Hidden* hidden, int rows,
                                     int begin, int end, float* logits) {
@@ -134,22 +137,22 @@ static SPECDEC_INLINE void add_dots(const ExitTile& tile, int slot, const typena
     const int at = min_of(slot + k, tile.count - 1);
     head[k] = static_cast<const Element*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
   }
-  const int64_t stride = packed_dim<Multiplier>(tile.dim);
+  const int64_t ahead = int64_t(kSlots) * tile.dim;
   const int whole = end < tile.dim ? end : begin + (tile.dim - begin) / Multiplier::kStep * Multiplier::kStep;
-  Vec sum = rows == 1   ? dots<Multiplier, 1, kFetch>(head, hidden, stride, begin, whole)
-            : rows == 2 ? dots<Multiplier, 2, kFetch>(head, hidden, stride, begin, whole)
-            : rows == 3 ? dots<Multiplier, 3, kFetch>(head, hidden, stride, begin, whole)
-                        : dots<Multiplier, 4, kFetch>(head, hidden, stride, begin, whole);
+  Vec sum = rows == 1   ? dots<Multiplier, 1, kFetch>(head, hidden, begin, whole, ahead)
+            : rows == 2 ? dots<Multiplier, 2, kFetch>(head, hidden, begin, whole, ahead)
+            : rows == 3 ? dots<Multiplier, 3, kFetch>(head, hidden, begin, whole, ahead)
+                        : dots<Multiplier, 4, kFetch>(head, hidden, begin, whole, ahead);
   if (whole < end) {  // the last step of a row, which must not be read beyond its end
     Element padded[kSlots][Multiplier::kStep] = {};
     for (int k = 0; k < kSlots; k++) {
       __builtin_memcpy(padded[k], head[k] + whole, (tile.dim - whole) * sizeof(Element));
       head[k] = padded[k] - whole;
     }
-    sum = sum + (rows == 1   ? dots<Multiplier, 1, false>(head, hidden, stride, whole, whole + 1)
-                 : rows == 2 ? dots<Multiplier, 2, false>(head, hidden, stride, whole, whole + 1)
-                 : rows == 3 ? dots<Multiplier, 3, false>(head, hidden, stride, whole, whole + 1)
-                             : dots<Multiplier, 4, false>(head, hidden, stride, whole, whole + 1));
+    sum = sum + (rows == 1   ? dots<Multiplier, 1, false>(head, hidden, whole, whole + 1, 0)
+                 : rows == 2 ? dots<Multiplier, 2, false>(head, hidden, whole, whole + 1, 0)
+                 : rows == 3 ? dots<Multiplier, 3, false>(head, hidden, whole, whole + 1, 0)
+                             : dots<Multiplier, 4, false>(head, hidden, whole, whole + 1, 0));
   }
   alignas(64) float by_slot[kWidth];
   store(by_slot, sum);
@@ -165,22 +168,16 @@ static void multiply_tile(const ExitTile& tile, const char* packed, int rows, bo
   using Hidden = typename Multiplier::Hidden;
   const auto* hidden = reinterpret_cast<const Hidden*>(packed);
   const int64_t stride = packed_dim<Multiplier>(tile.dim);
-  if (narrow) {
+  const int block = narrow ? tile.dim : kBlockBytes / int(sizeof(typename Multiplier::Element));
+  for (int begin = 0; begin < tile.dim; begin += block) {
+    const int end = min_of(begin + block, tile.dim);
     for (int slot = 0; slot < tile.count; slot += kSlots) {
-      for (int row = 0; row < rows; row += 4) {
-        add_dots<Multiplier, true>(tile, slot, hidden + row * stride, min_of(4, rows - row), 0, tile.dim,
-                                   logits + row * kExitTile);
+      if (!tile.entries) {
+        add_dots<Multiplier, true>(tile, slot, hidden, min_of(kTogether, rows), begin, end, logits);
       }
-    }
-  } else {
-    constexpr int kBlock = kBlockBytes / int(sizeof(typename Multiplier::Element));
-    for (int begin = 0; begin < tile.dim; begin += kBlock) {
-      const int end = min_of(begin + kBlock, tile.dim);
-      for (int row = 0; row < rows; row += 4) {
-        for (int slot = 0; slot < tile.count; slot += kSlots) {
-          add_dots<Multiplier, false>(tile, slot, hidden + row * stride, min_of(4, rows - row), begin, end,
-                                      logits + row * kExitTile);
-        }
+      for (int row = tile.entries ? 0 : kTogether; row < rows; row += kTogether) {
+        add_dots<Multiplier, false>(tile, slot, hidden + row * stride, min_of(kTogether, rows - row), begin, end,
+                                    logits + row * kExitTile);
       }
     }
   }
@@ -204,11 +201,17 @@ static size_t packed_bytes(HeadType type, int dim) {
   });
 }
 
-static void pack(HeadType type, const float* y, int dim, void* packed) {
+static void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows) {
   with_head(type, [&](auto multiplier) {
     using Multiplier = decltype(multiplier);
-    __builtin_memset(packed, 0, packed_bytes(type, dim));
-    Multiplier::pack(y, dim, static_cast<typename Multiplier::Hidden*>(packed));
+    constexpr int kStep = Multiplier::kStep;
+    const int first = row / kTogether * kTogether, together = min_of(kTogether, rows - first);
+    const int whole = packed_dim<Multiplier>(dim);
+    auto* to = reinterpret_cast<typename Multiplier::Hidden*>(packed) + int64_t(first) * whole + (row - first) * kStep;
+    for (int d = 0; d < whole; d += kStep, to += together * kStep) {
+      __builtin_memset(to, 0, kStep * sizeof(*to));
+      if (d < dim) Multiplier::pack(y + d, min_of(kStep, dim - d), to);
+    }
   });
 }
 

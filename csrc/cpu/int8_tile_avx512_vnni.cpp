@@ -47,10 +47,11 @@ static Rounding rounding_of(const float* y, int dim) {
 
 size_t packed_bytes(HeadType, int dim) { return kHeader + 2 * size_t(round_up(dim, kStep)); }
 
-void pack(HeadType, const float* y, int dim, void* packed) {
+void pack(HeadType type, const float* y, int dim, char* packed, int row, int) {
+  packed += row * packed_bytes(type, dim);
   const Rounding rounding = rounding_of(y, dim);
   Header header = {rounding.scale, 0, 0};
-  auto* limbs = static_cast<int8_t*>(packed) + kHeader;
+  auto* limbs = reinterpret_cast<int8_t*>(packed) + kHeader;
   __builtin_memset(limbs, 0, 2 * size_t(round_up(dim, kStep)));
   for (int d = 0; rounding.inverse > 0 && d < dim; d++) {
     const int32_t whole = rounding.apply(y[d]);

@@ -125,9 +125,8 @@ class Screen {
         chunks_((int64_t(p_.vocab) + kExitChunk - 1) / kExitChunk),
         stride_(chunks_ * kExitChunk),
         full_bytes_(full_.packed_bytes(p_.head_type, p_.dim)),
-        small_bytes_(small_.packed_bytes(HeadType::kInt8, p_.dim)),
         full_packed_(full_bytes_ * rows),
-        small_packed_(small_bytes_ * rows),
+        small_packed_(small_.packed_bytes(HeadType::kInt8, p_.dim) * rows),
         lengths_(rows),
         bounds_(rows),
         approximate_(stride_ * rows),
@@ -159,9 +158,9 @@ class Screen {
   void prepare(int row) {
     std::vector<float> y(p_.dim);
     full_.normalise(p_, first_row_ + row, y.data());
-    full_.pack(p_.head_type, y.data(), p_.dim, full_packed_.data() + row * full_bytes_);
+    full_.pack(p_.head_type, y.data(), p_.dim, full_packed_.data() + row * full_bytes_, 0, 1);
     full_.round(p_.head_type, y.data(), p_.dim);
-    small_.pack(HeadType::kInt8, y.data(), p_.dim, small_packed_.data() + row * small_bytes_);
+    small_.pack(HeadType::kInt8, y.data(), p_.dim, small_packed_.data(), row, rows_);
     double squares = 0, rounding = 0;
     for (float value : y) squares += double(value) * value;
 #ifdef SPECDEC_HAVE_AVX512_VNNI
@@ -353,7 +352,7 @@ class Screen {
   const ScreenKernels& looks_;
   const int first_row_, rows_;
   const int64_t chunks_, stride_;
-  const size_t full_bytes_, small_bytes_;
+  const size_t full_bytes_;
   AlignedBytes full_packed_, small_packed_;
   std::vector<double> lengths_;
   std::vector<ScreenBound> bounds_;
