@@ -93,8 +93,47 @@ MlpParams mlp_params(std::tuple<Address, int32_t, int64_t> features,
   return p;
 }
 
+#ifdef SPECDEC_WITH_CUDA
+namespace {
+
+using ExitScratch = std::tuple<Address, Address, int32_t>;  // counters, and the device's multiprocessors
+
+template <class MakeParams>
+struct ExitLaunchOf;
+template <class... Args>
+struct ExitLaunchOf<ExitParams (*)(Args...)> {
+  static ExitLaunch make(Args... args, ExitScratch scratch) {
+    ExitLaunch launch{};
+    launch.call = exit_params(args...);
+    launch.scratch = pointer<uint8_t>(std::get<0>(scratch));
+    launch.counters = pointer<int32_t>(std::get<1>(scratch));
+    launch.multiprocessors = std::get<2>(scratch);
+    return launch;
+  }
+};
+
+std::tuple<int64_t, int64_t> exit_confidence_scratch_sizes(int32_t rows, int32_t vocab, int32_t top_k,
+                                                           int32_t multiprocessors) {
+  ExitLaunch launch{};
+  launch.call.rows = rows;
+  launch.call.vocab = vocab;
+  launch.call.top_k = top_k;
+  launch.multiprocessors = multiprocessors;
+  const CallScratch scratch = exit_confidence_scratch(launch);
+  return {scratch.bytes, scratch.counters};
+}
+
+}  // namespace
+#endif
+
 void bind_exit(pybind11::module_& m) {
   Bind<decltype(&exit_params)>::cpu(m, "exit_confidence_cpu", exit_params, exit_confidence_cpu);
+#ifdef SPECDEC_WITH_CUDA
+  const auto exit_launch = &ExitLaunchOf<decltype(&exit_params)>::make;
+  Bind<std::remove_const_t<decltype(exit_launch)>>::cuda(m, "exit_confidence_cuda", exit_launch, exit_confidence_cuda);
+  m.def("exit_confidence_scratch", exit_confidence_scratch_sizes,
+        "Bytes of scratch, and zeroed int32 counters, for such a call.");
+#endif
   const auto screened_params = &Screened<decltype(&exit_params)>::make;
   Bind<std::remove_const_t<decltype(screened_params)>>::cpu(m, "screened_exit_cpu", screened_params, screened_exit_cpu);
   Bind<decltype(&mlp_params)>::cpu(m, "exit_mlp_cpu", mlp_params, exit_mlp_cpu);

@@ -32,6 +32,7 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.build_topology:build_topology",
     },
     "exit_confidence": {
+        "cuda": "specdec_ops._native_exit:exit_confidence_cuda",
         "cpu": "specdec_ops._native_exit:exit_confidence_cpu",
         "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
     },

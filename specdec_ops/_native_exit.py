@@ -3,9 +3,12 @@
 The order of arguments is that of csrc/bindings_exit.cpp.
 """
 
+import functools
+
 import torch
 
-from ._native import _DTYPE_CODES, _address, _module
+from . import _alloc
+from ._native import _DTYPE_CODES, _address, _counters, _module, _stream
 
 _HEAD_TYPES = {**_DTYPE_CODES, torch.int8: 3}  # HeadType in csrc/specdec/exit_params.h
 _MEASURES = ("", "max_prob", "margin", "entropy")  # ExitMeasure
@@ -15,6 +18,33 @@ _LEVELS = ("row", "any", "all")  # ExitLevel
 def exit_confidence_cpu(*arguments):
     """See specdec_ops.reference.exit_confidence for the arguments."""
     _module().exit_confidence_cpu(*_exit_arguments(*arguments), torch.get_num_threads())
+
+
+def exit_confidence_cuda(hidden, *others):
+    """See specdec_ops.reference.exit_confidence for the arguments.
+
+    Scratch may hold anything and is this call's alone; the counters are the stream's, see _native._counters.
+    """
+    arguments = _exit_arguments(hidden, *others)
+    rows, _, vocab, top_k = arguments[-1]
+    index, stream = _stream(hidden.device)
+    multiprocessors = _multiprocessors(index)
+    scratch_bytes, counters = _exit_scratch(rows, vocab, top_k, multiprocessors)
+    scratch = _alloc.empty((scratch_bytes,), torch.uint8, hidden.device)
+    counter = _counters(hidden.device, stream, counters)
+    memory = (scratch.data_ptr(), counter.data_ptr(), multiprocessors)
+    _module().exit_confidence_cuda(*arguments, memory, index, stream)
+
+
+@functools.cache
+def _multiprocessors(index: int) -> int:
+    """How many the device has: they share the vocabulary."""
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+@functools.lru_cache(maxsize=1024)
+def _exit_scratch(*sizes) -> tuple[int, int]:
+    return _module().exit_confidence_scratch(*sizes)
 
 
 def screened_exit_cpu(*arguments):

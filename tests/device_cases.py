@@ -12,9 +12,11 @@ import torch
 
 from attention_cases import random_tree
 from specdec_ops import (
+    QuantizedHead,
     Topology,
     build_topology,
     chain_accept,
+    early_exit,
     greedy_accept,
     merge_states,
     sample_children,
@@ -150,6 +152,46 @@ def call_sampling(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     return [children.tokens, children.status, sample_tokens(tensors["target"][:, 0], **options)]
 
 
+def make_exits(seed: int, dtype: torch.dtype = torch.bfloat16, rows: int = 9, vocab: int = 40_000) -> Tensors:
+    """Rows of which every second one is sure, and a head of more tiles than any GPU has blocks at once."""
+    generator, dim = generator_of(seed), 264
+    head = torch.randn(vocab, dim, generator=generator)
+    hidden = torch.randn(rows, dim, generator=generator)
+    hidden[::2] += head[:rows:2]
+    return {
+        "hidden": hidden.to(dtype),
+        "head": head.to(dtype),
+        "norm_weight": (torch.rand(dim, generator=generator) * 0.3).to(dtype),
+        "temperature": torch.rand(rows, generator=generator) + 0.5,
+    }
+
+
+def make_many_exits(seed: int) -> Tensors:
+    """More rows than a block has."""
+    return make_exits(seed, torch.float16, 70, 2000)
+
+
+def make_int8_exits(seed: int) -> Tensors:
+    """A quantised head as it may come: what bounds its error is not asked for."""
+    tensors = make_exits(seed, vocab=5000)
+    head = tensors.pop("head").float()
+    scales = head.abs().amax(dim=1) / 127
+    return tensors | {"values": (head / scales[:, None]).round().to(torch.int8), "scales": scales}
+
+
+def call_exits(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    options = {name: tensors[name] for name in ("norm_weight", "temperature")}
+    head = tensors.get("head")
+    if head is None:
+        head = QuantizedHead(tensors["values"], *[tensors["scales"]] * 3, tensors["scales"][:1])
+    got = early_exit(tensors["hidden"], head, 0.4, top_k=1, **options, backend=backend)
+    confidence = got.confidence
+    figures = [confidence.max_prob, confidence.margin, confidence.entropy, confidence.logsumexp]
+    return [*figures, confidence.token, confidence.status, got.exited, got.active_rows, got.inverse, got.num_active]
+
+
+EXITS = ("hidden", "head", "norm_weight")
+INT8_EXITS = ("hidden", "norm_weight")
 PRECISE_LOGITS = ("target", "draft")
 CASES = {
     "accept": {
@@ -158,6 +200,11 @@ CASES = {
     },
     "sample": {"": DeviceCase(make_acceptance, call_sampling, PRECISE_LOGITS)},
     "build_topology": {"": DeviceCase(make_trees, call_build_topology)},
+    "exit_confidence": {
+        "": DeviceCase(make_exits, call_exits, EXITS),
+        "many rows": DeviceCase(make_many_exits, call_exits, EXITS),
+        "int8": DeviceCase(make_int8_exits, call_exits, INT8_EXITS),
+    },
     "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},
     "tree_attention": {
         "paged": DeviceCase(make_attention, call_paged_attention, QKV),

@@ -19,6 +19,9 @@ ARCHS = MODULE.build_info()["archs"].split()
 MOST_REGISTERS = 64
 # Blocks of acceptance and sampling have 512 threads, those that walk 384, and one fits a multiprocessor.
 ACCEPTANCE = {"accept_walk_kernel": 168, "accept_laws_kernel": 128, "accept_race_kernel": 128, "sample_kernel": 128}
+# Of early exit: two blocks of 256 threads fill a multiprocessor. Heads of 16 bits for 8 to 64 hidden rows, float32 ones
+# for 8 and 32, int8 ones for 8 to 32, and for 8 and 16 in two parts.
+EXIT = {"exit_confidence_kernel": 4 + 4 + 2 + 3 + 2}
 # tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.
 # Twice, for bfloat16 and float16.
 ROWS = (16, 32, 64, 128)
@@ -30,6 +33,7 @@ KERNELS = {  # instantiations of each
     "any_kernel": 1,
     "tree_attention_kernel": ATTENTION,
     **dict.fromkeys(ACCEPTANCE, 1),
+    **EXIT,
 }
 
 
@@ -67,6 +71,15 @@ def usage(listing):
     return found
 
 
+@pytest.fixture(scope="module")
+def functions(cuobjdump):
+    """{function: its instructions} for SM 8.0."""
+    if "8.0" not in ARCHS:
+        pytest.skip("not built for SM 8.0")
+    bodies = re.split(r"\n\s*Function : ", cuobjdump("--dump-sass", "--gpu-architecture", "sm_80"))[1:]
+    return {body.partition("\n")[0]: body for body in bodies}
+
+
 def test_every_kernel_is_there_for_every_architecture(usage):
     for arch in ARCHS:
         number = arch.removesuffix("+PTX").replace(".", "")
@@ -94,6 +107,8 @@ def attention_shape(function):
 
 def most_registers(function):
     """Per thread. The widest blocks of tree_attention fill a multiprocessor, those of 128 threads leave half of it."""
+    if any(kernel in function for kernel in EXIT):
+        return 128
     if (shape := attention_shape(function)) is None:
         return next((most for kernel, most in ACCEPTANCE.items() if kernel in function), MOST_REGISTERS)
     dim, rows = shape
@@ -101,24 +116,32 @@ def most_registers(function):
     return min(255, 65536 // (32 * warps))
 
 
-@pytest.mark.parametrize("arch", ["8.0"])
-def test_attention_uses_what_the_hardware_has(arch, cuobjdump):
+def test_attention_uses_what_the_hardware_has(functions):
     """Tensor cores, asynchronous copies of 16 bytes, 16-byte stores of results, and no local memory."""
-    if arch not in ARCHS:
-        pytest.skip(f"not built for SM {arch}")
     needed = {"HMMA": r"\bHMMA\.16816\.F32", "copies": r"\bLDGSTS\.E\S*\.128\b", "ldmatrix": r"\bLDSM\.16\.\S*M88\.4\b"}
     needed |= {"loads": r"\bLDG\.E\S*\.128\b", "stores": r"\bSTG\.E\S*\.128\b"}
-    kernels = 0
-    sass = cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{arch.replace('.', '')}")
-    for body in re.split(r"\n\s*Function : ", sass)[1:]:
-        function = body.partition("\n")[0]
-        if attention_shape(function) is None:
-            continue
-        kernels += 1
+    kernels = {name: body for name, body in functions.items() if attention_shape(name) is not None}
+    assert len(kernels) == ATTENTION
+    for function, body in kernels.items():
         for what, pattern in needed.items():
             assert re.search(pattern, body), (function, what)
         assert not re.search(r"\b(LDL|STL)\b", body), function
-    assert kernels == ATTENTION
+
+
+def test_heads_use_what_the_hardware_has(functions):
+    """Asynchronous copies of 16 bytes; tensor cores, but for float32 heads; no local memory."""
+    kernels = {name: body for name, body in functions.items() if any(kernel in name for kernel in EXIT)}
+    assert len(kernels) == sum(EXIT.values())
+    for function, body in kernels.items():
+        assert re.search(r"\bLDGSTS\.E\S*\.128\b", body), function
+        assert bool(re.search(r"\bHMMA\.16816\.F32", body)) == ("HeadShapeIff" not in function), function
+        assert not re.search(r"\b(LDL|STL)\b", body), function
+
+
+def test_scratch_of_early_exit():
+    """A state for each row and block: two blocks for each multiprocessor, but no more than tiles of 128 entries."""
+    assert MODULE.exit_confidence_scratch(1, 97, 0, 132) == (32, 2)
+    assert MODULE.exit_confidence_scratch(60, 128_256, 10, 132) == (60 * 264 * (16 + 80), 9)
 
 
 def attention_arguments(*, address=0, dtype=1, float8=0, batch=0, dim=64):

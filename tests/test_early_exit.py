@@ -13,18 +13,33 @@ FIGURES = ("max_prob", "margin", "entropy", "logsumexp")
 BAND = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 
 
+def like(case: ExitCase) -> ExitCase:
+    """Eight times the rows, all but the first ones a little different: one row's error may be small by luck."""
+    generator = torch.Generator().manual_seed(0)
+    rows, dim = case.hidden.shape
+    factor = 1 + 0.02 * torch.randn(8, rows, dim, generator=generator).to(case.hidden.device)
+    factor[0] = 1
+    options = dict(case.options)
+    if isinstance(options.get("temperature"), torch.Tensor):
+        options["temperature"] = options["temperature"].repeat(8)
+    hidden = (case.hidden.float() * factor).view(-1, dim).to(case.hidden.dtype)
+    return ExitCase(hidden, case.head, options)
+
+
 def assert_right(case: ExitCase, target, top_k: int = 0):
     """Figures within the tolerance; the token, and the listed ones, among those that tie for their place."""
     case = case.to(case.hidden.dtype, target.device)
     got, exact = case.run(target.backend, top_k=top_k), case.exact(top_k=max(top_k, 2))
     assert torch.equal(got.status.cpu(), exact.status.cpu())
-    for name, plain in zip(FIGURES, case.plain(), strict=True):
+    more = like(case)
+    more_exact = more.exact()
+    for name, plain in zip(FIGURES, more.plain(), strict=True):
         value, true = getattr(got, name), getattr(exact, name)
         sound = exact.status == 0
         assert torch.equal(value[~sound], true[~sound])
         if sound.any():
             # Twice PyTorch's error, and that of a logit that was rounded four times.
-            theirs = (plain - true)[sound].abs().max()
+            theirs = (plain - getattr(more_exact, name))[more_exact.status == 0].abs().max()
             rounding = 4 * torch.finfo(torch.float32).eps * (1 + exact.logsumexp[sound].abs().max())
             assert (value - true)[sound].abs().max() <= 2 * theirs + rounding, name
     gap = exact.top_logprobs[:, 0] - exact.top_logprobs[:, 1]
@@ -47,7 +62,7 @@ def assert_right(case: ExitCase, target, top_k: int = 0):
 
 def reduced(target, shapes):
     """Fewer and smaller cases where kernels are interpreted or emulated."""
-    return shapes[:2] if target.interpreted or target.backend == "cuda-emulated" else shapes
+    return shapes[:2] if target.interpreted else shapes[:-2] if target.backend == "cuda-emulated" else shapes
 
 
 SHAPES = ((1, 64, 97), (5, 48, 130), (3, 80, 1000), (8, 128, 4097), (9, 64, 333), (33, 96, 500), (60, 256, 2048))
@@ -171,7 +186,7 @@ def test_no_rows(target):
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_a_row_does_not_depend_on_the_others(target, dtype):
-    rows = 7 if target.interpreted or target.backend == "cuda-emulated" else 37
+    rows = 7 if target.interpreted else 37
     case = make_case(rows, 64, 300, dtype, norm=True).to(dtype, target.device)
     together = case.run(target.backend)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(target.device)

@@ -5,10 +5,6 @@
 
 namespace specdec {
 
-struct CallScratch {
-  int64_t bytes, counters;  // counters of 4 bytes
-};
-
 // Which launches are made. The results are those of the same rules; only the order of some sums differs.
 enum class AcceptPath : int32_t { kAuto = 0, kLazy = 1, kEager = 2 };
 

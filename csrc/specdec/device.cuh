@@ -121,6 +121,18 @@ __device__ __forceinline__ void widen_float8<Float16>(uint32_t four, uint32_t& f
 #endif
 }
 
+// Four signed bytes as two pairs of 16-bit floats, exactly: with their signs turned they are the last bits of the
+// numbers from 1024 to 1279.
+template <class T>
+__device__ __forceinline__ void widen_int8(uint32_t four, uint32_t& first, uint32_t& second);
+template <>
+__device__ __forceinline__ void widen_int8<Float16>(uint32_t four, uint32_t& first, uint32_t& second) {
+  const uint32_t turned = four ^ 0x80808080u;
+  const uint32_t pairs[2] = {__byte_perm(turned, 0x64646464u, 0x4140), __byte_perm(turned, 0x64646464u, 0x4342)};
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(first) : "r"(pairs[0]), "r"(0x64806480u));
+  asm("sub.rn.f16x2 %0, %1, %2;" : "=r"(second) : "r"(pairs[1]), "r"(0x64806480u));
+}
+
 __device__ __forceinline__ uint32_t bits_of(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float float_of(uint32_t bits) { return __uint_as_float(bits); }
 __device__ __forceinline__ float negative_infinity() { return -__int_as_float(0x7f800000); }

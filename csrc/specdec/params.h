@@ -11,6 +11,11 @@ namespace specdec {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// What a call of a CUDA kernel needs of the caller.
+struct CallScratch {
+  int64_t bytes, counters;  // counters of 4 bytes
+};
+
 // Bits of the per-request status that build_topology writes. Zero means that the request's tree is sound.
 enum TopologyStatus : int32_t {
   kParentOutOfRange = 1,  // a parent below -1, or not below num_nodes

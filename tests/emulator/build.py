@@ -33,8 +33,9 @@ OPS = {
     "tree_attention": "TreeAttentionParams",
     "accept": "AcceptLaunch",
     "sample": "SampleLaunch",
+    "exit_confidence": "ExitLaunch",
 }
-SCRATCH = ("tree_attention", "accept", "sample")  # ops whose OP_scratch says how much a call needs
+SCRATCH = ("tree_attention", "accept", "sample", "exit_confidence")  # ops whose OP_scratch says how much a call needs
 
 
 class CannotRun(Exception):

@@ -155,6 +155,19 @@ __global__ void float8_kernel(WrongParams p) {
   if (threadIdx.x % 32 != 31) expect(p, pairs[1] == pack_pair<T>(right[2], right[3]));  // codes 127 and 255 are NaN
 }
 
+// Every int8 number, four to a thread.
+__global__ void int8_kernel(WrongParams p) {
+  uint32_t four = 0, pairs[2];
+  float right[4];
+  for (int i = 0; i < 4; ++i) {
+    const int code = int(threadIdx.x) * 4 + i;
+    right[i] = float(code - 128);
+    four |= uint32_t((code - 128) & 255) << 8 * i;
+  }
+  widen_int8<Float16>(four, pairs[0], pairs[1]);
+  expect(p, pairs[0] == pack_pair<Float16>(right[0], right[1]) && pairs[1] == pack_pair<Float16>(right[2], right[3]));
+}
+
 // Memory that host and device can use.
 template <class T>
 T* shared_with_device(int count) {
@@ -204,7 +217,7 @@ int main() {
   const bool all_run = runs(matrix_kernel, kWarpSize, 0, params) && runs(copy_kernel, kThreads, copies, params) &&
                        runs(warp_kernel, kThreads, 0, params) && runs(number_kernel, kThreads, 0, params) &&
                        runs(float8_kernel<BFloat16>, kThreads, 0, params) &&
-                       runs(float8_kernel<Float16>, kThreads, 0, params);
+                       runs(float8_kernel<Float16>, kThreads, 0, params) && runs(int8_kernel, kThreads, 0, params);
   for (int i = 0; i < 16 * kThreads; ++i) *wrong += copy[i] != bytes[i];
   *wrong += wrong_products<BFloat16>() + wrong_products<Float16>();
   const bool right = all_run && *wrong == 0;

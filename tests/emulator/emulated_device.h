@@ -79,6 +79,14 @@ inline void widen_float8(uint32_t four, uint32_t& first, uint32_t& second) {
   second = pack_pair<T>(wide[2], wide[3]);
 }
 
+template <class T>
+inline void widen_int8(uint32_t four, uint32_t& first, uint32_t& second) {
+  float wide[4];
+  for (int i = 0; i < 4; ++i) wide[i] = float(int8_t(uint8_t(four >> 8 * i)));
+  first = pack_pair<T>(wide[0], wide[1]);
+  second = pack_pair<T>(wide[2], wide[3]);
+}
+
 inline float negative_infinity() { return -INFINITY; }
 inline int popcount(uint64_t bits) { return __builtin_popcountll(bits); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ffs(int(bits)) - 1; }

@@ -26,7 +26,7 @@ _C_TYPES = {
     "bool": ctypes.c_bool,
 }
 _COUNTS = {"kMaxEos": 8}
-_HEADERS = ("params.h", "accept_params.h", "accept_launch.h")
+_HEADERS = ("params.h", "accept_params.h", "accept_launch.h", "exit_params.h", "exit_launch.h")
 
 
 class Launch(NamedTuple):

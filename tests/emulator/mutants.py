@@ -7,8 +7,11 @@ import subprocess
 from . import build, kernels
 
 
-def replay(launch, sanitizer, file, old, new):
-    """kernels.replay of an op whose sources have `new` for `old` in a file of csrc."""
+def replay(launch, sanitizer, file, old, new, only=None):
+    """kernels.replay of an op whose sources have `new` for `old` in a file of csrc.
+
+    only: the one file of the op's kernels, without its ending, that is compiled with the change; else all are.
+    """
     text = (build.ROOT / "csrc" / file).read_text()
     assert old in text, f"{file} no longer has {old!r}"
     right = build.made(f"{sanitizer}/{launch.op}")  # compiles the emulator's objects, and shows that linking works
@@ -20,12 +23,21 @@ def replay(launch, sanitizer, file, old, new):
     flags = [flag.replace("-O2", "-O1") for flag in build.FLAGS if flag != "-Icsrc"]
     flags += [f"-I{folder}/csrc", *build.SANITIZERS[sanitizer]]
     compiled = []
-    for kernel in build.kernels_of(launch.op):
+    for kernel in [only] if only else build.kernels_of(launch.op):
         compiled.append(str(folder / f"{kernel}.o"))
         source = ["-x", "c++", "-c", str(folder / "csrc/cuda" / f"{kernel}.cu"), "-o", compiled[-1]]
         subprocess.run([*build.compiler(), *flags, *source], cwd=build.ROOT, check=True)
-    objects = [f"{build.OUTPUT}/{sanitizer}/{part}.o" for part in (*build.EMULATOR, f"{launch.op}_entry", "replay")]
-    link = [*build.compiler(), *objects, *compiled, "-o", str(folder / "replay"), *build.EMULATOR_FLAGS[sanitizer]]
+    others = [kernel for kernel in build.kernels_of(launch.op) if only not in (None, kernel)]
+    parts = (*build.EMULATOR, f"{launch.op}_entry", "replay", *others)
+    objects = [f"{build.OUTPUT}/{sanitizer}/{part}.o" for part in parts]
+    link = [
+        *build.compiler(),
+        *compiled,
+        *objects,  # of functions in several of them the first one counts
+        "-o",
+        str(folder / "replay"),
+        *build.EMULATOR_FLAGS[sanitizer],
+    ]
     subprocess.run([*link, *build.SANITIZERS[sanitizer]], cwd=build.ROOT, check=True)
     assert right
     return kernels.replay(launch, sanitizer, program=str(folder / "replay"))

@@ -1,0 +1,7 @@
+#include "specdec/exit_confidence.cuh"
+
+namespace specdec {
+
+template cudaError_t exit_confidence_of<int8_t>(const ExitLaunch&, int, cudaStream_t);
+
+}  // namespace specdec

@@ -1,0 +1,42 @@
+"""The early exit launchers, emulated: scratch, counters, and how many multiprocessors share the vocabulary."""
+
+import torch
+
+from . import kernels
+from .accept_kernels import run, with_scratch
+from .kernels import DTYPES, Launch
+
+HEAD_TYPES = {**DTYPES, torch.int8: 3}  # HeadType
+MEASURES = ("", "max_prob", "margin", "entropy")  # ExitMeasure
+LEVELS = ("row", "any", "all")  # ExitLevel
+MULTIPROCESSORS = 2  # few, so that blocks have several tiles
+
+
+def exit_confidence_launch(
+    hidden, head, scales, norm_weight, norm_eps, bias, temperature, temperatures, token_map, threshold, thresholds,
+    measure, level, token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status, exited,
+    active_rows, inverse, num_active, multiprocessors=MULTIPROCESSORS,
+):  # fmt: skip
+    """With scratch of just the size that the call needs, which may hold anything, and counters of zeros."""
+    given = dict(locals())
+    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
+    numbers = {name: value for name, value in given.items() if isinstance(value, (int, float))}
+    numbers |= {"hidden_stride_row": hidden.stride(0), "hidden_dtype": DTYPES[hidden.dtype]}
+    numbers |= {"norm_dtype": 0 if norm_weight is None else DTYPES[norm_weight.dtype]}
+    numbers |= {"head_type": HEAD_TYPES[head.dtype], "measure": MEASURES.index(measure), "level": LEVELS.index(level)}
+    numbers |= {"rows": hidden.shape[0], "dim": hidden.shape[1], "vocab": head.shape[0]}
+    numbers["top_k"] = 0 if top_tokens is None else top_tokens.shape[1]
+    return with_scratch(Launch("exit_confidence", tensors, numbers))
+
+
+def launches(op):
+    """Kernels that this op's library has launched so far."""
+    return kernels.library(op, op).specdec_launches()
+
+
+# The signature that all backends of an op share.
+def exit_confidence(*arguments):
+    run(exit_confidence_launch(*arguments))
+
+
+IMPLEMENTATIONS = {"exit_confidence": exit_confidence}

@@ -1,0 +1,296 @@
+"""The CUDA kernels of early exit, emulated: launches, bytes, blocks, alignment, schedules, sanitizers, mutants.
+
+Their values are also tested with all other backends', in test_early_exit.py.
+"""
+
+from unittest import mock
+
+import pytest
+import torch
+
+from conftest import poisoned_empty
+from emulator import build, exit_kernels, kernels, mutants
+from exit_cases import ExitCase, make_case
+from specdec_ops import _dispatch, quantize_head
+from test_early_exit import DTYPES, FIGURES
+
+if reason := build.why_not():
+    pytest.skip(reason, allow_module_level=True)
+
+SANITIZERS = [sanitizer for sanitizer in build.SANITIZERS if sanitizer != "plain"]
+CONFIDENCE = ("token", *FIGURES, "status")
+DECISION = ("exited", "active_rows", "inverse", "num_active")
+HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
+
+
+def launch_of(case, decides=True, threshold=0.4, **options):
+    """The launch of a case, not run, with outputs that nobody has written. Some of the options are the launch's own."""
+    own = {name: options.pop(name) for name in ("multiprocessors",) if name in options}
+    found = []
+
+    def implementation(*arguments):
+        found.append(exit_kernels.exit_confidence_launch(*arguments, **own))
+
+    with mock.patch.object(_dispatch, "resolve", lambda *_, **__: implementation):
+        if decides:
+            case.decide(kernels.BACKEND, threshold, **options)
+        else:
+            case.run(kernels.BACKEND, **options)
+    return found[0]
+
+
+def results(launch):
+    """The outputs of a launch that was run."""
+    names = (*CONFIDENCE, *DECISION, "top_tokens", "top_logprobs")
+    return {name: launch.tensors[name].clone() for name in names if name in launch.tensors}
+
+
+def outputs_of(launch, *order):
+    """Run a launch on poisoned outputs."""
+    for tensor in (launch.tensors[name] for name in results(launch)):
+        tensor.copy_(poisoned_empty(tensor.shape, tensor.dtype, "cpu"))
+    exit_kernels.run(launch, *order)
+    return results(launch)
+
+
+def assert_same(got, expected):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, equal_nan=False, msg=name)
+
+
+def int8_case(rows, dim, vocab, dtype, **options):
+    case = make_case(rows, dim, vocab, FLOAT, **options)
+    case.head = quantize_head(case.head)
+    return case.to(dtype)
+
+
+def assert_near(got, case, tolerance, **options):
+    """Figures near the definition's, and the same tokens where they are clear."""
+    exact = case.exact(top_k=2)
+    clear = exact.top_logprobs[:, 0] - exact.top_logprobs[:, 1] > tolerance
+    assert torch.equal(got["token"][clear], exact.token[clear])
+    for name in FIGURES:
+        assert (got[name] - getattr(exact, name)).abs().max() <= tolerance, name
+
+
+TOLERANCE = {FLOAT: 2e-5, BF16: 0.1, HALF: 1e-2}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [8, 9, 17, 33, 65, 130])
+def test_every_number_of_rows(rows, dtype):
+    """Every size of a block, several blocks of rows, and dims and vocabularies that end anywhere in a piece."""
+    dim, vocab = 70 + rows, 129 + rows
+    case = make_case(rows, dim, vocab, dtype, norm=True, bias=True)
+    assert_near(outputs_of(launch_of(case)), case, TOLERANCE[dtype])
+    case = int8_case(rows, dim, vocab, dtype, norm=True)
+    assert_near(outputs_of(launch_of(case)), case, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_row_does_not_depend_on_how_many_there_are(dtype):
+    """Not in a single bit, although blocks for few and for many rows are other kernels."""
+    for make in (make_case, int8_case):
+        case = make(70, 100, 700, dtype, norm=True)
+        whole = outputs_of(launch_of(case, top_k=3))
+        for rows in (1, 9, 20, 40):
+            part = ExitCase(case.hidden[:rows], case.head, case.options)
+            got = outputs_of(launch_of(part, decides=False, top_k=3))
+            assert_same(got, {name: whole[name][:rows] for name in got})
+
+
+@pytest.mark.parametrize("multiprocessors", [1, 3, 132])
+def test_however_many_multiprocessors(multiprocessors):
+    """One block with all tiles, several each, and more multiprocessors than tiles."""
+    case = make_case(5, 64, 1100, BF16, norm=True)
+    got = outputs_of(launch_of(case, multiprocessors=multiprocessors, top_k=16))
+    expected = outputs_of(launch_of(case, top_k=16))
+    assert torch.equal(got["top_tokens"], expected["top_tokens"])
+    for name in FIGURES:
+        torch.testing.assert_close(got[name], expected[name], rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+def test_result_does_not_depend_on_where_rows_start(dtype):
+    """What can't be copied in pieces of 16 bytes is copied by the element, with the same result."""
+    make = int8_case if dtype == torch.int8 else make_case
+    case = make(3, 64, 200, BF16 if dtype == torch.int8 else dtype, norm=True)
+    launch = launch_of(case)
+    expected = outputs_of(launch)
+    moved = {}
+    for name in ("hidden", "head", "norm_weight"):
+        tensor = launch.tensors[name]
+        memory = torch.zeros(tensor.numel() + 3, dtype=tensor.dtype)
+        moved[name] = memory[3:].view(tensor.shape).copy_(tensor)
+        assert moved[name].data_ptr() % 16 == 3 * tensor.element_size() % 16
+    launch.tensors.update(moved)
+    assert_same(outputs_of(launch), expected)
+
+
+@pytest.mark.parametrize("dtype", [HALF, FLOAT], ids=str)
+def test_numbers_beyond_float16(dtype):
+    """float16 rows are staged times a power of two: neither large nor small ones are lost, nor their products."""
+    for factor in (2.0**-20, 2.0**11):
+        case = make_case(4, 64, 300, FLOAT, norm_eps=1e-12, norm=True)
+        case.hidden *= factor
+        case.options["norm_weight"] *= 60
+        case.head *= 1 / 60
+        case = case.to(HALF)
+        if dtype == FLOAT:
+            case.head = quantize_head(case.head)
+            case.hidden = case.hidden.float()
+            case.options["norm_weight"] = case.options["norm_weight"].float()
+        assert_near(outputs_of(launch_of(case)), case, 2e-2 if dtype == HALF else 2e-5)
+
+
+def test_one_launch():
+    """Whatever the shapes, with or without a decision."""
+    cases = [make_case(1, 64, 97, BF16), make_case(70, 48, 700, HALF, norm=True), int8_case(40, 64, 300, FLOAT)]
+    for case, decides in [(case, decides) for case in cases for decides in (False, True)]:
+        launch = launch_of(case, decides)
+        before = exit_kernels.launches("exit_confidence")
+        exit_kernels.run(launch)
+        assert exit_kernels.launches("exit_confidence") - before == 1
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
+def test_the_head_is_read_once(dtype):
+    """And nothing that is not there; hidden rows once per tile, and once per block before if they become float16."""
+    rows, dim, vocab = 32 if dtype == torch.int8 else 8, 128, 900
+    case = (int8_case if dtype == torch.int8 else make_case)(rows, dim, vocab, BF16 if dtype == torch.int8 else dtype)
+    launch = launch_of(case)
+    moved = kernels.traffic(launch)
+    head, hidden = launch.tensors["head"], launch.tensors["hidden"]
+    blocks = 2 * exit_kernels.MULTIPROCESSORS
+    assert moved["head"].read == head.numel() * head.element_size()
+    assert moved["hidden"].read == (8 + blocks * (dtype in (HALF, torch.int8))) * hidden.numel() * hidden.element_size()
+    assert moved["head"].written == moved["hidden"].written == 0
+    if dtype == BF16:
+        for rows in (60, 64):
+            assert kernels.traffic(launch_of(make_case(rows, dim, vocab, BF16)))["head"].read == 2 * vocab * dim
+
+
+def test_scratch_is_what_blocks_leave():
+    """16 bytes and the list for each row and block, written once and read once or twice."""
+    launch = launch_of(make_case(5, 64, 1100, BF16), top_k=7)
+    blocks = 2 * exit_kernels.MULTIPROCESSORS
+    assert launch.tensors["scratch"].numel() == 5 * blocks * (16 + 7 * 8)
+    assert kernels.traffic(launch)["scratch"].written == 5 * blocks * (16 + 7 * 8)
+
+
+LAUNCHES = {
+    "bf16": lambda: launch_of(make_case(5, 80, 700, BF16, norm=True, bias=True), top_k=5),
+    "many rows": lambda: launch_of(make_case(67, 40, 300, BF16, norm=True), level="any"),
+    "f16": lambda: launch_of(make_case(18, 72, 600, HALF, norm=True, temperatures=True), top_k=16),
+    "f32": lambda: launch_of(make_case(9, 50, 520, FLOAT, norm=True), level="all", measure="entropy"),
+    "int8": lambda: launch_of(int8_case(9, 144, 530, BF16, norm=True), measure="margin"),
+    "int8 of f32": lambda: launch_of(int8_case(3, 130, 530, FLOAT)),
+    "unaligned": lambda: launch_of(make_case(3, 37, 260, HALF, norm=True), decides=False),
+}
+
+
+@pytest.mark.parametrize("sanitizer", SANITIZERS)
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_sanitizers_find_nothing(case, sanitizer):
+    """No race, no access outside of an array, nothing undefined, and the result of the plain build in every order."""
+    launch = LAUNCHES[case]()
+    try:
+        after = kernels.replay(launch, sanitizer)
+    except build.CannotRun as reason:
+        pytest.skip(str(reason))
+    expected = outputs_of(launch)
+    assert_same({name: after[name] for name in expected}, expected)
+    assert not after["counters"].any()
+
+
+@pytest.mark.parametrize("case", LAUNCHES)
+def test_every_order_gives_the_same(case):
+    """Of warps, of threads in them, and of blocks; in scratch that holds anything."""
+    launch = LAUNCHES[case]()
+    expected = outputs_of(launch)
+    for order, seed in [("reverse", 0), *(("random", seed) for seed in range(2))]:
+        launch.tensors["scratch"].fill_(seed)
+        assert_same(outputs_of(launch, order, seed), expected)
+
+
+# What a line of the kernels is for: (file, the line, what becomes of it, what finds it).
+RACE = "WARNING: ThreadSanitizer: data race"
+MUTANTS = {
+    "no barrier before a stage is filled again": (
+        "exit_confidence.cuh",
+        "      block_sync();  // the piece has",
+        "  //",
+    ),
+    "no barrier before logits are taken": (
+        "exit_confidence.cuh",
+        "    block_sync();\n#pragma unroll 1",
+        "#pragma unroll 1",
+    ),
+    "no barrier before logits are handed over again": ("exit_confidence.cuh", "if (first > 0) block_sync();", ""),
+    "no barrier behind the first factors": (
+        "exit_confidence.cuh",
+        "shared.factors);\n  block_sync();",
+        "shared.factors);",
+    ),
+    "no fence before a block says that it is done": (
+        "arrival.cuh",
+        "  device_fence();\n  team.sync();",
+        "  team.sync();",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MUTANTS)
+def test_planted_bug_in_shared_work(name):
+    launch = LAUNCHES["f16"]()
+    try:
+        with pytest.raises(RuntimeError, match=RACE):
+            mutants.replay(launch, "thread", *in_specdec(MUTANTS[name]), only="exit_confidence_f16")
+    except build.CannotRun as reason:
+        pytest.skip(str(reason))
+
+
+def in_specdec(change):
+    file, old, new = change
+    return f"specdec/{file}", old, new
+
+
+WRONG = {
+    "pieces that are not waited for": ("exit_confidence.cuh", "cp_async_wait<Shape::kStages - 2>();", ""),
+    "squares of every tile": ("exit_confidence.cuh", "next_tile == first);", "true);"),
+    "equals that go to the higher entry": ("block.cuh", "(0xffffffffu - uint32_t(id))", "uint32_t(id)"),
+    "a running maximum without its decay": ("exit_state.cuh", "state.sum *= decay;", ""),
+    "a merge that stops early": ("exit_state.cuh", "rank < listed && any", "rank < 1"),
+    "dims of int8 heads in the order of memory": (
+        "exit_rows.cuh",
+        "if constexpr (Shape::kIsInt8) {",
+        "if constexpr (false) {",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_planted_bug_in_numbers(name):
+    """Each of them changes a result of the cases above, or is reported."""
+    case = "int8" if "int8" in name else "bf16"
+    launch = LAUNCHES[case]()
+    expected = outputs_of(launch)
+    try:
+        got = mutants.replay(launch, "plain", *in_specdec(WRONG[name]), only=f"exit_confidence_{case}")
+    except build.CannotRun as reason:
+        pytest.skip(str(reason))
+    except RuntimeError:
+        return
+    assert any(not torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def test_rows_of_a_call_share_nothing():
+    """An invalid row leaves its neighbours as they are, in either precision of an int8 head."""
+    for dtype in (BF16, FLOAT):
+        case = int8_case(12, 64, 200, dtype)
+        right = outputs_of(launch_of(case, decides=False))
+        case.hidden[3, 5], case.hidden[7] = float("inf"), float("nan")
+        got = outputs_of(launch_of(case, decides=False))
+        assert got["status"].tolist() == [int(row in (3, 7)) for row in range(12)]
+        others = [row for row in range(12) if row not in (3, 7)]
+        assert_same({name: value[others] for name, value in got.items()}, {n: v[others] for n, v in right.items()})
