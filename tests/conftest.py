@@ -13,10 +13,10 @@ if not torch.cuda.is_available():
 
 import attention_cases
 import specdec_ops
-from emulator import accept_kernels, build, kernels
+from emulator import accept_kernels, build, draft_kernels, kernels
 from specdec_ops import _alloc, _dispatch
 
-EMULATED = {**kernels.IMPLEMENTATIONS, **accept_kernels.IMPLEMENTATIONS}
+EMULATED = {**kernels.IMPLEMENTATIONS, **accept_kernels.IMPLEMENTATIONS, **draft_kernels.IMPLEMENTATIONS}
 
 
 class Target(NamedTuple):

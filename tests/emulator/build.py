@@ -33,8 +33,10 @@ OPS = {
     "tree_attention": "TreeAttentionParams",
     "accept": "AcceptLaunch",
     "sample": "SampleLaunch",
+    "exit_mlp": "MlpLaunch",
+    "kv_propagate": "KvPropagateParams",
 }
-SCRATCH = ("tree_attention", "accept", "sample")  # ops whose OP_scratch says how much a call needs
+SCRATCH = ("tree_attention", "accept", "sample", "exit_mlp")  # ops whose OP_scratch says how much a call needs
 
 
 class CannotRun(Exception):
