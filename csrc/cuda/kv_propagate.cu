@@ -22,7 +22,8 @@ cudaError_t kv_propagate_cuda(const KvPropagateParams& p, int device, cudaStream
     weights |= reinterpret_cast<uintptr_t>(p.layers[i].k_weight) | reinterpret_cast<uintptr_t>(p.layers[i].v_weight);
   }
   kv.weights_aligned = weights % 16 == 0;
-  kv.hidden_aligned = (reinterpret_cast<uintptr_t>(p.hidden) | uintptr_t(p.hidden_stride_row * size)) % 16 == 0;
+  const uintptr_t hidden = reinterpret_cast<uintptr_t>(p.hidden) | uintptr_t(p.hidden_stride_row * size);
+  kv.hidden_aligned = (hidden | uintptr_t(p.dim * size)) % 16 == 0;
   switch (p.dtype) {
     case DType::kFloat32:
       return kv_propagate<float>(kv, device, stream);

@@ -329,7 +329,7 @@ __device__ __forceinline__ bool join(const Team& team, const MlpBlock<kRows>& bl
 }
 
 template <int kRows>
-__global__ void __launch_bounds__(kMlpThreads) exit_mlp_kernel(MlpLaunch launch) {
+__global__ void __launch_bounds__(kMlpThreads, 1) exit_mlp_kernel(MlpLaunch launch) {
   const MlpParams& p = launch.call;
   const MlpBlock<kRows> block(launch);
   const MlpShared<kRows> shared;

@@ -28,8 +28,8 @@ struct KvPropagateParams {
   const int32_t* requests;    // [rows] or nullptr: all rows are of request 0
   const int32_t* slots;       // [rows]
   const int32_t* page_table;  // [batch, max_pages], contiguous, or nullptr: dense
-  int64_t hidden_stride_row;
   KvLayer layers[kMostKvLayers];
+  int64_t hidden_stride_row;
   DType dtype;  // of hidden, the weights and the caches
   int32_t count, rows, dim, kv_heads, head_dim, pairs, interleaved;
   int32_t batch, slots_each;  // requests, and slots of each: max_pages * page_size where the cache is paged

@@ -45,20 +45,21 @@ struct KvShape {
   static constexpr int kStages = kRows > 32 ? 4 : 5;
   static constexpr int kRowPieces = (kRows * kKvPieces + kKvThreads - 1) / kKvThreads;  // of a thread
   static constexpr int kOutPitch = kRows + 1;
+  static constexpr int kBlocks = kRows > (kMatrix ? 32 : 16) ? 1 : 2;  // on a multiprocessor, at least
 };
 
 // A launch: the call and what the host derives from it.
 struct KvLaunch {
   KvPropagateParams call;
   int32_t row_blocks, tiles, parts, groups;  // tiles of a projection; parts of a head, 0: a tile has whole heads
-  bool weights_aligned, hidden_aligned;      // rows start at multiples of 16 bytes
+  bool weights_aligned, hidden_aligned;      // rows start and end at multiples of 16 bytes
 };
 
 // What a block works on.
 struct KvBlock {
   int32_t first_row, rows;
   int32_t head, position;  // of its first row in its projection
-  int32_t first_layer, steps_of_layer, steps;
+  int32_t first_layer;
   bool is_v;
 };
 
@@ -75,8 +76,6 @@ __device__ __forceinline__ KvBlock kv_block(const KvLaunch& launch) {
   block.first_layer = rest / (2 * launch.tiles);
   block.head = launch.parts == 0 ? tile * (kKvChannels / p.head_dim) : tile / launch.parts;
   block.position = launch.parts == 0 ? 0 : tile % launch.parts * kKvChannels;
-  block.steps_of_layer = (p.dim + Shape::kColumns - 1) / Shape::kColumns;
-  block.steps = (p.count - block.first_layer + launch.groups - 1) / launch.groups * block.steps_of_layer;
   return block;
 }
 
@@ -139,119 +138,164 @@ struct KvShared {
   }
 };
 
-// Starts the copies of a tile of the weight. Rows that don't exist and columns beyond dim become zeros.
+// Which tile of which layer: a block goes through the tiles of a layer, and then through those of its next one.
+struct KvStep {
+  int32_t layer, begin;  // its first column
+
+  template <class Shape>
+  __device__ __forceinline__ void advance(const KvLaunch& launch) {
+    begin += Shape::kColumns;
+    if (begin < launch.call.dim) return;
+    begin = 0;
+    layer += launch.groups;
+  }
+};
+
+// Copies tiles of the weight. Rows that don't exist and columns beyond dim become zeros.
 template <class Shape>
-__device__ __forceinline__ void fetch_weights(const KvShared<Shape>& shared, const KvLaunch& launch,
-                                              const KvBlock& block, int32_t step) {
+struct KvFetcher {
+  static constexpr int kPieces = kKvChannels * kKvPieces / kKvThreads;
   using T = typename Shape::T;
-  const KvPropagateParams& p = launch.call;
-  const KvLayer& layer = p.layers[block.first_layer + step / block.steps_of_layer * launch.groups];
-  const T* weight = static_cast<const T*>(block.is_v ? layer.v_weight : layer.k_weight);
-  T* stage = shared.stages + step % Shape::kStages * (kKvChannels * Shape::kPitch);
+  int64_t row[kPieces];  // where the thread's rows start, or -1
+  KvStep next;
+  int32_t stage = 0;
+
+  __device__ __forceinline__ KvFetcher(const KvLaunch& launch, const KvBlock& block) : next{block.first_layer, 0} {
+    const KvPropagateParams& p = launch.call;
 #pragma unroll
-  for (int i = threadIdx.x; i < kKvChannels * kKvPieces; i += kKvThreads) {
-    const int channel = i / kKvPieces, column = i % kKvPieces * Shape::kPiece;
-    const KvChannel place(launch, block, channel);
-    const int32_t begin = step % block.steps_of_layer * Shape::kColumns + column;
-    const int32_t count = place.head < 0 ? 0 : max(0, min(Shape::kPiece, p.dim - begin));
-    const T* from = weight;
-    if (count > 0) from += (int64_t(place.head) * p.head_dim + place.element(p, block.is_v)) * p.dim + begin;
-    T* to = stage + channel * Shape::kPitch + column;
-    if (launch.weights_aligned) {
-      cp_async_16(to, from, uint32_t(count * sizeof(T)));
-    } else {
-#pragma unroll 1
-      for (int e = 0; e < Shape::kPiece; ++e) to[e] = e < count ? from[e] : from_float<T>(0.0f);
+    for (int i = 0; i < kPieces; ++i) {
+      const KvChannel at(launch, block, (int(threadIdx.x) + i * kKvThreads) / kKvPieces);
+      row[i] = at.head < 0 ? -1 : (int64_t(at.head) * p.head_dim + at.element(p, block.is_v)) * p.dim;
     }
   }
-}
 
-// 16 bytes of a row of hidden, zeros beyond its end.
-template <class T, int kPiece>
-__device__ __forceinline__ Pack<T, kPiece> load_piece(const T* row, int32_t begin, int32_t dim, bool aligned) {
-  using Piece = Pack<T, kPiece>;
-  if (aligned && begin + kPiece <= dim) return *reinterpret_cast<const Piece*>(row + begin);
-  Piece piece;
-#pragma unroll
-  for (int e = 0; e < kPiece; ++e) piece.element[e] = begin + e < dim ? row[begin + e] : from_float<T>(0.0f);
-  return piece;
-}
-
-// A thread's part of a tile of hidden rows, and of the norm's weight.
-template <class Shape>
-struct KvPieces {
-  Pack<typename Shape::T, Shape::kPiece> x[Shape::kRowPieces];
-  float norm[Shape::kPiece];
-
-  __device__ __forceinline__ void load(const KvLaunch& launch, const KvBlock& block, int32_t step) {
-    using T = typename Shape::T;
+  // The next tile, if there is one.
+  __device__ __forceinline__ void fetch(const KvShared<Shape>& shared, const KvLaunch& launch, bool is_v) {
     const KvPropagateParams& p = launch.call;
-    const KvLayer& layer = p.layers[block.first_layer + step / block.steps_of_layer * launch.groups];
-    const int32_t begin = step % block.steps_of_layer * Shape::kColumns + int(threadIdx.x) % kKvPieces * Shape::kPiece;
+    if (next.layer < p.count) {
+      const KvLayer& layer = p.layers[next.layer];
+      const T* weight = static_cast<const T*>(is_v ? layer.v_weight : layer.k_weight);
+      const int32_t column = int(threadIdx.x) % kKvPieces * Shape::kPiece, begin = next.begin + column;
+#pragma unroll
+      for (int i = 0; i < kPieces; ++i) {
+        const int channel = (int(threadIdx.x) + i * kKvThreads) / kKvPieces;
+        const int32_t count = row[i] < 0 ? 0 : max(0, min(Shape::kPiece, p.dim - begin));
+        const T* from = count > 0 ? weight + row[i] + begin : weight;
+        T* to = shared.stages + (stage * kKvChannels + channel) * Shape::kPitch + column;
+        if (launch.weights_aligned) {
+          cp_async_16(to, from, uint32_t(count * sizeof(T)));
+        } else {
+#pragma unroll 1
+          for (int e = 0; e < Shape::kPiece; ++e) to[e] = e < count ? from[e] : from_float<T>(0.0f);
+        }
+      }
+      next.template advance<Shape>(launch);
+      stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    }
+    cp_async_commit();
+  }
+};
+
+// Makes y of a tile: hidden rows, normalised. What a thread has of them is on its way while the tile before is
+// multiplied, unless hidden's rows don't start and end at multiples of 16 bytes.
+template <class Shape>
+struct KvRows {
+  using T = typename Shape::T;
+  using Piece = Pack<T, Shape::kPiece>;
+  Piece x[Shape::kRowPieces];
+  float norm[Shape::kPiece];
+  KvStep next;
+  int32_t column;  // of the thread in the tile
+
+  __device__ __forceinline__ explicit KvRows(const KvBlock& block)
+      : next{block.first_layer, 0}, column(int(threadIdx.x) % kKvPieces * Shape::kPiece) {}
+
+  __device__ __forceinline__ static int row_of(int i) { return (int(threadIdx.x) + i * kKvThreads) / kKvPieces; }
+
+  __device__ __forceinline__ static const T* hidden(const KvLaunch& launch, int32_t row) {
+    return static_cast<const T*>(launch.call.hidden) + row * launch.call.hidden_stride_row;
+  }
+
+  __device__ __forceinline__ void load(const KvLaunch& launch, const KvBlock& block) {
+    const KvPropagateParams& p = launch.call;
+    const int32_t begin = next.begin + column;
 #pragma unroll
     for (int i = 0; i < Shape::kRowPieces; ++i) {
-      const int row = (int(threadIdx.x) + i * kKvThreads) / kKvPieces;
       x[i] = {};
-      if (row >= block.rows) continue;
-      const T* from = static_cast<const T*>(p.hidden) + (block.first_row + row) * p.hidden_stride_row;
-      x[i] = load_piece<T, Shape::kPiece>(from, begin, p.dim, launch.hidden_aligned);
+      if (!launch.hidden_aligned || row_of(i) >= block.rows || begin >= p.dim) continue;
+      x[i] = *reinterpret_cast<const Piece*>(hidden(launch, block.first_row + row_of(i)) + begin);
     }
-    if (layer.norm_weight == nullptr) return;
+    const KvLayer& layer = p.layers[next.layer];
 #pragma unroll
     for (int e = 0; e < Shape::kPiece; ++e) {
-      norm[e] = 0.0f;
-      if (begin + e >= p.dim) continue;
+      norm[e] = 1.0f;
+      if (layer.norm_weight == nullptr || begin + e >= p.dim) continue;
       norm[e] = layer.norm_dtype == DType::kFloat32 ? static_cast<const float*>(layer.norm_weight)[begin + e]
                                                     : to_float(static_cast<const T*>(layer.norm_weight)[begin + e]);
     }
   }
 
-  // y of the tile, in shared memory.
-  __device__ __forceinline__ void store(const KvShared<Shape>& shared, const KvLaunch& launch, int32_t step) const {
-    using T = typename Shape::T;
-    T* y = shared.y + step % 2 * (Shape::kRows * Shape::kPitch);
-    const bool normalise = launch.call.layers[0].norm_weight != nullptr;
+  // Into shared memory, as y of this tile. Goes on to the next one.
+  __device__ __forceinline__ void store(T* y, const KvShared<Shape>& shared, const KvLaunch& launch,
+                                        const KvBlock& block) {
+    if (launch.hidden_aligned) {
 #pragma unroll
-    for (int i = 0; i < Shape::kRowPieces; ++i) {
-      const int at = int(threadIdx.x) + i * kKvThreads, row = at / kKvPieces;
-      if (row >= Shape::kRows) continue;
-      Pack<T, Shape::kPiece> piece = x[i];
-      if (normalise) {
-        const float inverse_norm = shared.inverse_norms[row];
+      for (int i = 0; i < Shape::kRowPieces; ++i) {
+        if (row_of(i) >= Shape::kRows) continue;
+        const float inverse_norm = shared.inverse_norms[row_of(i)];
+        Piece piece;
 #pragma unroll
         for (int e = 0; e < Shape::kPiece; ++e) {
-          piece.element[e] = from_float<T>(to_float(piece.element[e]) * inverse_norm * norm[e]);
+          piece.element[e] = from_float<T>(to_float(x[i].element[e]) * inverse_norm * norm[e]);
+        }
+        *reinterpret_cast<Piece*>(y + row_of(i) * Shape::kPitch + column) = piece;
+      }
+    } else {
+#pragma unroll 1
+      for (int row = row_of(0); row < Shape::kRows; row += kKvThreads / kKvPieces) {
+        const T* from = hidden(launch, block.first_row + row) + next.begin + column;
+        const int32_t count = row < block.rows ? launch.call.dim - next.begin - column : 0;
+#pragma unroll
+        for (int e = 0; e < Shape::kPiece; ++e) {
+          const float value = e < count ? to_float(from[e]) : 0.0f;
+          y[row * Shape::kPitch + column + e] = from_float<T>(value * shared.inverse_norms[row] * norm[e]);
         }
       }
-      *reinterpret_cast<Pack<T, Shape::kPiece>*>(y + row * Shape::kPitch + at % kKvPieces * Shape::kPiece) = piece;
     }
+    next.template advance<Shape>(launch);
   }
 };
 
-// Places and norms of the block's rows: a warp to a row.
+// Places and norms of the block's rows: a warp to a row. Without a norm its inverse is 1.
 template <class Shape>
 __device__ __forceinline__ void describe_rows(const KvShared<Shape>& shared, const KvLaunch& launch,
                                               const KvBlock& block) {
-  using T = typename Shape::T;
+  using Rows = KvRows<Shape>;
   const KvPropagateParams& p = launch.call;
   const int lane = threadIdx.x % kWarpSize;
+  const bool normalise = p.layers[0].norm_weight != nullptr;
   for (int row = threadIdx.x / kWarpSize; row < Shape::kRows; row += kKvWarps) {
     float sum = 0.0f;
-    if (row < block.rows && p.layers[0].norm_weight != nullptr) {
-      const T* from = static_cast<const T*>(p.hidden) + (block.first_row + row) * p.hidden_stride_row;
+    const bool exists = row < block.rows;
+    const typename Shape::T* from = Rows::hidden(launch, block.first_row + (exists ? row : 0));
+    const int32_t end = exists && normalise ? p.dim : 0;
 #pragma unroll 4
-      for (int32_t begin = lane * Shape::kPiece; begin < p.dim; begin += kWarpSize * Shape::kPiece) {
-        const auto piece = load_piece<T, Shape::kPiece>(from, begin, p.dim, launch.hidden_aligned);
+    for (int32_t begin = lane * Shape::kPiece; begin < end; begin += kWarpSize * Shape::kPiece) {
+      if (launch.hidden_aligned) {
+        const auto piece = *reinterpret_cast<const typename Rows::Piece*>(from + begin);
 #pragma unroll
         for (int e = 0; e < Shape::kPiece; ++e) sum += to_float(piece.element[e]) * to_float(piece.element[e]);
+      } else {
+#pragma unroll 1
+        for (int e = 0; e < min(Shape::kPiece, end - begin); ++e) sum += to_float(from[begin + e]) * to_float(from[begin + e]);
       }
     }
 #pragma unroll
     for (int bit = kWarpSize / 2; bit > 0; bit /= 2) sum += warp_shuffle_xor(sum, bit);
     if (lane == 0) {
-      shared.inverse_norms[row] = 1.0f / sqrtf(sum / float(p.dim) + p.norm_eps);
+      shared.inverse_norms[row] = normalise ? 1.0f / sqrtf(sum / float(p.dim) + p.norm_eps) : 1.0f;
       shared.places[row] = {-1, 0};
-      if (row < block.rows) shared.places[row] = kv_place(p, block.first_row + row);
+      if (exists) shared.places[row] = kv_place(p, block.first_row + row);
     }
   }
 }
@@ -357,36 +401,37 @@ __device__ __forceinline__ void store_results(const KvShared<Shape>& shared, con
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(kKvThreads) kv_propagate_kernel(KvLaunch launch) {
+__global__ void __launch_bounds__(kKvThreads, Shape::kBlocks) kv_propagate_kernel(KvLaunch launch) {
   const KvBlock block = kv_block<Shape>(launch);
   const KvShared<Shape> shared;
-  for (int32_t step = 0; step < Shape::kStages - 1; ++step) {
-    if (step < block.steps) fetch_weights(shared, launch, block, step);
-    cp_async_commit();
-  }
-  KvPieces<Shape> pieces;
-  pieces.load(launch, block, 0);
+  constexpr int kTile = kKvChannels * Shape::kPitch, kRowTile = Shape::kRows * Shape::kPitch;
+  KvFetcher<Shape> weights(launch, block);
+#pragma unroll 1
+  for (int i = 0; i < Shape::kStages - 1; ++i) weights.fetch(shared, launch, block.is_v);
+  KvRows<Shape> rows(block);
+  rows.load(launch, block);
   describe_rows(shared, launch, block);
   block_sync();
-  pieces.store(shared, launch, 0);
+  rows.store(shared.y, shared, launch, block);
   KvSums<Shape> sums;
+  KvStep at = {block.first_layer, 0};
+  int32_t stage = 0, half = 0;  // of y
 #pragma unroll 1
-  for (int32_t step = 0; step < block.steps; ++step) {
+  while (at.layer < launch.call.count) {
     cp_async_wait<Shape::kStages - 2>();
     block_sync();  // the tile and y are complete, and nobody is still at those before them
-    const int32_t ahead = step + Shape::kStages - 1;
-    if (ahead < block.steps) fetch_weights(shared, launch, block, ahead);
-    cp_async_commit();
-    const bool more = step + 1 < block.steps;
-    if (more) pieces.load(launch, block, step + 1);
-    sums.multiply(shared.stages + step % Shape::kStages * (kKvChannels * Shape::kPitch),
-                  shared.y + step % 2 * (Shape::kRows * Shape::kPitch));
-    if (more) pieces.store(shared, launch, step + 1);
-    if ((step + 1) % block.steps_of_layer == 0) {
-      sums.join(shared);
-      store_results(shared, launch, block,
-                    launch.call.layers[block.first_layer + step / block.steps_of_layer * launch.groups]);
-    }
+    weights.fetch(shared, launch, block.is_v);
+    const bool more = rows.next.layer < launch.call.count;
+    if (more) rows.load(launch, block);
+    sums.multiply(shared.stages + stage * kTile, shared.y + half * kRowTile);
+    half ^= 1;
+    stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    if (more) rows.store(shared.y + half * kRowTile, shared, launch, block);
+    const int32_t layer = at.layer;
+    at.advance<Shape>(launch);
+    if (at.layer == layer) continue;
+    sums.join(shared);
+    store_results(shared, launch, block, launch.call.layers[layer]);
   }
 }
 
