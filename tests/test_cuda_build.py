@@ -19,6 +19,8 @@ ARCHS = MODULE.build_info()["archs"].split()
 MOST_REGISTERS = 64
 # Blocks of acceptance and sampling have 512 threads, those that walk 384, and one fits a multiprocessor.
 ACCEPTANCE = {"accept_walk_kernel": 168, "accept_laws_kernel": 128, "accept_race_kernel": 128, "sample_kernel": 128}
+# One block of 256 threads on a multiprocessor keeps its memory busy: much is under way in each.
+DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255}
 # tree_attention's packed rows per block, of each compiled dim. Twice for bfloat16 and float16.
 ROWS = {64: (16, 32, 64, 128), 96: (16, 32, 64, 128), 128: (16, 32, 64, 128), 192: (16, 32, 64, 128), 256: (16, 32, 64)}
 FLOAT8_DIMS = (64, 128)
@@ -29,6 +31,8 @@ KERNELS = {  # instantiations of each
     "any_kernel": 1,
     "tree_attention_kernel": ATTENTION,
     **dict.fromkeys(ACCEPTANCE, 1),
+    "exit_mlp_kernel": 2,
+    "kv_propagate_kernel": 9,
 }
 
 
@@ -94,7 +98,7 @@ def attention_shape(function):
 def most_registers(function):
     """Per thread. The widest blocks of tree_attention fill a multiprocessor, those of 128 threads leave half of it."""
     if (shape := attention_shape(function)) is None:
-        return next((most for kernel, most in ACCEPTANCE.items() if kernel in function), MOST_REGISTERS)
+        return next((most for kernel, most in (ACCEPTANCE | DRAFT).items() if kernel in function), MOST_REGISTERS)
     dim, rows = shape
     warps = max(4, rows // 16 * (2 if rows <= 32 or dim > 128 else 1))
     return min(255, 65536 // (32 * warps))

@@ -18,7 +18,7 @@ int32_t blocks_of(int64_t count, int64_t size) { return int32_t((count + size - 
 int32_t lay_out(MlpLaunch& launch) {
   const MlpParams& p = launch.call;
   const int32_t first_outputs = p.layers[0].outputs;
-  launch.row_block = p.rows == 1 ? 1 : p.rows <= 16 ? 4 : 8;
+  launch.row_block = p.rows <= 16 ? 4 : 8;
   launch.row_blocks = blocks_of(p.rows, launch.row_block);
   launch.units = int64_t(p.inputs) * first_outputs <= kSmallLayer ? kMlpMostUnits : kMlpUnits;
   launch.splits = p.count == 1 ? 1 : blocks_of(first_outputs, launch.units);
@@ -45,9 +45,7 @@ cudaError_t exit_mlp_cuda(const MlpLaunch& arguments, int device, cudaStream_t s
   for (launch.first_block = 0; launch.first_block < launch.row_blocks; launch.first_block += at_once) {
     const int64_t blocks = int64_t(min(at_once, launch.row_blocks - launch.first_block)) * launch.splits;
     if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-    const auto start = launch.row_block == 1   ? launch_exit_mlp<1>
-                       : launch.row_block == 4 ? launch_exit_mlp<4>
-                                               : launch_exit_mlp<8>;
+    const auto start = launch.row_block == 4 ? launch_exit_mlp<4> : launch_exit_mlp<8>;
     const cudaError_t error = start(launch, int32_t(blocks), device, stream);
     if (error != cudaSuccess) return error;
   }

@@ -1,7 +1,7 @@
 // Decision models on a GPU, in one launch: a few linear layers with ReLU between them, and whether any row goes on.
 //
 // A layer needs all of the layer before it, and no block may wait for another, so what can be spread over the GPU in
-// one launch are two layers: a block has 16 units of the first layer (64 if the layer is small) for 1, 4 or 8 rows, and
+// one launch are two layers: a block has 16 units of the first layer (64 if the layer is small) for 4 or 8 rows, and
 // multiplies what they give by the 16 columns of the second layer's weight that belong to them. Its sums are a part of
 // every output of the second layer. Parts are joined in two steps of about the square root of their number each, by the
 // block that arrives last: first at a group of parts, then at the groups. The last block of all has the second layer

@@ -1,7 +1,7 @@
 // Keys and values of skipped layers on a GPU, in one launch for up to 32 layers: norm, product, rotation, store.
 //
 // A block has 32 rows of one projection (of K or of V), the same ones in every layer of its group of layers, and up to
-// 64 hidden rows: 8, 16, 32 or 64, whichever holds all. It goes through the columns 256 bytes at a time. Rows of the
+// 64 hidden rows: 8, 32 or 64, whichever holds all. It goes through the columns 256 bytes at a time. Rows of the
 // weight come by asynchronous copies of 16 bytes, four or five tiles ahead, also across the end of a layer; hidden rows
 // go through registers one tile ahead, where they are normalised and rounded to their dtype, as an engine feeds its
 // matrix product. Two halves of the 32 rows and four quarters of a tile's columns make the eight warps. Weights in 16
@@ -45,7 +45,7 @@ struct KvShape {
   static constexpr int kStages = kRows > 32 ? 4 : 5;
   static constexpr int kRowPieces = (kRows * kKvPieces + kKvThreads - 1) / kKvThreads;  // of a thread
   static constexpr int kOutPitch = kRows + 1;
-  static constexpr int kBlocks = kRows > (kMatrix ? 32 : 16) ? 1 : 2;  // on a multiprocessor, at least
+  static constexpr int kBlocks = kRows > (kMatrix ? 32 : 8) ? 1 : 2;  // on a multiprocessor, at least
 };
 
 // A launch: the call and what the host derives from it.
@@ -287,7 +287,8 @@ __device__ __forceinline__ void describe_rows(const KvShared<Shape>& shared, con
         for (int e = 0; e < Shape::kPiece; ++e) sum += to_float(piece.element[e]) * to_float(piece.element[e]);
       } else {
 #pragma unroll 1
-        for (int e = 0; e < min(Shape::kPiece, end - begin); ++e) sum += to_float(from[begin + e]) * to_float(from[begin + e]);
+        for (int e = 0; e < min(Shape::kPiece, end - begin); ++e)
+          sum += to_float(from[begin + e]) * to_float(from[begin + e]);
       }
     }
 #pragma unroll
@@ -322,8 +323,7 @@ struct KvSums {
       uint32_t a[2][4];
 #pragma unroll
       for (int step = 0; step < 2; ++step) {
-        ldmatrix_x4(a[step],
-                    weights + (warp % 2 * 16 + lane % 16) * Shape::kPitch + first + step * 16 + lane / 16 * 8);
+        ldmatrix_x4(a[step], weights + (warp % 2 * 16 + lane % 16) * Shape::kPitch + first + step * 16 + lane / 16 * 8);
       }
 #pragma unroll
       for (int j = 0; j < Shape::kRows / 8; ++j) {
@@ -338,7 +338,8 @@ struct KvSums {
         const auto w = *reinterpret_cast<const Pack<float, 4>*>(weights + lane * Shape::kPitch + first + column);
 #pragma unroll
         for (int i = 0; i < Shape::kRows / 2; ++i) {
-          const auto x = *reinterpret_cast<const Pack<float, 4>*>(y + (i * 2 + warp % 2) * Shape::kPitch + first + column);
+          const auto x =
+              *reinterpret_cast<const Pack<float, 4>*>(y + (i * 2 + warp % 2) * Shape::kPitch + first + column);
 #pragma unroll
           for (int e = 0; e < 4; ++e) sum[i / 4][i % 4] += w.element[e] * x.element[e];
         }
@@ -438,6 +439,7 @@ __global__ void __launch_bounds__(kKvThreads, Shape::kBlocks) kv_propagate_kerne
 template <class T, int kRows>
 cudaError_t launch_kv_propagate(KvLaunch& kv, int device, cudaStream_t stream) {
   using Shape = KvShape<T, kRows>;
+  static_assert(KvShared<Shape>::bytes() <= 98 * 1024, "what every device since 8.0 grants a block that asks");
   const KvPropagateParams& p = kv.call;
   kv.row_blocks = (p.rows + kRows - 1) / kRows;
   const int64_t blocks_of_layer = int64_t(2) * kv.tiles * kv.row_blocks;
@@ -451,7 +453,6 @@ cudaError_t launch_kv_propagate(KvLaunch& kv, int device, cudaStream_t stream) {
 template <class T>
 cudaError_t kv_propagate(KvLaunch& kv, int device, cudaStream_t stream) {
   if (kv.call.rows <= 8) return launch_kv_propagate<T, 8>(kv, device, stream);
-  if (kv.call.rows <= 16) return launch_kv_propagate<T, 16>(kv, device, stream);
   if (kv.call.rows <= 32) return launch_kv_propagate<T, 32>(kv, device, stream);
   return launch_kv_propagate<T, kKvMostRows>(kv, device, stream);
 }

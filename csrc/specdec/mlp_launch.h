@@ -12,7 +12,7 @@ struct MlpLaunch {
   int32_t* counters;  // zero before the first call; every call leaves zeros
 
   // Filled in by the launcher.
-  int32_t row_block;                // rows of a block: 1, 4 or 8
+  int32_t row_block;                // rows of a block: 4 or 8
   int32_t units;                    // of the first layer, in a block
   int32_t splits;                   // blocks that share a block of rows
   int32_t fan;                      // of these, so many are joined first
