@@ -104,24 +104,43 @@ def most_registers(function):
     return min(255, 65536 // (32 * warps))
 
 
-@pytest.mark.parametrize("arch", ["8.0"])
-def test_attention_uses_what_the_hardware_has(arch, cuobjdump):
+@pytest.fixture(scope="module")
+def code(cuobjdump):
+    """{function: its instructions} for SM 8.0."""
+    if "8.0" not in ARCHS:
+        pytest.skip("not built for SM 8.0")
+    functions = re.split(r"\n\s*Function : ", cuobjdump("--dump-sass", "--gpu-architecture", "sm_80"))[1:]
+    return {body.partition("\n")[0]: body for body in functions}
+
+
+COPIES = r"\bLDGSTS\.E\S*\.128\b"
+MATRIX = {"HMMA": r"\bHMMA\.16816\.F32", "ldmatrix": r"\bLDSM\.16\.\S*M88\.4\b"}
+
+
+def test_attention_uses_what_the_hardware_has(code):
     """Tensor cores, asynchronous copies of 16 bytes, 16-byte stores of results, and no local memory."""
-    if arch not in ARCHS:
-        pytest.skip(f"not built for SM {arch}")
-    needed = {"HMMA": r"\bHMMA\.16816\.F32", "copies": r"\bLDGSTS\.E\S*\.128\b", "ldmatrix": r"\bLDSM\.16\.\S*M88\.4\b"}
-    needed |= {"loads": r"\bLDG\.E\S*\.128\b", "stores": r"\bSTG\.E\S*\.128\b"}
-    kernels = 0
-    sass = cuobjdump("--dump-sass", "--gpu-architecture", f"sm_{arch.replace('.', '')}")
-    for body in re.split(r"\n\s*Function : ", sass)[1:]:
-        function = body.partition("\n")[0]
-        if attention_shape(function) is None:
-            continue
-        kernels += 1
+    needed = {"copies": COPIES, **MATRIX, "loads": r"\bLDG\.E\S*\.128\b", "stores": r"\bSTG\.E\S*\.128\b"}
+    kernels = {function: body for function, body in code.items() if attention_shape(function) is not None}
+    for function, body in kernels.items():
         for what, pattern in needed.items():
             assert re.search(pattern, body), (function, what)
         assert not re.search(r"\b(LDL|STL)\b", body), function
-    assert kernels == ATTENTION
+    assert len(kernels) == ATTENTION
+
+
+def test_kv_propagate_uses_what_the_hardware_has(code):
+    """The same copies and loads; tensor cores for 16 bits."""
+    kernels = {function: body for function, body in code.items() if "kv_propagate_kernel" in function}
+    for function, body in kernels.items():
+        wide = {"copies": COPIES, "loads": r"\bLDG\.E\S*\.128\b"} | ({} if "KvShapeIf" in function else MATRIX)
+        for what, pattern in wide.items():
+            assert re.search(pattern, body), (function, what)
+    assert sum("KvShapeIf" in function for function in kernels) == 3
+
+
+def test_exit_mlp_reads_weights_in_packs(code):
+    bodies = [body for function, body in code.items() if "exit_mlp_kernel" in function]
+    assert all(len(re.findall(r"\bLDG\.E\S*\.128\b", body)) >= 8 * 3 for body in bodies)
 
 
 def attention_arguments(*, address=0, dtype=1, float8=0, batch=0, dim=64):
@@ -137,6 +156,8 @@ def test_empty_batch_needs_no_device():
     MODULE.build_topology_cuda(*[0] * 9, 0, 44, 1, 0, 0)
     MODULE.merge_states_cuda(*[0] * 6, 0, 128, 1, 0, 0)
     MODULE.accept_cuda(*accept_arguments(batch=0))
+    MODULE.exit_mlp_cuda((0, 0, 0), [(0, 0, 0, 1)], 0.5, 0, 0, (0, 8), (0, 0), 0, 0)
+    MODULE.kv_propagate_cuda((0, 0, 0), [], 0.0, (0, 0, 0, False), (0, 0, 0), (0, 8, 1, 8), (1, 1, 0, 0), 0, 0)
 
 
 def accept_arguments(batch=1, vocab=100):
@@ -161,6 +182,16 @@ def test_scratch_of_acceptance():
     assert 0 < bytes_needed < 8 * 60 * 256 and counters == 0
     bytes_needed, counters = MODULE.accept_scratch(recursive, 2, 60, 128_256, 59, False, True, False, eager)
     assert 0 < bytes_needed < 2 * 100_000 and counters == 2 * (2 * 60 + 1)
+
+
+def test_scratch_of_exit_mlp():
+    """For a block of 4 or 8 rows: a part for each 16 units, one for each group of parts, and two layers; a counter for
+    each group and one for the groups; and one for all rows."""
+    assert MODULE.exit_mlp_scratch(4, 2048, [1024, 512, 1]) == ((64 + 8 + 2) * 4 * 512 * 4, 1 + 8 + 1)
+    assert MODULE.exit_mlp_scratch(60, 2048, [1024, 512, 1]) == (8 * (64 + 8 + 2) * 8 * 512 * 4, 1 + 8 * (8 + 1))
+    assert MODULE.exit_mlp_scratch(5, 11, [44, 1]) == (2 * (1 + 1 + 2) * 4 * 4, 1 + 2 * 2)
+    bounded, _ = MODULE.exit_mlp_scratch(100_000, 2048, [1024, 512, 1])
+    assert (60 << 20) < bounded <= (64 << 20)
 
 
 def test_too_many_nodes_is_a_sentence():

@@ -2,8 +2,8 @@
 //
 // A block has 32 rows of one projection (of K or of V), the same ones in every layer of its group of layers, and up to
 // 64 hidden rows: 8, 32 or 64, whichever holds all. It goes through the columns 256 bytes at a time. Rows of the
-// weight come by asynchronous copies of 16 bytes, four or five tiles ahead, also across the end of a layer; hidden rows
-// go through registers one tile ahead, where they are normalised and rounded to their dtype, as an engine feeds its
+// weight come by asynchronous copies of 16 bytes, three or four tiles ahead, also across the end of a layer; hidden rows
+// go through registers two tiles ahead, where they are normalised and rounded to their dtype, as an engine feeds its
 // matrix product. Two halves of the 32 rows and four quarters of a tile's columns make the eight warps. Weights in 16
 // bits are the first operand of the tensor cores' product, hidden rows the second; float32 is multiplied by FMA from
 // the same tiles. At the end of a layer the four quarters are summed one after the other, keys are rotated in float32,
@@ -12,8 +12,9 @@
 // Bytes: the weights once, 2 * layers * kv_heads * head_dim * dim elements, which is the roof. Through the L2 cache
 // besides: hidden once per block for the norm's statistics, while the first tiles are under way, and then once per
 // block and layer, which is rows / 32 times the weights. More than 64 rows are blocks of their own, and read the
-// weights from the L2 cache again. With Llama-3-8B's 1,024 rows of K and of V a layer is 64 blocks, and layers are cut
-// into groups that make about 512 blocks, so one layer fills half of a large GPU, 35 to 43 KB under way in each block.
+// weights from the L2 cache again. With Llama-3-8B's 1,024 rows of K and of V a layer is 64 blocks, which keep half of
+// a large GPU's multiprocessors busy, with 24 to 32 KB under way in each; of several layers about 256 blocks are made,
+// all of which run at once, and each goes on to its next layer without a gap.
 //
 // Pairs that are rotated together must be in one block, so K's rows are taken in an order in which they are neighbours.
 // A block has whole heads, or a part of one that is larger than 32. Positions count in that order, within a head.
@@ -31,7 +32,7 @@ constexpr int kKvChannels = 32;  // rows of a weight, in a block
 constexpr int kKvParts = 4;      // of a tile's columns
 constexpr int kKvPieces = 16;    // of 16 bytes, in a row of a tile
 constexpr int kKvMostRows = 64;  // of hidden, in a block
-constexpr int kKvBlocks = 512;   // layers are cut into groups until there are so many
+constexpr int kKvBlocks = 256;   // layers are cut into groups until there are so many
 
 // T: of hidden, the weights and the caches. kRows: hidden rows of a block.
 template <class T_, int kRows_>
@@ -196,7 +197,7 @@ struct KvFetcher {
   }
 };
 
-// Makes y of a tile: hidden rows, normalised. What a thread has of them is on its way while the tile before is
+// Makes y of a tile: hidden rows, normalised. What a thread has of them is under way while the tile two before is
 // multiplied, unless hidden's rows don't start and end at multiples of 16 bytes.
 template <class Shape>
 struct KvRows {
@@ -204,11 +205,11 @@ struct KvRows {
   using Piece = Pack<T, Shape::kPiece>;
   Piece x[Shape::kRowPieces];
   float norm[Shape::kPiece];
-  KvStep next;
+  KvStep next, loaded;
   int32_t column;  // of the thread in the tile
 
   __device__ __forceinline__ explicit KvRows(const KvBlock& block)
-      : next{block.first_layer, 0}, column(int(threadIdx.x) % kKvPieces * Shape::kPiece) {}
+      : next{block.first_layer, 0}, loaded(next), column(int(threadIdx.x) % kKvPieces * Shape::kPiece) {}
 
   __device__ __forceinline__ static int row_of(int i) { return (int(threadIdx.x) + i * kKvThreads) / kKvPieces; }
 
@@ -216,16 +217,20 @@ struct KvRows {
     return static_cast<const T*>(launch.call.hidden) + row * launch.call.hidden_stride_row;
   }
 
-  __device__ __forceinline__ void load(const KvLaunch& launch, const KvBlock& block) {
+  // The next tile. Whether there was one.
+  __device__ __forceinline__ bool load(const KvLaunch& launch, const KvBlock& block) {
     const KvPropagateParams& p = launch.call;
-    const int32_t begin = next.begin + column;
+    if (next.layer >= p.count) return false;
+    loaded = next;
+    next.template advance<Shape>(launch);
+    const int32_t begin = loaded.begin + column;
 #pragma unroll
     for (int i = 0; i < Shape::kRowPieces; ++i) {
       x[i] = {};
       if (!launch.hidden_aligned || row_of(i) >= block.rows || begin >= p.dim) continue;
       x[i] = *reinterpret_cast<const Piece*>(hidden(launch, block.first_row + row_of(i)) + begin);
     }
-    const KvLayer& layer = p.layers[next.layer];
+    const KvLayer& layer = p.layers[loaded.layer];
 #pragma unroll
     for (int e = 0; e < Shape::kPiece; ++e) {
       norm[e] = 1.0f;
@@ -233,9 +238,10 @@ struct KvRows {
       norm[e] = layer.norm_dtype == DType::kFloat32 ? static_cast<const float*>(layer.norm_weight)[begin + e]
                                                     : to_float(static_cast<const T*>(layer.norm_weight)[begin + e]);
     }
+    return true;
   }
 
-  // Into shared memory, as y of this tile. Goes on to the next one.
+  // What was loaded, as y in shared memory.
   __device__ __forceinline__ void store(T* y, const KvShared<Shape>& shared, const KvLaunch& launch,
                                         const KvBlock& block) {
     if (launch.hidden_aligned) {
@@ -253,8 +259,8 @@ struct KvRows {
     } else {
 #pragma unroll 1
       for (int row = row_of(0); row < Shape::kRows; row += kKvThreads / kKvPieces) {
-        const T* from = hidden(launch, block.first_row + row) + next.begin + column;
-        const int32_t count = row < block.rows ? launch.call.dim - next.begin - column : 0;
+        const T* from = hidden(launch, block.first_row + row) + loaded.begin + column;
+        const int32_t count = row < block.rows ? launch.call.dim - loaded.begin - column : 0;
 #pragma unroll
         for (int e = 0; e < Shape::kPiece; ++e) {
           const float value = e < count ? to_float(from[e]) : 0.0f;
@@ -262,7 +268,6 @@ struct KvRows {
         }
       }
     }
-    next.template advance<Shape>(launch);
   }
 };
 
@@ -279,7 +284,7 @@ __device__ __forceinline__ void describe_rows(const KvShared<Shape>& shared, con
     const bool exists = row < block.rows;
     const typename Shape::T* from = Rows::hidden(launch, block.first_row + (exists ? row : 0));
     const int32_t end = exists && normalise ? p.dim : 0;
-#pragma unroll 4
+#pragma unroll 8
     for (int32_t begin = lane * Shape::kPiece; begin < end; begin += kWarpSize * Shape::kPiece) {
       if (launch.hidden_aligned) {
         const auto piece = *reinterpret_cast<const typename Rows::Piece*>(from + begin);
@@ -414,6 +419,7 @@ __global__ void __launch_bounds__(kKvThreads, Shape::kBlocks) kv_propagate_kerne
   describe_rows(shared, launch, block);
   block_sync();
   rows.store(shared.y, shared, launch, block);
+  bool more = rows.load(launch, block);
   KvSums<Shape> sums;
   KvStep at = {block.first_layer, 0};
   int32_t stage = 0, half = 0;  // of y
@@ -422,12 +428,11 @@ __global__ void __launch_bounds__(kKvThreads, Shape::kBlocks) kv_propagate_kerne
     cp_async_wait<Shape::kStages - 2>();
     block_sync();  // the tile and y are complete, and nobody is still at those before them
     weights.fetch(shared, launch, block.is_v);
-    const bool more = rows.next.layer < launch.call.count;
-    if (more) rows.load(launch, block);
+    if (more) rows.store(shared.y + (half ^ 1) * kRowTile, shared, launch, block);
+    more = rows.load(launch, block);
     sums.multiply(shared.stages + stage * kTile, shared.y + half * kRowTile);
     half ^= 1;
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
-    if (more) rows.store(shared.y + half * kRowTile, shared, launch, block);
     const int32_t layer = at.layer;
     at.advance<Shape>(launch);
     if (at.layer == layer) continue;
