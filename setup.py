@@ -26,7 +26,7 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-BINDINGS = tuple(f"csrc/bindings{of}.cpp" for of in ("", "_accept", "_exit"))  # the only files that know Python
+BINDINGS = tuple(f"csrc/bindings{of}.cpp" for of in ("", "_accept", "_exit", "_kv"))  # the only files that know Python
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 GIGABYTES_PER_JOB = 1.0  # the largest of our compilations, with room to spare
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +16,7 @@ from .exit_cases import ExitCase
 from .machine import native
 
 EPS = 1e-6
+TOLERANCE = 0.01  # of a probability that a screened call gives: the op's default
 CHECKED = 2  # rows computed in float64
 PIECE = 4096  # rows of the head, at a time
 
@@ -24,31 +27,51 @@ class Inputs:
     hidden: torch.Tensor
     head: torch.Tensor
     norm_weight: torch.Tensor
+    screen: specdec_ops.QuantizedHead | None = None
+
+    @property
+    def reads(self) -> torch.Tensor:
+        """What must be read at least."""
+        return self.head if self.screen is None else self.screen.values
+
+
+@functools.lru_cache(maxsize=1)
+def make_screen(vocab: int, dim: int, dtype: str, device: str) -> specdec_ops.QuantizedHead:
+    """Of the head that make_inputs makes, which is the same for every number of rows; it takes seconds."""
+    return specdec_ops.quantize_head(make_head(vocab, dim, dtype).to(device))
+
+
+def make_head(vocab: int, dim: int, dtype: str) -> torch.Tensor:
+    return fill_random((vocab, dim), DTYPES[dtype], 1) * (4 / dim**0.5)
 
 
 def make_inputs(case: ExitCase, device: str = "cpu") -> Inputs:
     """Rows that point along a row of the head, more or less, so that some are sure and some are not."""
     dtype = DTYPES[case.dtype]
-    head = fill_random((case.vocab, case.dim), dtype, 1) * (4 / case.dim**0.5)
+    head = make_head(case.vocab, case.dim, case.dtype)
     hidden = fill_random((case.rows, case.dim), torch.float32, 2)
     chosen = torch.arange(case.rows) * 37 % case.vocab
     strength = torch.linspace(0, 1, case.rows)[:, None] * case.dim**0.5 / 4
     hidden = (hidden + strength * head[chosen].float()).to(dtype)
-    return Inputs(case, hidden.to(device), head.to(device), torch.ones(case.dim, dtype=dtype, device=device))
+    screen = make_screen(case.vocab, case.dim, case.dtype, device) if case.screened else None
+    return Inputs(case, hidden.to(device), head.to(device), torch.ones(case.dim, dtype=dtype, device=device), screen)
 
 
-def ours(inputs: Inputs, backend: str, name: str) -> Contestant:
+def ours(inputs: Inputs, backend: str, name: str, screened: bool | None = None) -> Contestant:
+    """screened: by default as the case is."""
+    i = inputs
+    screen = {"screen": i.screen, "tolerance": TOLERANCE} if i.screen is not None and screened is not False else {}
+
     def call():
-        i = inputs
         return specdec_ops.exit_confidence(
-            i.hidden, i.head, norm_weight=i.norm_weight, norm_eps=EPS, top_k=i.case.top_k, backend=backend
+            i.hidden, i.head, norm_weight=i.norm_weight, norm_eps=EPS, top_k=i.case.top_k, **screen, backend=backend
         )
 
-    return Contestant(name, "ours", call, figures, (inputs.head,))
+    return Contestant(name, "ours", call, figures, (i.screen.values, i.head) if screen else (i.head,))
 
 
 def figures(confidence: specdec_ops.Confidence) -> list[torch.Tensor]:
-    return [confidence.max_prob, confidence.logsumexp]
+    return [confidence.max_prob, confidence.logsumexp, confidence.token]
 
 
 def normalised(inputs: Inputs) -> torch.Tensor:
@@ -59,53 +82,69 @@ def normalised(inputs: Inputs) -> torch.Tensor:
 def eager(inputs: Inputs):
     """The least work that PyTorch can do for it: no softmax is written."""
     logits = (normalised(inputs) @ inputs.head.T).float()
-    best = logits.topk(inputs.case.top_k, 1) if inputs.case.top_k else logits.max(1)
-    top = best.values[:, 0] if inputs.case.top_k else best.values
+    top, token = best(logits, inputs.case.top_k)
     total = logits.logsumexp(1)
-    return [(top - total).exp(), total]
+    return [(top - total).exp(), total, token]
 
 
 def softmax(inputs: Inputs):
     """As it is usually written."""
     logits = (normalised(inputs) @ inputs.head.T).float()
-    p = torch.softmax(logits, 1)
-    best = p.topk(inputs.case.top_k, 1) if inputs.case.top_k else p.max(1)
-    return [best.values[:, 0] if inputs.case.top_k else best.values, logits.logsumexp(1)]
+    top, token = best(torch.softmax(logits, 1), inputs.case.top_k)
+    return [top, logits.logsumexp(1), token]
+
+
+def best(values: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The greatest of each row and where it is; with top_k, the first of so many."""
+    if top_k:
+        found = values.topk(top_k, 1)
+        return found.values[:, 0], found.indices[:, 0]
+    return values.max(1)
 
 
 def expected(inputs: Inputs) -> Expected:
+    """Probability and log-sum-exp; with a screen probability and, in place of the token, its exact logit."""
     rows = sorted({0, inputs.case.rows - 1})[:CHECKED]
     x = inputs.hidden[rows].double()
     x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS) * inputs.norm_weight.double()
     logits = torch.cat([x @ piece.double().T for piece in inputs.head.split(PIECE)], 1)
-    total = logits.logsumexp(1)
-    exact = [(logits.max(1).values - total).exp(), total]
+    greatest, total = logits.max(1).values, logits.logsumexp(1)
+    exact = [(greatest - total).exp(), total if inputs.screen is None else greatest]
 
     def take(result) -> list[torch.Tensor]:
-        return [figure[rows] for figure in result]
+        max_prob, logsumexp, token = (figure[rows] for figure in result)
+        return [max_prob, logsumexp if inputs.screen is None else logits.gather(1, token.long()[:, None])[:, 0]]
 
     errors = [largest_error(*both) for both in zip(take(eager(inputs)), exact, strict=True)]
     dtype = DTYPES[inputs.case.dtype]  # a row or two may happen to be exact in PyTorch
-    return Expected(take, exact, [allowed_error(*both, dtype) for both in zip(exact, errors, strict=True)])
+    allowed = [allowed_error(*both, dtype) for both in zip(exact, errors, strict=True)]
+    if inputs.screen is not None:
+        allowed[0] += TOLERANCE
+    return Expected(take, exact, allowed)
 
 
 def contestants(inputs: Inputs, options) -> list[Contestant]:
     listed = [ours(inputs, "auto", "specdec_ops")]
     listed += [ours(inputs, backend, f"specdec_ops {backend}") for backend in options.backends]
+    if inputs.screen is not None:
+        listed.append(ours(inputs, "auto", "specdec_ops full head", screened=False))
     forms = [("eager", eager), ("softmax", softmax)]
     if inputs.case.compiled:
         forms.append(("compiled", torch.compile(eager, dynamic=False)))
     listed += [
         Contestant(name, "pytorch", lambda form=form: form(inputs), list, (inputs.head,)) for name, form in forms
     ]
-    return [*listed, read_control(inputs)] if inputs.head.device.type == "cpu" else listed
+    return [*listed, read_control([inputs.reads])] if inputs.head.device.type == "cpu" else listed
 
 
-def read_control(inputs: Inputs) -> Contestant:
-    """A plain read of the head."""
-    module, threads, head = native(), torch.get_num_threads(), inputs.head
+def read_control(tensors: Sequence[torch.Tensor]) -> Contestant:
+    """A plain read of a head, or of other weights."""
+    module, threads = native(), torch.get_num_threads()
     if module is None:
         return unavailable("plain read", "control", "the compiled module is missing")
-    return Contestant(
-        "plain read", "control", lambda: module.read_bytes(head.data_ptr(), head.nbytes, threads), reads=(head,)
-    )
+
+    def call():
+        for tensor in tensors:
+            module.read_bytes(tensor.data_ptr(), tensor.nbytes, threads)
+
+    return Contestant("plain read", "control", call, reads=tensors)

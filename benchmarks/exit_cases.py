@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 
-from .cases import ITEM_BYTES, Model, TreeShape, chain
+from .cases import DRAFT_68M, ITEM_BYTES, LLAMA2_7B, LLAMA3_8B, Model, TreeShape, chain
 
 LLAMA2_HEAD = (32_000, 4096)
 LLAMA3_HEAD = (128_256, 4096)
@@ -15,7 +16,8 @@ SMALL_HEAD = (32_000, 768)  # of the 68M draft
 class ExitCase:
     """One cell: hidden rows through a head [vocab, dim]. It has the interface of benchmarks.cases.Case.
 
-    The job is the token, its probability and the log-sum-exp of every row. `top_k` adds the most likely tokens.
+    The job is the token, its probability and the log-sum-exp of every row. `top_k` adds the most likely tokens. With a
+    screen the job is the token and its probability, and ours reads an int8 copy of the head first.
     """
 
     vocab: int
@@ -24,13 +26,17 @@ class ExitCase:
     dtype: str
     top_k: int = 0
     compiled: bool = False
+    screened: bool = False
     modes: tuple[str, ...] = ("warm",)
 
-    op = "exit_confidence"
     flex = False
     ragged = False
     context = 0
     batch = 1
+
+    @property
+    def op(self) -> str:
+        return "screened_exit" if self.screened else "exit_confidence"
 
     @property
     def model(self) -> Model:
@@ -46,10 +52,13 @@ class ExitCase:
 
     @property
     def bytes(self) -> int:
-        return self.vocab * self.dim * ITEM_BYTES[self.dtype]
+        return self.vocab * self.dim * (1 if self.screened else ITEM_BYTES[self.dtype])
 
     kv_bytes = bytes  # what a plain read reads
-    memory = bytes
+
+    @property
+    def memory(self) -> int:
+        return self.vocab * self.dim * (ITEM_BYTES[self.dtype] + self.screened)
 
     @property
     def flops(self) -> int:
@@ -61,20 +70,141 @@ class ExitCase:
         return f"{self.op} {self.vocab} x {self.dim} {self.dtype} rows {self.rows}{top_k}"
 
 
-def quick() -> list[ExitCase]:
+@dataclass(frozen=True)
+class KvCase:
+    """One cell: K and V of skipped layers for rows [rows, hidden]. It has the interface of benchmarks.cases.Case."""
+
+    model: Model
+    hidden: int
+    layers: int
+    rows: int
+    dtype: str
+    compiled: bool = False
+    modes: tuple[str, ...] = ("warm",)
+
+    op = "kv_propagate"
+    flex = False
+    ragged = False
+    context = 0
+    batch = 1
+
+    @property
+    def width(self) -> int:
+        return self.model.kv_heads * self.model.dim
+
+    @property
+    def tree(self) -> TreeShape:
+        return TreeShape(f"{self.layers} layers", chain(self.rows))
+
+    @property
+    def nodes(self) -> int:
+        return self.rows
+
+    @property
+    def bytes(self) -> int:
+        return self.layers * 2 * self.width * self.hidden * ITEM_BYTES[self.dtype]
+
+    kv_bytes = bytes  # what a plain read reads
+    memory = bytes
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.layers * 2 * self.width * self.hidden
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} {self.model.name} {self.layers} layers {self.dtype} rows {self.rows}"
+
+
+@dataclass(frozen=True)
+class MlpCase:
+    """One cell: rows through a decision model. It has the interface of benchmarks.cases.Case."""
+
+    sizes: tuple[int, ...]
+    rows: int
+    dtype: str
+    compiled: bool = False
+    modes: tuple[str, ...] = ("warm",)
+
+    op = "exit_mlp"
+    flex = False
+    ragged = False
+    context = 0
+    batch = 1
+
+    @property
+    def model(self) -> Model:
+        return Model("-".join(map(str, self.sizes)), 0, 0, self.sizes[0])
+
+    @property
+    def tree(self) -> TreeShape:
+        return TreeShape("rows", chain(self.rows))
+
+    @property
+    def nodes(self) -> int:
+        return self.rows
+
+    @property
+    def weights(self) -> int:
+        return sum(inputs * outputs for inputs, outputs in itertools.pairwise(self.sizes))
+
+    @property
+    def bytes(self) -> int:
+        return self.weights * ITEM_BYTES[self.dtype]
+
+    kv_bytes = bytes  # what a plain read reads
+    memory = bytes
+
+    @property
+    def flops(self) -> int:
+        return 2 * self.rows * self.weights
+
+    @property
+    def label(self) -> str:
+        return f"{self.op} {self.model.name} {self.dtype} rows {self.rows}"
+
+
+# (model, dim, layers that an exit skips)
+PROPAGATIONS = ((LLAMA3_8B, 4096, 8), (LLAMA2_7B, 4096, 4), (DRAFT_68M, 768, 1))
+DECISION_MODELS = ((11, 44, 1), (768, 512, 256, 1), (2048, 1024, 512, 1))
+
+
+def quick() -> list[ExitCase | KvCase | MlpCase]:
     cases = [ExitCase(*LLAMA2_HEAD, rows, "bf16", compiled=rows == 8) for rows in (1, 4, 8, 16, 60)]
     cases += [ExitCase(*LLAMA3_HEAD, rows, "bf16") for rows in (1, 8)]
-    return [*cases, ExitCase(*SMALL_HEAD, 1, "bf16", top_k=10), *(ExitCase(*LLAMA2_HEAD, n, "fp32") for n in (1, 60))]
+    cases += [ExitCase(*SMALL_HEAD, 1, "bf16", top_k=10), *(ExitCase(*LLAMA2_HEAD, n, "fp32") for n in (1, 60))]
+    # Quantising a head of 4,096 columns would take a tenth of the time.
+    cases += [ExitCase(*SMALL_HEAD, rows, "bf16", screened=True) for rows in (1, 4)]
+    cases += [KvCase(*PROPAGATIONS[0], rows, "bf16") for rows in (1, 16)]
+    return [*cases, MlpCase(DECISION_MODELS[0], 4, "fp32"), MlpCase(DECISION_MODELS[2], 4, "bf16")]
 
 
-def standard() -> list[ExitCase]:
-    return [
+def standard() -> list[ExitCase | KvCase | MlpCase]:
+    cases: list = [
         ExitCase(*head, rows, dtype, top_k, compiled=top_k == 0)
         for head in (LLAMA2_HEAD, LLAMA3_HEAD, SMALL_HEAD)
         for dtype in ("bf16", "fp32")
         for rows in (1, 4, 8, 16, 60)
         for top_k in ((0, 10) if rows in (1, 60) else (0,))
     ]
+    cases += [
+        ExitCase(*head, rows, "bf16", compiled=True, screened=True)
+        for head in (LLAMA2_HEAD, LLAMA3_HEAD, SMALL_HEAD)
+        for rows in (1, 4)
+    ]
+    cases += [
+        KvCase(*shape, rows, dtype, compiled=True)
+        for shape in PROPAGATIONS
+        for dtype in ("bf16", "fp32")
+        for rows in (1, 4, 8, 16, 60)
+    ]
+    cases += [
+        MlpCase(sizes, rows, dtype, compiled=True)
+        for sizes in DECISION_MODELS
+        for dtype in ("bf16", "fp32")
+        for rows in (1, 4, 60)
+    ]
+    return cases
 
 
 PRESETS = {"quick": quick, "standard": standard, "full": standard, "gpu-quick": quick, "gpu": standard}
@@ -83,3 +213,11 @@ PRESETS = {"quick": quick, "standard": standard, "full": standard, "gpu-quick": 
 def toy(**changes) -> ExitCase:
     """A case of a few kilobytes, for tests."""
     return replace(ExitCase(201, 48, 3, "fp32"), **changes)
+
+
+def toy_propagation(**changes) -> KvCase:
+    return replace(KvCase(Model("toy", 4, 2, 16), 64, 3, 5, "fp32"), **changes)
+
+
+def toy_model(**changes) -> MlpCase:
+    return replace(MlpCase((24, 16, 1), 3, "fp32"), **changes)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from . import acceptance, attention, exit, small_ops
+from . import acceptance, attention, draft_ops, exit, small_ops
 from .acceptance_cases import CHAIN_RULES, FILTERED, TREE_RULES
 
 
@@ -22,7 +22,9 @@ OPS = {
     "merge_states": Op(small_ops.make_states, small_ops.expected_states, small_ops.merge_contestants),
     "build_topology": Op(small_ops.make_parents, small_ops.expected_topology, small_ops.topology_contestants),
 }
-OPS["exit_confidence"] = Op(exit.make_inputs, exit.expected, exit.contestants)
+OPS |= dict.fromkeys(("exit_confidence", "screened_exit"), Op(exit.make_inputs, exit.expected, exit.contestants))
+OPS["kv_propagate"] = Op(draft_ops.make_propagation, draft_ops.expected_propagation, draft_ops.propagators)
+OPS["exit_mlp"] = Op(draft_ops.make_decision, draft_ops.expected_decision, draft_ops.deciders)
 OPS |= {
     f"accept {rule}{suffix}": Op(acceptance.make_inputs, acceptance.expected, acceptance.contestants)
     for rule in (*CHAIN_RULES, *TREE_RULES)

@@ -141,6 +141,7 @@ PYBIND11_MODULE(_C, m) {
   Bind<decltype(&tree_attention_params)>::cpu(m, "tree_attention_cpu", tree_attention_params, tree_attention_cpu);
   bind_accept(m);
   bind_exit(m);
+  bind_kv(m);
 #ifdef SPECDEC_WITH_CUDA
   m.def("cuda_device_error", &cuda_device_error, "Why this device can't run the compiled kernels, or an empty string.");
   Bind<decltype(&build_topology_params)>::cuda(m, "build_topology_cuda", build_topology_params, build_topology_cuda);

@@ -46,5 +46,6 @@ struct Bind<Params (*)(Args...)> {
 
 void bind_accept(pybind11::module_& m);  // bindings_accept.cpp
 void bind_exit(pybind11::module_& m);    // bindings_exit.cpp
+void bind_kv(pybind11::module_& m);      // bindings_kv.cpp
 
 }  // namespace specdec

@@ -123,6 +123,29 @@ std::tuple<int64_t, int64_t> exit_confidence_scratch_sizes(int32_t rows, int32_t
   return {scratch.bytes, scratch.counters};
 }
 
+// The same arguments, then scratch and counters.
+template <class MakeParams>
+struct MlpLaunchOf;
+template <class... Args>
+struct MlpLaunchOf<MlpParams (*)(Args...)> {
+  static MlpLaunch make(Args... args, std::tuple<Address, Address> scratch) {
+    MlpLaunch launch{};
+    launch.call = mlp_params(args...);
+    launch.scratch = pointer<uint8_t>(std::get<0>(scratch));
+    launch.counters = pointer<int32_t>(std::get<1>(scratch));
+    return launch;
+  }
+};
+
+std::tuple<int64_t, int64_t> mlp_scratch_sizes(int32_t rows, int32_t inputs, std::vector<int32_t> outputs) {
+  MlpLaunch launch{};
+  launch.call.rows = rows;
+  launch.call.inputs = inputs;
+  for (const int32_t of_layer : outputs) launch.call.layers[launch.call.count++].outputs = of_layer;
+  const CallScratch scratch = exit_mlp_scratch(launch);
+  return {scratch.bytes, scratch.counters};
+}
+
 }  // namespace
 #endif
 
@@ -137,6 +160,11 @@ void bind_exit(pybind11::module_& m) {
   const auto screened_params = &Screened<decltype(&exit_params)>::make;
   Bind<std::remove_const_t<decltype(screened_params)>>::cpu(m, "screened_exit_cpu", screened_params, screened_exit_cpu);
   Bind<decltype(&mlp_params)>::cpu(m, "exit_mlp_cpu", mlp_params, exit_mlp_cpu);
+#ifdef SPECDEC_WITH_CUDA
+  const auto mlp_launch = &MlpLaunchOf<decltype(&mlp_params)>::make;
+  Bind<std::remove_const_t<decltype(mlp_launch)>>::cuda(m, "exit_mlp_cuda", mlp_launch, exit_mlp_cuda);
+  m.def("exit_mlp_scratch", mlp_scratch_sizes, "Bytes of scratch, and zeroed int32 counters, for such a call.");
+#endif
 }
 
 }  // namespace specdec

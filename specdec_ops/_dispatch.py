@@ -37,10 +37,12 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
     },
     "exit_mlp": {
+        "cuda": "specdec_ops._native_exit:exit_mlp_cuda",
         "cpu": "specdec_ops._native_exit:exit_mlp_cpu",
         "torch": "specdec_ops.reference.exit_mlp:exit_mlp",
     },
     "kv_propagate": {
+        "cuda": "specdec_ops._native_kv:kv_propagate_cuda",
         "cpu": "specdec_ops._cpu_kv:kv_propagate",
         "torch": "specdec_ops.reference.kv_propagate:kv_propagate",
     },

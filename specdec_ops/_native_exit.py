@@ -55,20 +55,41 @@ def screened_exit_cpu(*arguments):
     _module().screened_exit_cpu(*exit_arguments, screen, tolerance, _address(rechecked), torch.get_num_threads())
 
 
-def exit_mlp_cpu(features, weights, biases, threshold, score, stop):
+def exit_mlp_cpu(*arguments):
     """See specdec_ops.reference.exit_mlp for the arguments."""
+    _module().exit_mlp_cpu(*_mlp_arguments(*arguments), torch.get_num_threads())
+
+
+def exit_mlp_cuda(features, weights, *others):
+    """See specdec_ops.reference.exit_mlp for the arguments.
+
+    Scratch may hold anything and is this call's alone; for the counters see _native._counters.
+    """
+    arguments = _mlp_arguments(features, weights, *others)
+    scratch_bytes, counters = _mlp_scratch(*features.shape, tuple(weight.shape[0] for weight in weights))
+    device, stream = _stream(features.device)
+    scratch = _alloc.empty((scratch_bytes,), torch.uint8, features.device)
+    counter = _counters(features.device, stream, counters)
+    _module().exit_mlp_cuda(*arguments, (scratch.data_ptr(), counter.data_ptr()), device, stream)
+
+
+@functools.lru_cache(maxsize=1024)
+def _mlp_scratch(rows, inputs, outputs) -> tuple[int, int]:
+    return _module().exit_mlp_scratch(rows, inputs, outputs)
+
+
+def _mlp_arguments(features, weights, biases, threshold, score, stop):
     layers = [
         (weight.data_ptr(), _HEAD_TYPES[weight.dtype], bias.data_ptr(), weight.shape[0])
         for weight, bias in zip(weights, biases, strict=True)
     ]
-    _module().exit_mlp_cpu(
+    return (
         (features.data_ptr(), _DTYPE_CODES[features.dtype], features.stride(0)),
         layers,
         threshold,
         score.data_ptr(),
         stop.data_ptr(),
         tuple(features.shape),
-        torch.get_num_threads(),
     )
 
 

@@ -13,10 +13,15 @@ if not torch.cuda.is_available():
 
 import attention_cases
 import specdec_ops
-from emulator import accept_kernels, build, exit_kernels, kernels
+from emulator import accept_kernels, build, draft_kernels, exit_kernels, kernels
 from specdec_ops import _alloc, _dispatch
 
-EMULATED = {**kernels.IMPLEMENTATIONS, **accept_kernels.IMPLEMENTATIONS, **exit_kernels.IMPLEMENTATIONS}
+EMULATED = {
+    **kernels.IMPLEMENTATIONS,
+    **accept_kernels.IMPLEMENTATIONS,
+    **exit_kernels.IMPLEMENTATIONS,
+    **draft_kernels.IMPLEMENTATIONS,
+}
 
 
 def pytest_configure():

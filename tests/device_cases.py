@@ -5,6 +5,7 @@ A new op gets an entry in CASES: `make(seed)` gives its input tensors by name, o
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -17,7 +18,9 @@ from specdec_ops import (
     build_topology,
     chain_accept,
     early_exit,
+    exit_mlp,
     greedy_accept,
+    kv_propagate,
     merge_states,
     sample_children,
     sample_tokens,
@@ -192,7 +195,62 @@ def call_exits(tensors: Tensors, backend: str) -> list[torch.Tensor]:
 
 EXITS = ("hidden", "head", "norm_weight")
 INT8_EXITS = ("hidden", "norm_weight")
+
+
+def make_mlp(seed: int) -> Tensors:
+    """A model of three layers, the first in several blocks, and rows of other features for every seed."""
+    generator, sizes = generator_of(seed), (384, 320, 96, 1)
+    tensors = {"features": torch.randn(21, sizes[0], generator=generator).bfloat16()}
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        weight = torch.randn(outputs, inputs, generator=generator) * (2 / inputs) ** 0.5
+        tensors |= {f"weight{index}": weight.bfloat16(), f"bias{index}": torch.randn(outputs, generator=generator) / 9}
+    return tensors
+
+
+def call_mlp(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    layers = [(tensors[f"weight{index}"], tensors[f"bias{index}"]) for index in range(3)]
+    return list(exit_mlp(tensors["features"], layers, 0.9, backend=backend))
+
+
+def make_propagation(seed: int) -> Tensors:
+    """Rows of three requests over pages in another order for every seed; some rows have no place."""
+    generator, layers, rows, dim, width = generator_of(seed), 3, 19, 264, KV_HEADS * DIM
+    slots = torch.randperm(BATCH * 2 * PAGE, generator=generator)[:rows].int()  # requests are 32 slots each
+    angles = torch.randn(rows, DIM // 2, generator=generator)
+    weights = torch.randn(2, layers, width, dim, generator=generator) / dim**0.5
+    return {
+        "hidden": torch.randn(rows, dim, generator=generator).bfloat16(),
+        "norms": 1 + 0.1 * torch.randn(layers, dim, generator=generator),
+        "weights": weights.bfloat16(),
+        "positions": torch.randperm(rows, generator=generator).int(),
+        "requests": slots // (2 * PAGE),
+        "slots": torch.where(slots % 7 == 0, -1, slots % (2 * PAGE)),
+        "cosines": angles.cos(),
+        "sines": angles.sin(),
+        "page_table": torch.randperm(BATCH * 2, generator=generator).view(BATCH, 2).int(),
+    }
+
+
+def call_propagation(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    """Into new caches, of which all is the result."""
+    hidden, norms, (keys, values) = (tensors[name] for name in ("hidden", "norms", "weights"))
+    caches = torch.zeros(2, len(norms), BATCH * 2, PAGE, KV_HEADS, DIM, dtype=hidden.dtype, device=hidden.device)
+    kv_propagate(
+        hidden,
+        list(zip(norms, keys, values, strict=True)),
+        tensors["positions"],
+        tensors["slots"],
+        *map(list, caches),
+        rope=(tensors["cosines"], tensors["sines"]),
+        requests=tensors["requests"],
+        page_table=tensors["page_table"],
+        backend=backend,
+    )
+    return [caches]
+
+
 PRECISE_LOGITS = ("target", "draft")
+PRECISE_PROPAGATION = ("hidden", "norms", "weights", "cosines", "sines")
 CASES = {
     "accept": {
         rule: DeviceCase(make_acceptance, functools.partial(call_acceptance, rule=rule), PRECISE_LOGITS)
@@ -205,6 +263,8 @@ CASES = {
         "many rows": DeviceCase(make_many_exits, call_exits, EXITS),
         "int8": DeviceCase(make_int8_exits, call_exits, INT8_EXITS),
     },
+    "exit_mlp": {"": DeviceCase(make_mlp, call_mlp, ("features", "weight0", "weight1", "weight2"))},
+    "kv_propagate": {"": DeviceCase(make_propagation, call_propagation, PRECISE_PROPAGATION)},
     "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},
     "tree_attention": {
         "paged": DeviceCase(make_attention, call_paged_attention, QKV),

@@ -1,9 +1,11 @@
 """The early exit benchmarks: PyTorch's forms are right, and a cell is checked, timed and judged."""
 
+import dataclasses
+
 import pytest
 import torch
 
-from benchmarks import exit, exit_cases, results, roofs, targets
+from benchmarks import draft_ops, exit, exit_cases, results, roofs, targets
 from benchmarks.contestant import check
 from benchmarks.peers import OPS
 from benchmarks.timing import CpuTimer
@@ -22,6 +24,43 @@ def test_every_contestant_is_right(dtype, top_k):
         assert check(contestant, exact).problem == "", contestant.name
 
 
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_a_screened_cell_has_the_whole_head_beside_it(dtype):
+    inputs = exit.make_inputs(exit_cases.toy(dtype=dtype, vocab=300, screened=True))
+    exact = exit.expected(inputs)
+    found = exit.contestants(inputs, Options)
+    assert [contestant.name for contestant in found][:2] == ["specdec_ops", "specdec_ops full head"]
+    for contestant in found:
+        assert check(contestant, exact).problem == "", contestant.name
+    assert found[0].call().rechecked is not None and found[1].call().rechecked is None
+    another = exit.ours(inputs, "torch", "wrong")
+    another.to_result = lambda result: [result.max_prob, result.logsumexp, (result.token + 1) % 300]
+    assert check(another, exact).problem.startswith("WRONG")
+
+
+PROPAGATION = (draft_ops.make_propagation, draft_ops.expected_propagation, draft_ops.propagators)
+DECISION = (draft_ops.make_decision, draft_ops.expected_decision, draft_ops.deciders)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("case", [exit_cases.toy_propagation(), exit_cases.toy_model()], ids=lambda case: case.op)
+def test_contestants_of_the_draft_ops_are_right(case, dtype):
+    """PyTorch's forms too; and one that leaves a cache alone, or a score that is off, is not."""
+    make, expect, contest = PROPAGATION if case.op == "kv_propagate" else DECISION
+    inputs = make(dataclasses.replace(case, dtype=dtype))
+    exact = expect(inputs)
+    found = contest(inputs, Options)
+    for contestant in found:
+        assert check(contestant, exact).problem == "", contestant.name
+    idle = found[0]
+    right = idle.call()
+    if case.op == "kv_propagate":
+        idle.call = inputs.caches
+    else:
+        idle.call = lambda: (right[0] + 0.1, right[1])
+    assert check(idle, exact).problem.startswith("WRONG")
+
+
 def test_a_wrong_result_gets_no_time():
     inputs = exit.make_inputs(exit_cases.toy())
     exact = exit.expected(inputs)
@@ -29,6 +68,32 @@ def test_a_wrong_result_gets_no_time():
     right = wrong.to_result
     wrong.to_result = lambda result: [figure * 1.01 for figure in right(result)]
     assert check(wrong, exact).problem.startswith("WRONG")
+
+
+@pytest.mark.parametrize(
+    "case", [exit_cases.toy(screened=True), exit_cases.toy_propagation(), exit_cases.toy_model()], ids=lambda c: c.op
+)
+def test_cells_of_the_other_ops(case):
+    op = OPS[case.op]
+    inputs = op.make_inputs(case)
+    exact = op.expected(inputs)
+    group = [check(contestant, exact) for contestant in op.contestants(inputs, Options)]
+    measured = CpuTimer().measure(group, "warm", 0.1, 0.0)
+    machine = dict.fromkeys(results.MACHINE_COLUMNS, "")
+    found = results.rows_of(case, "warm", group, measured, roofs.Roofs(1e10, {"fp32": (1e11, 512)}), machine)
+    (cell,) = results.cells(found)
+    assert cell.ours["ratio"] > 0 and cell.ours["read_percent"] > 0
+    assert cell.key == results.key(case, "warm")
+    assert cell.label.startswith(case.op)
+
+
+@pytest.mark.parametrize("preset", exit_cases.PRESETS)
+def test_cases_differ(preset):
+    """And bf16 as well as fp32 is measured."""
+    cases = exit_cases.PRESETS[preset]()
+    assert len({case.label for case in cases}) == len({results.key(case, "warm") for case in cases}) == len(cases)
+    assert {case.op for case in cases} == {"exit_confidence", "screened_exit", "kv_propagate", "exit_mlp"}
+    assert {case.dtype for case in cases if case.op == "exit_confidence"} == {"bf16", "fp32"}
 
 
 @pytest.mark.parametrize("rows", [1, 60])

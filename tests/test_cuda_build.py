@@ -22,6 +22,8 @@ ACCEPTANCE = {"accept_walk_kernel": 168, "accept_laws_kernel": 128, "accept_race
 # Of early exit: two blocks of 256 threads fill a multiprocessor. Heads of 16 bits for 8 to 64 hidden rows, float32 ones
 # for 8 and 32, int8 ones for 8 to 32, and for 8 and 16 in two parts.
 EXIT = {"exit_confidence_kernel": 4 + 4 + 2 + 3 + 2}
+# One block of 256 threads on a multiprocessor keeps its memory busy: much is under way in each.
+DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255}
 # tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.
 # Twice, for bfloat16 and float16.
 ROWS = (16, 32, 64, 128)
@@ -34,6 +36,8 @@ KERNELS = {  # instantiations of each
     "tree_attention_kernel": ATTENTION,
     **dict.fromkeys(ACCEPTANCE, 1),
     **EXIT,
+    "exit_mlp_kernel": 2,
+    "kv_propagate_kernel": 9,
 }
 
 
@@ -110,22 +114,25 @@ def most_registers(function):
     if any(kernel in function for kernel in EXIT):
         return 128
     if (shape := attention_shape(function)) is None:
-        return next((most for kernel, most in ACCEPTANCE.items() if kernel in function), MOST_REGISTERS)
+        return next((most for kernel, most in (ACCEPTANCE | DRAFT).items() if kernel in function), MOST_REGISTERS)
     dim, rows = shape
     warps = max(4, rows // 16 * (2 if rows <= 32 or (dim > 128 and rows <= 64) else 1))
     return min(255, 65536 // (32 * warps))
 
 
+COPIES = r"\bLDGSTS\.E\S*\.128\b"
+MATRIX = {"HMMA": r"\bHMMA\.16816\.F32", "ldmatrix": r"\bLDSM\.16\.\S*M88\.4\b"}
+
+
 def test_attention_uses_what_the_hardware_has(functions):
     """Tensor cores, asynchronous copies of 16 bytes, 16-byte stores of results, and no local memory."""
-    needed = {"HMMA": r"\bHMMA\.16816\.F32", "copies": r"\bLDGSTS\.E\S*\.128\b", "ldmatrix": r"\bLDSM\.16\.\S*M88\.4\b"}
-    needed |= {"loads": r"\bLDG\.E\S*\.128\b", "stores": r"\bSTG\.E\S*\.128\b"}
-    kernels = {name: body for name, body in functions.items() if attention_shape(name) is not None}
-    assert len(kernels) == ATTENTION
+    needed = {"copies": COPIES, **MATRIX, "loads": r"\bLDG\.E\S*\.128\b", "stores": r"\bSTG\.E\S*\.128\b"}
+    kernels = {function: body for function, body in functions.items() if attention_shape(function) is not None}
     for function, body in kernels.items():
         for what, pattern in needed.items():
             assert re.search(pattern, body), (function, what)
         assert not re.search(r"\b(LDL|STL)\b", body), function
+    assert len(kernels) == ATTENTION
 
 
 def test_heads_use_what_the_hardware_has(functions):
@@ -133,8 +140,8 @@ def test_heads_use_what_the_hardware_has(functions):
     kernels = {name: body for name, body in functions.items() if any(kernel in name for kernel in EXIT)}
     assert len(kernels) == sum(EXIT.values())
     for function, body in kernels.items():
-        assert re.search(r"\bLDGSTS\.E\S*\.128\b", body), function
-        assert bool(re.search(r"\bHMMA\.16816\.F32", body)) == ("HeadShapeIff" not in function), function
+        assert re.search(COPIES, body), function
+        assert bool(re.search(MATRIX["HMMA"], body)) == ("HeadShapeIff" not in function), function
         assert not re.search(r"\b(LDL|STL)\b", body), function
 
 
@@ -142,6 +149,21 @@ def test_scratch_of_early_exit():
     """A state for each row and block: two blocks for each multiprocessor, but no more than tiles of 128 entries."""
     assert MODULE.exit_confidence_scratch(1, 97, 0, 132) == (32, 2)
     assert MODULE.exit_confidence_scratch(60, 128_256, 10, 132) == (60 * 264 * (16 + 80), 9)
+
+
+def test_kv_propagate_uses_what_the_hardware_has(functions):
+    """The same copies and loads; tensor cores for 16 bits."""
+    kernels = {function: body for function, body in functions.items() if "kv_propagate_kernel" in function}
+    for function, body in kernels.items():
+        wide = {"copies": COPIES, "loads": r"\bLDG\.E\S*\.128\b"} | ({} if "KvShapeIf" in function else MATRIX)
+        for what, pattern in wide.items():
+            assert re.search(pattern, body), (function, what)
+    assert sum("KvShapeIf" in function for function in kernels) == 3
+
+
+def test_exit_mlp_reads_weights_in_packs(functions):
+    bodies = [body for function, body in functions.items() if "exit_mlp_kernel" in function]
+    assert all(len(re.findall(r"\bLDG\.E\S*\.128\b", body)) >= 8 * 3 for body in bodies)
 
 
 def attention_arguments(*, address=0, dtype=1, float8=0, batch=0, dim=64):
@@ -157,6 +179,8 @@ def test_empty_batch_needs_no_device():
     MODULE.build_topology_cuda(*[0] * 9, 0, 44, 1, 0, 0)
     MODULE.merge_states_cuda(*[0] * 6, 0, 128, 1, 0, 0)
     MODULE.accept_cuda(*accept_arguments(batch=0))
+    MODULE.exit_mlp_cuda((0, 0, 0), [(0, 0, 0, 1)], 0.5, 0, 0, (0, 8), (0, 0), 0, 0)
+    MODULE.kv_propagate_cuda((0, 0, 0), [], 0.0, (0, 0, 0, False), (0, 0, 0), (0, 8, 1, 8), (1, 1, 0, 0), 0, 0)
 
 
 def accept_arguments(batch=1, vocab=100):
@@ -181,6 +205,16 @@ def test_scratch_of_acceptance():
     assert 0 < bytes_needed < 8 * 60 * 256 and counters == 0
     bytes_needed, counters = MODULE.accept_scratch(recursive, 2, 60, 128_256, 59, False, True, False, eager)
     assert 0 < bytes_needed < 2 * 100_000 and counters == 2 * (2 * 60 + 1)
+
+
+def test_scratch_of_exit_mlp():
+    """For a block of 4 or 8 rows: a part for each 16 units, one for each group of parts, and two layers; a counter for
+    each group and one for the groups; and one for all rows."""
+    assert MODULE.exit_mlp_scratch(4, 2048, [1024, 512, 1]) == ((64 + 8 + 2) * 4 * 512 * 4, 1 + 8 + 1)
+    assert MODULE.exit_mlp_scratch(60, 2048, [1024, 512, 1]) == (8 * (64 + 8 + 2) * 8 * 512 * 4, 1 + 8 * (8 + 1))
+    assert MODULE.exit_mlp_scratch(5, 11, [44, 1]) == (2 * (1 + 1 + 2) * 4 * 4, 1 + 2 * 2)
+    bounded, _ = MODULE.exit_mlp_scratch(100_000, 2048, [1024, 512, 1])
+    assert (60 << 20) < bounded <= (64 << 20)
 
 
 def test_too_many_nodes_is_a_sentence():

@@ -37,6 +37,7 @@ MAY_IMPORT = {
     "specdec_ops/_loader.py": ["._C"],
     "specdec_ops/_native_accept.py": ["torch", "._native", "._alloc"],
     "specdec_ops/_native_exit.py": ["torch", "._native", "._alloc"],
+    "specdec_ops/_native_kv.py": ["._native"],
     "specdec_ops/_native.py": ["torch", "._alloc", "._loader"],
     "specdec_ops/_alloc.py": ["torch"],
     "specdec_ops/_checks.py": ["torch"],

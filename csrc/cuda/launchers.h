@@ -7,6 +7,8 @@
 
 #include "specdec/accept_launch.h"
 #include "specdec/exit_launch.h"
+#include "specdec/kv_params.h"
+#include "specdec/mlp_launch.h"
 #include "specdec/params.h"
 
 namespace specdec {
@@ -27,11 +29,14 @@ constexpr int32_t kAcceptMaxVocab = 393216, kSampleMaxVocab = 1 << 20;
 cudaError_t accept_cuda(const AcceptLaunch& launch, int device, cudaStream_t stream);
 cudaError_t sample_cuda(const SampleLaunch& launch, int device, cudaStream_t stream);
 cudaError_t exit_confidence_cuda(const ExitLaunch& launch, int device, cudaStream_t stream);
+cudaError_t exit_mlp_cuda(const MlpLaunch& launch, int device, cudaStream_t stream);
+cudaError_t kv_propagate_cuda(const KvPropagateParams& params, int device, cudaStream_t stream);
 
 // What a call needs, which its shapes and its path decide.
 CallScratch accept_scratch(const AcceptLaunch& launch);
 CallScratch sample_scratch(const SampleLaunch& launch);
 CallScratch exit_confidence_scratch(const ExitLaunch& launch);
+CallScratch exit_mlp_scratch(const MlpLaunch& launch);
 
 // One helpful sentence for an error of a launch on this device.
 std::string explain(cudaError_t error, int device);

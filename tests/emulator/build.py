@@ -34,8 +34,16 @@ OPS = {
     "accept": "AcceptLaunch",
     "sample": "SampleLaunch",
     "exit_confidence": "ExitLaunch",
+    "exit_mlp": "MlpLaunch",
+    "kv_propagate": "KvPropagateParams",
 }
-SCRATCH = ("tree_attention", "accept", "sample", "exit_confidence")  # ops whose OP_scratch says how much a call needs
+SCRATCH = (
+    "tree_attention",
+    "accept",
+    "sample",
+    "exit_confidence",
+    "exit_mlp",
+)  # ops whose OP_scratch says how much a call needs
 
 
 class CannotRun(Exception):

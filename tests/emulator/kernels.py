@@ -25,8 +25,16 @@ _C_TYPES = {
     "float": ctypes.c_float,
     "bool": ctypes.c_bool,
 }
-_COUNTS = {"kMaxEos": 8}
-_HEADERS = ("params.h", "accept_params.h", "accept_launch.h", "exit_params.h", "exit_launch.h")
+_COUNTS = {"kMaxEos": 8, "kMostLayers": 8, "kMostKvLayers": 32}
+_HEADERS = (
+    "params.h",
+    "accept_params.h",
+    "accept_launch.h",
+    "exit_params.h",
+    "exit_launch.h",
+    "mlp_launch.h",
+    "kv_params.h",
+)
 
 
 class Launch(NamedTuple):
@@ -117,7 +125,8 @@ def params_type(op):
 def fields_of(struct, prefix=""):
     """The fields of a structure, and in their places those of the structures in it: [(name, type)]
 
-    A PerRequest is a pointer NAMEs and a number NAME. The fields of draft_sampling begin with draft_.
+    A PerRequest is a pointer NAMEs and a number NAME. The fields of draft_sampling begin with draft_, those of the
+    third of an array of structures with NAME2_.
     """
     text = "".join((build.ROOT / "csrc/specdec" / header).read_text() for header in _HEADERS)
     body = re.search(rf"struct {struct} \{{(.*?)\n\}};", re.sub(r"//.*", "", text), re.DOTALL)[1]
@@ -132,6 +141,9 @@ def fields_of(struct, prefix=""):
                 fields += [(f"{name}s", ctypes.c_void_p), (name, _C_TYPES[kind[len("PerRequest<") : -1]])]
             elif kind.endswith("Params"):
                 fields += fields_of(kind, "draft_" if name == "draft_sampling" else "")
+            elif kind.endswith("Layer"):
+                for index in range(_COUNTS[count]):
+                    fields += fields_of(kind, f"{name}{index}_")
             elif count:
                 fields.append((name, _C_TYPES[kind] * (_COUNTS.get(count) or int(count))))
             else:

@@ -1,0 +1,209 @@
+"""kv_propagate and exit_mlp: inputs, exact results, contestants."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+import specdec_ops
+
+from .attention import DTYPES, fill_random
+from .contestant import Contestant, Expected, allowed_error, largest_error
+from .exit import EPS, read_control
+from .exit_cases import KvCase, MlpCase
+
+SLOTS, FIRST_POSITION, THETA = 128, 1000, 5e5
+THRESHOLD = 0.4  # of improved MCSD's decision model
+
+
+def exact_or_rounded(exact: list[torch.Tensor], plain: list[torch.Tensor], dtype: torch.dtype) -> list[float]:
+    """What errors are allowed, where PyTorch gives `plain`."""
+    errors = [largest_error(*both) for both in zip(plain, exact, strict=True)]
+    return [allowed_error(*both, dtype) for both in zip(exact, errors, strict=True)]
+
+
+# --- kv_propagate
+
+
+@dataclass
+class Propagation:
+    """hidden [rows, dim], norms [layers, dim], weights [layers, 2, width, dim], tables [positions, pairs].
+
+    The weights are one tensor, so that PyTorch can multiply by all of them at once.
+    """
+
+    case: KvCase
+    hidden: torch.Tensor
+    norms: torch.Tensor
+    weights: torch.Tensor
+    positions: torch.Tensor
+    slots: torch.Tensor
+    long_slots: torch.Tensor  # as PyTorch wants them
+    tables: tuple[torch.Tensor, torch.Tensor]
+
+    def caches(self, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """[K and V, layers, 1, slots, kv_heads, head_dim], in which an unwritten element shows."""
+        shape = (2, len(self.norms), 1, SLOTS, self.case.model.kv_heads, self.case.model.dim)
+        return torch.full(shape, float("nan"), dtype=dtype or self.hidden.dtype, device=self.hidden.device)
+
+
+def make_propagation(case: KvCase, device: str = "cpu") -> Propagation:
+    dtype, pairs = DTYPES[case.dtype], case.model.dim // 2
+    weights = fill_random((case.layers, 2, case.width, case.hidden), dtype, 1) * case.hidden**-0.5
+    positions = torch.arange(FIRST_POSITION, FIRST_POSITION + case.rows, dtype=torch.int32)
+    frequencies = THETA ** (-torch.arange(pairs, dtype=torch.float64) / pairs)
+    angles = torch.arange(FIRST_POSITION + case.rows, dtype=torch.float64)[:, None] * frequencies
+    slots = torch.arange(SLOTS - case.rows, SLOTS, dtype=torch.int32, device=device)
+    return Propagation(
+        case,
+        fill_random((case.rows, case.hidden), dtype, 2).to(device),
+        (1 + 0.1 * fill_random((case.layers, case.hidden), torch.float32, 3)).to(device, dtype),
+        weights.to(device),
+        positions.to(device),
+        slots,
+        slots.long(),
+        tuple(table.float().to(device) for table in (angles.cos(), angles.sin())),
+    )
+
+
+def our_propagator(inputs: Propagation, backend: str, name: str) -> Contestant:
+    caches = inputs.caches()
+    k_caches, v_caches = (list(part) for part in caches)
+    layers = [(norm, *pair) for norm, pair in zip(inputs.norms, inputs.weights, strict=True)]
+
+    def call():
+        i = inputs
+        specdec_ops.kv_propagate(
+            i.hidden, layers, i.positions, i.slots, k_caches, v_caches, rope=i.tables, norm_eps=EPS, backend=backend
+        )
+        return caches
+
+    return Contestant(name, "ours", call, reads=(inputs.weights,))
+
+
+def rotated(k: torch.Tensor, inputs: Propagation) -> torch.Tensor:
+    """Keys [..., rows, heads, head_dim], turned half against half."""
+    cosines, sines = (table[inputs.positions][:, None] for table in inputs.tables)
+    first, second = k.float().chunk(2, dim=-1)
+    return torch.cat((first * cosines - second * sines, second * cosines + first * sines), dim=-1).to(k.dtype)
+
+
+def layer_by_layer(inputs: Propagation, caches: torch.Tensor) -> torch.Tensor:
+    """As engines do it: the code of a layer's attention up to the cache."""
+    heads = caches.shape[-2:]
+    for layer, (norm, (k_weight, v_weight)) in enumerate(zip(inputs.norms, inputs.weights, strict=True)):
+        y = torch.nn.functional.rms_norm(inputs.hidden, inputs.hidden.shape[1:], norm, EPS)
+        k, v = ((y @ weight.T).unflatten(1, heads) for weight in (k_weight, v_weight))
+        caches[0, layer, 0].index_copy_(0, inputs.long_slots, rotated(k, inputs))
+        caches[1, layer, 0].index_copy_(0, inputs.long_slots, v)
+    return caches
+
+
+def stacked(inputs: Propagation, caches: torch.Tensor) -> torch.Tensor:
+    """All layers at once, which nothing but the norms' weights forbids: one batched product."""
+    hidden, heads = inputs.hidden, caches.shape[-2:]
+    normed = hidden.float() * torch.rsqrt(hidden.float().square().mean(1, keepdim=True) + EPS)
+    y = (normed * inputs.norms.float()[:, None]).to(hidden.dtype)
+    both = torch.bmm(y, inputs.weights.flatten(1, 2).transpose(1, 2)).unflatten(2, (2, *heads))
+    caches[0, :, 0].index_copy_(1, inputs.long_slots, rotated(both[:, :, 0], inputs))
+    caches[1, :, 0].index_copy_(1, inputs.long_slots, both[:, :, 1])
+    return caches
+
+
+def expected_propagation(inputs: Propagation) -> Expected:
+    """Of the first and the last layer."""
+    chosen = sorted({0, inputs.case.layers - 1})
+
+    def take(caches: torch.Tensor) -> list[torch.Tensor]:
+        return [caches[:, layer, 0, inputs.long_slots] for layer in chosen]
+
+    exact = inputs.caches(torch.float64)
+    layers = [(inputs.norms[at].double(), *inputs.weights[at].double()) for at in chosen]
+    specdec_ops.kv_propagate(
+        inputs.hidden.double(),
+        layers,
+        inputs.positions,
+        inputs.slots,
+        *([part[at] for at in chosen] for part in exact),
+        rope=tuple(table.double() for table in inputs.tables),
+        norm_eps=EPS,
+        backend="torch",
+    )
+    plain = take(layer_by_layer(inputs, inputs.caches()))
+    return Expected(take, take(exact), exact_or_rounded(take(exact), plain, inputs.hidden.dtype))
+
+
+def propagators(inputs: Propagation, options) -> list[Contestant]:
+    listed = [our_propagator(inputs, "auto", "specdec_ops")]
+    listed += [our_propagator(inputs, backend, f"specdec_ops {backend}") for backend in options.backends]
+    forms = [("eager", layer_by_layer), ("stacked", stacked)]
+    if inputs.case.compiled:
+        forms.append(("compiled", torch.compile(stacked, dynamic=False)))
+    for name, form in forms:
+        caches = inputs.caches()
+        call = lambda form=form, caches=caches: form(inputs, caches)  # noqa: E731
+        listed.append(Contestant(name, "pytorch", call, reads=(inputs.weights,)))
+    return [*listed, read_control([inputs.weights])] if inputs.hidden.device.type == "cpu" else listed
+
+
+# --- exit_mlp
+
+
+@dataclass
+class Decision:
+    """features [rows, inputs], and a weight and a bias for each layer."""
+
+    case: MlpCase
+    features: torch.Tensor
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+
+    @property
+    def weights(self) -> list[torch.Tensor]:
+        return [weight for weight, _ in self.layers]
+
+
+def make_decision(case: MlpCase, device: str = "cpu") -> Decision:
+    dtype, layers = DTYPES[case.dtype], []
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(case.sizes)):
+        weight = (fill_random((outputs, inputs), torch.float32, 2 * index) * (2 / inputs) ** 0.5).to(device, dtype)
+        layers.append((weight, 0.1 * fill_random((outputs,), torch.float32, 2 * index + 1, device)))
+    return Decision(case, fill_random((case.rows, case.sizes[0]), dtype, 99).to(device), layers)
+
+
+def our_decider(inputs: Decision, backend: str, name: str) -> Contestant:
+    def call():
+        return specdec_ops.exit_mlp(inputs.features, inputs.layers, THRESHOLD, backend=backend)
+
+    return Contestant(name, "ours", call, list, inputs.weights)
+
+
+def linear_layers(features: torch.Tensor, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
+    """The biases are of the weights' dtype already."""
+    x = features
+    for index, (weight, bias) in enumerate(layers):
+        x = torch.nn.functional.linear(torch.relu(x) if index else x, weight, bias)
+    score = torch.sigmoid(x[:, 0])
+    return [score, ~(score > THRESHOLD).any(0, keepdim=True)]
+
+
+def expected_decision(inputs: Decision) -> Expected:
+    layers = [(weight.double(), bias) for weight, bias in inputs.layers]
+    exact = list(specdec_ops.exit_mlp(inputs.features.double(), layers, THRESHOLD, backend="torch"))
+    cast = [(weight, bias.to(weight.dtype)) for weight, bias in inputs.layers]
+    score, _ = linear_layers(inputs.features, cast)
+    return Expected(list, exact, [*exact_or_rounded(exact[:1], [score], inputs.features.dtype), 0.0])
+
+
+def deciders(inputs: Decision, options) -> list[Contestant]:
+    listed = [our_decider(inputs, "auto", "specdec_ops")]
+    listed += [our_decider(inputs, backend, f"specdec_ops {backend}") for backend in options.backends]
+    layers = [(weight, bias.to(weight.dtype)) for weight, bias in inputs.layers]
+    forms = [("eager", linear_layers)]
+    if inputs.case.compiled:
+        forms.append(("compiled", torch.compile(linear_layers, dynamic=False)))
+    for name, form in forms:
+        call = lambda form=form: form(inputs.features, layers)  # noqa: E731
+        listed.append(Contestant(name, "pytorch", call, list, inputs.weights))
+    return [*listed, read_control(inputs.weights)] if inputs.features.device.type == "cpu" else listed
