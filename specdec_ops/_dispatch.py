@@ -32,6 +32,7 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.build_topology:build_topology",
     },
     "exit_confidence": {
+        "triton": "specdec_ops.triton_kernels.exit_confidence:exit_confidence",
         "cpu": "specdec_ops._native_exit:exit_confidence_cpu",
         "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
     },

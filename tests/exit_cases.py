@@ -43,8 +43,12 @@ class ExitCase:
         exact = self.to(torch.float64)
         return exact.run("torch", **options)
 
-    def plain(self):
-        """What PyTorch's users write, in the case's dtype: max_prob, margin, entropy and logsumexp."""
+    def plain(self, rounded_logits: bool = True):
+        """What PyTorch's users write, in the case's dtype: max_prob, margin, entropy and logsumexp.
+
+        Without rounded logits only the inputs of the product are of that dtype: what a fused kernel cannot do without.
+        The roundings of one row's logits may cancel those, so a single row's error says little.
+        """
         options, dtype = self.options, self.hidden.dtype
         x = self.hidden
         if options.get("norm_weight") is not None:
@@ -53,8 +57,10 @@ class ExitCase:
         head = self.head
         if isinstance(head, QuantizedHead):
             logits = (x @ head.values.to(dtype).T).float() * head.scales
-        else:
+        elif rounded_logits:
             logits = (x @ head.T).float()
+        else:
+            logits = x.float() @ head.float().T
         if options.get("bias") is not None:
             logits = logits + options["bias"]
         temperature = options.get("temperature", 1.0)
