@@ -37,10 +37,12 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
     },
     "exit_mlp": {
+        "triton": "specdec_ops.triton_kernels.exit_mlp:exit_mlp",
         "cpu": "specdec_ops._native_exit:exit_mlp_cpu",
         "torch": "specdec_ops.reference.exit_mlp:exit_mlp",
     },
     "kv_propagate": {
+        "triton": "specdec_ops.triton_kernels.kv_propagate:kv_propagate",
         "cpu": "specdec_ops._cpu_kv:kv_propagate",
         "torch": "specdec_ops.reference.kv_propagate:kv_propagate",
     },

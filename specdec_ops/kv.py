@@ -35,8 +35,6 @@ def kv_propagate(
     and V weights of a layer instead of all of them (one twenty-sixth in Llama-3-8B). `LayerCache` keeps the exact rows
     and catches up instead.
 
-    No kernel for GPUs yet: there the torch backend runs, which waits for the device to find the rows to store.
-
     Args:
         hidden: float32, bfloat16 or float16 `[rows, dim]`, before any norm, with a contiguous last dimension.
         layers: per skipped layer `(norm_weight, k_weight, v_weight)`: the RMSNorm before its attention `[dim]` in
@@ -59,7 +57,8 @@ def kv_propagate(
         norm_eps: added to the mean square.
         requests: int32 `[rows]`: the request of each row, ragged as it may be. None: all are of request 0.
         page_table: int32 `[batch, max_pages]`: slot j of request b is in page `page_table[b, j // page_size]`.
-        backend: "auto", "cpu" or "torch"; see `specdec_ops.backends("kv_propagate")`. float64 runs with torch.
+        backend: "auto", "triton", "cpu" or "torch"; see `specdec_ops.backends("kv_propagate")`. float64 runs with torch,
+            which waits for the device to find the rows to store.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

@@ -7,10 +7,15 @@ from dataclasses import dataclass
 import torch
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i8": torch.int8}
+OF_HIDDEN = ("hidden", "norm_weight", "x", "k_weight", "v_weight", "k_cache", "v_cache")
+OF_HEAD = ("head", "weight", "last_weight")
+BYTES = ("exited", "stop", "screen")
 INT_POINTERS = ("token_map", "token", "top_tokens", "status", "active_rows", "inverse", "num_active", "counters",
-                "rechecked", "entries", "requests", "slots", "page_table")  # fmt: skip
+                "counter", "rechecked", "entries", "requests", "slots", "page_table")  # fmt: skip
+NUMBERS = ("rows", "vocab", "programs", "top_k", "dim", "inputs", "outputs", "pages", "page_size", "kv_heads",
+           "head_dim", "pairs", "batch", "capacity")  # fmt: skip
 FLOATS = ("temperature", "norm_eps", "sums", "threshold", "tolerance")
-ALIGNED = ("head", "y", "state", "hidden", "dim", "y_stride", "hidden_stride", "norm_weight", "values", "approximate")
+ALIGNED = (*OF_HIDDEN, *OF_HEAD, "y", "state", "dim", "inputs", "y_stride", "x_stride", "hidden_stride", "screen")
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,17 @@ SPECS = [
     ExitSpec("head", hidden="fp32", head="fp32", architectures=(100,)),
     ExitSpec("head", rows=64, hidden="fp32", head="i8", architectures=(90,)),
     ExitSpec("merge", top_k=16, architectures=(90,)),
+    ExitSpec("layer", architectures=(80, 90)),
+    ExitSpec("layer", rows=64, head="fp32", architectures=(100,)),
+    ExitSpec("propagate", architectures=(80, 100)),
+    ExitSpec("propagate", rows=64, hidden="fp16", even=False, architectures=(90,)),
+    ExitSpec("propagate", hidden="fp32", architectures=(90,)),
 ]
+
+
+def multiplies(spec):
+    """Whether the kernel has a product that is worth a pipeline."""
+    return spec.kernel in ("head", "layer", "propagate")
 
 
 def plan_of(spec):
@@ -51,50 +66,68 @@ def plan_of(spec):
     return module.Plan(shape, multiplied, 264, max(2, spec.top_k), 4096)
 
 
-def multiplies(spec):
-    return spec.kernel == "head"
-
-
 def compile_exit(spec, arch, compile_typed):
-    from specdec_ops.triton_kernels import exit_kernels as kernels
-
+    """As for a dim of 4,096 and a large vocabulary."""
     plan = plan_of(spec)
+    kernel, constants, warps, stages = {
+        "rows": rows_launch, "head": head_launch, "merge": merge_launch, "layer": layer_launch,
+        "propagate": propagate_launch,
+    }[spec.kernel](spec, plan)  # fmt: skip
+    types = {name: argument_type(name, spec, plan) for name in kernel.arg_names}
+    return compile_typed(kernel, constants, arch, warps, stages, types.__getitem__, ALIGNED.__contains__)
+
+
+def rows_launch(spec, plan):
+    from specdec_ops.triton_kernels.exit_kernels import rows_kernel
+
+    return rows_kernel, {"BLOCK": 4096, "WIDEN": False}, 8, 3
+
+
+def head_launch(spec, plan):
+    from specdec_ops.triton_kernels.exit_kernels import head_kernel
+
     shape = plan.shape
-    kernel = {"rows": kernels.rows_kernel, "head": kernels.head_kernel, "merge": kernels.merge_kernel}[spec.kernel]
-    blocks = {"ROWS": shape.rows, "BLOCK_V": shape.entries, "BLOCK_K": shape.dims, "EVEN": spec.even, "WIDEN": False}
-    lists = {"LISTED": plan.listed, "LIST": plan.list, "PROGRAMS": 512}
-    if spec.kernel == "rows":
-        constants, warps, stages = {"BLOCK": 4096}, 8, 3
-    elif spec.kernel == "head":
-        constants, warps, stages = blocks | {"LIST": plan.list}, shape.warps, shape.stages
-        if spec.head != "i8":
-            constants["scales"] = None
-    else:
-        constants, warps, stages = (
-            lists | {"MEASURE": "entropy", "LEVEL": "any", "BLOCK": 256},
-            4 + 4 * (plan.list > 4),
-            3,
-        )
-        if not spec.top_k:
-            constants |= {"top_tokens": None, "top_logprobs": None}
-    return compile_typed(
-        kernel, constants, arch, warps, stages, lambda name: argument_type(name, spec, plan), ALIGNED.__contains__
-    )
+    constants = {"ROWS": shape.rows, "BLOCK_V": shape.entries, "BLOCK_K": shape.dims, "EVEN": spec.even}
+    constants |= {"WIDEN": False, "LIST": plan.list} | ({} if spec.head == "i8" else {"scales": None})
+    return head_kernel, constants, shape.warps, shape.stages
+
+
+def merge_launch(spec, plan):
+    from specdec_ops.triton_kernels.exit_kernels import merge_kernel
+
+    constants = {"LISTED": plan.listed, "LIST": plan.list, "PROGRAMS": 512, "BLOCK": 256}
+    return merge_kernel, constants | {"MEASURE": "entropy", "LEVEL": "any"}, 8, 3
+
+
+def layer_launch(spec, plan):
+    from specdec_ops.triton_kernels import exit_mlp as module
+
+    rows, tile, step = module.block_shape(spec.rows, 2048, 1024, DTYPES[spec.head], False)
+    constants = {"ROWS": rows, "BLOCK_O": tile, "BLOCK_K": step, "BLOCK": module.FINISH_BLOCK}
+    single = spec.head == "fp32"
+    return module.layer_kernel, constants | {"PRECISION": "ieee" if single else "tf32"}, 4, 2 if single else 5
+
+
+def propagate_launch(spec, plan):
+    from specdec_ops.triton_kernels import kv_propagate as module
+
+    rows, pairs, step, stages = module.block_shape(spec.rows, 4096, DTYPES[spec.hidden])
+    constants = {"INTERLEAVED": False, "ROWS": rows, "BLOCK_P": pairs, "BLOCK_K": step, "EVEN": spec.even}
+    return module.kv_propagate_kernel, constants | {"WIDEN": False}, 4, stages
 
 
 def argument_type(name, spec, plan):
-    if name in ("hidden", "norm_weight"):
-        return f"*{spec.hidden}"
-    if name == "head":
-        return f"*{spec.head}"
-    if name == "y":
-        return "*" + next(short for short, dtype in DTYPES.items() if dtype == plan.multiplied)
-    if name == "exited":
-        return "*i8"
-    if name in INT_POINTERS:
-        return "*i32"
+    """Of a pointer, after the tensor that the launch passes; numbers are int32 but for FLOATS."""
     if name in FLOATS:
         return "fp32"
-    if name in ("rows", "vocab", "programs", "top_k", "dim") or name.endswith("stride"):
+    if name in NUMBERS or name.endswith("stride"):
         return "i32"
-    return "*fp32"
+    if name in OF_HIDDEN:
+        return f"*{spec.hidden}"
+    if name in OF_HEAD:
+        return f"*{spec.head}"
+    if name == "y" and spec.kernel != "layer":
+        return "*" + next(short for short, dtype in DTYPES.items() if dtype == plan.multiplied)
+    if name in BYTES:
+        return "*i8"
+    return "*i32" if name in INT_POINTERS else "*fp32"

@@ -123,7 +123,7 @@ def prepare(hidden, norm_weight, y, bounds, counters, norm_eps, sums) -> None:
     block = min(4096, max(128, triton.next_power_of_2(y.shape[1])))
     rows_kernel[(len(hidden),)](
         hidden, norm_weight, y, bounds, counters, hidden.stride(0), y.stride(0), hidden.shape[1], norm_eps, sums,
-        BLOCK=block, num_warps=max(1, block // 512),
+        BLOCK=block, WIDEN=not hidden.is_cuda, num_warps=max(1, block // 512),
     )  # fmt: skip
 
 

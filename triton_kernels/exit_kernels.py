@@ -49,9 +49,9 @@ def widened(x):
 
 
 @triton.jit
-def narrowed(x, to: tl.constexpr):
-    """Float32 rounded to the nearest number of another type; of bfloat16 by its bits: the interpreter would cut."""
-    if to == tl.bfloat16:
+def narrowed(x, to: tl.constexpr, WIDEN: tl.constexpr):
+    """Float32 rounded to the nearest number of another type; by its bits where the interpreter would cut them off."""
+    if WIDEN and to == tl.bfloat16:
         bits = x.to(tl.int32, bitcast=True)
         nearest = bits + 0x7FFF + ((bits >> 16) & 1)
         return (tl.where(x == x, nearest, bits | 0x400000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
@@ -72,8 +72,9 @@ def product(a, b, sums, WIDEN: tl.constexpr):
 
 @triton.jit(do_not_specialize=["norm_eps", "sums"])
 def rows_kernel(
-    hidden, norm_weight, y, bounds, counters, hidden_stride, y_stride, dim, norm_eps, sums, BLOCK: tl.constexpr
-):
+    hidden, norm_weight, y, bounds, counters, hidden_stride, y_stride, dim, norm_eps, sums, BLOCK: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
     """Grid: (rows). y, the counters and, unless `bounds` is None, the row's length and what bounds its screen.
 
     `sums` is the share of |y| |W| by which two differently rounded dot products may differ (screen_kernels.py).
@@ -98,7 +99,7 @@ def rows_kernel(
         if norm_weight is not None:
             weight = widened(tl.load(norm_weight + d, mask=d < dim, other=0.0))
             x = tl.where(d < dim, x * scale * weight, 0.0)
-        multiplied = narrowed(x, y.dtype.element_ty)
+        multiplied = narrowed(x, y.dtype.element_ty, WIDEN)
         tl.store(y + d, multiplied, mask=d < y_stride)
         if bounds is not None:
             there = widened(multiplied).to(tl.float64)
