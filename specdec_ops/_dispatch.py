@@ -33,16 +33,19 @@ IMPLEMENTATIONS = {
     },
     "exit_confidence": {
         "cuda": "specdec_ops._native_exit:exit_confidence_cuda",
+        "triton": "specdec_ops.triton_kernels.exit_confidence:exit_confidence",
         "cpu": "specdec_ops._native_exit:exit_confidence_cpu",
         "torch": "specdec_ops.reference.exit_confidence:exit_confidence",
     },
     "exit_mlp": {
         "cuda": "specdec_ops._native_exit:exit_mlp_cuda",
+        "triton": "specdec_ops.triton_kernels.exit_mlp:exit_mlp",
         "cpu": "specdec_ops._native_exit:exit_mlp_cpu",
         "torch": "specdec_ops.reference.exit_mlp:exit_mlp",
     },
     "kv_propagate": {
         "cuda": "specdec_ops._native_kv:kv_propagate_cuda",
+        "triton": "specdec_ops.triton_kernels.kv_propagate:kv_propagate",
         "cpu": "specdec_ops._cpu_kv:kv_propagate",
         "torch": "specdec_ops.reference.kv_propagate:kv_propagate",
     },

@@ -242,11 +242,27 @@ def test_wrong_arguments(changes, message):
         kv_propagate(**arguments(**changes))
 
 
-def test_no_backward_and_no_other_backend():
+def test_no_backward():
     with pytest.raises(RuntimeError, match="requires grad, but this op has no backward"):
         kv_propagate(**arguments(hidden=torch.zeros(2, DIM, requires_grad=True)))
-    with pytest.raises(RuntimeError, match="there is no triton kernel for kv_propagate yet"):
-        kv_propagate(**arguments(), backend="triton")
+
+
+def test_float64_runs_with_torch(target):
+    double, device = torch.float64, target.device
+    given = {
+        "hidden": torch.zeros(2, DIM, dtype=double, device=device),
+        "layers": weights(double, device),
+        "positions": ids([0, 1], device),
+        "slots": ids([0, 1], device),
+        "k_caches": caches(double, device, 1, 4),
+        "v_caches": caches(double, device, 1, 4),
+        "rope": 1e4,
+    }
+    if target.backend == "torch":
+        kv_propagate(**given, backend="torch")
+    elif target.backend != "cuda-emulated":
+        with pytest.raises(RuntimeError, match="its kernels take float32, bfloat16 and float16, not float64"):
+            kv_propagate(**given, backend=target.backend)
 
 
 def test_the_operator():

@@ -59,6 +59,10 @@ MAY_IMPORT = {
     "triton_kernels/rows.py": ["triton", ".noise"],
     "triton_kernels/sample_kernels.py": ["triton", ".noise", ".rows"],
     "triton_kernels/sample.py": ["torch", "triton", ".sample_kernels"],
+    "triton_kernels/exit_kernels.py": ["triton", ".rows"],
+    "triton_kernels/exit_mlp.py": ["torch", "triton", ".exit_kernels", ".sample"],
+    "triton_kernels/kv_propagate.py": ["torch", "triton", ".exit_kernels", ".sample"],
+    "triton_kernels/exit_confidence.py": ["torch", "triton", ".exit_kernels", ".sample"],
     "triton_kernels/accept_state.py": ["triton", ".noise", ".rows"],
     "triton_kernels/accept.py": ["torch", ".sample", ".accept_state", *ACCEPT_KERNELS],
     **{

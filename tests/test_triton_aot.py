@@ -15,6 +15,8 @@ from pathlib import Path
 
 import pytest
 
+import exit_aot
+
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 ALIGNED = ("q_", "k_", "v_", "out_", "size", "draft_size", "target_node", "target_batch_s", "draft_node",
@@ -96,6 +98,7 @@ ACCEPT_SPECS = [
     AcceptSpec("sample", (80, 100), draft=False),
 ]
 ACCEPT_PAIRS = [(spec, arch) for spec in ACCEPT_SPECS for arch in spec.architectures]
+EXIT_PAIRS = [(spec, arch) for spec in exit_aot.SPECS for arch in spec.architectures]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +150,18 @@ def test_acceptance_kernels_fit_the_device(spec, arch, measured):
     assert use["registers"] * 32 * use["warps"] <= 65536, use
     assert use["shared"] <= SHARED_LIMIT[arch] // 2, use
     assert use["asynchronous_copies"] > 0, use
+
+
+@pytest.mark.parametrize(("spec", "arch"), EXIT_PAIRS, ids=lambda value: str(value))
+def test_exit_kernels_fit_the_device(spec, arch, measured):
+    """No spill; products of 16-bit types by tensor cores, from a pipeline of which two fit Hopper's processors."""
+    use = measured[arch][str(spec)]
+    assert use["stack"] <= stack_limit() and use["local"] == 0, use
+    assert use["registers"] * 32 * use["warps"] <= 65536, use
+    assert use["shared"] <= SHARED_LIMIT[arch] // (1 if arch == 80 else 2), use
+    if exit_aot.multiplies(spec):
+        single = "fp32" in (spec.hidden, spec.head)
+        assert use["asynchronous_copies"] > 0 and (use["tensor_core_instructions"] > 0) != single, use
 
 
 def test_large_tiles_prefetch_with_asynchronous_copies(measured):
@@ -219,18 +234,28 @@ def compile_accept(spec, arch):
 
 def compile_kernel(kernel, constants, element_pointer, arch, warps, stages, numbers=()):
     """Compile as the launch would: tensors of elements and their strides are aligned, everything else unknown."""
+
+    def type_of(name):
+        return "i32" if name in numbers else argument_type(name, element_pointer)
+
+    def is_aligned(name):
+        return type_of(name) == element_pointer or name.startswith(ALIGNED) or "part_" in name
+
+    return compile_typed(kernel, constants, arch, warps, stages, type_of, is_aligned)
+
+
+def compile_typed(kernel, constants, arch, warps, stages, type_of, is_aligned):
+    """The same with the types and alignments of the arguments that are not constants."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature, aligned = {}, {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-            continue
-        signature[name] = "i32" if name in numbers else argument_type(name, element_pointer)
-        if signature[name] == element_pointer or name.startswith(ALIGNED) or "part_" in name:
-            aligned[(index,)] = [["tt.divisibility", 16]]
+    signature = {name: "constexpr" if name in constants else type_of(name) for name in kernel.arg_names}
+    aligned = {
+        (index,): [["tt.divisibility", 16]]
+        for index, name in enumerate(kernel.arg_names)
+        if name not in constants and is_aligned(name)
+    }
     source = ASTSource(kernel, signature, constants, aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
@@ -275,6 +300,9 @@ def main(arch):
     results = {str(spec): measure(compile_attention(spec, arch)) for spec in SPECS}
     results |= {name: measure(compile_small(name, arch)) for name in SMALL_KERNELS}
     results |= {str(spec): measure(compile_accept(spec, arch)) for spec in ACCEPT_SPECS if arch in spec.architectures}
+    for spec, architecture in EXIT_PAIRS:
+        if architecture == arch:
+            results[str(spec)] = measure(exit_aot.compile_exit(spec, arch, compile_typed))
     print(json.dumps(results))
 
 
