@@ -33,8 +33,8 @@ def exit_mlp(
         layers: 1 to 8 pairs of a weight, float32, bfloat16 or float16 `[outputs, inputs]`, contiguous, and a bias,
             float32 `[outputs]`. ReLU comes between layers; the last has one output, of which the sigmoid is the score.
         threshold: a row with a score above it goes on. The paper uses 0.4.
-        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("exit_mlp")`. A named backend never
-            falls back. float64 features, with float64 weights, run with the torch backend.
+        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("exit_mlp")`. A named backend
+            never falls back. float64 features, with float64 weights, run with the torch backend.
 
     Returns:
         score float32 `[rows]`, and stop bool `[1]`, both on the device: stop is true if no score is above the

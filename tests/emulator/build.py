@@ -37,13 +37,8 @@ OPS = {
     "exit_mlp": "MlpLaunch",
     "kv_propagate": "KvPropagateParams",
 }
-SCRATCH = (
-    "tree_attention",
-    "accept",
-    "sample",
-    "exit_confidence",
-    "exit_mlp",
-)  # ops whose OP_scratch says how much a call needs
+# Ops whose OP_scratch says how much a call needs.
+SCRATCH = ("tree_attention", "accept", "sample", "exit_confidence", "exit_mlp")
 
 
 class CannotRun(Exception):
