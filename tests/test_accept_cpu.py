@@ -8,7 +8,17 @@ import pytest
 import torch
 
 from accept_cases import CHAINS, RULES, WITH_DRAFT, Bands, assert_same, make_case, random_parents
-from specdec_ops import Tree, _loader, chain_accept, sample_children, sample_tokens, tree_accept
+from pitfall_cases import INF, NAN, STATUS_TARGET
+from specdec_ops import (
+    Topology,
+    Tree,
+    _loader,
+    chain_accept,
+    greedy_accept,
+    sample_children,
+    sample_tokens,
+    tree_accept,
+)
 from specdec_ops.reference import noise
 from specdec_ops.reference.sample import Settings, law
 
@@ -65,6 +75,32 @@ def test_every_instruction_set_is_right(isa, dtype):
         case, want = known_case(rule, dtype)
         bands.check(case, case.run("cpu"), want)
     bands.assert_rare()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
+def test_the_greatest_of_any_signs(isa, dtype):
+    """Its first place, at lengths around those of vectors and blocks; a NaN of either sign is found anywhere."""
+    generator = torch.Generator().manual_seed(0)
+    for vocab in (1, 31, 128, 511, 8192, 8193, 20_000):
+        drawn = torch.randn(vocab, generator=generator).to(dtype)
+        rows = {"any": drawn, "negative": -drawn.abs() - 1, "zeros": torch.zeros(vocab, dtype=dtype)}
+        rows |= {"least": torch.full((vocab,), -INF, dtype=dtype), "zero below": torch.where(drawn < 0, drawn, -0.0)}
+        rows["least"][vocab // 2] = torch.finfo(dtype).min
+        rows["zeros"][: vocab // 2] = -0.0
+        for name, row in rows.items():
+            first = (row == row.max()).nonzero()[0].item()
+            got = greatest(row)
+            assert (got.next_token.item(), got.status.item()) == (first, 0), (vocab, name)
+            for nan in (0x7FC0, 0xFFC0 - 0x10000) if dtype == torch.bfloat16 else (NAN, -NAN):
+                spoilt = row.clone()
+                (spoilt.view(torch.int16) if dtype == torch.bfloat16 else spoilt)[vocab * 2 // 3] = nan
+                assert greatest(spoilt).status.item() == STATUS_TARGET, (vocab, name, nan)
+
+
+def greatest(row):
+    """Greedy decoding of one row."""
+    tree = Topology.from_trees([Tree.chain(1)])
+    return greedy_accept(row.view(1, 1, -1), torch.zeros(1, 1, dtype=torch.int32), tree, backend="cpu")
 
 
 def without_unused(result):

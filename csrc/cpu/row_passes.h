@@ -1,8 +1,8 @@
 // The row kernels (cpu/row_kernels.h) of one instruction set.
 //
 // A scan takes blocks of 8 KB: a first look finds the block's maximum and NaNs, a second one, from the first-level
-// cache, sums the exponentials, so memory is read once and no exponential is taken in vain. Places of maxima are looked
-// for only in a block that raises the maximum, a handful in a row.
+// cache, sums the exponentials, so memory is read once and no exponential is taken in vain. The place of the maximum is
+// looked for once, in the first block that has it.
 //
 // Weights are made 64 tokens at a time, in a buffer, from as many rows as they have terms. A race multiplies its bound
 // by the uniforms and passes on what is above it; the logarithm is taken for those few (an exponential is never below
@@ -69,66 +69,72 @@ static SPECDEC_INLINE Vec peak_of(const typename Storage::Element* at, int count
 }
 
 #if defined(__AVX2__)
-// What 16-bit floats compare as: integers whose order is theirs, and magnitudes, of which a NaN's is above infinity's.
-// 32 or 16 at a time without a conversion, which is twice as fast.
-struct HalfPeak {
+// 16-bit floats as integers, 32 or 16 at a time without a conversion. Those that are not negative have the order of
+// their bits, and as signed integers they are above all negative ones; a NaN is above infinity in its sign's order. So
+// two comparisons a vector are enough where anything is not negative, and else a third one in a second look.
+struct Halves {
 #if defined(__AVX512F__)
   using Lanes = __m512i;
   static SPECDEC_INLINE Lanes splat_lanes(int x) { return _mm512_set1_epi16(short(x)); }
   static SPECDEC_INLINE Lanes load_lanes(const uint16_t* at) { return _mm512_loadu_si512(at); }
-  static SPECDEC_INLINE Lanes key_of(Lanes x) {
-    return _mm512_xor_si512(x, _mm512_srli_epi16(_mm512_srai_epi16(x, 15), 1));
+  static SPECDEC_INLINE Lanes larger_signed(Lanes a, Lanes b) { return _mm512_max_epi16(a, b); }
+  static SPECDEC_INLINE Lanes larger(Lanes a, Lanes b) { return _mm512_max_epu16(a, b); }
+  static SPECDEC_INLINE Lanes lower(Lanes a, Lanes b) { return _mm512_min_epu16(a, b); }
+  static SPECDEC_INLINE Lanes flip(Lanes x, int bits) { return _mm512_xor_si512(x, splat_lanes(bits)); }
+  static SPECDEC_INLINE __m256i halved(Lanes v) {
+    return _mm256_min_epu16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
   }
-  static SPECDEC_INLINE Lanes magnitude_of(Lanes x) { return _mm512_and_si512(x, splat_lanes(0x7fff)); }
-  static SPECDEC_INLINE Lanes larger(Lanes a, Lanes b) { return _mm512_max_epi16(a, b); }
 #else
   using Lanes = __m256i;
   static SPECDEC_INLINE Lanes splat_lanes(int x) { return _mm256_set1_epi16(short(x)); }
   static SPECDEC_INLINE Lanes load_lanes(const uint16_t* at) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
   }
-  static SPECDEC_INLINE Lanes key_of(Lanes x) {
-    return _mm256_xor_si256(x, _mm256_srli_epi16(_mm256_srai_epi16(x, 15), 1));
-  }
-  static SPECDEC_INLINE Lanes magnitude_of(Lanes x) { return _mm256_and_si256(x, splat_lanes(0x7fff)); }
-  static SPECDEC_INLINE Lanes larger(Lanes a, Lanes b) { return _mm256_max_epi16(a, b); }
+  static SPECDEC_INLINE Lanes larger_signed(Lanes a, Lanes b) { return _mm256_max_epi16(a, b); }
+  static SPECDEC_INLINE Lanes larger(Lanes a, Lanes b) { return _mm256_max_epu16(a, b); }
+  static SPECDEC_INLINE Lanes lower(Lanes a, Lanes b) { return _mm256_min_epu16(a, b); }
+  static SPECDEC_INLINE Lanes flip(Lanes x, int bits) { return _mm256_xor_si256(x, splat_lanes(bits)); }
+  static SPECDEC_INLINE __m256i halved(Lanes v) { return v; }
 #endif
   static constexpr int kLanes = sizeof(Lanes) / 2;
 
-  static SPECDEC_INLINE int16_t largest(Lanes v) {
-#if defined(__AVX512F__)
-    const __m256i half = _mm256_max_epi16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-#else
-    const __m256i half = v;
-#endif
-    const __m128i top = _mm_max_epi16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-    const __m128i below = _mm_sub_epi16(_mm_set1_epi16(0x7fff), top);  // the least of these unsigned numbers
-    return int16_t(0x7fff - (_mm_cvtsi128_si32(_mm_minpos_epu16(below)) & 0xffff));
+  static SPECDEC_INLINE int lowest_of(Lanes v) {
+    const __m256i half = halved(v);
+    const __m128i least = _mm_min_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
+    return _mm_cvtsi128_si32(_mm_minpos_epu16(least)) & 0xffff;
   }
+  static SPECDEC_INLINE int largest_signed_of(Lanes v) { return 0x7fff - lowest_of(flip(v, 0x7fff)); }
+  static SPECDEC_INLINE int largest_of(Lanes v) { return 0xffff - lowest_of(flip(v, 0xffff)); }
 };
 
 // The bits of the greatest of `count` 16-bit floats, a multiple of 4 * kLanes; false if one of them is a NaN.
-static SPECDEC_INLINE bool half_peak(const uint16_t* at, int count, uint16_t infinity, uint16_t& bits) {
-  HalfPeak::Lanes top[4], magnitude[4];
+static SPECDEC_INLINE bool half_peak(const uint16_t* at, int count, int infinity, uint16_t& bits) {
+  constexpr int kNegative = 0x8000;
+  Halves::Lanes top[4], most[4];
   for (int j = 0; j < 4; j++) {
-    top[j] = HalfPeak::splat_lanes(-0x8000);
-    magnitude[j] = HalfPeak::splat_lanes(0);
+    top[j] = Halves::splat_lanes(kNegative);
+    most[j] = Halves::splat_lanes(0);
   }
-  for (int i = 0; i < count; i += 4 * HalfPeak::kLanes) {
+  for (int i = 0; i < count; i += 4 * Halves::kLanes) {
     SPECDEC_UNROLL
     for (int j = 0; j < 4; j++) {
-      const HalfPeak::Lanes x = HalfPeak::load_lanes(at + i + j * HalfPeak::kLanes);
-      top[j] = HalfPeak::larger(top[j], HalfPeak::key_of(x));
-      magnitude[j] = HalfPeak::larger(magnitude[j], HalfPeak::magnitude_of(x));
+      const Halves::Lanes x = Halves::load_lanes(at + i + j * Halves::kLanes);
+      top[j] = Halves::larger_signed(top[j], x);
+      most[j] = Halves::larger(most[j], x);
     }
   }
   for (int j = 1; j < 4; j++) {
-    top[0] = HalfPeak::larger(top[0], top[j]);
-    magnitude[0] = HalfPeak::larger(magnitude[0], magnitude[j]);
+    top[0] = Halves::larger_signed(top[0], top[j]);
+    most[0] = Halves::larger(most[0], most[j]);
   }
-  const int16_t key = HalfPeak::largest(top[0]);
-  bits = uint16_t(key < 0 ? key ^ 0x7fff : key);
-  return HalfPeak::largest(magnitude[0]) <= int16_t(infinity);
+  const int greatest = Halves::largest_signed_of(top[0]);  // as a signed number
+  if (greatest > infinity || Halves::largest_of(most[0]) > (kNegative | infinity)) return false;
+  bits = uint16_t(greatest);
+  if (greatest >= 0) return true;
+  Halves::Lanes least = Halves::splat_lanes(0xffff);  // all are negative: of those the lowest bits
+  for (int i = 0; i < count; i += Halves::kLanes) least = Halves::lower(least, Halves::load_lanes(at + i));
+  bits = uint16_t(Halves::lowest_of(least));
+  return true;
 }
 #endif
 
@@ -136,8 +142,8 @@ template <class Storage>
 static SPECDEC_INLINE float block_peak(const typename Storage::Element* at, int count, NanFlag& nan) {
 #if defined(__AVX2__)
   if constexpr (sizeof(typename Storage::Element) == 2) {
-    constexpr uint16_t kInfinity = std::is_same<Storage, BFloat16>::value ? 0x7f80 : 0x7c00;
-    const int whole = count / (4 * HalfPeak::kLanes) * (4 * HalfPeak::kLanes);
+    constexpr int kInfinity = std::is_same<Storage, BFloat16>::value ? 0x7f80 : 0x7c00;
+    const int whole = count / (4 * Halves::kLanes) * (4 * Halves::kLanes);
     uint16_t bits;
     if (whole > 0 && half_peak(at, whole, kInfinity, bits)) {
       const float top = load_one<Storage>(&bits, 0);
@@ -196,13 +202,14 @@ static ScanPart scan_of(const RowSpan& span, float scale) {
   NanFlag nan;
   Mass<kEntropy> mass;
   constexpr int kBlock = kSums ? kSumBlock : kPeakBlock;
+  int64_t greatest_at = span.end;  // the first block with the maximum: its place there is looked for once, at the end
   for (int64_t at = span.begin; at < span.end; at += kBlock) {
     const int count = int(min_of<int64_t>(kBlock, span.end - at));
     const float peak = block_peak<Storage>(row + at, count, nan);
     if (peak > part.max) {
       if (kSums && part.max > minus_infinity()) mass.lower((part.max - peak) * scale);
       part.max = peak;
-      part.argmax = at + place_of<Storage>(row + at, count, peak);
+      greatest_at = at;
     }
     if (!kSums || part.max == minus_infinity()) continue;
     const Vec max = splat(part.max), factor = splat(scale);
@@ -219,6 +226,10 @@ static ScanPart scan_of(const RowSpan& span, float scale) {
       mass.add(0, exp2(exponent), exponent);
     }
     mass.fold();
+  }
+  if (greatest_at < span.end) {
+    const int count = int(min_of<int64_t>(kBlock, span.end - greatest_at));
+    part.argmax = greatest_at + place_of<Storage>(row + greatest_at, count, part.max);
   }
   part.has_nan = nan.any();
   part.sum = total(mass.folded);
