@@ -2,10 +2,10 @@
 //
 // A block has 32 rows of one projection (of K or of V), the same ones in every layer of its group of layers, and up to
 // 64 hidden rows: 8, 32 or 64, whichever holds all. It goes through the columns 256 bytes at a time. Rows of the
-// weight come by asynchronous copies of 16 bytes, three or four tiles ahead, also across the end of a layer; hidden rows
-// go through registers two tiles ahead, where they are normalised and rounded to their dtype, as an engine feeds its
-// matrix product. Two halves of the 32 rows and four quarters of a tile's columns make the eight warps. Weights in 16
-// bits are the first operand of the tensor cores' product, hidden rows the second; float32 is multiplied by FMA from
+// weight come by asynchronous copies of 16 bytes, three or four tiles ahead, also across the end of a layer; hidden
+// rows go through registers two tiles ahead, where they are normalised and rounded to their dtype, as an engine feeds
+// its matrix product. Two halves of the 32 rows and four quarters of a tile's columns make the eight warps. Weights in
+// 16 bits are the first operand of the tensor cores' product, hidden rows the second; float32 is multiplied by FMA from
 // the same tiles. At the end of a layer the four quarters are summed one after the other, keys are rotated in float32,
 // and rows that have a place are stored.
 //
