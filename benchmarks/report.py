@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .results import Cell, cells, geometric_mean, read
-from .targets import acceptance_verdicts, exit_verdicts, verdicts
+from .targets import EXIT_OPS, acceptance_verdicts, exit_verdicts, verdicts
 from .targets_gpu import library_means
 from .targets_gpu import verdicts as gpu_verdicts
 
@@ -115,7 +115,7 @@ def summary(all_cells: list[Cell]) -> list[str]:
         lines += [line for verdict in judge(all_cells) for line in verdict.lines()]
     if any(cell.first["op"].startswith("accept") for cell in all_cells):
         lines += [line for verdict in acceptance_verdicts(all_cells) for line in verdict.lines()]
-    if any(cell.first["op"] == "exit_confidence" for cell in all_cells):
+    if any(cell.first["op"] in EXIT_OPS for cell in all_cells):
         lines += [line for verdict in exit_verdicts(all_cells) for line in verdict.lines()]
     noisy = sum(cell.noisy for cell in all_cells)
     if noisy:

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 
 from .results import Cell, geometric_mean
 
+EXIT_OPS = ("exit_confidence", "screened_exit", "kv_propagate", "exit_mlp")
+
 
 @dataclass
 class Verdict:
@@ -125,11 +127,13 @@ def acceptance_verdicts(all_cells: list[Cell]) -> list[Verdict]:
 
 
 def exit_verdicts(all_cells: list[Cell]) -> list[Verdict]:
-    """The same of early exit."""
+    """The same of early exit, and of the ops around it."""
     usable = [cell for cell in all_cells if cell.first["op"] == "exit_confidence" and cell.ours]
+    others = [cell for cell in all_cells if cell.first["op"] in EXIT_OPS[1:] and cell.ours and cell.ours["ratio"] != ""]
     one = [cell for cell in usable if cell.first["nodes"] == 1]
     many = [cell for cell in usable if cell.first["nodes"] == 60]
     return [
         floor("exit_confidence, one row: 85% of a plain read of the head", one, column("read_percent"), 85, "%"),
         floor("exit_confidence, 60 rows: 1.5x", many, column("ratio"), 1.5, "x"),
+        floor(f"{', '.join(EXIT_OPS[1:])}: never slower than PyTorch", others, column("ratio"), 1, "x"),
     ]

@@ -5,11 +5,11 @@
 #include <vector>
 
 #include "bindings.h"
+#include "cpu/kernels.h"
 #include "specdec/kv_params.h"
 
 namespace specdec {
 
-#ifdef SPECDEC_WITH_CUDA
 namespace {
 
 using Strides = std::tuple<int64_t, int64_t, int64_t>;
@@ -57,10 +57,10 @@ KvPropagateParams kv_propagate_params(std::tuple<Address, int32_t, int64_t> hidd
 }  // namespace
 
 void bind_kv(pybind11::module_& m) {
+  Bind<decltype(&kv_propagate_params)>::cpu(m, "kv_propagate_cpu", kv_propagate_params, kv_propagate_cpu);
+#ifdef SPECDEC_WITH_CUDA
   Bind<decltype(&kv_propagate_params)>::cuda(m, "kv_propagate_cuda", kv_propagate_params, kv_propagate_cuda);
-}
-#else
-void bind_kv(pybind11::module_&) {}
 #endif
+}
 
 }  // namespace specdec

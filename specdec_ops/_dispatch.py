@@ -46,7 +46,7 @@ IMPLEMENTATIONS = {
     "kv_propagate": {
         "cuda": "specdec_ops._native_kv:kv_propagate_cuda",
         "triton": "specdec_ops.triton_kernels.kv_propagate:kv_propagate",
-        "cpu": "specdec_ops._cpu_kv:kv_propagate",
+        "cpu": "specdec_ops._native_kv:kv_propagate_cpu",
         "torch": "specdec_ops.reference.kv_propagate:kv_propagate",
     },
     "merge_states": {

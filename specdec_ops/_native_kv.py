@@ -1,14 +1,30 @@
-"""Calls of the compiled kernel of kv_propagate. Nothing is checked here; the public op has done so.
+"""Calls of the compiled kernels of kv_propagate. Nothing is checked here; the public op has done so.
 
 The order of arguments is that of csrc/bindings_kv.cpp.
 """
 
+import torch
+
 from ._native import _DTYPE_CODES, _address, _module, _stream
 
-_MOST_LAYERS = 32  # of a launch, as in csrc/specdec/kv_params.h
+_MOST_LAYERS = 32  # of a call, as in csrc/specdec/kv_params.h
 
 
-def kv_propagate_cuda(
+def kv_propagate_cpu(hidden, *others) -> None:
+    """See specdec_ops.reference.kv_propagate for the arguments. One call for each 32 layers."""
+    threads = torch.get_num_threads()
+    for arguments in _calls(hidden, *others):
+        _module().kv_propagate_cpu(*arguments, threads)
+
+
+def kv_propagate_cuda(hidden, *others) -> None:
+    """See specdec_ops.reference.kv_propagate for the arguments. One launch for each 32 layers."""
+    device, stream = _stream(hidden.device)
+    for arguments in _calls(hidden, *others):
+        _module().kv_propagate_cuda(*arguments, device, stream)
+
+
+def _calls(
     hidden,
     norm_weights,
     k_weights,
@@ -22,8 +38,8 @@ def kv_propagate_cuda(
     page_table,
     k_caches,
     v_caches,
-) -> None:
-    """See specdec_ops.reference.kv_propagate. One launch for each 32 layers."""
+):
+    """The arguments of each call, all the same but for the layers."""
     requests, slots, page_table = (
         None if tensor is None else tensor.contiguous() for tensor in (requests, slots, page_table)
     )
@@ -46,9 +62,8 @@ def kv_propagate_cuda(
         )
     ]
     pairs = 0 if cosines is None else cosines.shape[1]
-    device, stream = _stream(hidden.device)
     for start in range(0, len(layers), _MOST_LAYERS):
-        _module().kv_propagate_cuda(
+        yield (
             (hidden.data_ptr(), _DTYPE_CODES[hidden.dtype], hidden.stride(0)),
             layers[start : start + _MOST_LAYERS],
             norm_eps,
@@ -56,6 +71,4 @@ def kv_propagate_cuda(
             (_address(requests), slots.data_ptr(), _address(page_table)),
             (*hidden.shape, kv_heads, head_dim),
             sizes,
-            device,
-            stream,
         )

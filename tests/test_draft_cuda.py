@@ -112,6 +112,23 @@ def test_stop_is_of_all_blocks_of_rows():
         assert launch.tensors["stop"].tolist() == [above is None]
 
 
+def test_more_rows_than_scratch_is_for_take_another_launch():
+    """Of 64 MiB: 256 rows of a model this wide. `stop` is that of all launches."""
+    features = torch.full((264, 1), -1.0)
+    features[3] = 5.0
+    layers = [(torch.ones(64, 1), torch.zeros(64)), (torch.ones(16384, 64) / 64, torch.zeros(16384))]
+    layers.append((torch.ones(1, 16384) / 16384, torch.zeros(1)))
+    for above in (True, False):
+        if not above:
+            features[3] = -1.0
+        launch = launch_of(lambda: exit_mlp(features, layers), draft_kernels.mlp_launch)
+        before = accept_kernels.launches("exit_mlp")
+        want = torch.sigmoid(features[:, 0].relu())
+        torch.testing.assert_close(scores(launch), want, rtol=0, atol=3e-6)
+        assert accept_kernels.launches("exit_mlp") == before + 2
+        assert launch.tensors["stop"].tolist() == [not above]
+
+
 def test_exit_mlp_is_one_launch_that_reads_the_weights_once():
     """Once for each block of 4 rows (8 with more than 16 rows); those of the third layer on, once for each row."""
     for rows, blocks in ((1, 1), (4, 1), (20, 3)):

@@ -1,10 +1,12 @@
 """kv_propagate: keys and values of skipped layers, over backends, layouts and rotations."""
 
+import itertools
+
 import pytest
 import torch
 
 from close import assert_as_good_as_torch
-from specdec_ops import kv_propagate
+from specdec_ops import _loader, kv_propagate
 from specdec_ops.reference import kv_propagate as definition
 
 OP = "kv_propagate"
@@ -84,6 +86,48 @@ def test_dense(target, dtype, interleaved, norm):
             assert_as_good_as_torch(got[0, slots], exact, plain, what=f"layer {layer}, {'kv'[part]}")
             untouched = [slot for slot in range(8) if slot not in slots]
             assert (got[0, untouched] == POISON).all()
+
+
+@pytest.mark.parametrize("isa", ("generic", "avx2", "avx512", "avx512_bf16"))
+def test_every_instruction_set(isa):
+    """Of the CPU kernel, with few rows and with many."""
+    kernels, reason = _loader.load()
+    if kernels is None:
+        pytest.skip(reason)
+    kernels.set_cpu_isa(isa)
+    try:
+        if kernels.cpu_isa() != isa:
+            pytest.skip(f"this processor has no {isa}")
+        for dtype, rows in itertools.product(DTYPES, (1, 13, 66)):
+            hidden, layers = normal(rows, DIM).to(dtype), weights(dtype, "cpu")
+            places = ids(list(range(rows)), "cpu"), ids(list(reversed(range(rows))), "cpu")
+            pairs = [[caches(kind, "cpu", 1, rows) for _ in range(2)] for kind in (dtype, dtype, torch.float64)]
+            for pair, backend in zip(pairs, ("cpu", "torch", "torch"), strict=True):
+                exact = pair is pairs[2]
+                given = [tuple(w.double() for w in layer) for layer in layers] if exact else layers
+                kv_propagate(hidden.double() if exact else hidden, given, *places, *pair, rope=1e4, backend=backend)
+            for got, plain, right in zip(*(pair[0] + pair[1] for pair in pairs), strict=True):
+                assert_as_good_as_torch(got, right, plain, slack=4)  # engines round what they multiply
+    finally:
+        kernels.set_cpu_isa("")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_results_are_rounded_to_nearest(dtype):
+    """By the CPU kernel: products of two numbers, exact in float32, from subnormal to infinite."""
+    if (reason := _loader.load()[1]) is not None:
+        pytest.skip(reason)
+    generator = torch.Generator().manual_seed(0)
+    exponents = torch.randint(-13, 10, (900, 1), generator=generator)
+    hidden = torch.ldexp(torch.randn(900, 1, generator=generator), exponents).to(dtype)
+    weight = torch.ldexp(torch.randn(8, 1, generator=generator), torch.arange(-8, 8, 2)[:, None]).to(dtype)
+    hidden[:3, 0] = torch.tensor([float("inf"), float("nan"), 0.0])
+    pair = [[torch.zeros(1, 900, 8, 1, dtype=dtype)] for _ in range(2)]
+    rows = ids(list(range(900)), "cpu")
+    kv_propagate(hidden, [(None, weight, weight)], rows, rows, *pair, rope=None, backend="cpu")
+    for cache in pair:
+        want = (hidden.float() * weight[:, 0].float()).to(dtype)
+        assert torch.equal(cache[0][0, :, :, 0].nan_to_num(7.0), want.nan_to_num(7.0))
 
 
 def test_float64_is_exact():

@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include "specdec/kv_params.h"
 #include "specdec/params.h"
 
 namespace specdec {
@@ -15,6 +16,7 @@ std::string cpu_isa();
 void set_cpu_isa(const std::string& name);
 
 void build_topology_cpu(const BuildTopologyParams& params, int threads);
+void kv_propagate_cpu(const KvPropagateParams& params, int threads);
 void merge_states_cpu(const MergeStatesParams& params, int threads);
 void tree_attention_cpu(const TreeAttentionParams& params, int threads);
 

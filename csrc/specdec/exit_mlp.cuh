@@ -8,12 +8,13 @@
 // of its rows, and goes through what is left alone, a warp to an output. In the models that are published that is the
 // last layer of a single output. The block that finishes the last rows looks whether any score is above the threshold.
 //
-// Bytes: the weights once per block of rows, from memory the first time and then from the L2 cache; 8 * splits *
-// outputs of the second layer per row for the parts, through the L2 cache. 2048-1024-512-1 in bfloat16 has 5.2 MB of
-// weights in 64 blocks for each 8 rows: the 80 KB of a block are asked for at once, 16 bytes to a lane and load. With
-// up to 8 rows memory is the roof; from there on it is the shared memory that hands out activations, one load of 16
-// bytes for 16 products. Tensor cores would not be faster before some hundred rows, which a level of a draft tree does
-// not have, and would round activations, which stay in float32 here.
+// Bytes: the weights of the first two layers once per block of rows, from memory the first time and then from the L2
+// cache; those of later layers once per row; 8 * splits * outputs of the second layer per row for the parts, through
+// the L2 cache. 2048-1024-512-1 in bfloat16 has 5.2 MB of weights, in 64 blocks for each 4 or 8 rows, which ask for
+// 32 KB at a time, 16 bytes to a lane and load: with few rows memory and its latency are the roof. From 8 rows on it is
+// the shared memory that hands out activations, one load of 16 bytes for 16 products. Tensor cores would be faster from
+// some tens of rows on, which is more than a level of most draft trees has, and would round activations, which stay in
+// float32 here.
 //
 // Sums are made in an order that only the layers' shapes decide. A row's score does not depend on other rows.
 //
