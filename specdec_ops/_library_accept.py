@@ -30,64 +30,55 @@ def accept(arguments: tuple, max_depth: int, width: int, backend: str, out: tupl
     tensors = arguments[1:8] + arguments[9:24:2]
     if short_cut(*(tensors if out is None else tensors + out)):
         if out is None:
-            return _run_accept(*arguments, backend, max_depth, width)
-        _run_accept_out(*arguments, backend, *out)
+            out = _outputs(_alloc.empty, arguments[1], max_depth, width)
+        _run(arguments, backend, out)
     elif out is None:
         return _NAMESPACE.accept(*arguments, backend, max_depth, width)
     else:
-        tokens, nodes, num_accepted, next_tokens, status = out
-        _NAMESPACE.accept.out(
-            *arguments,
-            backend,
-            tokens=tokens,
-            nodes=nodes,
-            num_accepted=num_accepted,
-            next_tokens=next_tokens,
-            status=status,
-        )
+        _NAMESPACE.accept.out(*arguments, backend, **dict(zip(_OUTPUTS, out, strict=True)))
     return out
 
 
-def _run_accept(*arguments):
-    *arguments, backend, max_depth, width = arguments
-    target = arguments[1]
+_OUTPUTS = ("tokens", "nodes", "num_accepted", "next_tokens", "status")
+
+
+def _outputs(empty, target, max_depth: int, width: int) -> tuple:
     batch, device, columns = target.shape[0], target.device, max_depth + 1
-    empty = _alloc.empty
-    out = (
+    return (
         empty((batch, columns), torch.int32, device),
         empty((batch, columns), torch.int32, device),
         empty((batch,), torch.int32, device),
         empty((batch, width), torch.int32, device),
         empty((batch,), torch.int32, device),
     )
-    _run_accept_out(*arguments, backend, *out)
+
+
+def _run(arguments, backend: str, out: tuple) -> None:
+    target = arguments[1]
+    implementation = _dispatch.resolve("accept", backend, target)
+    if target.shape[0]:
+        implementation(*arguments, *out)
+
+
+def _run_accept(*arguments):
+    *arguments, backend, max_depth, width = arguments
+    out = _outputs(_alloc.empty, arguments[1], max_depth, width)
+    _run(arguments, backend, out)
     return out
 
 
-def _run_accept_out(*arguments):
-    target = arguments[1]
-    implementation = _dispatch.resolve("accept", arguments[28], target)
-    if target.shape[0]:
-        implementation(*arguments[:28], *arguments[29:])
-
-
-def _fake_accept(rule, target, *others):
-    max_depth, width = others[-2:]
-    batch, device = target.shape[0], target.device
-    shapes = ((batch, max_depth + 1), (batch, max_depth + 1), (batch,), (batch, width), (batch,))
-    return tuple(fake_empty(shape, torch.int32, device) for shape in shapes)
+def _run_accept_out(*arguments, **out):
+    _run(arguments[:-1], arguments[-1], tuple(out[name] for name in _OUTPUTS))
 
 
 define(
     "accept",
     f"{_ACCEPT}, str backend",
     "(Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "Tensor(a!) tokens, Tensor(b!) nodes, Tensor(c!) num_accepted, Tensor(d!) next_tokens, Tensor(e!) status",
+    ", ".join(f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(_OUTPUTS)),
     _run_accept,
-    lambda *arguments, tokens, nodes, num_accepted, next_tokens, status: _run_accept_out(
-        *arguments, tokens, nodes, num_accepted, next_tokens, status
-    ),
-    _fake_accept,
+    _run_accept_out,
+    lambda *arguments: _outputs(fake_empty, arguments[1], *arguments[-2:]),
     what=", SymInt max_depth, SymInt width",
 )
 

@@ -128,7 +128,7 @@ class LayerProduct {
     team.run(places_.size(), [&](int64_t n, int) {
       std::vector<float> y(p_.dim);
       kernels_.normalise(rows, places_[n].row, y.data());
-      kernels_.pack(type_, y.data(), p_.dim, packed_.data() + n * row_bytes_);
+      kernels_.pack(type_, y.data(), p_.dim, packed_.data(), int(n), int(places_.size()));
     });
     const int tiles = (width_ + kExitTile - 1) / kExitTile;
     team.run(2 * tiles, [&](int64_t at, int) {
