@@ -57,8 +57,8 @@ def kv_propagate(
         norm_eps: added to the mean square.
         requests: int32 `[rows]`: the request of each row, ragged as it may be. None: all are of request 0.
         page_table: int32 `[batch, max_pages]`: slot j of request b is in page `page_table[b, j // page_size]`.
-        backend: "auto", "triton", "cpu" or "torch"; see `specdec_ops.backends("kv_propagate")`. float64 runs with torch,
-            which waits for the device to find the rows to store.
+        backend: "auto", "triton", "cpu" or "torch"; see `specdec_ops.backends("kv_propagate")`. float64 runs with
+            torch, which waits for the device to find the rows to store.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

@@ -5,6 +5,7 @@ A new op gets an entry in CASES: `make(seed)` gives its input tensors by name, o
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -12,11 +13,16 @@ import torch
 
 from attention_cases import random_tree
 from specdec_ops import (
+    QuantizedHead,
     Topology,
     build_topology,
     chain_accept,
+    early_exit,
+    exit_mlp,
     greedy_accept,
+    kv_propagate,
     merge_states,
+    quantize_head,
     sample_children,
     sample_tokens,
     tree_accept,
@@ -150,6 +156,73 @@ def call_sampling(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     return [children.tokens, children.status, sample_tokens(tensors["target"][:, 0], **options)]
 
 
+SCREEN = ("values", "scales", "error_norms", "norms", "error_gain")
+
+
+def make_exit(seed: int, rows: int) -> Tensors:
+    """A head of several tiles, its int8 copy, and rows of which some are sure; head and copy are always the same."""
+    generator, fixed, (vocab, dim) = generator_of(seed), generator_of(0), (5_003, DIM)
+    head = torch.randn(vocab, dim, generator=fixed).bfloat16()
+    chosen = head[torch.randint(vocab, (rows,), generator=generator)].float()
+    sureness = torch.linspace(0.02, 0.4, rows)[torch.randperm(rows, generator=generator)][:, None]
+    screen = quantize_head(head)
+    return {
+        "hidden": (sureness * chosen + 0.01 * torch.randn(rows, dim, generator=generator)).bfloat16(),
+        "head": head,
+        "thresholds": torch.rand(rows, generator=generator),
+        **{name: getattr(screen, name) for name in SCREEN},
+    }
+
+
+def call_exit(tensors: Tensors, backend: str, level: str = "row") -> list[torch.Tensor]:
+    found = early_exit(tensors["hidden"], tensors["head"], tensors["thresholds"], level=level, top_k=3, backend=backend)
+    figures = [getattr(found.confidence, name) for name in ("max_prob", "margin", "entropy", "logsumexp", "status")]
+    return [*figures, found.exited, found.active_rows, found.inverse, found.num_active]
+
+
+def call_screened_exit(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    screen = QuantizedHead(*(tensors[name] for name in SCREEN))
+    hidden, head, thresholds = (tensors[name] for name in ("hidden", "head", "thresholds"))
+    found = early_exit(hidden, head, thresholds, screen=screen, backend=backend)
+    return [found.confidence.max_prob, found.exited, found.active_rows, found.inverse, found.num_active]
+
+
+def make_mlp(seed: int, sizes: tuple[int, ...]) -> Tensors:
+    generator = generator_of(seed)
+    tensors = {"features": torch.randn(20, sizes[0], generator=generator).bfloat16()}
+    for index, (inputs, outputs) in enumerate(itertools.pairwise(sizes)):
+        weight = torch.randn(outputs, inputs, generator=generator) * (2 / inputs) ** 0.5
+        tensors |= {f"weight{index}": weight.bfloat16(), f"bias{index}": torch.randn(outputs, generator=generator) / 9}
+    return tensors
+
+
+def call_mlp(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    layers = [(tensors[f"weight{i}"], tensors[f"bias{i}"]) for i in range(len(tensors) // 2)]
+    return list(exit_mlp(tensors["features"], layers, 0.99, backend=backend))
+
+
+def make_propagation(seed: int) -> Tensors:
+    """Two layers; a row in seven is padding."""
+    generator, rows, width = generator_of(seed), 21, KV_HEADS * DIM
+    slots = torch.randperm(32, generator=generator)[:rows].to(torch.int32)
+    return {
+        "hidden": torch.randn(rows, 96, generator=generator).bfloat16(),
+        "norms": torch.rand(2, 96, generator=generator).bfloat16(),
+        "weights": (torch.randn(2, 2, width, 96, generator=generator) / 10).bfloat16(),
+        "slots": torch.where(torch.arange(rows) % 7 == 3, -1, slots),
+        "positions": torch.randint(900, (rows,), generator=generator, dtype=torch.int32),
+    }
+
+
+def call_propagation(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    hidden, weights = tensors["hidden"], tensors["weights"]
+    caches = torch.zeros(2, 2, 1, 32, KV_HEADS, DIM, dtype=hidden.dtype, device=hidden.device)
+    layers = [(tensors["norms"][layer], *weights[layer]) for layer in range(2)]
+    places = tensors["positions"], tensors["slots"]
+    kv_propagate(hidden, layers, *places, *map(list, caches), rope=1e4, backend=backend)
+    return [caches]
+
+
 PRECISE_LOGITS = ("target", "draft")
 CASES = {
     "accept": {
@@ -157,6 +230,27 @@ CASES = {
         for rule in ("greedy", "block", "recursive", "traversal")
     },
     "sample": {"": DeviceCase(make_acceptance, call_sampling, PRECISE_LOGITS)},
+    "exit_confidence": {
+        "": DeviceCase(functools.partial(make_exit, rows=5), call_exit, ("hidden", "head")),
+        "any": DeviceCase(
+            functools.partial(make_exit, rows=70), functools.partial(call_exit, level="any"), ("hidden", "head")
+        ),
+    },
+    "screened_exit": {
+        "": DeviceCase(functools.partial(make_exit, rows=5), call_screened_exit, ("hidden", "head")),
+        "many rows": DeviceCase(functools.partial(make_exit, rows=70), call_screened_exit, ("hidden", "head")),
+    },
+    "exit_mlp": {
+        "small": DeviceCase(
+            functools.partial(make_mlp, sizes=(11, 44, 1)), call_mlp, ("features", "weight0", "weight1")
+        ),
+        "large": DeviceCase(
+            functools.partial(make_mlp, sizes=(300, 200, 70, 1)),
+            call_mlp,
+            ("features", "weight0", "weight1", "weight2"),
+        ),
+    },
+    "kv_propagate": {"": DeviceCase(make_propagation, call_propagation, ("hidden", "norms", "weights"))},
     "build_topology": {"": DeviceCase(make_trees, call_build_topology)},
     "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},
     "tree_attention": {

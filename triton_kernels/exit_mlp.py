@@ -1,4 +1,4 @@
-"""Decision models in Triton: a launch per hidden layer, the last of which also scores the rows and says whether to stop.
+"""Decision models in Triton: a launch per hidden layer, the last of which also scores the rows and decides to stop.
 
 A program owns a block of rows and a tile of a layer's outputs; its weights stream by once, its sums stay in registers.
 Activations between layers are float32 in scratch, rows * outputs * 4 bytes, which stay in L2. The last layer has one
@@ -90,10 +90,8 @@ def layer_kernel(
 def block_shape(rows: int, inputs: int, outputs: int, weight: torch.dtype, interpreted: bool) -> tuple[int, int, int]:
     """Rows, outputs and inputs of a step. Few outputs are one tile, many are cut so that every processor gets some."""
     block_rows = 16 if rows <= 16 else 32
-    if outputs > 64:
-        tile = 128 if interpreted else 16
-    else:
-        tile = max(16, triton.next_power_of_2(outputs))
+    many = 128 if interpreted else 16
+    tile = many if outputs > 64 else max(16, triton.next_power_of_2(outputs))
     step = min(32 if weight == torch.float32 and not interpreted else 128, max(16, triton.next_power_of_2(inputs)))
     return block_rows, tile, step
 
