@@ -4,13 +4,14 @@ The cases common to all backends are in test_early_exit.py, test_screened_head.p
 test_kv_propagate.py.
 """
 
+import importlib
 import itertools
 
 import pytest
 import torch
 
 from exit_cases import make_case
-from specdec_ops import early_exit, exit_mlp, kv_propagate, quantize_head
+from specdec_ops import early_exit, exit_confidence, exit_mlp, kv_propagate, quantize_head
 
 pytest.importorskip("triton")
 import triton
@@ -113,6 +114,77 @@ def test_parts_and_programs(monkeypatch):
                 torch.testing.assert_close(getattr(got, name), getattr(usual, name), rtol=1e-2, atol=1e-2)
             if got.rechecked is not None:
                 assert torch.equal(got.rechecked, usual.rechecked)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU has orders of its own")
+def test_programs_may_come_in_any_order(monkeypatch):
+    """Whoever arrives last merges, answers and decides; lists that are filled in another order change no bit."""
+    case = make_case(4, 32, 700, torch.bfloat16, norm=True).to(torch.bfloat16, DEVICE)
+    case.hidden[2] = 0  # falls back
+    screen = quantize_head(case.head)
+    model = [(torch.randn(o, i), torch.randn(o)) for i, o in itertools.pairwise((40, 300, 1))]
+    monkeypatch.setattr(screened_exit, "LEAST_CHUNK", 128)
+
+    def results():
+        found = []
+        for level, options in itertools.product(("row", "any"), ({}, {"screen": screen})):
+            made = decided(case, level=level, top_k=4, **options)
+            found += [getattr(part, name) for part in (made, made.confidence) for name in part.__slots__]
+        found += exit_mlp(case.hidden.repeat(10, 2)[:, :40], model, backend="triton")
+        return [tensor for tensor in found if isinstance(tensor, torch.Tensor)]
+
+    grids = []
+
+    def backwards(*ends):
+        grids.append(ends)
+        return range(*ends)[::-1]
+
+    expected = results()
+    monkeypatch.setattr(importlib.import_module("triton.runtime.interpreter"), "range", backwards, raising=False)
+    got = results()
+    assert grids
+    assert all(torch.equal(one, other) for one, other in zip(got, expected, strict=True))
+
+
+def honest(screen, head):
+    """Make the bounds of a screen true after its values have changed."""
+    approximation = screen.scales.double()[:, None] * screen.values.double()
+    error = head.double() - approximation
+    screen.error_norms.copy_(error.norm(dim=1) * 1.001)
+    screen.norms.copy_(approximation.norm(dim=1) * 1.001)
+    screen.error_gain.fill_(float(torch.linalg.matrix_norm(error, 2)) * 1.001)
+    return screen
+
+
+def test_a_worse_screen_changes_nothing():
+    """Bounds that are honest, however wide, cost time and no result; without them results are wrong."""
+    case = make_case(5, 64, 600, torch.bfloat16).to(torch.bfloat16, DEVICE)
+    whole = decided(case, top_k=3)
+    least = decided(case, top_k=3, screen=quantize_head(case.head)).confidence.rechecked
+    for noise in (6, 40):
+        screen = quantize_head(case.head)
+        change = torch.randint(-noise, noise + 1, screen.values.shape).to(DEVICE)
+        screen.values.copy_((screen.values + change).clamp(-127, 127))
+        got = decided(case, top_k=3, screen=honest(screen, case.head))
+        assert torch.equal(got.exited, whole.exited)
+        assert torch.equal(got.confidence.top_tokens, whole.confidence.top_tokens)
+        assert (got.confidence.rechecked > least).any()
+    screen.error_norms.zero_()
+    screen.error_gain.zero_()
+    assert not torch.equal(decided(case, screen=screen, tolerance=1.0).confidence.token, whole.confidence.token)
+
+
+def test_best_entries_that_look_bad_are_candidates():
+    """Those whose copy says the opposite, among precise ones: only upper bounds tell that they may be the best."""
+    case = make_case(12, 64, 600, torch.bfloat16).to(torch.bfloat16, DEVICE)
+    case.hidden = case.hidden[::2] * 2  # the sure ones
+    token = decided(case).confidence.token
+    screen = quantize_head(case.head)
+    screen.values[token.long()] *= -1
+    honest(screen, case.head)
+    got = exit_confidence(case.hidden, case.head, screen=screen, tolerance=1.0, backend="triton")
+    assert torch.equal(got.token, token)
+    assert (got.rechecked < 300).any()
 
 
 @triton.jit
