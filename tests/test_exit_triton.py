@@ -174,16 +174,19 @@ def test_a_worse_screen_changes_nothing():
     assert not torch.equal(decided(case, screen=screen, tolerance=1.0).confidence.token, whole.confidence.token)
 
 
-def test_best_entries_that_look_bad_are_candidates():
-    """Those whose copy says the opposite, among precise ones: only upper bounds tell that they may be the best."""
+@pytest.mark.parametrize("praised", [False, True])
+def test_copies_that_lie_and_say_so(praised):
+    """The best entries look worst, or the worst look best: bounds tell what may be the best."""
     case = make_case(12, 64, 600, torch.bfloat16).to(torch.bfloat16, DEVICE)
-    case.hidden = case.hidden[::2] * 2  # the sure ones
-    token = decided(case).confidence.token
+    case.hidden = case.hidden[1::2] * 2
+    exact = case.exact(top_k=1)
+    lying = exact.token.long()
+    if praised:
+        lying = (case.hidden.float() @ case.head.float().T).topk(3, largest=False).indices.flatten().unique()
     screen = quantize_head(case.head)
-    screen.values[token.long()] *= -1
-    honest(screen, case.head)
-    got = exit_confidence(case.hidden, case.head, screen=screen, tolerance=1.0, backend="triton")
-    assert torch.equal(got.token, token)
+    screen.scales[lying] *= -2 if praised else -1
+    got = exit_confidence(case.hidden, case.head, screen=honest(screen, case.head), tolerance=1.0, backend="triton")
+    assert torch.equal(got.token, exact.token)
     assert (got.rechecked < 300).any()
 
 
