@@ -140,7 +140,7 @@ def layer_launch(spec, plan):
     from specdec_ops.triton_kernels import exit_mlp as module
 
     rows, tile, step = module.block_shape(spec.rows, 2048, 1024, DTYPES[spec.head], False)
-    constants = {"ROWS": rows, "BLOCK_O": tile, "BLOCK_K": step, "BLOCK": module.FINISH_BLOCK}
+    constants = {"ROWS": rows, "BLOCK_O": tile, "BLOCK_K": step, "BLOCK": module.FINISH_BLOCK, "WIDEN": False}
     single = spec.head == "fp32"
     return module.layer_kernel, constants | {"PRECISION": "ieee" if single else "tf32"}, 4, 2 if single else 5
 
