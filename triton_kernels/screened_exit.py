@@ -71,12 +71,12 @@ def _screen(
     grid = triton.cdiv(rows, plan.shape.rows), plan.programs
     lists = {"LISTED": plan.listed, "LIST": plan.list, "PROGRAMS": triton.next_power_of_2(plan.programs)}
     options = plan.shape.options(hidden)
-    prepare(hidden, norm_weight, y, bounds, counters, norm_eps, (dim + 64) * 2.0**-22)
+    prepare(hidden, norm_weight, y, bounds, counters, norm_eps, (1.125 * dim + 64) * 2.0**-22)
     approximate_kernel[grid](
         values, scales, error_norms, norms, bias, y, bounds, approximate, state, stride, dim, rows, vocab,
         plan.programs, LIST=plan.list, **small.options(hidden),
     )  # fmt: skip
-    scan_kernel[(parts, rows)](
+    scan_kernel[(rows, parts)](
         head, bias, temperatures, token_map, thresholds, error_norms, norms, error_gain, y, bounds, approximate, state,
         sums, found, known, counters, *written, status, rechecked, stride, dim, rows, vocab, plan.programs, parts,
         limit, top_k, temperature, threshold, tolerance, MEASURE=measure, PARTS=triton.next_power_of_2(parts),
