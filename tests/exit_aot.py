@@ -9,12 +9,12 @@ import torch
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "i8": torch.int8}
 OF_HIDDEN = ("hidden", "norm_weight", "x", "k_weight", "v_weight", "k_cache", "v_cache")
 OF_HEAD = ("head", "weight", "last_weight")
-BYTES = ("exited", "stop", "screen")
+BYTES = ("exited", "stop", "screen")  # int8, too
 INT_POINTERS = ("token_map", "token", "top_tokens", "status", "active_rows", "inverse", "num_active", "counters",
-                "counter", "rechecked", "entries", "requests", "slots", "page_table")  # fmt: skip
+                "counter", "rechecked", "found", "all_status", "requests", "slots", "page_table")  # fmt: skip
 NUMBERS = ("rows", "vocab", "programs", "top_k", "dim", "inputs", "outputs", "pages", "page_size", "kv_heads",
-           "head_dim", "pairs", "batch", "capacity")  # fmt: skip
-FLOATS = ("temperature", "norm_eps", "sums", "threshold", "tolerance")
+           "head_dim", "pairs", "batch", "capacity", "parts", "limit", "all_rows")  # fmt: skip
+FLOATS = ("temperature", "norm_eps", "share", "threshold", "tolerance")
 ALIGNED = (*OF_HIDDEN, *OF_HEAD, "y", "state", "dim", "inputs", "y_stride", "x_stride", "hidden_stride", "screen")
 
 
@@ -45,6 +45,11 @@ SPECS = [
     ExitSpec("head", hidden="fp32", head="fp32", architectures=(100,)),
     ExitSpec("head", rows=64, hidden="fp32", head="i8", architectures=(90,)),
     ExitSpec("merge", top_k=16, architectures=(90,)),
+    ExitSpec("approximate", architectures=(90,)),
+    ExitSpec("scan", architectures=(80, 90)),
+    ExitSpec("scan", rows=64, top_k=10, architectures=(90,)),
+    ExitSpec("scan", hidden="fp32", head="fp32", architectures=(80,)),
+    ExitSpec("fallback", architectures=(80,)),
     ExitSpec("layer", architectures=(80, 90)),
     ExitSpec("layer", rows=64, head="fp32", architectures=(100,)),
     ExitSpec("propagate", architectures=(80, 100)),
@@ -55,7 +60,7 @@ SPECS = [
 
 def multiplies(spec):
     """Whether the kernel has a product that is worth a pipeline."""
-    return spec.kernel in ("head", "layer", "propagate")
+    return spec.kernel in ("head", "layer", "propagate", "approximate", "fallback")
 
 
 def plan_of(spec):
@@ -71,7 +76,8 @@ def compile_exit(spec, arch, compile_typed):
     plan = plan_of(spec)
     kernel, constants, warps, stages = {
         "rows": rows_launch, "head": head_launch, "merge": merge_launch, "layer": layer_launch,
-        "propagate": propagate_launch,
+        "propagate": propagate_launch, "approximate": approximate_launch, "scan": scan_launch,
+        "fallback": fallback_launch,
     }[spec.kernel](spec, plan)  # fmt: skip
     types = {name: argument_type(name, spec, plan) for name in kernel.arg_names}
     return compile_typed(kernel, constants, arch, warps, stages, types.__getitem__, ALIGNED.__contains__)
@@ -87,23 +93,54 @@ def head_launch(spec, plan):
     from specdec_ops.triton_kernels.exit_kernels import head_kernel
 
     shape = plan.shape
-    constants = {"ROWS": shape.rows, "BLOCK_V": shape.entries, "BLOCK_K": shape.dims, "EVEN": spec.even}
-    constants |= {"WIDEN": False, "LIST": plan.list} | ({} if spec.head == "i8" else {"scales": None})
+    constants = shape_constants(spec, shape) | {"LIST": plan.list} | ({} if spec.head == "i8" else {"scales": None})
     return head_kernel, constants, shape.warps, shape.stages
 
 
 def merge_launch(spec, plan):
     from specdec_ops.triton_kernels.exit_kernels import merge_kernel
 
-    constants = {"LISTED": plan.listed, "LIST": plan.list, "PROGRAMS": 512, "BLOCK": 256}
-    return merge_kernel, constants | {"MEASURE": "entropy", "LEVEL": "any"}, 8, 3
+    return merge_kernel, list_constants(plan) | {"MEASURE": "entropy", "LEVEL": "any", "BLOCK": 256}, 8, 3
+
+
+def shape_constants(spec, shape):
+    constants = {"ROWS": shape.rows, "BLOCK_V": shape.entries, "BLOCK_K": shape.dims, "EVEN": spec.even}
+    return constants | {"WIDEN": False}
+
+
+def list_constants(plan):
+    return {"LISTED": plan.listed, "LIST": plan.list, "PROGRAMS": 512}
+
+
+def approximate_launch(spec, plan):
+    from specdec_ops.triton_kernels import exit_confidence, screen_kernels
+
+    shape = exit_confidence.block_shape(spec.rows, plan.multiplied, torch.int8)
+    constants = shape_constants(spec, shape) | {"LIST": plan.list}
+    return screen_kernels.approximate_kernel, constants, shape.warps, shape.stages
+
+
+def scan_launch(spec, plan):
+    from specdec_ops.triton_kernels.screen_kernels import scan_kernel
+
+    constants = shape_constants(spec, plan.shape) | list_constants(plan)
+    constants |= {"MEASURE": "max_prob", "PARTS": 64, "CHUNK": 2048, "LANES": 32 * plan.shape.warps}
+    return scan_kernel, constants, plan.shape.warps, plan.shape.stages
+
+
+def fallback_launch(spec, plan):
+    from specdec_ops.triton_kernels.screen_kernels import fallback_kernel
+
+    constants = shape_constants(spec, plan.shape) | list_constants(plan)
+    constants |= {"MEASURE": "max_prob", "LEVEL": "row", "BLOCK": 256}
+    return fallback_kernel, constants, plan.shape.warps, plan.shape.stages
 
 
 def layer_launch(spec, plan):
     from specdec_ops.triton_kernels import exit_mlp as module
 
     rows, tile, step = module.block_shape(spec.rows, 2048, 1024, DTYPES[spec.head], False)
-    constants = {"ROWS": rows, "BLOCK_O": tile, "BLOCK_K": step, "BLOCK": module.FINISH_BLOCK}
+    constants = {"ROWS": rows, "BLOCK_O": tile, "BLOCK_K": step, "BLOCK": module.FINISH_BLOCK, "WIDEN": False}
     single = spec.head == "fp32"
     return module.layer_kernel, constants | {"PRECISION": "ieee" if single else "tf32"}, 4, 2 if single else 5
 

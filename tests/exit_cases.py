@@ -32,6 +32,13 @@ class ExitCase:
         options = {name: move(name, value) for name, value in self.options.items()}
         return replace(self, hidden=move("hidden", self.hidden), head=move("head", self.head), options=options)
 
+    def first(self, rows: int) -> ExitCase:
+        """The first rows alone."""
+        options = dict(self.options)
+        if isinstance(options.get("temperature"), torch.Tensor):
+            options["temperature"] = options["temperature"][:rows]
+        return replace(self, hidden=self.hidden[:rows], options=options)
+
     def run(self, backend: str, **options):
         return exit_confidence(self.hidden, self.head, **self.options, **options, backend=backend)
 

@@ -59,6 +59,12 @@ MAY_IMPORT = {
     "triton_kernels/sample_kernels.py": ["triton", ".noise", ".rows"],
     "triton_kernels/sample.py": ["torch", "triton", ".sample_kernels"],
     "triton_kernels/exit_kernels.py": ["triton", ".rows"],
+    "triton_kernels/screen_figures.py": ["triton"],
+    "triton_kernels/screen_answer.py": ["triton", ".exit_kernels", ".rows", ".screen_figures"],
+    "triton_kernels/screen_kernels.py": ["triton", ".exit_kernels", ".rows", ".screen_answer", ".screen_figures"],
+    "triton_kernels/screened_exit.py": [
+        *("torch", "triton", ".exit_confidence", ".exit_kernels", ".sample", ".screen_figures", ".screen_kernels"),
+    ],
     "triton_kernels/exit_mlp.py": ["torch", "triton", ".exit_kernels", ".sample"],
     "triton_kernels/kv_propagate.py": ["torch", "triton", ".exit_kernels", ".sample"],
     "triton_kernels/exit_confidence.py": ["torch", "triton", ".exit_kernels", ".sample"],

@@ -8,6 +8,8 @@ from specdec_ops import VocabMap, _loader, early_exit, exit_confidence, quantize
 from specdec_ops.early_exit import STATUS_FELL_BACK, STATUS_INVALID
 
 OP = "screened_exit"
+INTERPRETED_SHARE = 7
+INTERPRETED_ROWS = 4  # up to half a second each
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 THRESHOLDS = {"max_prob": 0.6, "margin": 0.4, "entropy": 2.0}
@@ -40,6 +42,9 @@ def isa(request):
 def assert_same(case: ExitCase, backend: str, measure="max_prob", threshold=None, top_k=0, tolerance=0.01, **options):
     """The screened form against the same backend's whole head. Returns the screened Confidence."""
     threshold = THRESHOLDS[measure] if threshold is None else threshold
+    if backend == "triton" and not case.hidden.is_cuda:
+        case = case.first(INTERPRETED_ROWS)
+        threshold = threshold[:INTERPRETED_ROWS] if isinstance(threshold, torch.Tensor) else threshold
     whole = case.decide(backend, threshold, measure=measure, top_k=top_k, **options)
     screened = case.decide(
         backend,
@@ -81,7 +86,8 @@ def assert_same(case: ExitCase, backend: str, measure="max_prob", threshold=None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("measure", list(THRESHOLDS))
 def test_against_the_whole_head(target, dtype, measure):
-    for rows, dim, vocab in ((1, 64, 97), (9, 80, 1000), (67, 128, 4097)):
+    shapes = ((9, 80, 1000), (1, 64, 97), (67, 128, 4097))
+    for rows, dim, vocab in shapes[: 1 if target.interpreted else 3]:
         case = make_case(rows, dim, vocab, dtype, norm=True, bias=True, temperatures=True).to(dtype, target.device)
         assert_same(case, target.backend, measure, top_k=16)
         assert_same(make_case(rows, dim, vocab, dtype).to(dtype, target.device), target.backend, measure)
@@ -229,7 +235,8 @@ ADVERSARIAL = (
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_adversarial_heads(target, dtype, make):
     case = make(torch.Generator().manual_seed(5), dtype).to(dtype, target.device)
-    for measure in THRESHOLDS if target.backend != "torch" else ("max_prob",):
+    slow = target.backend == "torch" or target.interpreted
+    for measure in ("max_prob",) if slow else THRESHOLDS:
         assert_same(case, target.backend, measure)
     assert_same(case, target.backend, top_k=5)
 

@@ -28,19 +28,26 @@ class BlockShape:
     warps: int
     stages: int
 
+    def options(self, hidden) -> dict:
+        """Of every kernel that multiplies."""
+        return {
+            "ROWS": self.rows, "BLOCK_V": self.entries, "BLOCK_K": self.dims, "EVEN": hidden.shape[1] % self.dims == 0,
+            "WIDEN": not hidden.is_cuda, "num_warps": self.warps, "num_stages": self.stages,
+        }  # fmt: skip
+
+
+# The launches' shapes by hidden rows. 40 to 48 KiB of the head under way per program, two of which fit a multiprocessor
+# of Hopper, and nothing spills (tests/test_triton_aot.py). Float32 has no tensor cores: its operands go through
+# registers, which leaves few for a pipeline.
+SIXTEEN_BITS = {16: BlockShape(16, 64, 128, 4, 5), 32: BlockShape(32, 64, 128, 4, 4), 64: BlockShape(64, 128, 64, 8, 4)}
+EIGHT_BITS = {16: BlockShape(16, 128, 128, 4, 4), 32: BlockShape(32, 64, 128, 4, 5), 64: BlockShape(64, 64, 128, 8, 4)}
+FLOAT32 = {16: BlockShape(16, 64, 32, 4, 2), 32: BlockShape(32, 64, 32, 4, 2), 64: BlockShape(64, 64, 16, 8, 2)}
+
 
 def block_shape(rows: int, multiplied: torch.dtype, stored: torch.dtype) -> BlockShape:
-    """From the hidden rows, the type that is multiplied and the one that the head is stored in.
-
-    What decides is how many bytes of the head are under way: 40 to 48 KiB per program, of which a multiprocessor of
-    Hopper holds two, and that nothing spills (tests/test_triton_aot.py). A program has 16, 32 or 64 hidden rows.
-    """
-    block = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    if multiplied == torch.float32:  # no tensor cores: operands go through registers, which leaves few for a pipeline
-        return BlockShape(block, 64, 32, 4, 2) if block < 64 else BlockShape(block, 64, 16, 8, 2)
-    if stored == torch.int8:
-        return BlockShape(block, 64, 128, 4, 6) if block < 64 else BlockShape(block, 64, 128, 8, 4)
-    return BlockShape(block, 64, 128, 4, 4) if block < 64 else BlockShape(block, 128, 64, 8, 4)
+    """From the hidden rows, the type that is multiplied and the one that the head is stored in."""
+    shapes = FLOAT32 if multiplied == torch.float32 else EIGHT_BITS if stored == torch.int8 else SIXTEEN_BITS
+    return shapes[16 if rows <= 16 else 32 if rows <= 32 else 64]
 
 
 def multiplied_type(hidden: torch.dtype, head: torch.dtype) -> torch.dtype:
@@ -70,15 +77,6 @@ class Plan:
     def list(self) -> int:
         return triton.next_power_of_2(self.listed)
 
-    def options(self, hidden, head) -> dict:
-        """Of every kernel that multiplies."""
-        shape = self.shape
-        return {
-            "ROWS": shape.rows, "BLOCK_V": shape.entries, "BLOCK_K": shape.dims,
-            "EVEN": hidden.shape[1] % shape.dims == 0, "WIDEN": not hidden.is_cuda, "num_warps": shape.warps,
-            "num_stages": shape.stages,
-        }  # fmt: skip
-
 
 def plan_of(hidden, head, top_k: int) -> Plan:
     multiplied = multiplied_type(hidden.dtype, head.dtype)
@@ -107,7 +105,7 @@ def exit_confidence(
         prepare(hidden, norm_weight, y, None, counters, norm_eps, 0.0)
         head_kernel[(triton.cdiv(rows, plan.shape.rows), plan.programs)](
             head, scales, bias, temperatures, y, state, plan.row_stride, dim, rows, vocab, plan.programs, temperature,
-            LIST=plan.list, **plan.options(hidden, head),
+            LIST=plan.list, **plan.shape.options(hidden),
         )  # fmt: skip
         merge_kernel[(rows,)](
             state, counters, temperatures, token_map, thresholds, token, max_prob, margin, entropy, logsumexp,
@@ -118,11 +116,11 @@ def exit_confidence(
         )  # fmt: skip
 
 
-def prepare(hidden, norm_weight, y, bounds, counters, norm_eps, sums) -> None:
+def prepare(hidden, norm_weight, y, bounds, counters, norm_eps, share) -> None:
     """Launch rows_kernel."""
     block = min(4096, max(128, triton.next_power_of_2(y.shape[1])))
     rows_kernel[(len(hidden),)](
-        hidden, norm_weight, y, bounds, counters, hidden.stride(0), y.stride(0), hidden.shape[1], norm_eps, sums,
+        hidden, norm_weight, y, bounds, counters, hidden.stride(0), y.stride(0), hidden.shape[1], norm_eps, share,
         BLOCK=block, WIDEN=not hidden.is_cuda, num_warps=max(1, block // 512),
     )  # fmt: skip
 

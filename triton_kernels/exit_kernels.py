@@ -70,14 +70,14 @@ def product(a, b, sums, WIDEN: tl.constexpr):
     return tl.dot(a, b, sums, input_precision="ieee")
 
 
-@triton.jit(do_not_specialize=["norm_eps", "sums"])
+@triton.jit(do_not_specialize=["norm_eps", "share"])
 def rows_kernel(
-    hidden, norm_weight, y, bounds, counters, hidden_stride, y_stride, dim, norm_eps, sums, BLOCK: tl.constexpr,
+    hidden, norm_weight, y, bounds, counters, hidden_stride, y_stride, dim, norm_eps, share, BLOCK: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (rows). y, the counters and, unless `bounds` is None, the row's length and what bounds its screen.
 
-    `sums` is the share of |y| |W| by which two differently rounded dot products may differ (screen_kernels.py).
+    `share` is the part of |y| |W| by which two differently rounded dot products may differ (screen_kernels.py).
     """
     row = tl.program_id(0).to(tl.int64)
     hidden += row * hidden_stride
@@ -110,8 +110,8 @@ def rows_kernel(
         vanishing = tl.sqrt(tl.full([], 0.0, tl.float64) + dim) * 2.350988701644575e-38
         at = bounds + row * 4
         tl.store(at, length.to(tl.float32))
-        tl.store(at + 1, ((length * (1.0 + sums) + vanishing) * 1.000001).to(tl.float32))
-        tl.store(at + 2, ((length * sums + vanishing) * 1.000001).to(tl.float32))
+        tl.store(at + 1, ((length * (1.0 + share) + vanishing) * 1.000001).to(tl.float32))
+        tl.store(at + 2, ((length * share + vanishing) * 1.000001).to(tl.float32))
         tl.store(at + 3, ((vanishing * length + dim * 2.350988701644575e-38) * 1.000001).to(tl.float32))
 
 

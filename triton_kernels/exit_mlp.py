@@ -1,4 +1,4 @@
-"""Decision models in Triton: a launch per hidden layer, the last of which also scores the rows and says whether to stop.
+"""Decision models in Triton: a launch per hidden layer, the last of which also scores the rows and decides to stop.
 
 A program owns a block of rows and a tile of a layer's outputs; its weights stream by once, its sums stay in registers.
 Activations between layers are float32 in scratch, rows * outputs * 4 bytes, which stay in L2. The last layer has one
@@ -54,6 +54,7 @@ def finish_kernel(x, weight, bias, score, stop, x_stride, rows, inputs, threshol
 def layer_kernel(
     x, weight, bias, y, last_weight, last_bias, score, stop, counter, x_stride, rows, inputs, outputs, threshold,
     ROWS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr, BLOCK: tl.constexpr,
+    WIDEN: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tiles of outputs, row blocks). y = relu(x W^T + bias); with a last layer, the scores as well.
 
@@ -70,7 +71,10 @@ def layer_kernel(
         values = tl.load(x_at[:, None] + d[None, :], mask=(n < rows)[:, None] & (d < inputs)[None, :], other=0.0)
         weights = tl.load(weight_at[:, None] + d[None, :], mask=(o < outputs)[:, None] & (d < inputs)[None, :],
                           other=0.0)  # fmt: skip
-        sums = tl.dot(widened(values), tl.trans(widened(weights)), sums, input_precision=PRECISION)
+        if WIDEN:
+            sums = tl.dot(widened(values), tl.trans(widened(weights)), sums)
+        else:  # by a conversion: Triton 3.2 fails on operands that come of bit operations
+            sums = tl.dot(values.to(tl.float32), tl.trans(weights.to(tl.float32)), sums, input_precision=PRECISION)
     sums += tl.load(bias + o, mask=o < outputs, other=0.0)[None, :]
     sums = tl.where(sums < 0.0, 0.0, sums)  # a NaN stays one
     y_at = y + n.to(tl.int64)[:, None] * outputs + o[None, :]
@@ -90,10 +94,8 @@ def layer_kernel(
 def block_shape(rows: int, inputs: int, outputs: int, weight: torch.dtype, interpreted: bool) -> tuple[int, int, int]:
     """Rows, outputs and inputs of a step. Few outputs are one tile, many are cut so that every processor gets some."""
     block_rows = 16 if rows <= 16 else 32
-    if outputs > 64:
-        tile = 128 if interpreted else 16
-    else:
-        tile = max(16, triton.next_power_of_2(outputs))
+    many = 128 if interpreted else 16
+    tile = many if outputs > 64 else max(16, triton.next_power_of_2(outputs))
     step = min(32 if weight == torch.float32 and not interpreted else 128, max(16, triton.next_power_of_2(inputs)))
     return block_rows, tile, step
 
@@ -125,7 +127,8 @@ def exit_mlp(features, weights, biases, threshold, score, stop) -> None:
             layer_kernel[grid](
                 x, weight, bias, y, *(last if finishes else (None, None)), score, stop, counter, x.stride(0), rows,
                 inputs, outputs, threshold, ROWS=block_rows, BLOCK_O=tile, BLOCK_K=step,
-                PRECISION="ieee" if weight.dtype == torch.float32 else "tf32", BLOCK=FINISH_BLOCK, num_warps=4,
+                PRECISION="ieee" if weight.dtype == torch.float32 else "tf32", BLOCK=FINISH_BLOCK,
+                WIDEN=not features.is_cuda, num_warps=4,
                 num_stages=2 if weight.dtype == torch.float32 else 5,
             )  # fmt: skip
             x = y
