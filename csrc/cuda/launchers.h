@@ -27,11 +27,13 @@ constexpr int32_t kAcceptMaxVocab = 393216, kSampleMaxVocab = 1 << 20;
 cudaError_t accept_cuda(const AcceptLaunch& launch, int device, cudaStream_t stream);
 cudaError_t sample_cuda(const SampleLaunch& launch, int device, cudaStream_t stream);
 cudaError_t exit_confidence_cuda(const ExitLaunch& launch, int device, cudaStream_t stream);
+cudaError_t screened_exit_cuda(const ScreenLaunch& launch, int device, cudaStream_t stream);
 
 // What a call needs, which its shapes and its path decide.
 CallScratch accept_scratch(const AcceptLaunch& launch);
 CallScratch sample_scratch(const SampleLaunch& launch);
 CallScratch exit_confidence_scratch(const ExitLaunch& launch);
+CallScratch screened_exit_scratch(const ScreenLaunch& launch);
 
 // One helpful sentence for an error of a launch on this device.
 std::string explain(cudaError_t error, int device);

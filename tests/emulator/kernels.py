@@ -25,6 +25,7 @@ _C_TYPES = {
     "bool": ctypes.c_bool,
 }
 _COUNTS = {"kMaxEos": 8}
+_PREFIXES = {"draft_sampling": "draft_", "ScreenedParams": "screen_"}  # of the fields of a structure in another one
 _HEADERS = ("params.h", "accept_params.h", "accept_launch.h", "exit_params.h", "exit_launch.h")
 
 
@@ -116,7 +117,7 @@ def params_type(op):
 def fields_of(struct, prefix=""):
     """The fields of a structure, and in their places those of the structures in it: [(name, type)]
 
-    A PerRequest is a pointer NAMEs and a number NAME. The fields of draft_sampling begin with draft_.
+    A PerRequest is a pointer NAMEs and a number NAME.
     """
     text = "".join((build.ROOT / "csrc/specdec" / header).read_text() for header in _HEADERS)
     body = re.search(rf"struct {struct} \{{(.*?)\n\}};", re.sub(r"//.*", "", text), re.DOTALL)[1]
@@ -130,7 +131,7 @@ def fields_of(struct, prefix=""):
             elif kind.startswith("PerRequest"):
                 fields += [(f"{name}s", ctypes.c_void_p), (name, _C_TYPES[kind[len("PerRequest<") : -1]])]
             elif kind.endswith("Params"):
-                fields += fields_of(kind, "draft_" if name == "draft_sampling" else "")
+                fields += fields_of(kind, _PREFIXES.get(name, _PREFIXES.get(kind, "")))
             elif count:
                 fields.append((name, _C_TYPES[kind] * (_COUNTS.get(count) or int(count))))
             else:
