@@ -96,15 +96,17 @@ MlpParams mlp_params(std::tuple<Address, int32_t, int64_t> features,
 #ifdef SPECDEC_WITH_CUDA
 namespace {
 
-using ExitScratch = std::tuple<Address, Address, int32_t>;  // counters, and the device's multiprocessors
+using Scratch = std::tuple<Address, Address, int32_t>;  // counters, and the device's multiprocessors
 
-template <class MakeParams>
+// The same arguments, then scratch.
+template <class Launch, class MakeParams>
 struct ExitLaunchOf;
-template <class... Args>
-struct ExitLaunchOf<ExitParams (*)(Args...)> {
-  static ExitLaunch make(Args... args, ExitScratch scratch) {
-    ExitLaunch launch{};
-    launch.call = exit_params(args...);
+template <class Launch, class Params, class... Args>
+struct ExitLaunchOf<Launch, Params (*)(Args...)> {
+  template <Params (*kMake)(Args...)>
+  static Launch make(Args... args, Scratch scratch) {
+    Launch launch{};
+    launch.call = kMake(args...);
     launch.scratch = pointer<uint8_t>(std::get<0>(scratch));
     launch.counters = pointer<int32_t>(std::get<1>(scratch));
     launch.multiprocessors = std::get<2>(scratch);
@@ -112,15 +114,34 @@ struct ExitLaunchOf<ExitParams (*)(Args...)> {
   }
 };
 
-std::tuple<int64_t, int64_t> exit_confidence_scratch_sizes(int32_t rows, int32_t vocab, int32_t top_k,
-                                                           int32_t multiprocessors) {
+template <class Launch, auto kMake>
+void bind_cuda(pybind11::module_& m, const char* name, cudaError_t (*launch)(const Launch&, int, cudaStream_t)) {
+  constexpr auto make = &ExitLaunchOf<Launch, decltype(kMake)>::template make<kMake>;
+  Bind<std::remove_const_t<decltype(make)>>::cuda(m, name, make, launch);
+}
+
+ExitParams sized(int32_t rows, int32_t vocab, int32_t top_k) {
+  ExitParams p{};
+  p.rows = rows;
+  p.vocab = vocab;
+  p.top_k = top_k;
+  return p;
+}
+
+std::tuple<int64_t, int64_t> sizes_of(CallScratch scratch) { return {scratch.bytes, scratch.counters}; }
+
+std::tuple<int64_t, int64_t> whole_scratch(int32_t rows, int32_t vocab, int32_t top_k, int32_t multiprocessors) {
   ExitLaunch launch{};
-  launch.call.rows = rows;
-  launch.call.vocab = vocab;
-  launch.call.top_k = top_k;
+  launch.call = sized(rows, vocab, top_k);
   launch.multiprocessors = multiprocessors;
-  const CallScratch scratch = exit_confidence_scratch(launch);
-  return {scratch.bytes, scratch.counters};
+  return sizes_of(exit_confidence_scratch(launch));
+}
+
+std::tuple<int64_t, int64_t> screened_scratch(int32_t rows, int32_t vocab, int32_t top_k, int32_t multiprocessors) {
+  ScreenLaunch launch{};
+  launch.call.exit = sized(rows, vocab, top_k);
+  launch.multiprocessors = multiprocessors;
+  return sizes_of(screened_exit_scratch(launch));
 }
 
 // The same arguments, then scratch and counters.
@@ -152,10 +173,12 @@ std::tuple<int64_t, int64_t> mlp_scratch_sizes(int32_t rows, int32_t inputs, std
 void bind_exit(pybind11::module_& m) {
   Bind<decltype(&exit_params)>::cpu(m, "exit_confidence_cpu", exit_params, exit_confidence_cpu);
 #ifdef SPECDEC_WITH_CUDA
-  const auto exit_launch = &ExitLaunchOf<decltype(&exit_params)>::make;
-  Bind<std::remove_const_t<decltype(exit_launch)>>::cuda(m, "exit_confidence_cuda", exit_launch, exit_confidence_cuda);
-  m.def("exit_confidence_scratch", exit_confidence_scratch_sizes,
-        "Bytes of scratch, and zeroed int32 counters, for such a call.");
+  constexpr auto kScreened = &Screened<decltype(&exit_params)>::make;
+  constexpr auto kAbout = "Bytes of scratch, and zeroed int32 counters: for rows, vocab, top_k, multiprocessors.";
+  bind_cuda<ExitLaunch, &exit_params>(m, "exit_confidence_cuda", exit_confidence_cuda);
+  bind_cuda<ScreenLaunch, kScreened>(m, "screened_exit_cuda", screened_exit_cuda);
+  m.def("exit_confidence_scratch", whole_scratch, kAbout);
+  m.def("screened_exit_scratch", screened_scratch, kAbout);
 #endif
   const auto screened_params = &Screened<decltype(&exit_params)>::make;
   Bind<std::remove_const_t<decltype(screened_params)>>::cpu(m, "screened_exit_cpu", screened_params, screened_exit_cpu);

@@ -62,6 +62,7 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.sample:sample",
     },
     "screened_exit": {
+        "cuda": "specdec_ops._native_exit:screened_exit_cuda",
         "triton": "specdec_ops.triton_kernels.screened_exit:screened_exit",
         "cpu": "specdec_ops._native_exit:screened_exit_cpu",
         "torch": "specdec_ops.reference.screened_exit:screened_exit",

@@ -21,19 +21,32 @@ def exit_confidence_cpu(*arguments):
 
 
 def exit_confidence_cuda(hidden, *others):
-    """See specdec_ops.reference.exit_confidence for the arguments.
+    """See specdec_ops.reference.exit_confidence for the arguments."""
+    arguments = _exit_arguments(hidden, *others)
+    module = _module()
+    module.exit_confidence_cuda(*arguments, *_scratch(module.exit_confidence_scratch, arguments, hidden.device))
+
+
+def screened_exit_cuda(hidden, *others):
+    """See specdec_ops.reference.screened_exit for the arguments."""
+    arguments, *screen = _screened_arguments(hidden, *others)
+    module = _module()
+    memory = _scratch(module.screened_exit_scratch, arguments, hidden.device)
+    module.screened_exit_cuda(*arguments, *screen, *memory)
+
+
+def _scratch(sizes_of, arguments, device):
+    """What follows the other arguments: scratch, counters and multiprocessors, the device and the stream.
 
     Scratch may hold anything and is this call's alone; the counters are the stream's, see _native._counters.
     """
-    arguments = _exit_arguments(hidden, *others)
     rows, _, vocab, top_k = arguments[-1]
-    index, stream = _stream(hidden.device)
+    index, stream = _stream(device)
     multiprocessors = _multiprocessors(index)
-    scratch_bytes, counters = _exit_scratch(rows, vocab, top_k, multiprocessors)
-    scratch = _alloc.empty((scratch_bytes,), torch.uint8, hidden.device)
-    counter = _counters(hidden.device, stream, counters)
-    memory = (scratch.data_ptr(), counter.data_ptr(), multiprocessors)
-    _module().exit_confidence_cuda(*arguments, memory, index, stream)
+    scratch_bytes, count = _scratch_sizes(sizes_of, rows, vocab, top_k, multiprocessors)
+    scratch = _alloc.empty((scratch_bytes,), torch.uint8, device)
+    counters = _counters(device, stream, count)
+    return (scratch.data_ptr(), counters.data_ptr(), multiprocessors), index, stream
 
 
 @functools.cache
@@ -43,16 +56,14 @@ def _multiprocessors(index: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def _exit_scratch(*sizes) -> tuple[int, int]:
-    return _module().exit_confidence_scratch(*sizes)
+def _scratch_sizes(sizes_of, *sizes) -> tuple[int, int]:
+    return sizes_of(*sizes)
 
 
 def screened_exit_cpu(*arguments):
     """See specdec_ops.reference.screened_exit for the arguments."""
-    *exit_arguments, values, scales, error_norms, norms, error_gain, tolerance, rechecked = arguments
-    screen = tuple(map(_address, (values, scales, error_norms, norms, error_gain)))
-    exit_arguments = _exit_arguments(*exit_arguments)
-    _module().screened_exit_cpu(*exit_arguments, screen, tolerance, _address(rechecked), torch.get_num_threads())
+    exit_arguments, *screen = _screened_arguments(*arguments)
+    _module().screened_exit_cpu(*exit_arguments, *screen, torch.get_num_threads())
 
 
 def exit_mlp_cpu(*arguments):
@@ -91,6 +102,13 @@ def _mlp_arguments(features, weights, biases, threshold, score, stop):
         stop.data_ptr(),
         tuple(features.shape),
     )
+
+
+def _screened_arguments(*arguments):
+    """Those of exit_confidence in a tuple, then what a screen adds."""
+    *exit_arguments, values, scales, error_norms, norms, error_gain, tolerance, rechecked = arguments
+    screen = tuple(map(_address, (values, scales, error_norms, norms, error_gain)))
+    return _exit_arguments(*exit_arguments), screen, tolerance, _address(rechecked)
 
 
 def _exit_arguments(

@@ -12,6 +12,7 @@ extern template cudaError_t exit_confidence_of<int8_t>(const ExitLaunch&, int, c
 namespace {
 
 constexpr int32_t kTile = 128, kBlocksPerMultiprocessor = 2, kFewestRows = 8;  // as exit_confidence.cuh has them
+constexpr int32_t kMostDims = 1 << 28;  // so that bytes of a row fit into 32 bits
 
 bool is_aligned(const void* address, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0 && row_bytes % 16 == 0;
@@ -37,6 +38,7 @@ cudaError_t exit_confidence_cuda(const ExitLaunch& arguments, int device, cudaSt
   ExitLaunch launch = arguments;
   const ExitParams& p = launch.call;
   if (p.rows == 0) return cudaSuccess;
+  if (p.dim > kMostDims) return cudaErrorInvalidValue;
   lay_out(launch);
   const int64_t head_size = p.head_type == HeadType::kFloat32 ? 4 : p.head_type == HeadType::kInt8 ? 1 : 2;
   launch.head_aligned = is_aligned(p.head, p.dim * head_size);

@@ -54,23 +54,27 @@ struct ExitShared {
 
 // Streams tiles `first`, first + stride, ... of the head past the hidden rows. absorb(tile, sums) gets each tile's sums
 // and may use barriers; behind its last one it may read shared memory, and write no more than its own.
-template <class Shape, class Absorb>
-__device__ __forceinline__ void stream_head(const HeadRows& head, RowStager<Shape>& stager, unsigned char* stages,
-                                            int32_t first, int32_t stride, Absorb absorb) {
+template <class Shape, class Stager, class Absorb>
+__device__ __forceinline__ void stream_head(const HeadRows& head, Stager& stager, unsigned char* stages, int32_t first,
+                                            int32_t stride, Absorb absorb) {
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   const int32_t tiles = (head.count + Shape::kVocab - 1) / Shape::kVocab;
   int32_t next_tile = first, next_dim = 0;  // of the piece that is fetched next
-  int filling = 0, stage = 0;
-  const auto start = [&] {
-    if (next_tile < tiles) {
-      stager.load(next_dim);
-      load_head<Shape>(stages + filling * Shape::kStageBytes, head, next_tile, next_dim);
-    }
-    cp_async_commit();
-  };
-  const auto finish = [&] {
-    if (next_tile < tiles) stager.store(stages + filling * Shape::kStageBytes, next_tile == first);
+  int filling = 0;
+  // Brings the next piece on its way; between the loads and the stores of a thread's rows, other(turn, stage) is done
+  // with the stage that is filled after this one, and so is the oldest.
+  const auto fetch = [&](auto other) {
+    unsigned char* to = stages + filling * Shape::kStageBytes;
     filling = filling + 1 == Shape::kStages ? 0 : filling + 1;
+    const bool exists = next_tile < tiles;
+    if (exists) load_head<Shape>(to, head, next_tile, next_dim);
+    cp_async_commit();
+#pragma unroll
+    for (int turn = 0; turn < Stager::kPerThread; ++turn) {
+      if (exists) stager.load(turn, next_dim);
+      other(turn, stages + filling * Shape::kStageBytes);
+      if (exists) stager.store(turn, next_dim, to, next_tile == first);
+    }
     next_dim += Shape::kDims;
     if (next_dim >= head.dim) {
       next_dim = 0;
@@ -78,10 +82,7 @@ __device__ __forceinline__ void stream_head(const HeadRows& head, RowStager<Shap
     }
   };
 #pragma unroll 1
-  for (int i = 0; i < Shape::kStages - 1; ++i) {
-    start();
-    finish();
-  }
+  for (int i = 0; i < Shape::kStages - 1; ++i) fetch([](int, const unsigned char*) {});
 #pragma unroll 1
   for (int32_t tile = first; tile < tiles; tile += stride) {
     float sums[Shape::kRows / 8][4] = {};
@@ -89,10 +90,9 @@ __device__ __forceinline__ void stream_head(const HeadRows& head, RowStager<Shap
     for (int32_t dim = 0; dim < head.dim; dim += Shape::kDims) {
       cp_async_wait<Shape::kStages - 2>();
       block_sync();  // the piece has landed, and everyone has left the one before it, whose stage is filled next
-      start();
-      multiply_piece<Shape>(sums, stages + stage * Shape::kStageBytes, warp, lane);
-      finish();
-      stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+      fetch([&](int turn, const unsigned char* stage) {
+        multiply_piece<Shape, Stager::kPerThread>(turn, sums, stage, warp, lane);
+      });
     }
     if (tile == first) stager.finish_norm();
     absorb(tile, sums);
@@ -131,25 +131,23 @@ __device__ __forceinline__ void hand_over(const ExitShared<Shape>& shared, const
   }
 }
 
-// What is added to a tile's products to make logits of them, in a lane.
+// What makes logits of a tile's products, in a lane: scales of int8 heads, and the bias.
 template <class Shape>
 struct TileTerms {
   static constexpr int kCount = Shape::kVocab / kWarpSize;
   float scale[kCount], bias[kCount];
-  bool scaled;
 
-  __device__ __forceinline__ TileTerms(const float* scales, const float* biases, int32_t vocab, int32_t first)
-      : scaled(scales != nullptr) {
+  __device__ __forceinline__ TileTerms(const float* scales, const float* biases, int32_t vocab, int32_t first) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       const int32_t entry = first + kWarpSize * i;
-      scale[i] = scaled && entry < vocab ? scales[entry] : 1.0f;
+      scale[i] = Shape::kIsInt8 && entry < vocab ? scales[entry] : 1.0f;
       bias[i] = entry >= vocab ? negative_infinity() : biases != nullptr ? biases[entry] : 0.0f;
     }
   }
   __device__ __forceinline__ void apply(float (&z)[kCount]) const {
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) z[i] = (scaled ? z[i] * scale[i] : z[i]) + bias[i];
+    for (int i = 0; i < kCount; ++i) z[i] = z[i] * scale[i] + bias[i];
   }
 };
 
@@ -172,7 +170,8 @@ __device__ __forceinline__ void see_head(const ExitLaunch& launch, const ExitSha
       terms.apply(z);
       RowState state = shared.states[n];
       uint64_t own = lane < listed ? shared.keys[n * listed + lane] : 0;
-      absorb(state, own, z, first, kLog2OfE / temperature_of(p, rows.row(n)), listed, lane);
+      list_keys(own, z, [&](int i) { return first + kWarpSize * i; }, listed, lane);
+      absorb(state, z, kLog2OfE / temperature_of(p, rows.row(n)));
       warp_sync();  // all lanes have read the state
       if (lane == 0) shared.states[n] = state;
       if (lane < listed) shared.keys[n * listed + lane] = own;
@@ -180,19 +179,30 @@ __device__ __forceinline__ void see_head(const ExitLaunch& launch, const ExitSha
   });
 }
 
+// Two blocks of the most rows fit the shared memory of these multiprocessors; elsewhere registers are not short either.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10)
+constexpr int kBlocksOfMostRows = 2;
+#else
+constexpr int kBlocksOfMostRows = 1;
+#endif
+
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 2) exit_confidence_kernel(ExitLaunch launch) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kRows < 64 ? 2 : kBlocksOfMostRows)
+    exit_confidence_kernel(ExitLaunch launch) {
   const ExitParams& p = launch.call;
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   const int32_t row_block = int32_t(blockIdx.x) % launch.row_blocks, block = int32_t(blockIdx.x) / launch.row_blocks;
   const int32_t first_row = row_block * Shape::kRows, listed = listed_of(p);
+  const bool is_part = launch.fallen != nullptr;
+  const int32_t all_rows = is_part ? launch.fallen[p.rows] : p.rows;
+  if (first_row >= all_rows) return;
   const HiddenRows rows = {
-      p, nullptr, first_row, min(Shape::kRows, p.rows - first_row), launch.hidden_aligned, launch.norm_aligned};
+      p, launch.fallen, first_row, min(Shape::kRows, all_rows - first_row), launch.hidden_aligned, launch.norm_aligned};
   const ExitShared<Shape> shared(listed);
   see_head<Shape>(launch, shared, rows, block);
   block_sync();
 
-  const StoredStates stored(launch);
+  const StoredStates stored(launch.scratch, launch.scratch + launch.keys, launch.blocks, listed);
   for (int n = warp; n < rows.count; n += Shape::kThreads / kWarpSize) {
     stored.leave(rows.row(n), block, shared.states[n], lane < listed ? shared.keys[n * listed + lane] : 0, lane);
   }
@@ -202,10 +212,12 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) exit_confidence_kernel(Exi
     const int32_t row = rows.row(n);
     uint64_t own;
     const RowState state = stored.merged(row, kLog2OfE / temperature_of(p, row), own, lane);
-    write_figures(p, row, state, own, lane);
+    write_figures(p, row, state, own, is_part ? kExitFellBack : 0, lane);
+    if (is_part && lane == 0) launch.rechecked[row] = p.vocab;
   }
   if (p.measure == ExitMeasure::kNone) return;
-  if (!arrives_last(reduce.team, launch.counters + launch.row_blocks, launch.row_blocks)) return;
+  const int32_t row_blocks = (all_rows + Shape::kRows - 1) / Shape::kRows;
+  if (!arrives_last(reduce.team, launch.counters + launch.row_blocks, row_blocks)) return;
   decide(reduce, p);
 }
 

@@ -1,8 +1,9 @@
 // Hidden rows on their way into the products of an LM head: the norm, its weight, rounding.
 //
-// They come in units of eight dims through registers: the loads of a piece start before the piece before is multiplied,
-// the numbers are stored behind it. A thread has the same dims of one or two rows in every piece. Rows in memory are
-// read again for each tile of the head, from the L2 cache as a rule.
+// They come in units of eight dims through registers: the loads of a piece start before another one is multiplied, the
+// numbers are stored behind it. A thread has the same dims of one or two rows in every piece; the second row comes
+// while the other half is multiplied. Rows in memory are read again for each tile of the head, from the L2 cache as a
+// rule.
 //
 // The norm. 1 / rms is one number for a row, so it may come last: where rows are staged as bfloat16 or float32, the
 // squares are summed on the way through the first tile, and logits are multiplied when that is done. A float16 has
@@ -91,7 +92,8 @@ __device__ __forceinline__ float inverse_rms(const ExitParams& p, float squares)
   return 1.0f / sqrtf(squares / float(p.dim) + p.norm_eps);
 }
 
-// What rows are multiplied by, in shared memory: when they are staged, and their logits.
+// What rows are multiplied by, in shared memory: when they are staged, and their logits. Where norms come last `staged`
+// has the sum of their squares instead.
 struct RowFactors {
   float *staged, *logit;  // [kRows]
 };
@@ -112,7 +114,7 @@ __device__ inline void find_factors(const HiddenRows& rows, const RowFactors& fa
         if (has_norm) numbers_of(rows.norm(dim), rows.p.norm_dtype, weight);
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
-          squares += x[i] * x[i];
+          squares = fmaf(x[i], x[i], squares);  // to the bit what the screened form makes of the same row
           largest = fmaxf(largest, fabsf(has_norm ? x[i] * weight[i] : x[i]));
         }
       }
@@ -125,76 +127,77 @@ __device__ inline void find_factors(const HiddenRows& rows, const RowFactors& fa
     if (lane != 0) continue;
     const float norm = has_norm && !kNormsLast<Shape> ? inverse_rms(rows.p, squares) : 1.0f;
     const float scale = kNormsLast<Shape> ? 1.0f : scale_to_16_bits(largest * norm);
-    factors.staged[n] = norm * scale;
+    factors.staged[n] = kNormsLast<Shape> ? 0.0f : norm * scale;
     factors.logit[n] = power_of_two_inverse(scale);
   }
 }
 
-// Brings the hidden rows of a piece into a stage.
-template <class Shape>
+// Brings the hidden rows of a piece into a stage. Full: the type in which the whole head takes them, which the screened
+// form rounds them to before.
+template <class Shape, class Full = typename Shape::T>
 class RowStager {
  public:
   static constexpr int kUnits = Shape::kDims / 8;  // of a row's piece
   static constexpr int kStride = Shape::kThreads / kUnits;
   static constexpr int kPerThread = (Shape::kRows + kStride - 1) / kStride;
 
-  __device__ RowStager(const HiddenRows& rows, const RowFactors& factors) : rows_(rows), factors_(factors) {
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) squares_[i] = 0.0f;
+  __device__ RowStager(const HiddenRows& rows, const RowFactors& factors) : rows_(rows), factors_(factors) {}
+
+  // A thread's i-th row.
+  __device__ __forceinline__ void load(int i, int32_t first_dim) {
+    hidden_ = {};
+    if (row(i) < rows_.count) hidden_ = rows_.hidden(row(i), first_dim + unit() * 8);
   }
 
-  __device__ __forceinline__ void load(int32_t first_dim) {
-    const int32_t dim = first_dim + unit() * 8;
-#pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      hidden_[i] = {};
-      if (row(i) < rows_.count) hidden_[i] = rows_.hidden(row(i), dim);
-    }
-    if (rows_.p.norm_weight != nullptr) norm_ = rows_.norm(dim);
-  }
-
-  // `first_time`: of these dims.
-  __device__ __forceinline__ void store(unsigned char* stage, bool first_time) {
-    float weight[8];
+  // `first_time`: of these dims. Their weights are few enough for the first-level cache.
+  __device__ __forceinline__ void store(int i, int32_t first_dim, unsigned char* stage, bool first_time) {
+    if (row(i) >= Shape::kRows) return;
     const bool has_norm = rows_.p.norm_weight != nullptr;
-    if (has_norm) numbers_of(norm_, rows_.p.norm_dtype, weight);
+    float y[8], weight[8];
+    numbers_of(hidden_, rows_.p.hidden_dtype, y);
+    if constexpr (kNormsLast<Shape>) {
+      if (first_time && has_norm) {
+        float squares = 0.0f;
 #pragma unroll
-    for (int i = 0; i < kPerThread; ++i) {
-      if (row(i) >= Shape::kRows) continue;
-      float y[8];
-      numbers_of(hidden_[i], rows_.p.hidden_dtype, y);
-      if constexpr (kNormsLast<Shape>) {
-        if (first_time) {
+        for (int e = 0; e < 8; ++e) squares += y[e] * y[e];
 #pragma unroll
-          for (int e = 0; e < 8; ++e) squares_[i] += y[e] * y[e];
-        }
-      } else {
-        const float factor = factors_.staged[row(i)];
-#pragma unroll
-        for (int e = 0; e < 8; ++e) y[e] *= factor;
+        for (int bit = 1; bit < kUnits; bit *= 2) squares += warp_shuffle_xor(squares, bit);
+        if (unit() == 0) factors_.staged[row(i)] += squares;
       }
-      if (has_norm) {
-#pragma unroll
-        for (int e = 0; e < 8; ++e) y[e] *= weight[e];
-      }
-      put(stage + Shape::kHeadBytes, row(i), y);
+    } else if constexpr (!kRounded) {
+      multiply_by_factor(y, row(i));
     }
+    if (has_norm) {
+      numbers_of(rows_.norm(first_dim + unit() * 8), rows_.p.norm_dtype, weight);
+#pragma unroll
+      for (int e = 0; e < 8; ++e) y[e] *= weight[e];
+    }
+    if constexpr (kRounded) {
+#pragma unroll
+      for (int e = 0; e < 8; ++e) y[e] = to_float(from_float<Full>(y[e]));
+      multiply_by_factor(y, row(i));
+    }
+    put(stage + Shape::kHeadBytes, row(i), y);
   }
 
   // When the first tile is done. The factors are seen behind the next barrier.
   __device__ __forceinline__ void finish_norm() {
     if constexpr (kNormsLast<Shape>) {
-      if (rows_.p.norm_weight == nullptr) return;
-#pragma unroll
-      for (int i = 0; i < kPerThread; ++i) {
-#pragma unroll
-        for (int bit = 1; bit < kUnits; bit *= 2) squares_[i] += warp_shuffle_xor(squares_[i], bit);
-        if (unit() == 0 && row(i) < Shape::kRows) factors_.logit[row(i)] = inverse_rms(rows_.p, squares_[i]);
+      const int n = int(threadIdx.x);
+      if (rows_.p.norm_weight != nullptr && n < Shape::kRows) {
+        factors_.logit[n] = inverse_rms(rows_.p, factors_.staged[n]);
       }
     }
   }
 
  private:
+  static constexpr bool kRounded = !std::is_same_v<Full, typename Shape::T>;
+
+  __device__ __forceinline__ void multiply_by_factor(float (&y)[8], int n) const {
+    const float factor = factors_.staged[n];
+#pragma unroll
+    for (int e = 0; e < 8; ++e) y[e] *= factor;
+  }
   __device__ __forceinline__ static int unit() { return int(threadIdx.x) % kUnits; }
   __device__ __forceinline__ static int row(int i) { return int(threadIdx.x) / kUnits + i * kStride; }
 
@@ -235,8 +238,7 @@ class RowStager {
 
   const HiddenRows& rows_;
   const RowFactors factors_;
-  RowUnit hidden_[kPerThread], norm_;
-  float squares_[kPerThread];
+  RowUnit hidden_;
 };
 
 }  // namespace specdec

@@ -65,10 +65,26 @@ __device__ inline bool insert_keys(uint64_t& own, uint64_t offered, int32_t list
   return any;
 }
 
-// Takes in the logits of a lane: z[i] of entry first + 32 * i.
+// Offers a lane's numbers: z[i] of entry(i).
+template <int kCount, class Entry>
+__device__ __forceinline__ void list_keys(uint64_t& own, const float (&z)[kCount], Entry entry, int32_t listed,
+                                          int lane) {
+  float peak = negative_infinity();
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) peak = fmaxf(peak, z[i]);
+  if (!(warp_max(peak) > logit_of(warp_shuffle(own, listed - 1)))) return;
+#pragma unroll 1
+  for (int i = 0; i < kCount; ++i) {
+    float offered = z[0];
+#pragma unroll
+    for (int k = 1; k < kCount; ++k) offered = i == k ? z[k] : offered;
+    insert_keys(own, logit_key(offered, entry(i)), listed, lane);
+  }
+}
+
+// Takes a lane's logits into the sums of its warp's row.
 template <int kCount>
-__device__ __forceinline__ void absorb(RowState& state, uint64_t& own, const float (&z)[kCount], int32_t first,
-                                       float scale, int32_t listed, int lane) {
+__device__ __forceinline__ void absorb(RowState& state, const float (&z)[kCount], float scale) {
   float peak = negative_infinity();
   bool finite = true;
 #pragma unroll
@@ -78,15 +94,6 @@ __device__ __forceinline__ void absorb(RowState& state, uint64_t& own, const flo
   }
   if (warp_ballot(!finite) != 0) state.invalid = 1;
   peak = warp_max(peak);
-  if (peak > logit_of(warp_shuffle(own, listed - 1))) {
-#pragma unroll 1
-    for (int i = 0; i < kCount; ++i) {
-      float offered = z[0];
-#pragma unroll
-      for (int k = 1; k < kCount; ++k) offered = i == k ? z[k] : offered;
-      insert_keys(own, logit_key(offered, first + kWarpSize * i), listed, lane);
-    }
-  }
   if (!(peak > negative_infinity())) return;
   if (peak > state.max) {
     if (state.sum > 0.0f) {
@@ -113,11 +120,11 @@ struct StoredStates {
   uint64_t* keys;
   int32_t blocks, listed;
 
-  __device__ explicit StoredStates(const ExitLaunch& launch)
-      : numbers(reinterpret_cast<float*>(launch.scratch)),
-        keys(reinterpret_cast<uint64_t*>(launch.scratch + launch.keys)),
-        blocks(launch.blocks),
-        listed(listed_of(launch.call)) {}
+  __device__ StoredStates(uint8_t* numbers, uint8_t* keys, int32_t blocks, int32_t listed)
+      : numbers(reinterpret_cast<float*>(numbers)),
+        keys(reinterpret_cast<uint64_t*>(keys)),
+        blocks(blocks),
+        listed(listed) {}
 
   __device__ __forceinline__ float* of_row(int32_t row) const { return numbers + int64_t(row) * 4 * blocks; }
   __device__ __forceinline__ uint64_t* keys_of(int32_t row) const { return keys + int64_t(row) * listed * blocks; }
@@ -166,7 +173,8 @@ struct StoredStates {
 };
 
 // A warp writes what its row has seen of the whole vocabulary.
-__device__ inline void write_figures(const ExitParams& p, int32_t row, const RowState& state, uint64_t own, int lane) {
+__device__ inline void write_figures(const ExitParams& p, int32_t row, const RowState& state, uint64_t own,
+                                     int32_t status, int lane) {
   const uint64_t second = warp_shuffle(own, 1);
   const bool valid = state.invalid == 0 && state.sum > 0.0f;
   const float degrees = 1.0f / temperature_of(p, row), sum = valid ? state.sum : 1.0f, log_sum = logf(sum);
@@ -177,7 +185,7 @@ __device__ inline void write_figures(const ExitParams& p, int32_t row, const Row
     const float first = expf((z - state.max) * degrees) / sum;
     const float next = second != 0 ? expf((logit_of(second) - state.max) * degrees) / sum : 0.0f;
     p.token[row] = token;
-    p.status[row] = valid ? 0 : kExitInvalid;
+    p.status[row] = status | (valid ? 0 : kExitInvalid);
     p.max_prob[row] = valid ? first : 0.0f;
     p.margin[row] = valid ? first - next : 0.0f;
     p.entropy[row] = valid ? fmaxf(log_sum - state.log_sum * degrees / sum, 0.0f) : 0.0f;

@@ -54,82 +54,108 @@ __device__ __forceinline__ int sum_row(int e, int lane) {
 
 __device__ __forceinline__ int chunk_place(int row, int chunk) { return row * 128 + ((chunk ^ (row & 7)) << 4); }
 
-// Two 16-dim steps of 16-bit products: `pair` of them, of a part of the hidden rows.
+template <int kCount>
+__device__ __forceinline__ void add_sums(float (*sums)[4], const float (&piece)[kCount][4]) {
+#pragma unroll
+  for (int j = 0; j < kCount; ++j) {
+#pragma unroll
+    for (int e = 0; e < 4; ++e) sums[j][e] += piece[j][e];
+  }
+}
+
+// sums += two 16-dim steps of 16-bit products with hidden rows. Each two steps are summed by themselves: a matrix
+// instruction cuts off what falls below the last bit of its greatest number, and long chains of them would show it.
 template <class Shape>
 __device__ __forceinline__ void multiply_pair(float (&sums)[Shape::kRows / 8][4], const uint32_t (&a)[2][4],
                                               const unsigned char* rows, int pair, int lane) {
   using T = typename Shape::T;
+  constexpr int kPartBytes = Shape::kPanels * Shape::kPanelBytes;
   const unsigned char* panel = rows + pair / 2 * Shape::kPanelBytes;
   const int chunk = pair % 2 * 4;
   uint32_t b[4];
   if constexpr (Shape::kRows == 8) {
-    ldmatrix_x4(b, panel + chunk_place(lane % 8, chunk + lane / 8));
-    mma_m16n8k16<T>(sums[0], a[0], b[0], b[1]);
-    mma_m16n8k16<T>(sums[0], a[1], b[2], b[3]);
+    float piece[1][4] = {};
+#pragma unroll
+    for (int part = 0; part < Shape::kParts; ++part) {
+      ldmatrix_x4(b, panel + part * kPartBytes + (chunk_place(lane % 8, lane / 8) ^ chunk << 4));
+      mma_m16n8k16<T>(piece[0], a[0], b[0], b[1]);
+      mma_m16n8k16<T>(piece[0], a[1], b[2], b[3]);
+    }
+    add_sums(sums, piece);
   } else {
+    const int row = lane % 8 + lane / 16 * 8;
 #pragma unroll
-    for (int step = 0; step < 2; ++step) {
+    for (int j = 0; j < Shape::kRows / 16; ++j) {
+      float piece[2][4] = {};
 #pragma unroll
-      for (int j = 0; j < Shape::kRows / 16; ++j) {
-        ldmatrix_x4(b, panel + chunk_place(j * 16 + lane % 8 + lane / 16 * 8, chunk + step * 2 + lane / 8 % 2));
-        mma_m16n8k16<T>(sums[2 * j], a[step], b[0], b[1]);
-        mma_m16n8k16<T>(sums[2 * j + 1], a[step], b[2], b[3]);
+      for (int part = 0; part < Shape::kParts; ++part) {
+#pragma unroll
+        for (int step = 0; step < 2; ++step) {
+          ldmatrix_x4(b,
+                      panel + part * kPartBytes + (chunk_place(j * 16 + row, lane / 8 % 2) ^ (chunk + step * 2) << 4));
+          mma_m16n8k16<T>(piece[0], a[step], b[0], b[1]);
+          mma_m16n8k16<T>(piece[1], a[step], b[2], b[3]);
+        }
+      }
+      add_sums(sums + 2 * j, piece);
+    }
+  }
+}
+
+// The products of float32 numbers.
+template <class Shape>
+__device__ __forceinline__ void multiply_float32(float (&sums)[Shape::kRows / 8][4], const unsigned char* head,
+                                                 const unsigned char* rows, int warp, int lane) {
+#pragma unroll 1
+  for (int chunk = 0; chunk < 8; ++chunk) {
+    Pack<float, 4> w[4];
+#pragma unroll
+    for (int e = 0; e < 4; ++e) {
+      const int entry = warp * 16 + sum_entry<Shape>(e, lane);
+      w[e] = *reinterpret_cast<const Pack<float, 4>*>(head + chunk_place(entry, chunk));
+    }
+#pragma unroll
+    for (int j = 0; j < Shape::kRows / 8; ++j) {
+      const int row = j * 8 + sum_row<Shape>(0, lane);
+      const auto y = *reinterpret_cast<const Pack<float, 4>*>(rows + chunk_place(row, chunk));
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+#pragma unroll
+        for (int e = 0; e < 4; ++e) sums[j][e] += w[e].element[i] * y.element[i];
       }
     }
   }
 }
 
-// sums += a piece of the warp's 16 rows of the head, times the same dims of the hidden rows.
-template <class Shape>
-__device__ __forceinline__ void multiply_piece(float (&sums)[Shape::kRows / 8][4], const unsigned char* stage, int warp,
-                                               int lane) {
+// sums += a piece of the warp's 16 rows of the head, times the same dims of the hidden rows: one of kTurns parts of it.
+template <class Shape, int kTurns>
+__device__ __forceinline__ void multiply_piece(int turn, float (&sums)[Shape::kRows / 8][4], const unsigned char* stage,
+                                               int warp, int lane) {
   const unsigned char* rows = stage + Shape::kHeadBytes;
   if constexpr (Shape::kIsFloat32) {
-    float piece[Shape::kRows / 8][4] = {};  // summed by itself: long chains of sums round more
-#pragma unroll 1
-    for (int chunk = 0; chunk < 8; ++chunk) {
-      Pack<float, 4> head[4];
-#pragma unroll
-      for (int e = 0; e < 4; ++e) {
-        const int entry = warp * 16 + sum_entry<Shape>(e, lane);
-        head[e] = *reinterpret_cast<const Pack<float, 4>*>(stage + chunk_place(entry, chunk));
-      }
-#pragma unroll
-      for (int j = 0; j < Shape::kRows / 8; ++j) {
-        const int row = j * 8 + sum_row<Shape>(0, lane);
-        const auto y = *reinterpret_cast<const Pack<float, 4>*>(rows + chunk_place(row, chunk));
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) piece[j][e] += head[e].element[i] * y.element[i];
-        }
-      }
-    }
-#pragma unroll
-    for (int j = 0; j < Shape::kRows / 8; ++j) {
-#pragma unroll
-      for (int e = 0; e < 4; ++e) sums[j][e] += piece[j][e];
-    }
+    static_assert(kTurns == 1);
+    float piece[Shape::kRows / 8][4] = {};
+    multiply_float32<Shape>(piece, stage, rows, warp, lane);
+    add_sums(sums, piece);
   } else {
+    const int entry = warp * 16 + lane % 16;
+    constexpr int kPairs = Shape::kDims / 32 / kTurns;
 #pragma unroll
-    for (int pair = 0; pair < Shape::kDims / 32; ++pair) {
-      const int entry = warp * 16 + lane % 16;
+    for (int i = 0; i < kPairs; ++i) {
+      const int pair = turn * kPairs + i;
       uint32_t a[2][4];
       if constexpr (Shape::kIsInt8) {
         uint32_t bytes[4];
-        ldmatrix_x4(bytes, stage + chunk_place(entry, pair * 2 + lane / 16));
+        ldmatrix_x4(bytes, stage + (chunk_place(entry, lane / 16) ^ pair << 5));
 #pragma unroll
-        for (int i = 0; i < 4; ++i) widen_int8<typename Shape::T>(bytes[i], a[i / 2][i % 2], a[i / 2][i % 2 + 2]);
+        for (int k = 0; k < 4; ++k) widen_int8<typename Shape::T>(bytes[k], a[k / 2][k % 2], a[k / 2][k % 2 + 2]);
       } else {
 #pragma unroll
         for (int step = 0; step < 2; ++step) {
-          ldmatrix_x4(a[step], stage + chunk_place(entry, pair * 4 + step * 2 + lane / 16));
+          ldmatrix_x4(a[step], stage + (chunk_place(entry, lane / 16) ^ (pair * 2 + step) << 5));
         }
       }
-#pragma unroll
-      for (int part = 0; part < Shape::kParts; ++part) {
-        multiply_pair<Shape>(sums, a, rows + part * Shape::kPanels * Shape::kPanelBytes, pair, lane);
-      }
+      multiply_pair<Shape>(sums, a, rows, pair, lane);
     }
   }
 }
@@ -150,17 +176,17 @@ __device__ __forceinline__ void load_head(unsigned char* stage, const HeadRows& 
   using Element = typename Shape::Element;
   constexpr int kSize = int(sizeof(Element));
   const auto* head = static_cast<const unsigned char*>(rows.head);
-  const int64_t row_bytes = int64_t(rows.dim) * kSize;
+  const int32_t row_bytes = rows.dim * kSize;
   const int chunk = int(threadIdx.x) % 8;
-  const int64_t begin = int64_t(first_dim) * kSize + chunk * 16, left = row_bytes - begin;
-  const int bytes = left >= 16 ? 16 : left > 0 ? int(left) : 0;
+  const int32_t begin = first_dim * kSize + chunk * 16, left = row_bytes - begin;
+  const int bytes = left >= 16 ? 16 : left > 0 ? left : 0;
   constexpr int kRowsAtOnce = Shape::kThreads / 8;
   const auto from_row = [&](int row) -> const unsigned char* {  // nullptr: nothing is there
     const int32_t place = tile * Shape::kVocab + row;
-    return place < rows.count && bytes > 0 ? head + rows.entry(place) * row_bytes + begin : nullptr;
+    return place < rows.count && bytes > 0 ? head + int64_t(rows.entry(place)) * row_bytes + begin : nullptr;
   };
   if (rows.aligned) {
-#pragma unroll
+#pragma unroll(Shape::kRows < 64 ? 4 : 1)  // many hidden rows leave few registers
     for (int i = 0; i < Shape::kVocab / kRowsAtOnce; ++i) {
       const int row = int(threadIdx.x) / 8 + i * kRowsAtOnce;
       const unsigned char* from = from_row(row);

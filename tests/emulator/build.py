@@ -26,7 +26,7 @@ EMULATOR_FLAGS = {**SANITIZERS, "thread": ["-DSPECDEC_EMULATOR_TSAN"]}
 SHARED = ["-shared", "-Wl,-Bsymbolic"]
 PROGRAMS = ["planted_bugs", "device_names"]
 EMULATOR = ["emulator", "fiber", "collectives"]
-# Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu.
+# Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu, and those of the op that it calls.
 OPS = {
     "build_topology": "BuildTopologyParams",
     "merge_states": "MergeStatesParams",
@@ -34,11 +34,13 @@ OPS = {
     "accept": "AcceptLaunch",
     "sample": "SampleLaunch",
     "exit_confidence": "ExitLaunch",
+    "screened_exit": "ScreenLaunch",
     "exit_mlp": "MlpLaunch",
     "kv_propagate": "KvPropagateParams",
 }
 # Ops whose OP_scratch says how much a call needs.
-SCRATCH = ("tree_attention", "accept", "sample", "exit_confidence", "exit_mlp")
+SCRATCH = ("tree_attention", "accept", "sample", "exit_confidence", "screened_exit", "exit_mlp")
+CALLS = {"screened_exit": "exit_confidence"}
 
 
 class CannotRun(Exception):
@@ -96,7 +98,7 @@ def ninja_file():
             names = [f"-DSPECDEC_LAUNCHER={op}_cuda", f"-DSPECDEC_PARAMS={params}"]
             names += [f"-DSPECDEC_SCRATCH={op}_scratch"] if op in SCRATCH else []
             compiled(f"{build}/{op}_entry", "tests/emulator/entry.cpp", [*own, *names])
-            for kernel in kernels_of(op):
+            for kernel in own_kernels_of(op):
                 compiled(f"{build}/{kernel}", f"csrc/cuda/{kernel}.cu", flags)
             objects = [f"{build}/{name}" for name in (*EMULATOR, f"{op}_entry", *kernels_of(op), "replay")]
             linked(f"{build}/{op}", objects, flags)
@@ -117,8 +119,12 @@ def ninja_file():
     return "\n".join(lines) + "\n"
 
 
-def kernels_of(op):
+def own_kernels_of(op):
     return sorted(path.stem for path in (ROOT / "csrc/cuda").glob(f"{op}*.cu"))
+
+
+def kernels_of(op):
+    return own_kernels_of(op) + (own_kernels_of(CALLS[op]) if op in CALLS else [])
 
 
 @functools.cache

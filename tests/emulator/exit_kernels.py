@@ -29,6 +29,16 @@ def exit_confidence_launch(
     return with_scratch(Launch("exit_confidence", tensors, numbers))
 
 
+def screened_exit_launch(*arguments, multiprocessors=MULTIPROCESSORS):
+    """The same with a screen; its parameters begin with screen_."""
+    *arguments, values, scales, error_norms, norms, error_gain, tolerance, rechecked = arguments
+    screen = {"values": values, "scales": scales, "error_norms": error_norms, "norms": norms, "error_gain": error_gain}
+    screen = {f"screen_{name}": tensor for name, tensor in (screen | {"rechecked": rechecked}).items()}
+    whole = exit_confidence_launch(*arguments, multiprocessors=multiprocessors)
+    tensors = {name: tensor for name, tensor in whole.tensors.items() if name not in ("scratch", "counters")}
+    return with_scratch(Launch("screened_exit", tensors | screen, whole.numbers | {"screen_tolerance": tolerance}))
+
+
 def launches(op):
     """Kernels that this op's library has launched so far."""
     return kernels.library(op, op).specdec_launches()
@@ -39,4 +49,8 @@ def exit_confidence(*arguments):
     run(exit_confidence_launch(*arguments))
 
 
-IMPLEMENTATIONS = {"exit_confidence": exit_confidence}
+def screened_exit(*arguments):
+    run(screened_exit_launch(*arguments))
+
+
+IMPLEMENTATIONS = {"exit_confidence": exit_confidence, "screened_exit": screened_exit}

@@ -26,6 +26,7 @@ _C_TYPES = {
     "bool": ctypes.c_bool,
 }
 _COUNTS = {"kMaxEos": 8, "kMostLayers": 8, "kMostKvLayers": 32}
+_PREFIXES = {"draft_sampling": "draft_", "ScreenedParams": "screen_"}  # of the fields of a structure in another one
 _HEADERS = (
     "params.h",
     "accept_params.h",
@@ -125,8 +126,7 @@ def params_type(op):
 def fields_of(struct, prefix=""):
     """The fields of a structure, and in their places those of the structures in it: [(name, type)]
 
-    A PerRequest is a pointer NAMEs and a number NAME. The fields of draft_sampling begin with draft_, those of the
-    third of an array of structures with NAME2_.
+    A PerRequest is a pointer NAMEs and a number NAME. The third of an array of structures has fields NAME2_*.
     """
     text = "".join((build.ROOT / "csrc/specdec" / header).read_text() for header in _HEADERS)
     body = re.search(rf"struct {struct} \{{(.*?)\n\}};", re.sub(r"//.*", "", text), re.DOTALL)[1]
@@ -140,7 +140,7 @@ def fields_of(struct, prefix=""):
             elif kind.startswith("PerRequest"):
                 fields += [(f"{name}s", ctypes.c_void_p), (name, _C_TYPES[kind[len("PerRequest<") : -1]])]
             elif kind.endswith("Params"):
-                fields += fields_of(kind, "draft_" if name == "draft_sampling" else "")
+                fields += fields_of(kind, _PREFIXES.get(name, _PREFIXES.get(kind, "")))
             elif kind.endswith("Layer"):
                 for index in range(_COUNTS[count]):
                     fields += fields_of(kind, f"{name}{index}_")
