@@ -36,9 +36,9 @@ class BlockShape:
         }  # fmt: skip
 
 
-# The launches' shapes by hidden rows. 40 to 48 KiB of the head under way per program, two of which fit a multiprocessor
-# of Hopper, and nothing spills (tests/test_triton_aot.py). Float32 has no tensor cores: its operands go through
-# registers, which leaves few for a pipeline.
+# The launches' shapes by hidden rows. 24 to 64 KiB of the head under way per program, two of which fit a multiprocessor
+# of Hopper, and nothing spills (tests/test_triton_aot.py); chosen by that, not yet by time on a GPU. Float32 has no
+# tensor cores: its operands go through registers, which leaves few for a pipeline.
 SIXTEEN_BITS = {16: BlockShape(16, 64, 128, 4, 5), 32: BlockShape(32, 64, 128, 4, 4), 64: BlockShape(64, 128, 64, 8, 4)}
 EIGHT_BITS = {16: BlockShape(16, 128, 128, 4, 4), 32: BlockShape(32, 64, 128, 4, 5), 64: BlockShape(64, 64, 128, 8, 4)}
 FLOAT32 = {16: BlockShape(16, 64, 32, 4, 2), 32: BlockShape(32, 64, 32, 4, 2), 64: BlockShape(64, 64, 16, 8, 2)}

@@ -4,7 +4,7 @@ A program owns a block of rows and a tile of a layer's outputs; its weights stre
 Activations between layers are float32 in scratch, rows * outputs * 4 bytes, which stay in L2. The last layer has one
 output, too little for a launch: the last program to arrive at the end of the layer before multiplies it for all rows.
 So 11-44-1 is one program in one launch, and 2048-1024-512-1 two launches of 64 and 32 programs: a single program would
-take its 5 MB through one multiprocessor, some 20 times as long.
+take its 5 MB through one multiprocessor.
 
 Weights of 16 bits are exact in TF32 (float16 and bfloat16 alike), which takes 10 bits of each activation, more than
 bfloat16 and without the overflow of float16. Float32 weights are multiplied in float32.
