@@ -193,6 +193,31 @@ def call_exits(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     return [*figures, confidence.token, confidence.status, got.exited, got.active_rows, got.inverse, got.num_active]
 
 
+def make_screened_exits(seed: int) -> Tensors:
+    """With a copy whose bounds are honest, the last one by far: some rows fall back."""
+    tensors = make_exits(seed, vocab=9000)
+    head = tensors["head"].double()
+    scales = (head.abs().amax(dim=1) / 127).float()
+    values = (head / scales[:, None].double()).round().to(torch.int8)
+    copy = values.double() * scales[:, None].double()
+    norms = {
+        "error_norms": (head - copy).norm(dim=1),
+        "norms": copy.norm(dim=1),
+        "error_gain": (head - copy).norm()[None],
+    }
+    return tensors | {"values": values, "scales": scales} | {name: 1.001 * norm.float() for name, norm in norms.items()}
+
+
+def call_screened_exits(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    """What a screen must not change. It may change max_prob and margin by the tolerance."""
+    screen = QuantizedHead(*(tensors[name] for name in ("values", "scales", "error_norms", "norms", "error_gain")))
+    options = {name: tensors[name] for name in ("norm_weight", "temperature")} | {"screen": screen, "backend": backend}
+    got = early_exit(tensors["hidden"], tensors["head"], 0.4, top_k=1, **options)
+    confidence = got.confidence
+    figures = [confidence.max_prob, confidence.margin, confidence.token, confidence.status & 1]
+    return [*figures, got.exited, got.active_rows, got.inverse, got.num_active]
+
+
 EXITS = ("hidden", "head", "norm_weight")
 INT8_EXITS = ("hidden", "norm_weight")
 
@@ -265,6 +290,7 @@ CASES = {
     },
     "exit_mlp": {"": DeviceCase(make_mlp, call_mlp, ("features", "weight0", "weight1", "weight2"))},
     "kv_propagate": {"": DeviceCase(make_propagation, call_propagation, PRECISE_PROPAGATION)},
+    "screened_exit": {"": DeviceCase(make_screened_exits, call_screened_exits, EXITS)},
     "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},
     "tree_attention": {
         "paged": DeviceCase(make_attention, call_paged_attention, QKV),

@@ -26,10 +26,11 @@ HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 def launch_of(case, decides=True, threshold=0.4, **options):
     """The launch of a case, not run, with outputs that nobody has written. Some of the options are the launch's own."""
     own = {name: options.pop(name) for name in ("multiprocessors",) if name in options}
+    make = exit_kernels.screened_exit_launch if "screen" in options else exit_kernels.exit_confidence_launch
     found = []
 
     def implementation(*arguments):
-        found.append(exit_kernels.exit_confidence_launch(*arguments, **own))
+        found.append(make(*arguments, **own))
 
     with mock.patch.object(_dispatch, "resolve", lambda *_, **__: implementation):
         if decides:
@@ -41,16 +42,20 @@ def launch_of(case, decides=True, threshold=0.4, **options):
 
 def results(launch):
     """The outputs of a launch that was run."""
-    names = (*CONFIDENCE, *DECISION, "top_tokens", "top_logprobs")
+    names = (*CONFIDENCE, *DECISION, "top_tokens", "top_logprobs", "screen_rechecked")
     return {name: launch.tensors[name].clone() for name in names if name in launch.tensors}
 
 
 def outputs_of(launch, *order):
     """Run a launch on poisoned outputs."""
-    for tensor in (launch.tensors[name] for name in results(launch)):
-        tensor.copy_(poisoned_empty(tensor.shape, tensor.dtype, "cpu"))
+    poison(launch)
     exit_kernels.run(launch, *order)
     return results(launch)
+
+
+def poison(launch):
+    for tensor in (launch.tensors[name] for name in results(launch)):
+        tensor.copy_(poisoned_empty(tensor.shape, tensor.dtype, "cpu"))
 
 
 def assert_same(got, expected):
@@ -178,7 +183,85 @@ def test_scratch_is_what_blocks_leave():
     assert kernels.traffic(launch)["scratch"].written == 5 * blocks * (16 + 7 * 8)
 
 
+def screened_launch(*sizes, **options):
+    """A case with a screen, and what its whole head says."""
+    case_options = {name: options.pop(name) for name in ("norm", "bias", "temperatures") if name in options}
+    case = make_case(*sizes, **case_options)
+    return launch_of(case, screen=quantize_head(case.head), **options)
+
+
+def whole(launch):
+    """The same call without its screen."""
+    tensors = {name: tensor for name, tensor in launch.tensors.items() if not name.startswith("screen_")}
+    del tensors["scratch"], tensors["counters"]
+    numbers = {name: number for name, number in launch.numbers.items() if not name.startswith("screen_")}
+    return exit_kernels.with_scratch(kernels.Launch("exit_confidence", tensors, numbers))
+
+
+def test_a_screen_is_three_launches():
+    """Whether rows fall back or not."""
+    sure, open_ = screened_launch(5, 64, 700, BF16, norm=True), screened_launch(3, 16, 300, BF16)
+    open_.tensors["hidden"].zero_()
+    for launch, fell in ((sure, 0), (open_, 3)):
+        before = exit_kernels.launches("screened_exit")
+        got = outputs_of(launch)
+        assert exit_kernels.launches("screened_exit") - before == 3
+        assert (got["status"] & 2).ne(0).sum() == fell
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_a_screen_reads(dtype):
+    """The copy once; of the head just what is counted, or all of it once for the rows that fell back."""
+    launch = screened_launch(4, 128, 5000, dtype, norm=True)
+    moved, rechecked = kernels.traffic(launch), launch.tensors["screen_rechecked"]
+    head = launch.tensors["head"]
+    assert moved["screen_values"].read == head.numel()
+    assert moved["head"].read == int(rechecked.sum()) * 128 * head.element_size() < 0.2 * head.nbytes
+    assert not launch.tensors["status"].any()
+    launch.tensors["hidden"][1:3] = 0
+    assert (
+        kernels.traffic(launch)["head"].read == int(rechecked[[0, 3]].sum()) * 128 * head.element_size() + head.nbytes
+    )
+    assert launch.tensors["status"].tolist() == [0, 2, 2, 0]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_screen_answers_nearly_always(dtype):
+    """Ordinary rows, sure and unsure; few entries are rechecked."""
+    launch = screened_launch(16, 256, 4000, dtype, norm=True, threshold=0.5)
+    got, expected = outputs_of(launch), outputs_of(whole(launch))
+    assert_same({name: got[name] for name in ("token", *DECISION)}, {n: expected[n] for n in ("token", *DECISION)})
+    assert (got["status"] != 0).sum() <= 1
+    assert got["screen_rechecked"].float().median() <= 0.02 * 4000
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_screened_row_does_not_depend_on_the_others(dtype):
+    """Not in a single bit."""
+    case = make_case(21, 100, 700, dtype, norm=True)
+    screen = quantize_head(case.head)
+    together = outputs_of(launch_of(case, screen=screen, top_k=3))
+    for rows in (1, 9):
+        part = ExitCase(case.hidden[:rows], case.head, case.options)
+        got = outputs_of(launch_of(part, decides=False, screen=screen, top_k=3))
+        assert_same(got, {name: together[name][:rows] for name in got})
+
+
+def test_unaligned_screens():
+    """dims that are no multiple of 16, and copies that start anywhere."""
+    launch = screened_launch(3, 64, 300, HALF, norm=True)
+    expected = outputs_of(launch)
+    for name in ("screen_values", "head"):
+        tensor = launch.tensors[name]
+        memory = torch.zeros(tensor.numel() + 3, dtype=tensor.dtype)
+        launch.tensors[name] = memory[3:].view(tensor.shape).copy_(tensor)
+    assert_same(outputs_of(launch), expected)
+
+
 LAUNCHES = {
+    "screen": lambda: screened_launch(9, 80, 2300, BF16, norm=True, bias=True, top_k=5),
+    "screen of f16": lambda: screened_launch(3, 72, 2100, HALF, norm=True, temperatures=True, measure="margin"),
+    "screen of f32": lambda: screened_launch(17, 50, 300, FLOAT, level="any", measure="entropy"),
     "bf16": lambda: launch_of(make_case(5, 80, 700, BF16, norm=True, bias=True), top_k=5),
     "many rows": lambda: launch_of(make_case(67, 40, 300, BF16, norm=True), level="any"),
     "f16": lambda: launch_of(make_case(18, 72, 600, HALF, norm=True, temperatures=True), top_k=16),
@@ -232,6 +315,11 @@ MUTANTS = {
         "shared.factors);\n  block_sync();",
         "shared.factors);",
     ),
+    "no barrier before entries are rechecked": (
+        "screened_exit.cuh",
+        "  block_sync();  // the factors and the list are there",
+        "",
+    ),
     "no fence before a block says that it is done": (
         "arrival.cuh",
         "  device_fence();\n  team.sync();",
@@ -242,10 +330,11 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_in_shared_work(name):
-    launch = LAUNCHES["f16"]()
+    screened = MUTANTS[name][0] == "screened_exit.cuh"
+    launch = LAUNCHES["screen of f16" if screened else "f16"]()
     try:
         with pytest.raises(RuntimeError, match=RACE):
-            mutants.replay(launch, "thread", *in_specdec(MUTANTS[name]), only="exit_confidence_f16")
+            mutants.replay(launch, "thread", *in_specdec(MUTANTS[name]), only=f"{launch.op}_f16")
     except build.CannotRun as reason:
         pytest.skip(str(reason))
 
@@ -256,6 +345,13 @@ def in_specdec(change):
 
 
 WRONG = {
+    "screen: a bound without the copy's error": ("screen_figures.cuh", "bound.by_error * error_norm + noise", "noise"),
+    "screen: candidates that are too deep": (
+        "screened_exit.cuh",
+        "!(plan.cut > clamped + error.all) || clamped > plan.deep",
+        "clamped > plan.deep",
+    ),
+    "screen: rows that fall back and are not listed": ("screened_exit.cuh", "settled ? 0 : 1;", "0;"),
     "pieces that are not waited for": ("exit_confidence.cuh", "cp_async_wait<Shape::kStages - 2>();", ""),
     "squares of every tile": ("exit_confidence.cuh", "next_tile == first);", "true);"),
     "equals that go to the higher entry": ("block.cuh", "(0xffffffffu - uint32_t(id))", "uint32_t(id)"),
@@ -269,14 +365,30 @@ WRONG = {
 }
 
 
+def wrong_screen():
+    """A copy that is bad, and honest about it; some rows fall back."""
+    case = make_case(20, 64, 1000, BF16)
+    case.hidden[3] = 0
+    screen = quantize_head(case.head)
+    generator = torch.Generator().manual_seed(8)
+    screen.values.add_(torch.randint(-9, 10, screen.values.shape, generator=generator)).clamp_(-127, 127)
+    approximation = screen.scales.double()[:, None] * screen.values.double()
+    error = case.head.double() - approximation
+    screen.error_norms.copy_(error.norm(dim=1) * 1.001)
+    screen.norms.copy_(approximation.norm(dim=1) * 1.001)
+    screen.error_gain.fill_(float(torch.linalg.matrix_norm(error, 2)) * 1.001)
+    return launch_of(case, screen=screen, tolerance=1.0, top_k=4)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_planted_bug_in_numbers(name):
     """Each of them changes a result of the cases above, or is reported."""
     case = "int8" if "int8" in name else "bf16"
-    launch = LAUNCHES[case]()
+    launch = wrong_screen() if name.startswith("screen") else LAUNCHES[case]()
     expected = outputs_of(launch)
+    poison(launch)
     try:
-        got = mutants.replay(launch, "plain", *in_specdec(WRONG[name]), only=f"exit_confidence_{case}")
+        got = mutants.replay(launch, "plain", *in_specdec(WRONG[name]), only=f"{launch.op}_{case}")
     except build.CannotRun as reason:
         pytest.skip(str(reason))
     except RuntimeError:

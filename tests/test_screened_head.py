@@ -86,7 +86,8 @@ def assert_same(case: ExitCase, backend: str, measure="max_prob", threshold=None
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("measure", list(THRESHOLDS))
 def test_against_the_whole_head(target, dtype, measure):
-    shapes = ((9, 80, 1000), (1, 64, 97), (67, 128, 4097))
+    largest = (67, 128, 4097) if target.backend != "cuda-emulated" else (35, 80, 2100)
+    shapes = ((9, 80, 1000), (1, 64, 97), largest)
     for rows, dim, vocab in shapes[: 1 if target.interpreted else 3]:
         case = make_case(rows, dim, vocab, dtype, norm=True, bias=True, temperatures=True).to(dtype, target.device)
         assert_same(case, target.backend, measure, top_k=16)

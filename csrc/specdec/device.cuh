@@ -255,6 +255,13 @@ __device__ __forceinline__ void mma_m16n8k16<Float16>(float (&sum)[4], const uin
 
 // Shared memory
 
+// Whether a multiprocessor has 228 KiB of it.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10)
+constexpr bool kLargeSharedMemory = true;
+#else
+constexpr bool kLargeSharedMemory = false;
+#endif
+
 // An array (or one value, with nothing for `dimensions`) in static shared memory: SPECDEC_SHARED(float, sums, [4][32]);
 #define SPECDEC_SHARED(type, name, dimensions) __shared__ __align__(16) type name dimensions
 

@@ -4,7 +4,7 @@
 // tiles b, b + blocks, ...: for all of its hidden rows (up to 64; 32 where the head is int8 or float32, 16 where it is
 // int8 and hidden rows are float32) it streams them through shared memory (exit_tiles.cuh) without a pause between
 // tiles: while the logits of one become sums and lists, the next one is on its way. Logits are handed from the warps
-// that made them to the warp that has the row, for 16 hidden rows at a time, and never reach global memory.
+// that made them to the warp that has the row, for 8 or 16 hidden rows at a time, and never reach global memory.
 //
 // Each block leaves a state per hidden row in scratch. The last block to arrive merges them, in the order of the
 // blocks, so a result depends on the number of multiprocessors, but neither on the order of blocks nor on the other
@@ -24,8 +24,9 @@ namespace specdec {
 // The block's dynamic shared memory.
 template <class Shape>
 struct ExitShared {
-  static constexpr int kPass = Shape::kRows < 16 ? Shape::kRows : 16;  // hidden rows whose logits are handed over
-  static constexpr int kPitch = Shape::kVocab + 4;                     // different banks for what a warp writes
+  // Hidden rows whose logits are handed over at once. Where registers are shortest, only 8 go without spills.
+  static constexpr int kPass = Shape::kRows == 8 || (Shape::kRows == 64 && !kNormsLast<Shape>) ? 8 : 16;
+  static constexpr int kPitch = Shape::kVocab + 4;  // different banks for what a warp writes
 
   unsigned char* stages;  // [kStages, kStageBytes]
   float* logits;          // [kPass, kPitch]
@@ -52,8 +53,8 @@ struct ExitShared {
   }
 };
 
-// Streams tiles `first`, first + stride, ... of the head past the hidden rows. absorb(tile, sums) gets each tile's sums
-// and may use barriers; behind its last one it may read shared memory, and write no more than its own.
+// Streams tiles `first`, first + stride, ... of the head past the hidden rows. absorb(tile, sums) gets
+// each tile's sums and may use barriers; behind its last one it may read shared memory, and write no more than its own.
 template <class Shape, class Stager, class Absorb>
 __device__ __forceinline__ void stream_head(const HeadRows& head, Stager& stager, unsigned char* stages, int32_t first,
                                             int32_t stride, Absorb absorb) {
@@ -179,12 +180,8 @@ __device__ __forceinline__ void see_head(const ExitLaunch& launch, const ExitSha
   });
 }
 
-// Two blocks of the most rows fit the shared memory of these multiprocessors; elsewhere registers are not short either.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10)
-constexpr int kBlocksOfMostRows = 2;
-#else
-constexpr int kBlocksOfMostRows = 1;
-#endif
+// Where two blocks of the most rows don't fit a multiprocessor's shared memory, registers are not short either.
+constexpr int kBlocksOfMostRows = kLargeSharedMemory ? 2 : 1;
 
 template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kRows < 64 ? 2 : kBlocksOfMostRows)
@@ -194,10 +191,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kRows < 64 ? 2 : kBloc
   const int32_t row_block = int32_t(blockIdx.x) % launch.row_blocks, block = int32_t(blockIdx.x) / launch.row_blocks;
   const int32_t first_row = row_block * Shape::kRows, listed = listed_of(p);
   const bool is_part = launch.fallen != nullptr;
-  const int32_t all_rows = is_part ? launch.fallen[p.rows] : p.rows;
-  if (first_row >= all_rows) return;
-  const HiddenRows rows = {
-      p, launch.fallen, first_row, min(Shape::kRows, all_rows - first_row), launch.hidden_aligned, launch.norm_aligned};
+  const auto all_rows = [&] { return launch.fallen != nullptr ? launch.fallen[p.rows] : p.rows; };
+  if (first_row >= all_rows()) return;
+  SPECDEC_SHARED(int32_t, ids, [Shape::kRows]);
+  const HiddenRows rows = {p, ids, min(Shape::kRows, all_rows() - first_row), launch.hidden_aligned,
+                           launch.norm_aligned};
+  if (int(threadIdx.x) < rows.count) {
+    const int32_t row = first_row + int(threadIdx.x);
+    ids[threadIdx.x] = is_part ? launch.fallen[row] : row;
+  }
+  block_sync();
   const ExitShared<Shape> shared(listed);
   see_head<Shape>(launch, shared, rows, block);
   block_sync();
@@ -216,7 +219,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kRows < 64 ? 2 : kBloc
     if (is_part && lane == 0) launch.rechecked[row] = p.vocab;
   }
   if (p.measure == ExitMeasure::kNone) return;
-  const int32_t row_blocks = (all_rows + Shape::kRows - 1) / Shape::kRows;
+  const int32_t row_blocks = (all_rows() + Shape::kRows - 1) / Shape::kRows;
   if (!arrives_last(reduce.team, launch.counters + launch.row_blocks, row_blocks)) return;
   decide(reduce, p);
 }

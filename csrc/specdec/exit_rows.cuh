@@ -35,13 +35,20 @@ __device__ __forceinline__ RowUnit load_unit(const void* row, DType dtype, int32
     }
     return unit;
   }
-#pragma unroll
+  // One after the other from behind: indices that are no constants would need local memory, unrolled loads registers.
+#pragma unroll 1
   for (int i = 0; i < 8; ++i) {
-    if (first + i >= count) continue;
-    if (dtype == DType::kFloat32) {
-      unit.half[i / 4].word[i % 4] = words[i];
-    } else {
-      unit.half[0].word[i / 2] |= uint32_t(halves[i]) << i % 2 * 16;
+    const bool exists = first + i < count, is_wide = dtype == DType::kFloat32;
+    const uint32_t next = !exists ? 0 : is_wide ? words[i] : halves[i];
+#pragma unroll
+    for (int k = 0; k < 8; ++k) {
+      uint32_t& word = unit.half[k / 4].word[k % 4];
+      const uint32_t above = k < 7 ? unit.half[(k + 1) / 4].word[(k + 1) % 4] : 0;
+      if (is_wide) {
+        word = k < 7 ? above : next;
+      } else if (k < 4) {
+        word = word >> 16 | (k < 3 ? above : next) << 16;
+      }
     }
   }
   return unit;
@@ -57,17 +64,17 @@ __device__ __forceinline__ void numbers_of(const RowUnit& unit, DType dtype, flo
   }
 }
 
-// The hidden rows of a block: those from `first` on, of all or of a list.
+// The hidden rows of a block.
 struct HiddenRows {
   const ExitParams& p;
-  const int32_t* list;  // or nullptr
-  int32_t first, count;
+  const int32_t* ids;  // [count] in shared memory: registers are short
+  int32_t count;
   bool aligned, norm_aligned;
 
-  __device__ __forceinline__ int32_t row(int n) const { return list == nullptr ? first + n : list[first + n]; }
+  __device__ __forceinline__ int32_t row(int n) const { return ids[n]; }
   __device__ __forceinline__ RowUnit hidden(int n, int32_t dim) const {
     const int64_t size = p.hidden_dtype == DType::kFloat32 ? 4 : 2;
-    const auto* at = static_cast<const unsigned char*>(p.hidden) + row(n) * p.hidden_stride_row * size;
+    const auto* at = static_cast<const unsigned char*>(p.hidden) + int64_t(row(n)) * p.hidden_stride_row * size;
     return load_unit(at, p.hidden_dtype, dim, p.dim, aligned);
   }
   __device__ __forceinline__ RowUnit norm(int32_t dim) const {

@@ -225,8 +225,10 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) screen_kernel(ScreenLaunch
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   const int32_t row_block = int32_t(blockIdx.x) % launch.row_blocks, block = int32_t(blockIdx.x) / launch.row_blocks;
   const int32_t first_row = row_block * Shape::kRows, listed = listed_of(p);
-  const HiddenRows rows = {
-      p, nullptr, first_row, min(Shape::kRows, p.rows - first_row), launch.hidden_aligned, launch.norm_aligned};
+  SPECDEC_SHARED(int32_t, ids, [Shape::kRows]);
+  const HiddenRows rows = {p, ids, min(Shape::kRows, p.rows - first_row), launch.hidden_aligned, launch.norm_aligned};
+  if (int(threadIdx.x) < rows.count) ids[threadIdx.x] = first_row + int(threadIdx.x);
+  block_sync();
   SPECDEC_SHARED(ScreenPlan, plans, [Shape::kRows]);
   SPECDEC_SHARED(float, tops, [Shape::kRows]);
   SPECDEC_SHARED(int32_t, step_counts, [Shape::kRows * kSteps]);
@@ -315,7 +317,7 @@ __device__ __forceinline__ void recheck(const ScreenLaunch& launch, const ExitSh
   const int lane = int(threadIdx.x) % kWarpSize;
   const int32_t listed = listed_of(p);
   find_factors<Shape>(rows, shared.factors);
-  block_sync();
+  block_sync();  // the factors and the list are there
   const HeadRows head = {p.head, entries, count, p.dim, launch.head_aligned};
   RowStager<Shape> stager(rows, shared.factors);
   stream_head<Shape>(head, stager, shared.stages, 0, 1, [&](int32_t tile, const auto& sums) {
@@ -424,6 +426,9 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) recheck_kernel(ScreenLaunc
   const ScreenScratch scratch = {launch};
   const ScreenPlan plan = scratch.plans()[row];
   SPECDEC_SHARED(int32_t, entries, [kMostChosen]);
+  SPECDEC_SHARED(int32_t, own_row, );
+  if (threadIdx.x == 0) own_row = row;
+  block_sync();
   const ExitShared<Shape> shared(listed);
   TeamReducer reduce({int32_t(threadIdx.x), Shape::kThreads}, shared.slots);
   for (int n = int(threadIdx.x); n < Shape::kRows; n += Shape::kThreads) shared.states[n] = empty_state();
@@ -432,9 +437,8 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) recheck_kernel(ScreenLaunc
   int32_t count = 0;
   if (plan.sound != 0) count = look_at_span(reduce, launch, plan, row, span, entries, left.tail);
   left.chosen = count <= kMostChosen ? float(count) : 1e9f;
-  block_sync();  // the list is there
   if (count > 0 && count <= kMostChosen) {
-    const HiddenRows rows = {p, nullptr, row, 1, launch.hidden_aligned, launch.norm_aligned};
+    const HiddenRows rows = {p, &own_row, 1, launch.hidden_aligned, launch.norm_aligned};
     recheck<Shape>(launch, shared, rows, entries, count);
     block_sync();
   }

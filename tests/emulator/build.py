@@ -26,7 +26,7 @@ EMULATOR_FLAGS = {**SANITIZERS, "thread": ["-DSPECDEC_EMULATOR_TSAN"]}
 SHARED = ["-shared", "-Wl,-Bsymbolic"]
 PROGRAMS = ["planted_bugs", "device_names"]
 EMULATOR = ["emulator", "fiber", "collectives"]
-# Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu, and those of the op that it calls.
+# Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu, and those of an op it calls.
 OPS = {
     "build_topology": "BuildTopologyParams",
     "merge_states": "MergeStatesParams",

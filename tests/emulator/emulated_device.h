@@ -225,6 +225,8 @@ inline void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, u
   std::memcpy(sum, payload.out, sizeof sum);
 }
 
+constexpr bool kLargeSharedMemory = false;
+
 #define SPECDEC_SHARED(type, name, dimensions)     \
   using SharedTypeOf_##name = type dimensions;     \
   static const char shared_key_of_##name = 0;      \
