@@ -16,9 +16,9 @@ struct ExitLaunch {
   int32_t* rechecked;     // [rows]
 
   // Filled in by the launcher.
-  int32_t blocks;      // that share the vocabulary
-  int32_t row_blocks;  // of hidden rows
-  int64_t keys;        // where the lists begin in the scratch
+  int32_t blocks;                                   // that share the vocabulary
+  int32_t row_blocks;                               // of hidden rows
+  int64_t keys;                                     // where the lists begin in the scratch
   bool hidden_aligned, norm_aligned, head_aligned;  // whether their rows start at multiples of 16 bytes
 };
 
