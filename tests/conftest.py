@@ -71,8 +71,9 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Whatever runs on CUDA tensors is marked gpu: `pytest -m gpu` is everything that a GPU can show.
 
-    Triton's interpreter takes seconds where a kernel takes microseconds. A module that sets INTERPRETED_SHARE = n has
-    every n-th of a test's interpreted cases run (the first one always), unless SPECDEC_OPS_ALL_TESTS is 1.
+    Triton's interpreter takes seconds where a kernel takes microseconds, the emulator of CUDA a tenth of that. A module
+    that sets INTERPRETED_SHARE = n has every n-th of a test's interpreted cases run (the first one always), with
+    EMULATED_SHARE = n every n-th emulated one, unless SPECDEC_OPS_ALL_TESTS is 1.
     """
     seen: dict[str, int] = {}
     left_out = []
@@ -85,11 +86,11 @@ def pytest_collection_modifyitems(config, items):
             continue
         if target.device == "cuda":
             item.add_marker(pytest.mark.gpu)
-        share = getattr(item.module, "INTERPRETED_SHARE", 1)
-        if target.interpreted and os.environ.get("SPECDEC_OPS_ALL_TESTS") != "1":
-            test = f"{item.module.__name__}.{item.originalname}"
+        slow = "INTERPRETED" if target.interpreted else "EMULATED" if target.backend == kernels.BACKEND else None
+        if slow and os.environ.get("SPECDEC_OPS_ALL_TESTS") != "1":
+            test = f"{slow} {item.module.__name__}.{item.originalname}"
             seen[test] = seen.get(test, -1) + 1
-            if seen[test] % share:
+            if seen[test] % getattr(item.module, f"{slow}_SHARE", 1):
                 left_out.append(item)
     if left_out:
         config.hook.pytest_deselected(items=left_out)

@@ -20,7 +20,7 @@ from accept_cases import (
 from specdec_ops import Topology, Tree, VocabMap, chain_accept, greedy_accept, tree_accept
 
 OP = "accept"
-INTERPRETED_SHARE = 11
+INTERPRETED_SHARE, EMULATED_SHARE = 17, 3
 SLOW = ("triton", "cuda-emulated")
 
 

@@ -43,7 +43,7 @@ from specdec_ops import (
 )
 
 OP = "accept"
-INTERPRETED_SHARE = 11
+INTERPRETED_SHARE, EMULATED_SHARE = 17, 3
 STOCHASTIC = [rule for rule in RULES if rule != "greedy"]
 
 

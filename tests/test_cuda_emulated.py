@@ -79,15 +79,15 @@ ATTENTION = {
     "dim 64, three parts": lambda: attention(9, 160, heads=1, num_splits=3),
     "dim 64, 32 rows, features, pages": lambda: attention(9, 100, heads=3, num_splits=2, page_size=16, **FEATURES),
     "dim 64, 128 rows": lambda: attention(70, 70, heads=1),
-    "dim 80": lambda: attention(5, 70, dim=80, heads=2, dtype=torch.float16, num_splits=2),
+    "dim 80": lambda: attention(5, 70, dim=80, heads=2, num_splits=2),
     "dim 128, pages": lambda: attention(5, 70, dim=128, heads=4, page_size=7),
-    "dim 128, 64 rows": lambda: attention(20, 40, dim=128, heads=3, dtype=torch.float16, num_splits=2),
+    "dim 128, 64 rows": lambda: attention(20, 40, dim=128, heads=3, num_splits=2),
     "dim 192": lambda: attention(7, 40, dim=192, heads=1, num_splits=2),
     "dim 192, 128 rows": lambda: attention(66, 20, dim=192, heads=1, num_splits=2),
     "dim 256, 128 rows": lambda: attention(66, 20, dim=256, heads=1),
     "dim 256, 64 rows": lambda: attention(33, 20, dim=256, heads=1, num_splits=2),
     "fp8, dim 64": lambda: attention(5, 70, heads=1, float8=True, num_splits=2),
-    "fp8, dim 112, pages": lambda: attention(20, 40, dim=112, heads=1, float8=True, dtype=torch.float16, page_size=3),
+    "fp8, dim 112, pages": lambda: attention(20, 40, dim=112, heads=1, float8=True, page_size=3),
 }
 
 LAUNCHES = {

@@ -21,7 +21,7 @@ from specdec_ops.reference import sample as reference
 from specdec_ops.reference.sample import Settings
 
 OP = "sample"
-INTERPRETED_SHARE = 4
+INTERPRETED_SHARE, EMULATED_SHARE = 7, 3
 SLOW = ("triton", "cuda-emulated")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

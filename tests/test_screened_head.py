@@ -8,7 +8,7 @@ from specdec_ops import VocabMap, _loader, early_exit, exit_confidence, quantize
 from specdec_ops.early_exit import STATUS_FELL_BACK, STATUS_INVALID
 
 OP = "screened_exit"
-INTERPRETED_SHARE = 7
+INTERPRETED_SHARE, EMULATED_SHARE = 11, 3
 INTERPRETED_ROWS = 4  # up to half a second each
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
