@@ -68,6 +68,7 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("target", found, ids=[f"{target.backend}-on-{target.device}" for target in found])
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for its marks
 def pytest_collection_modifyitems(config, items):
     """Whatever runs on CUDA tensors is marked gpu: `pytest -m gpu` is everything that a GPU can show.
 

@@ -103,6 +103,7 @@ static SPECDEC_INLINE int packed_dim(int dim) {
 constexpr int kSlots = kWidth / 4;  // rows of the head that are multiplied at once
 constexpr int kTogether = 4;        // hidden rows
 constexpr int kBlockBytes = 8192;   // of a head's row, where the dim is cut
+constexpr int kFloat32Block = 512;  // elements: longer sums of float32 products would round more than PyTorch's do
 
 // Dot products of kSlots rows of the head with a group of kRows packed hidden rows over dims [begin, end), whole steps.
 // Lane slot * 4 + row of the result. `ahead` elements from here are fetched where kFetch says so.
@@ -168,7 +169,8 @@ static void multiply_tile(const ExitTile& tile, const char* packed, int rows, bo
   using Hidden = typename Multiplier::Hidden;
   const auto* hidden = reinterpret_cast<const Hidden*>(packed);
   const int64_t stride = packed_dim<Multiplier>(tile.dim);
-  const int block = narrow ? tile.dim : kBlockBytes / int(sizeof(typename Multiplier::Element));
+  constexpr int kSize = int(sizeof(typename Multiplier::Element));
+  const int block = narrow ? tile.dim : kSize == 4 ? kFloat32Block : kBlockBytes / kSize;
   for (int begin = 0; begin < tile.dim; begin += block) {
     const int end = min_of(begin + block, tile.dim);
     for (int slot = 0; slot < tile.count; slot += kSlots) {

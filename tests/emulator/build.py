@@ -14,12 +14,12 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 OUTPUT = Path("build", "emulator")  # of ROOT
 
-FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
+FLAGS = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Wno-unknown-pragmas", "-DSPECDEC_EMULATED", "-Itests/emulator", "-Icsrc"]
 SANITIZERS = {
     "plain": [],
     "address": ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"],
-    "thread": ["-fsanitize=thread"],
+    "thread": ["-O1", "-fsanitize=thread"],
 }
 # The emulator plays the part of the hardware, which ThreadSanitizer must not look into.
 EMULATOR_FLAGS = {**SANITIZERS, "thread": ["-DSPECDEC_EMULATOR_TSAN"]}
