@@ -31,7 +31,7 @@ format: .venv/ready ## rewrite Python and C++ in that style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 test: build lint ## build, lint, run all tests, as many at once as there are cores
-	$(BIN)/pytest --numprocesses auto --dist loadgroup
+	$(BIN)/pytest --numprocesses auto --dist loadfile
 
 bench: build ## build, then time every op against PyTorch: three minutes on two cores
 	$(BIN)/python -m benchmarks.run --quick

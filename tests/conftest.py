@@ -24,10 +24,6 @@ EMULATED = {
 }
 
 
-# Modules whose tests share what takes long to make. With several workers one has them, and starts with them.
-ON_ONE_WORKER = ("test_triton_aot", "test_packaging", "test_cuda_build", "test_examples", "test_examples_sorted")
-
-
 def pytest_configure():
     """Tests that run side by side share the cores."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
@@ -68,7 +64,6 @@ def pytest_generate_tests(metafunc):
         metafunc.parametrize("target", found, ids=[f"{target.backend}-on-{target.device}" for target in found])
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for its marks
 def pytest_collection_modifyitems(config, items):
     """Whatever runs on CUDA tensors is marked gpu: `pytest -m gpu` is everything that a GPU can show.
 
@@ -78,10 +73,7 @@ def pytest_collection_modifyitems(config, items):
     """
     seen: dict[str, int] = {}
     left_out = []
-    items.sort(key=lambda item: item.module.__name__ not in ON_ONE_WORKER)
     for item in items:
-        if item.module.__name__ in ON_ONE_WORKER:
-            item.add_marker(pytest.mark.xdist_group(item.module.__name__))
         target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
         if target is None:
             continue
