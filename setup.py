@@ -48,6 +48,10 @@ CXX_FLAGS = ["-O3", "-std=c++17", "-fPIC", "-fopenmp", "-fvisibility=hidden", "-
 CXX_WARNINGS = ["-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized", "-Wno-psabi"]
 NVCC_FLAGS = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall", "-Xptxas=-warn-spills"]
 NVCC_FLAGS += ["-Xfatbin=-compress-all"]  # a fifth of the size
+# The CUDA sources whose device code asks for the architecture, by what their names hold: each architecture has its own
+# PTX of them. The others become PTX of the oldest, once, and machine code of each from it, in half the time. They see
+# SPECDEC_EVERY_ARCH, and nothing in device.cuh that depends on the architecture.
+SPECIFIC_TO_ARCH = ("exit_confidence", "screened_exit", "fp8")
 
 
 def output_of(*command):
@@ -124,8 +128,15 @@ def parse_archs(text, known):
     return archs, ptx
 
 
+def gencode_from_oldest(archs, ptx):
+    """Options of nvcc for machine code of these architectures from PTX of the oldest, kept if there is to be any."""
+    oldest = min((arch.rstrip("af").replace(".", "") for arch in archs), key=int)
+    codes = [f"sm_{arch.replace('.', '')}" for arch in archs] + ([f"compute_{oldest}"] if ptx else [])
+    return ["-gencode", f"arch=compute_{oldest},code=[{','.join(codes)}]", "-DSPECDEC_EVERY_ARCH"]
+
+
 def gencode(archs, ptx):
-    """Options of nvcc for these architectures."""
+    """Options of nvcc for these architectures, each from sources seen by it alone."""
     flags = []
     for arch in archs:
         number = arch.replace(".", "")
@@ -234,7 +245,7 @@ class Build:
         x86_macros = ["-DSPECDEC_X86=1", *isa_macros] if self.isas else []
         common = ["-Icsrc", *x86_macros]
         python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include(), *self.macros()]
-        cuda_flags = [*NVCC_FLAGS, "--threads", str(self.nvcc_threads), *gencode(self.archs, self.ptx)]
+        cuda_flags = [*NVCC_FLAGS, "$flags", "--threads", str(self.nvcc_threads)]
         if os.environ.get("CXX"):
             cuda_flags += ["-ccbin", self.cxx[0]]
         link_flags = ["-shared", "-fopenmp", "-Wl,--exclude-libs,ALL"]
@@ -257,7 +268,10 @@ class Build:
         for source, isa in self.cpu_sources.items():
             flags = python if source in BINDINGS else X86_FLAGS.get(isa, [])
             lines.append(f"build {self.folder}/{source}.o: cxx {source}\n  flags = {quote(flags)}\n")
-        lines += [f"build {self.folder}/{source}.o: nvcc {source}\n" for source in self.cuda_sources]
+        for source in self.cuda_sources:
+            specific = any(part in source for part in SPECIFIC_TO_ARCH)
+            flags = (gencode if specific else gencode_from_oldest)(self.archs, self.ptx)
+            lines.append(f"build {self.folder}/{source}.o: nvcc {source}\n  flags = {quote(flags)}\n")
         objects = [f"{self.folder}/{source}.o" for source in (*self.cpu_sources, *self.cuda_sources)]
         lines.append(f"build {self.folder}/_C.so: link {' '.join(objects)}\n")
         return "\n".join(lines)

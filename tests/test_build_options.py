@@ -79,6 +79,10 @@ def test_gencode(build):
         *("-gencode", "arch=compute_120,code=sm_120"),
         *("-gencode", "arch=compute_120,code=compute_120"),
     ]
+    assert build.gencode_from_oldest(["12.0", "9.0a"], ["12.0"]) == [
+        *("-gencode", "arch=compute_90,code=[sm_120,sm_90a,compute_90]"),
+        "-DSPECDEC_EVERY_ARCH",
+    ]
 
 
 WRONG_VALUES = {

@@ -5,6 +5,9 @@
 // the same kernels on a CPU and reports what they do wrong (tests/emulator). What is below is the only CUDA code that
 // the emulator can't run, so it is kept free of ideas.
 //
+// What depends on the architecture is not there where SPECDEC_EVERY_ARCH is defined: setup.py defines it for sources
+// that it compiles to PTX once, for all of them.
+//
 // Rules for kernels: no raw intrinsics, no raw __shared__, no return before a barrier, no two barriers on one line, no
 // `<<<>>>`.
 #pragma once
@@ -104,6 +107,7 @@ __device__ __forceinline__ void widen_float8<BFloat16>(uint32_t four, uint32_t& 
     asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(*pairs[i]) : "r"(bits), "r"(0x7b807b80u), "r"(0x80008000u));
   }
 }
+#ifndef SPECDEC_EVERY_ARCH
 template <>
 __device__ __forceinline__ void widen_float8<Float16>(uint32_t four, uint32_t& first, uint32_t& second) {
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ >= 900 || (__CUDA_ARCH__ == 890 && CUDART_VERSION >= 12010))
@@ -120,6 +124,7 @@ __device__ __forceinline__ void widen_float8<Float16>(uint32_t four, uint32_t& f
   }
 #endif
 }
+#endif
 
 // Four signed bytes as two pairs of 16-bit floats, exactly: with their signs turned they are the last bits of the
 // numbers from 1024 to 1279.
@@ -256,10 +261,12 @@ __device__ __forceinline__ void mma_m16n8k16<Float16>(float (&sum)[4], const uin
 // Shared memory
 
 // Whether a multiprocessor has 228 KiB of it.
+#ifndef SPECDEC_EVERY_ARCH
 #if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ / 100 == 9 || __CUDA_ARCH__ / 100 == 10)
 constexpr bool kLargeSharedMemory = true;
 #else
 constexpr bool kLargeSharedMemory = false;
+#endif
 #endif
 
 // An array (or one value, with nothing for `dimensions`) in static shared memory: SPECDEC_SHARED(float, sums, [4][32]);
