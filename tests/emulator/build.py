@@ -25,7 +25,7 @@ SANITIZERS = {
 EMULATOR_FLAGS = {**SANITIZERS, "thread": ["-DSPECDEC_EMULATOR_TSAN"]}
 SHARED = ["-shared", "-Wl,-Bsymbolic"]
 PROGRAMS = ["planted_bugs", "device_names"]
-EMULATOR = ["emulator", "fiber", "collectives"]
+EMULATOR = ["emulator", "shared_memory", "fiber", "collectives"]
 # Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu, and those of an op it calls.
 OPS = {
     "build_topology": "BuildTopologyParams",

@@ -5,7 +5,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <deque>
-#include <map>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -14,6 +13,7 @@
 #include <vector>
 
 #include "fiber.h"
+#include "shared_memory.h"
 #include "text.h"
 
 uint3 threadIdx, blockIdx;
@@ -24,7 +24,6 @@ namespace specdec::emulator {
 namespace {
 
 constexpr int kLanes = 32;
-constexpr size_t kSharedAlignment = 128;
 constexpr int kGroupBarriers = 16;
 
 enum class State : unsigned char { kReady, kAtBarrier, kAtGroupBarrier, kAtCollective, kDone };
@@ -52,13 +51,6 @@ struct Thread {
   }
 };
 
-struct SharedArray {
-  unsigned char* allocation;
-  unsigned char* begin;
-  size_t bytes, offset;
-  char created;  // orders its first bytes before every use
-};
-
 struct Launch {
   dim3 grid, block;
   size_t shared_bytes;
@@ -67,23 +59,20 @@ struct Launch {
   char started, ended;  // order the threads after what the host did before, and before what it does next
 };
 
-// The threads of the blocks that it runs one after another, with the shared memory of the current block.
+// The threads of the blocks that it runs one after another, with the shared memory of the current one.
 class Block {
  public:
-  ~Block() { free_old_arrays(); }
   void start(Launch*);
   void run(uint64_t linear_index);
-  void free_old_arrays();
 
   void block_sync(Site);
   void group_sync(int barrier, int threads, Site);
   void warp_collective(Collective, uint32_t lanes, Payload&, Site);
   [[noreturn]] void fail(Site, const char* format, va_list);
-  void* shared_static(const void* key, size_t bytes);
-  void* shared_dynamic(int index, size_t offset, size_t bytes, Site);
-  bool is_in_shared(const void* address, size_t bytes) const;
   void thread_body();
+  size_t shared_bytes() const { return launch_->shared_bytes; }
 
+  SharedMemory shared;
   Thread* current = nullptr;
   std::string error;
 
@@ -93,8 +82,6 @@ class Block {
   void run_until_stuck_or_done();
   void abandon();
   std::string waiting_threads() const;
-  SharedArray make_array(size_t bytes, size_t offset) const;
-  void drop_arrays();
   int warps() const { return (count_ + kLanes - 1) / kLanes; }
   bool random() const { return options().order == Order::kRandom; }
 
@@ -103,9 +90,6 @@ class Block {
   std::vector<int> turns_;  // the order of the threads, within their warps
   int count_ = 0, alive_ = 0, arrived_ = 0, barriers_ = 0;
   std::mt19937_64 random_;
-  std::map<const void*, SharedArray> static_arrays_;
-  std::deque<SharedArray> dynamic_arrays_;
-  std::vector<unsigned char*> old_arrays_;
   char barrier_[2];  // two, in turn: a thread that is late for one must not meet those that have reached the next
   char warp_sync_[1024 / kLanes];
   struct GroupBarrier {
@@ -208,7 +192,7 @@ void Block::run(uint64_t linear_index) {
   begin(linear_index);
   run_until_stuck_or_done();
   if (!error.empty()) abandon();
-  drop_arrays();
+  shared.drop();
 }
 
 void Block::abandon() {
@@ -339,78 +323,6 @@ void Block::warp_collective(Collective collective, uint32_t lanes, Payload& payl
   }
 }
 
-// Bytes of 0xff, with no more bytes behind them than asked for, so that AddressSanitizer sees the first one beyond. The
-// address has the alignment of the offset and no other.
-SharedArray Block::make_array(size_t bytes, size_t offset) const {
-  const size_t before = offset % kSharedAlignment;
-  void* memory = nullptr;
-  if (posix_memalign(&memory, kSharedAlignment, before + bytes) != 0) throw std::bad_alloc();
-  auto* allocation = static_cast<unsigned char*>(memory);
-  std::memset(allocation, 0xff, before + bytes);
-  SPECDEC_POISON(allocation, before);
-  return {allocation, allocation + before, bytes, offset, 0};
-}
-
-void Block::drop_arrays() {
-  const auto drop = [&](const SharedArray& array) {
-    SPECDEC_UNPOISON(array.allocation, size_t(array.begin - array.allocation) + array.bytes);
-    old_arrays_.push_back(array.allocation);
-  };
-  for (const auto& [key, array] : static_arrays_) drop(array);
-  for (const auto& array : dynamic_arrays_) drop(array);
-  static_arrays_.clear();
-  dynamic_arrays_.clear();
-#ifndef SPECDEC_EMULATOR_TSAN
-  free_old_arrays();  // ThreadSanitizer must not see an address twice in a launch, and take two blocks' use for a race
-#endif
-}
-
-void Block::free_old_arrays() {
-  for (unsigned char* array : old_arrays_) std::free(array);
-  old_arrays_.clear();
-}
-
-void* Block::shared_static(const void* key, size_t bytes) {
-  SharedArray* array = nullptr;
-  Fiber::as_scheduler([&] {
-    const auto [place, is_new] = static_arrays_.try_emplace(key);
-    array = &place->second;
-    if (!is_new) return;
-    *array = make_array(bytes, 0);
-    release(&array->created);
-  });
-  acquire(&array->created);
-  return array->begin;
-}
-
-void* Block::shared_dynamic(int index, size_t offset, size_t bytes, Site site) {
-  if (offset + bytes > launch_->shared_bytes) {
-    emulator::fail(site, "an array in shared memory ends at byte %zu, the launch asked for %zu bytes", offset + bytes,
-                   launch_->shared_bytes);
-  }
-  if (index == int(dynamic_arrays_.size())) {
-    Fiber::as_scheduler([&] {
-      dynamic_arrays_.push_back(make_array(bytes, offset));
-      release(&dynamic_arrays_.back().created);
-    });
-  }
-  SharedArray& array = dynamic_arrays_[index];
-  if (array.bytes != bytes || array.offset != offset) {
-    emulator::fail(site, "threads cut the shared memory into different arrays");
-  }
-  acquire(&array.created);
-  return array.begin;
-}
-
-bool Block::is_in_shared(const void* address, size_t bytes) const {
-  const auto* first = static_cast<const unsigned char*>(address);
-  const auto has = [&](const SharedArray& array) {
-    return first >= array.begin && first + bytes <= array.begin + array.bytes;
-  };
-  return std::any_of(dynamic_arrays_.begin(), dynamic_arrays_.end(), has) ||
-         std::any_of(static_arrays_.begin(), static_arrays_.end(), [&](const auto& item) { return has(item.second); });
-}
-
 void run_blocks(Launch& launch) {
   const uint64_t count = uint64_t(launch.grid.x) * launch.grid.y * launch.grid.z;
   std::vector<uint64_t> order(count);
@@ -425,7 +337,7 @@ void run_blocks(Launch& launch) {
     error = block.error;
   }
   acquire(&launch.ended);
-  for (auto& block : blocks) block.free_old_arrays();
+  for (auto& block : blocks) block.shared.free_old();
   if (!error.empty()) throw std::runtime_error(error);
 }
 
@@ -456,15 +368,15 @@ void device_fence() {
   release(&everyone);
 }
 
-void* shared_static(const void* key, size_t bytes) { return running->shared_static(key, bytes); }
+void* shared_static(const void* key, size_t bytes) { return running->shared.of_kernel(key, bytes); }
 
 void* shared_dynamic(int index, size_t offset, size_t bytes, Site site) {
-  return running->shared_dynamic(index, offset, bytes, site);
+  return running->shared.of_launch(index, offset, bytes, running->shared_bytes(), site);
 }
 
 void check_in_shared(const void* address, size_t bytes, const char* what, Site site) {
   if (reinterpret_cast<uintptr_t>(address) % bytes != 0) fail(site, "%s is not aligned to %zu bytes", what, bytes);
-  if (!running->is_in_shared(address, bytes)) fail(site, "%s is not inside one array in shared memory", what);
+  if (!running->shared.contains(address, bytes)) fail(site, "%s is not inside one array in shared memory", what);
 }
 
 void copy_issued(AsyncCopy copy) {
