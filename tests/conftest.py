@@ -14,7 +14,7 @@ if not torch.cuda.is_available():
 import attention_cases
 import specdec_ops
 from emulator import accept_kernels, build, draft_kernels, exit_kernels, kernels
-from specdec_ops import _alloc, _dispatch
+from specdec_ops import _alloc, _dispatch, _loader
 
 EMULATED = {
     **kernels.IMPLEMENTATIONS,
@@ -58,7 +58,13 @@ def targets(op: str) -> list[Target]:
 
 
 def pytest_generate_tests(metafunc):
-    """`target` is parametrised over the implementations of the op that the module tests (its OP, or tree_attention)."""
+    """`target` is parametrised over the implementations of the op that the module tests (its OP, or tree_attention).
+
+    `isa` is, over the instruction sets that the module lists (its ISAS), unless a test chooses its own.
+    """
+    own = any("isa" in mark.args[0] for mark in metafunc.definition.iter_markers("parametrize"))
+    if "isa" in metafunc.fixturenames and not own:
+        metafunc.parametrize("isa", metafunc.module.ISAS, indirect=True)
     if "target" in metafunc.fixturenames:
         found = targets(getattr(metafunc.module, "OP", "tree_attention"))
         metafunc.parametrize("target", found, ids=[f"{target.backend}-on-{target.device}" for target in found])
@@ -117,6 +123,29 @@ def poisoned_memory(monkeypatch):
     for name, module in list(sys.modules.items()):
         if name.startswith("specdec_ops.triton_kernels.") and hasattr(module, "torch"):
             monkeypatch.setattr(module, "torch", PoisonedTorch())
+
+
+@pytest.fixture
+def isa(request):
+    """The CPU kernels run on this instruction set."""
+    module, reason = _loader.load()
+    if module is None:
+        pytest.skip(reason)
+    module.set_cpu_isa(request.param)
+    try:
+        if module.cpu_isa() != request.param:
+            pytest.skip(f"this processor (or this build) has no {request.param}")
+        yield request.param
+    finally:
+        module.set_cpu_isa("")
+
+
+@pytest.fixture
+def threads():
+    """Sets the number of threads; the old one comes back."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)

@@ -28,25 +28,6 @@ kernels, reason = _loader.load()
 pytestmark = pytest.mark.skipif(kernels is None, reason=str(reason))
 
 
-@pytest.fixture(params=ISAS)
-def isa(request):
-    kernels.set_cpu_isa(request.param)
-    try:
-        if kernels.cpu_isa() != request.param:
-            pytest.skip(f"this processor (or this build) has no {request.param}")
-        yield request.param
-    finally:
-        kernels.set_cpu_isa("")
-
-
-@pytest.fixture
-def threads():
-    """Sets the number of threads; the old one comes back."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def mixed_case(rule, vocab, seed, dtype=torch.float32, batch=6, nodes=8):
     """A ragged batch in which every request has its own temperature and filters."""
     rng = np.random.default_rng(seed)

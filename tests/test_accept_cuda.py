@@ -10,7 +10,14 @@ import pytest
 import torch
 
 from accept_cases import RULES, Bands, chain, make_case, random_parents, star
-from conftest import poisoned_empty
+from emulated_checks import (
+    SANITIZERS,
+    assert_order_changes_nothing,
+    assert_race,
+    assert_same,
+    assert_sanitizer_finds_nothing,
+    outputs,
+)
 from emulator import accept_kernels, build, kernels, mutants
 from specdec_ops import _dispatch, sample_children, sample_tokens
 
@@ -23,7 +30,6 @@ LAWS = {
     "top_k": torch.tensor([0, 40, 3], dtype=torch.int32),
     "top_p": torch.tensor([0.9, 1.0, 0.5]),
 }
-SANITIZERS = [sanitizer for sanitizer in build.SANITIZERS if sanitizer != "plain"]
 
 
 def call(function, make_launch, act):
@@ -117,19 +123,9 @@ def test_result_does_not_depend_on_where_rows_start(dtype):
         launch = accept_launch(case.changed(target=view.copy_(case.target)), "lazy")
         assert launch.tensors["target"].data_ptr() % 16 == shift * dtype.itemsize % 16
         accept_kernels.run(launch)
-        results.append({name: launch.tensors[name] for name in outputs("accept")})
+        results.append(outputs(launch))
     for other in results[1:]:
         assert_same(other, results[0])
-
-
-def outputs(op):
-    shared = ["tokens", "status"]
-    return shared + (["path", "num_accepted", "next_tokens"] if op == "accept" else ["logprobs", "logsumexp"])
-
-
-def assert_same(got, expected):
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, equal_nan=False, msg=name)
 
 
 def test_launches():
@@ -220,32 +216,12 @@ LAUNCHES = {
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_sanitizers_find_nothing(case, sanitizer):
-    """No race, no access outside of an array, nothing undefined, and the result of the plain build in every order."""
-    launch = LAUNCHES[case]()
-    try:
-        after = kernels.replay(launch, sanitizer)
-    except build.CannotRun as reason:
-        pytest.skip(str(reason))
-    accept_kernels.run(launch)
-    expected = {name: launch.tensors[name] for name in outputs(launch.op)}
-    assert_same({name: after[name] for name in expected}, expected)
-    assert accept_kernels.counters_are_zero(after)
+    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
 
 
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_every_order_gives_the_same(case):
-    """Of warps, of threads in them, and of blocks; in scratch that holds anything."""
-    launch = LAUNCHES[case]()
-    accept_kernels.run(launch)
-    expected = {name: launch.tensors[name].clone() for name in outputs(launch.op)}
-    for order, seed in [("reverse", 0), *(("random", seed) for seed in range(3))]:
-        for name in outputs(launch.op):
-            tensor = launch.tensors[name]
-            tensor.copy_(poisoned_empty(tensor.shape, tensor.dtype, "cpu"))
-        if "scratch" in launch.tensors:
-            launch.tensors["scratch"].fill_(seed)
-        accept_kernels.run(launch, order, seed)
-        assert_same({name: launch.tensors[name] for name in expected}, expected)
+    assert_order_changes_nothing(LAUNCHES[case](), 3)
 
 
 # What a line of the kernels is for: (file, the line, what becomes of it). ThreadSanitizer finds each.
@@ -267,12 +243,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_in_shared_work(name):
-    file, old, new = MUTANTS[name]
-    try:
-        with pytest.raises(RuntimeError, match="WARNING: ThreadSanitizer: data race"):
-            mutants.replay(children_launch(top_p=0.9, vocab=8300), "thread", f"specdec/{file}", old, new)
-    except build.CannotRun as reason:
-        pytest.skip(str(reason))
+    assert_race(children_launch(top_p=0.9, vocab=8300), *MUTANTS[name])
 
 
 def test_planted_bug_in_the_excluded_tokens():

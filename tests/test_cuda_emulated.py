@@ -9,6 +9,14 @@ from attention_cases import chain, expected, make_case
 from attention_cases import random_tree as random_parents
 from close import assert_as_good_as_torch
 from conftest import poisoned_empty
+from emulated_checks import (
+    RACE,
+    SANITIZERS,
+    assert_order_changes_nothing,
+    assert_same,
+    assert_sanitizer_finds_nothing,
+    outputs,
+)
 from emulator import build, kernels
 from specdec_ops import Topology, Tree, _dispatch, merge_states
 from test_merge_states import DTYPES, states
@@ -17,9 +25,6 @@ from trees import random_tree
 
 if reason := build.why_not():
     pytest.skip(reason, allow_module_level=True)
-
-TOPOLOGY_OUT = ["parents_out", "depths", "ancestors", "first_child", "next_sibling", "num_nodes_out", "status"]
-SANITIZERS = [sanitizer for sanitizer in build.SANITIZERS if sanitizer != "plain"]
 
 
 def topology_launch(parents, num_nodes):
@@ -103,39 +108,15 @@ LAUNCHES = {
 }
 
 
-def outputs(launch, tensors):
-    names = TOPOLOGY_OUT if launch.op == "build_topology" else ["out", "lse"]
-    return {name: tensors[name] for name in names}
-
-
-def assert_same(got, expected):
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, msg=name)
-
-
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_sanitizers_find_nothing(case, sanitizer):
-    """No race, no access outside of an array, nothing undefined, and the result of the plain build in every order."""
-    launch = LAUNCHES[case]()
-    try:
-        after = kernels.replay(launch, sanitizer)
-    except build.CannotRun as reason:
-        pytest.skip(str(reason))
-    kernels.run(launch)
-    assert_same(outputs(launch, after), outputs(launch, launch.tensors))
+    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
 
 
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_every_order_gives_the_same(case):
-    """Of warps, of threads in them, and of blocks."""
-    launch = LAUNCHES[case]()
-    kernels.run(launch)
-    expected = outputs(launch, launch.tensors)
-    for order, seed in [("reverse", 0), *(("random", seed) for seed in range(6))]:
-        again = LAUNCHES[case]()
-        kernels.run(again, order, seed)
-        assert_same(outputs(again, again.tensors), expected)
+    assert_order_changes_nothing(LAUNCHES[case](), 6)
 
 
 def test_a_sanitizer_finds_an_output_that_is_too_small():
@@ -159,7 +140,7 @@ def test_a_join_without_fences_is_a_race():
     """So the sanitizer can see what hands the parts to the block that joins them."""
     launch = LAUNCHES["dim 64, three parts"]()
     try:
-        with pytest.raises(RuntimeError, match="WARNING: ThreadSanitizer: data race"):
+        with pytest.raises(RuntimeError, match=RACE):
             kernels.replay(launch, "thread", "tree_attention_unfenced")
     except build.CannotRun as reason:
         pytest.skip(str(reason))
@@ -202,7 +183,7 @@ def test_topology_of_a_named_tree():
     tree = random_tree(70, 5)
     launch = trees_launch(tree)
     kernels.run(launch)
-    got = Topology(*(launch.tensors[name] for name in TOPOLOGY_OUT))
+    got = Topology(*outputs(launch).values())
     expected = Topology.from_trees([tree])
     for name in ("parents", "depths", "ancestors", "first_child", "next_sibling", "num_nodes", "status"):
         assert torch.equal(getattr(got, name), getattr(expected, name)), name
@@ -212,9 +193,10 @@ def test_topology_of_a_named_tree():
 def test_topology_moves_each_byte_once(nodes):
     launch = trees_launch(random_tree(nodes, 0), random_tree(nodes, 1))
     moved = kernels.traffic(launch)
-    for name in ("parents", *TOPOLOGY_OUT):
+    written = outputs(launch)
+    for name in ("parents", *written):
         tensor = launch.tensors[name]
-        expected = (0, kernels.extent(tensor)) if name in TOPOLOGY_OUT else (kernels.extent(tensor), 0)
+        expected = (0, kernels.extent(tensor)) if name in written else (kernels.extent(tensor), 0)
         assert moved[name] == expected, name
 
 

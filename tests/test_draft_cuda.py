@@ -10,14 +10,13 @@ import pytest
 import torch
 
 from close import assert_as_good_as_torch
-from conftest import poisoned_empty
-from emulator import accept_kernels, build, draft_kernels, kernels, mutants
+from emulated_checks import SANITIZERS, assert_order_changes_nothing, assert_race, assert_sanitizer_finds_nothing
+from emulator import accept_kernels, build, draft_kernels, kernels
 from specdec_ops import _dispatch, exit_mlp, kv_propagate
 
 if reason := build.why_not():
     pytest.skip(reason, allow_module_level=True)
 
-SANITIZERS = [sanitizer for sanitizer in build.SANITIZERS if sanitizer != "plain"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POISON = 7.5
 
@@ -274,46 +273,15 @@ LAUNCHES = {
 }
 
 
-def outputs(launch):
-    return [name for name in launch.tensors if name in ("score", "stop") or name.endswith("_cache")]
-
-
-def run(launch, *order):
-    accept_kernels.run(launch, *order)
-    return {name: launch.tensors[name].clone() for name in outputs(launch)}
-
-
-def assert_same(got, expected):
-    for name, tensor in expected.items():
-        assert torch.equal(got[name], tensor), name
-
-
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_sanitizers_find_nothing(case, sanitizer):
-    """No race, no access outside of an array, nothing undefined, and the result of the plain build in every order."""
-    launch = LAUNCHES[case]()
-    try:
-        after = kernels.replay(launch, sanitizer)
-    except build.CannotRun as reason:
-        pytest.skip(str(reason))
-    assert_same(after, run(launch))
-    assert accept_kernels.counters_are_zero(after)
+    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
 
 
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_every_order_gives_the_same(case):
-    """Of warps, of threads in them, and of blocks; in scratch that holds anything."""
-    launch = LAUNCHES[case]()
-    expected = run(launch)
-    for order, seed in [("reverse", 0), ("random", 1), ("random", 2)]:
-        for name in ("score", "stop"):
-            if name in launch.tensors:
-                tensor = launch.tensors[name]
-                tensor.copy_(poisoned_empty(tensor.shape, tensor.dtype, "cpu"))
-        if "scratch" in launch.tensors:
-            launch.tensors["scratch"].fill_(seed)
-        assert_same(run(launch, order, seed), expected)
+    assert_order_changes_nothing(LAUNCHES[case](), 2)
 
 
 # What a line of the kernels is for: (the launch, the file, the line, what becomes of it). ThreadSanitizer finds each.
@@ -347,9 +315,5 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_planted_bug_in_shared_work(name):
-    case, file, old, new = MUTANTS[name]
-    try:
-        with pytest.raises(RuntimeError, match="WARNING: ThreadSanitizer: data race"):
-            mutants.replay(LAUNCHES[case](), "thread", f"specdec/{file}", old, new)
-    except build.CannotRun as reason:
-        pytest.skip(str(reason))
+    case, *change = MUTANTS[name]
+    assert_race(LAUNCHES[case](), *change)

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from exit_cases import make_case
-from specdec_ops import AdaptiveThreshold, Confidence, _loader, entropy_stop, exit_confidence, exit_features, exit_mlp
+from specdec_ops import AdaptiveThreshold, Confidence, entropy_stop, exit_confidence, exit_features, exit_mlp
 
 OP = "exit_mlp"
 SHAPES = ((11, 44, 1), (768, 512, 256, 1), (2048, 1024, 512, 1), (5, 1), (67, 65, 130, 3, 1))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 
 
 def make_model(sizes, dtype, seed=0):
@@ -54,24 +55,14 @@ def test_against_float64(target, dtype, sizes):
         assert stop.tolist() == [not bool((score > 0.4).any())]
 
 
-@pytest.mark.parametrize("isa", ("generic", "avx2", "avx512", "avx512_bf16"))
 def test_every_instruction_set(isa):
-    kernels, reason = _loader.load()
-    if kernels is None:
-        pytest.skip(reason)
-    kernels.set_cpu_isa(isa)
-    try:
-        if kernels.cpu_isa() != isa:
-            pytest.skip(f"this processor has no {isa}")
-        for dtype in DTYPES:
-            layers, normal = make_model((67, 65, 130, 1), dtype)
-            for rows in (1, 3, 20):
-                features = normal(rows, 67).to(dtype)
-                score, _ = exit_mlp(features, layers, backend="cpu")
-                bound = 1e-5 if dtype == torch.float32 else 2e-2
-                assert (score - exact_scores(features, layers)).abs().max() <= bound
-    finally:
-        kernels.set_cpu_isa("")
+    for dtype in DTYPES:
+        layers, normal = make_model((67, 65, 130, 1), dtype)
+        for rows in (1, 3, 20):
+            features = normal(rows, 67).to(dtype)
+            score, _ = exit_mlp(features, layers, backend="cpu")
+            bound = 1e-5 if dtype == torch.float32 else 2e-2
+            assert (score - exact_scores(features, layers)).abs().max() <= bound
 
 
 def test_any_row_goes_on(target):

@@ -9,6 +9,14 @@ import pytest
 import torch
 
 from conftest import poisoned_empty
+from emulated_checks import (
+    SANITIZERS,
+    assert_order_changes_nothing,
+    assert_race,
+    assert_same,
+    assert_sanitizer_finds_nothing,
+    outputs,
+)
 from emulator import build, exit_kernels, kernels, mutants
 from exit_cases import ExitCase, make_case
 from specdec_ops import _dispatch, quantize_head
@@ -17,8 +25,6 @@ from test_early_exit import DTYPES, FIGURES
 if reason := build.why_not():
     pytest.skip(reason, allow_module_level=True)
 
-SANITIZERS = [sanitizer for sanitizer in build.SANITIZERS if sanitizer != "plain"]
-CONFIDENCE = ("token", *FIGURES, "status")
 DECISION = ("exited", "active_rows", "inverse", "num_active")
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
@@ -40,27 +46,17 @@ def launch_of(case, decides=True, threshold=0.4, **options):
     return found[0]
 
 
-def results(launch):
-    """The outputs of a launch that was run."""
-    names = (*CONFIDENCE, *DECISION, "top_tokens", "top_logprobs", "screen_rechecked")
-    return {name: launch.tensors[name].clone() for name in names if name in launch.tensors}
-
-
 def outputs_of(launch, *order):
     """Run a launch on poisoned outputs."""
     poison(launch)
     exit_kernels.run(launch, *order)
-    return results(launch)
+    return outputs(launch)
 
 
 def poison(launch):
-    for tensor in (launch.tensors[name] for name in results(launch)):
+    for name in outputs(launch):
+        tensor = launch.tensors[name]
         tensor.copy_(poisoned_empty(tensor.shape, tensor.dtype, "cpu"))
-
-
-def assert_same(got, expected):
-    for name, tensor in expected.items():
-        torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, equal_nan=False, msg=name)
 
 
 def int8_case(rows, dim, vocab, dtype, **options):
@@ -275,29 +271,15 @@ LAUNCHES = {
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_sanitizers_find_nothing(case, sanitizer):
-    """No race, no access outside of an array, nothing undefined, and the result of the plain build in every order."""
-    launch = LAUNCHES[case]()
-    try:
-        after = kernels.replay(launch, sanitizer)
-    except build.CannotRun as reason:
-        pytest.skip(str(reason))
-    expected = outputs_of(launch)
-    assert_same({name: after[name] for name in expected}, expected)
-    assert not after["counters"].any()
+    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
 
 
 @pytest.mark.parametrize("case", LAUNCHES)
 def test_every_order_gives_the_same(case):
-    """Of warps, of threads in them, and of blocks; in scratch that holds anything."""
-    launch = LAUNCHES[case]()
-    expected = outputs_of(launch)
-    for order, seed in [("reverse", 0), *(("random", seed) for seed in range(2))]:
-        launch.tensors["scratch"].fill_(seed)
-        assert_same(outputs_of(launch, order, seed), expected)
+    assert_order_changes_nothing(LAUNCHES[case](), 2)
 
 
-# What a line of the kernels is for: (file, the line, what becomes of it, what finds it).
-RACE = "WARNING: ThreadSanitizer: data race"
+# What a line of the kernels is for: (file, the line, what becomes of it). ThreadSanitizer finds each.
 MUTANTS = {
     "no barrier before a stage is filled again": (
         "exit_confidence.cuh",
@@ -332,16 +314,7 @@ MUTANTS = {
 def test_planted_bug_in_shared_work(name):
     screened = MUTANTS[name][0] == "screened_exit.cuh"
     launch = LAUNCHES["screen of f16" if screened else "f16"]()
-    try:
-        with pytest.raises(RuntimeError, match=RACE):
-            mutants.replay(launch, "thread", *in_specdec(MUTANTS[name]), only=f"{launch.op}_f16")
-    except build.CannotRun as reason:
-        pytest.skip(str(reason))
-
-
-def in_specdec(change):
-    file, old, new = change
-    return f"specdec/{file}", old, new
+    assert_race(launch, *MUTANTS[name], only=f"{launch.op}_f16")
 
 
 WRONG = {
@@ -387,8 +360,9 @@ def test_planted_bug_in_numbers(name):
     launch = wrong_screen() if name.startswith("screen") else LAUNCHES[case]()
     expected = outputs_of(launch)
     poison(launch)
+    file, *change = WRONG[name]
     try:
-        got = mutants.replay(launch, "plain", *in_specdec(WRONG[name]), only=f"{launch.op}_{case}")
+        got = mutants.replay(launch, "plain", f"specdec/{file}", *change, only=f"{launch.op}_{case}")
     except build.CannotRun as reason:
         pytest.skip(str(reason))
     except RuntimeError:

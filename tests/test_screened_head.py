@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from exit_cases import ExitCase, make_case
-from specdec_ops import VocabMap, _loader, early_exit, exit_confidence, quantize_head, quantized_head
+from specdec_ops import VocabMap, early_exit, exit_confidence, quantize_head, quantized_head
 from specdec_ops.early_exit import STATUS_FELL_BACK, STATUS_INVALID
 
 OP = "screened_exit"
@@ -22,21 +22,6 @@ def one_thread():
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    """Each instruction set of the CPU kernels that works here."""
-    kernels, reason = _loader.load()
-    if kernels is None:
-        pytest.skip(reason)
-    kernels.set_cpu_isa(request.param)
-    try:
-        if kernels.cpu_isa() != request.param:
-            pytest.skip(f"this processor has no {request.param}")
-        yield request.param
-    finally:
-        kernels.set_cpu_isa("")
 
 
 def assert_same(case: ExitCase, backend: str, measure="max_prob", threshold=None, top_k=0, tolerance=0.01, **options):
