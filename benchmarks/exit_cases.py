@@ -12,9 +12,31 @@ LLAMA3_HEAD = (128_256, 4096)
 SMALL_HEAD = (32_000, 768)  # of the 68M draft
 
 
+class RowsCase:
+    """What cells over rows have in common. Together they have the interface of benchmarks.cases.Case."""
+
+    flex = False
+    ragged = False
+    context = 0
+    batch = 1
+
+    @property
+    def nodes(self) -> int:
+        return self.rows
+
+    @property
+    def kv_bytes(self) -> int:
+        """What a plain read reads."""
+        return self.bytes
+
+    @property
+    def memory(self) -> int:
+        return self.bytes
+
+
 @dataclass(frozen=True)
-class ExitCase:
-    """One cell: hidden rows through a head [vocab, dim]. It has the interface of benchmarks.cases.Case.
+class ExitCase(RowsCase):
+    """One cell: hidden rows through a head [vocab, dim].
 
     The job is the token, its probability and the log-sum-exp of every row. `top_k` adds the most likely tokens. With a
     screen the job is the token and its probability, and ours reads an int8 copy of the head first.
@@ -29,11 +51,6 @@ class ExitCase:
     screened: bool = False
     modes: tuple[str, ...] = ("warm",)
 
-    flex = False
-    ragged = False
-    context = 0
-    batch = 1
-
     @property
     def op(self) -> str:
         return "screened_exit" if self.screened else "exit_confidence"
@@ -47,14 +64,8 @@ class ExitCase:
         return TreeShape(f"top {self.top_k}" if self.top_k else "rows", chain(self.rows))
 
     @property
-    def nodes(self) -> int:
-        return self.rows
-
-    @property
     def bytes(self) -> int:
         return self.vocab * self.dim * (1 if self.screened else ITEM_BYTES[self.dtype])
-
-    kv_bytes = bytes  # what a plain read reads
 
     @property
     def memory(self) -> int:
@@ -71,8 +82,8 @@ class ExitCase:
 
 
 @dataclass(frozen=True)
-class KvCase:
-    """One cell: K and V of skipped layers for rows [rows, hidden]. It has the interface of benchmarks.cases.Case."""
+class KvCase(RowsCase):
+    """One cell: K and V of skipped layers for rows [rows, hidden]."""
 
     model: Model
     hidden: int
@@ -83,10 +94,6 @@ class KvCase:
     modes: tuple[str, ...] = ("warm",)
 
     op = "kv_propagate"
-    flex = False
-    ragged = False
-    context = 0
-    batch = 1
 
     @property
     def width(self) -> int:
@@ -97,15 +104,8 @@ class KvCase:
         return TreeShape(f"{self.layers} layers", chain(self.rows))
 
     @property
-    def nodes(self) -> int:
-        return self.rows
-
-    @property
     def bytes(self) -> int:
         return self.layers * 2 * self.width * self.hidden * ITEM_BYTES[self.dtype]
-
-    kv_bytes = bytes  # what a plain read reads
-    memory = bytes
 
     @property
     def flops(self) -> int:
@@ -117,8 +117,8 @@ class KvCase:
 
 
 @dataclass(frozen=True)
-class MlpCase:
-    """One cell: rows through a decision model. It has the interface of benchmarks.cases.Case."""
+class MlpCase(RowsCase):
+    """One cell: rows through a decision model."""
 
     sizes: tuple[int, ...]
     rows: int
@@ -127,10 +127,6 @@ class MlpCase:
     modes: tuple[str, ...] = ("warm",)
 
     op = "exit_mlp"
-    flex = False
-    ragged = False
-    context = 0
-    batch = 1
 
     @property
     def model(self) -> Model:
@@ -141,19 +137,12 @@ class MlpCase:
         return TreeShape("rows", chain(self.rows))
 
     @property
-    def nodes(self) -> int:
-        return self.rows
-
-    @property
     def weights(self) -> int:
         return sum(inputs * outputs for inputs, outputs in itertools.pairwise(self.sizes))
 
     @property
     def bytes(self) -> int:
         return self.weights * ITEM_BYTES[self.dtype]
-
-    kv_bytes = bytes  # what a plain read reads
-    memory = bytes
 
     @property
     def flops(self) -> int:

@@ -126,14 +126,22 @@ def acceptance_verdicts(all_cells: list[Cell]) -> list[Verdict]:
     ]
 
 
+def against_full_head(cell: Cell) -> float | None:
+    """How much longer our own op takes without the screen."""
+    full = cell.of("specdec_ops full head")
+    return full["p50_us"] / cell.ours["p50_us"] if full else None
+
+
 def exit_verdicts(all_cells: list[Cell]) -> list[Verdict]:
     """The same of early exit, and of the ops around it."""
     usable = [cell for cell in all_cells if cell.first["op"] == "exit_confidence" and cell.ours]
     others = [cell for cell in all_cells if cell.first["op"] in EXIT_OPS[1:] and cell.ours and cell.ours["ratio"] != ""]
     one = [cell for cell in usable if cell.first["nodes"] == 1]
     many = [cell for cell in usable if cell.first["nodes"] == 60]
+    screened = [cell for cell in others if cell.first["op"] == "screened_exit" and cell.first["nodes"] == 1]
     return [
         floor("exit_confidence, one row: 85% of a plain read of the head", one, column("read_percent"), 85, "%"),
         floor("exit_confidence, 60 rows: 1.5x", many, column("ratio"), 1.5, "x"),
+        floor("screened_exit, one row: 1.7x our own full head", screened, against_full_head, 1.7, "x"),
         floor(f"{', '.join(EXIT_OPS[1:])}: never slower than PyTorch", others, column("ratio"), 1, "x"),
     ]
