@@ -37,6 +37,9 @@ class Inputs:
     seeds: torch.Tensor
     positions: torch.Tensor
 
+    def __post_init__(self):
+        self.table = acceptance_peers.TreeTable.of(self.tree, self.target.device)
+
 
 def make_inputs(case: AcceptCase, device: str = "cpu") -> Inputs:
     """Rows like a language model's: most of the mass is on a few dozen tokens, and the draft is roughly right there.

@@ -1,4 +1,4 @@
-"""What PyTorch's users write for acceptance, in its best form: batched, without a loop over requests or a wait.
+"""What PyTorch's users write for acceptance, in its best form: batched, no loop over requests, no wait on a GPU.
 
 Three kinds. *eager* normalises every row first, as the verifiers of today's engines are fed. *lazy* gathers the rows of
 the path level by level, which is the least that PyTorch can read. *engine* is the pipeline with top-p: softmax over all
@@ -8,11 +8,41 @@ as the reference does, and with PyTorch's they are timed.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 from specdec_ops.reference import noise as reference_noise
 
 from .acceptance_cases import CHAIN_RULES, AcceptCase
+
+
+class TreeTable(NamedTuple):
+    """What the walks look up in a tree. It is made once, like the topology that the ops get."""
+
+    parents: torch.Tensor  # [nodes], 0 of the root
+    depths: torch.Tensor  # [nodes]
+    children: torch.Tensor  # [nodes, width], padded with -1
+    levels: list[torch.Tensor]  # the nodes of every depth
+    width: int
+    depth: int
+
+    @classmethod
+    def of(cls, tree, device) -> TreeTable:
+        lists = [[] for _ in range(len(tree))]
+        for child, parent in enumerate(tree.parents.tolist()):
+            if parent >= 0:
+                lists[parent].append(child)
+        width, depths = max(1, *map(len, lists)), torch.as_tensor(tree.depths).to(device, torch.long)
+        depth = int(depths.max())
+        return cls(
+            torch.as_tensor(tree.parents).to(device, torch.long).clamp(min=0),
+            depths,
+            torch.tensor([children + [-1] * (width - len(children)) for children in lists], device=device),
+            [(depths == level).nonzero()[:, 0] for level in range(depth + 1)],
+            width,
+            depth,
+        )
 
 
 class TorchNoise:
@@ -92,6 +122,8 @@ def forms(case: AcceptCase) -> list[tuple[str, object]]:
     }[case.rule]
     if case.rule == "coin" and case.top_p < 1:
         listed.append(("engine", coin_engine))
+    if case.compiled and case.top_p == 1 and listed:
+        listed.append(("compiled", listed[-1][1]))
     return listed
 
 
@@ -115,7 +147,9 @@ def problem(inputs, form) -> str:
         got = form(few, ExactNoise(few))
     except Exception as error:  # a form that fails must not end the run
         return f"fails: {error}"
-    if torch.equal(got[:, : exact.shape[1]].to(exact.dtype), exact[:, : got.shape[1]]):
+    width = max(got.shape[1], exact.shape[1])
+    got, exact = (torch.nn.functional.pad(t, (0, width - t.shape[1]), value=-1) for t in (got.to(exact.dtype), exact))
+    if torch.equal(got, exact):
         return ""
     return "WRONG: decides differently from the reference with the same noise"
 
@@ -226,18 +260,19 @@ class Walk:
     """The walk from node 0, one level at a time for all requests. Children of a node are columns, padded with -1."""
 
     def __init__(self, inputs):
-        tree, device = inputs.tree, inputs.target.device
-        parents = tree.parents
-        lists = [[child for child in range(len(tree)) if parents[child] == node] for node in range(len(tree))]
-        self.width = max(1, *map(len, lists))
-        padded = [children + [-1] * (self.width - len(children)) for children in lists]
-        self.children = torch.tensor(padded, device=device)
-        self.depth = int(max(tree.depths))
+        device = inputs.target.device
+        self.children, self.width, self.depth = inputs.table.children, inputs.table.width, inputs.table.depth
         self.tokens = inputs.tokens.long()
         batch = len(self.tokens)
         self.node = torch.zeros(batch, dtype=torch.long, device=device)
         self.alive = torch.ones(batch, dtype=torch.bool, device=device)
         self.emitted = []
+
+    def over(self) -> bool:
+        """Whether every walk has ended. On a GPU it would take a wait to know."""
+        if self.tokens.is_cuda or torch.compiler.is_compiling():
+            return False
+        return not bool(self.alive.any())
 
     def kids(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Children of the current nodes and their tokens, [batch, width]."""
@@ -266,6 +301,8 @@ def follow(inputs, token_after):
         match = (tokens == token[:, None]) & (kids >= 0)
         chosen = kids.gather(1, match.long().argmax(1, keepdim=True))[:, 0]
         walk.go(chosen, match.any(1), token)
+        if walk.over():
+            break
     return walk.result(following)[:, : walk.depth + 1]
 
 
@@ -307,6 +344,8 @@ def recursive_lazy(inputs, noise):
         left = p if left is None else torch.where(ended[:, None], p, left)
         residual = rejected if residual is None else torch.where(ended, rejected, residual)
         walk.go(chosen, chosen >= 0, token)
+        if walk.over():
+            break
     return walk.result(race(left, noise.race(walk.node, residual)))
 
 
@@ -327,6 +366,8 @@ def coin_walk(inputs, row, noise):
         rejected = (kids >= 0).any(1)
         residual = rejected if residual is None else torch.where(ended, rejected, residual)
         walk.go(kids.gather(1, first)[:, 0], found, tokens.gather(1, first)[:, 0])
+        if walk.over():
+            break
     return walk.result(race(left, noise.race(walk.node, residual)))
 
 
@@ -341,26 +382,24 @@ def coin_engine(inputs, noise):
 
 def typical_eager(inputs, noise, epsilon=0.3, delta=0.09):
     """Medusa's rule over all rows, as Medusa computes it."""
-    p = softmax(inputs.target, inputs.case.top_p)
+    p, table = softmax(inputs.target, inputs.case.top_p), inputs.table
+    parents, depths = table.parents, table.depths
     threshold = torch.clamp(delta * torch.exp(-torch.special.entr(p).sum(-1)), max=epsilon)
-    parents = torch.tensor(inputs.tree.parents, device=p.device).clamp(min=0).long()
     px = p[:, parents].gather(-1, inputs.tokens.clamp(min=0).long()[..., None])[..., 0]
     passed = px > threshold[:, parents]
-    depths = torch.tensor(inputs.tree.depths, device=p.device)
     reached, score = passed.clone(), px.log()
     reached[:, 0], score[:, 0] = True, 0.0
-    for node in range(1, inputs.case.nodes):  # parents come first
-        reached[:, node] &= reached[:, parents[node]]
-        score[:, node] += score[:, parents[node]]
+    for nodes in table.levels[1:]:
+        reached[:, nodes] &= reached[:, parents[nodes]]
+        score[:, nodes] += score[:, parents[nodes]]
     rank = torch.where(reached, depths.to(score.dtype), -1.0)
     deepest = rank == rank.max(1, keepdim=True).values
     end = torch.where(deepest, score, float("-inf")).argmax(1)
     row = at(p, end)
     left = torch.where(row > at(threshold, end)[:, None], row, 0.0)
     following = race(left, noise.race(end, torch.zeros_like(end)))
-    depth = int(depths.max())
     path, node = [], end
-    for _ in range(depth):
+    for _ in range(table.depth):
         path.insert(0, torch.where(node > 0, inputs.tokens.gather(1, node[:, None])[:, 0].long(), -1))
         node = parents[node]
     rows = torch.stack([*path, torch.full_like(end, -1)], 1)
