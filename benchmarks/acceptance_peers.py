@@ -33,10 +33,10 @@ class TreeTable(NamedTuple):
         for child, parent in enumerate(tree.parents.tolist()):
             if parent >= 0:
                 lists[parent].append(child)
-        width, depths = max(1, *map(len, lists)), torch.as_tensor(tree.depths).to(device, torch.long)
+        width, depths = max(1, *map(len, lists)), torch.tensor(tree.depths).to(device, torch.long)
         depth = int(depths.max())
         return cls(
-            torch.as_tensor(tree.parents).to(device, torch.long).clamp(min=0),
+            torch.tensor(tree.parents).to(device, torch.long).clamp(min=0),
             depths,
             torch.tensor([children + [-1] * (width - len(children)) for children in lists], device=device),
             [(depths == level).nonzero()[:, 0] for level in range(depth + 1)],
