@@ -2,9 +2,10 @@
 //
 // With at least as many requests as threads, a thread owns a request from its first row to its last. With fewer, the
 // requests go one after the other and the threads share each row, chunk by chunk. Either way a request's result is the
-// same. A row is read from memory once, when its law is made; what follows finds it in the second-level cache if it is
-// of an ordinary size. Scratch: a thread holds one bit per token and, by rule, states of one request's nodes; filters
-// hold eight bytes per token.
+// same. A row is read from memory once, when its law is made; its exponentials are kept for the passes that follow,
+// which are over the last rows of target and draft, or over those of the path where a walk goes back on it. Scratch: a
+// thread holds one bit and eight bytes per token (traversal up to 64) and, by rule, states of one request's nodes;
+// filters hold eight bytes per token more.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -16,6 +17,8 @@
 namespace specdec {
 namespace {
 
+constexpr int kKeptOfPath = 8;  // rows on whose path traversal goes back; the others never do
+
 // Scratch of one thread's requests.
 struct Workspace {
   std::vector<WalkState> states;
@@ -23,9 +26,12 @@ struct Workspace {
   std::vector<PathMark> marks;
   std::vector<LawRow> rows;
   std::vector<uint64_t> excluded;
+  std::vector<KeptRow> kept_target, kept_draft;  // of node i, or row i, at i % size
   RowReader reader;
 
   Workspace(const AcceptParams& p, int threads) : reader(threads) {
+    kept_target.resize(p.rule == AcceptRule::kTraversal ? kKeptOfPath : 1);
+    kept_draft.resize(kept_target.size());
     const WalkNeeds needs = walk_needs(p);
     if (needs.states) states.resize(p.max_depth + 1);
     if (needs.terms) terms.resize(p.nodes), rows.resize(p.nodes);
@@ -45,10 +51,11 @@ class CpuRows {
   }
 
   Law target_law(int32_t node, bool with_entropy) {
-    return w.reader.law(target_row(node), p.target_dtype, p.vocab, target_settings, with_entropy);
+    return w.reader.law(target_row(node), p.target_dtype, p.vocab, target_settings, with_entropy,
+                        &kept(w.kept_target, node));
   }
   Law draft_law(int32_t row) {
-    return w.reader.law(draft_row(row), p.draft_dtype, p.draft_vocab, draft_settings, false);
+    return w.reader.law(draft_row(row), p.draft_dtype, p.draft_vocab, draft_settings, false, &kept(w.kept_draft, row));
   }
   float target_probability(const Law& law, int32_t node, int32_t token) const {
     return probability(law, target_row(node), p.target_dtype, token);
@@ -89,6 +96,7 @@ class CpuRows {
   int32_t request;
   RowSettings target_settings, draft_settings;
 
+  static KeptRow& kept(std::vector<KeptRow>& rows, int32_t index) { return rows[index % rows.size()]; }
   const void* target_row(int32_t node) const {
     return row_at(p.target, p.target_dtype, request * p.target_stride_batch + node * p.target_stride_node);
   }
@@ -103,10 +111,11 @@ class CpuRows {
   }
 
   LawRow law_row_of_target(int32_t node, const Law& law) const {
-    return {target_row(node), p.target_dtype, nullptr, law, 1.0f};
+    return kept(w.kept_target, node).law_row(target_row(node), p.target_dtype, nullptr, law, 1.0f);
   }
   LawRow law_row_of_draft(const Term& term) const {
-    return {draft_row(term.row), p.draft_dtype, p.target_to_draft, term.law, term.factor};
+    return kept(w.kept_draft, term.row)
+        .law_row(draft_row(term.row), p.draft_dtype, p.target_to_draft, term.law, term.factor);
   }
   WeightPass pass_of(const Weights& weights, const NoiseKey* noise) {
     WeightPass pass{};

@@ -162,13 +162,16 @@ RowReader::Kept RowReader::filter(const View& row, const RowSettings& settings, 
   return {cut, mass};
 }
 
-Law RowReader::law(const void* row, DType dtype, int64_t size, const RowSettings& settings, bool with_entropy) {
+Law RowReader::law(const void* row, DType dtype, int64_t size, const RowSettings& settings, bool with_entropy,
+                   KeptRow* keep) {
   const View view{row, dtype, size};
   const bool greedy = !(settings.temperature > 0);
   const float scale = greedy ? 0.0f : std::min(1.44269504f / settings.temperature, 1e30f);
   const bool filtered = (settings.top_k > 0 && settings.top_k < size) || settings.top_p < 1;
   const ScanKind kind = greedy ? ScanKind::kPeak : with_entropy && !filtered ? ScanKind::kEntropy : ScanKind::kSum;
-  const ScanPart part = scan(view, kind, scale);
+  if (keep) keep->row = nullptr;
+  if (kind != ScanKind::kSum || filtered || size > kMostKept) keep = nullptr;
+  const ScanPart part = scan(view, kind, scale, keep);
 
   Law law{};
   law.max = part.max;
@@ -194,16 +197,28 @@ Law RowReader::law(const void* row, DType dtype, int64_t size, const RowSettings
     }
   }
   law.inverse_sum = float(1.0 / mass);
+  if (keep) {
+    keep->row = row;
+    for (int64_t block = 0; block * kSumBlock < size; block++) {
+      float& top = keep->scales[block];
+      top = std::exp2((top - law.max) * scale) * law.inverse_sum;
+    }
+  }
   if (with_entropy) law.entropy = float(std::log(mass) - 0.6931471805599453 * log_mass / mass);
   return law;
 }
 
-ScanPart RowReader::scan(const View& view, ScanKind kind, float scale) {
+ScanPart RowReader::scan(const View& view, ScanKind kind, float scale, KeptRow* keep) {
   const int64_t chunks = chunks_of(view.size);
+  if (keep && !keep->weights) {
+    keep->weights.reset(new float[view.size]);
+    keep->scales.reset(new float[(view.size + kSumBlock - 1) / kSumBlock]);
+  }
+  float *weights = keep ? keep->weights.get() : nullptr, *tops = keep ? keep->scales.get() : nullptr;
   parts_.resize(chunks);
   team_.run(chunks, [&](int64_t chunk, int) {
     const RowSpan span{view.row, view.dtype, chunk * kChunk, std::min((chunk + 1) * kChunk, view.size)};
-    parts_[chunk] = kernels_.scan(span, kind, scale);
+    parts_[chunk] = kernels_.scan(span, kind, scale, weights, tops);
   });
   ScanPart whole = parts_[0];
   for (int64_t chunk = 1; chunk < chunks; chunk++) {

@@ -12,8 +12,10 @@
 
 namespace specdec {
 
-constexpr int64_t kChunk = 16384;  // 32 or 64 KB: half of a small second-level cache with both rows of a pair
-constexpr int kGroup = 64;         // tokens whose weights are made at once: one word of a bit set
+constexpr int64_t kChunk = 16384;      // 32 or 64 KB: half of a small second-level cache with both rows of a pair
+constexpr int kGroup = 64;             // tokens whose weights are made at once: one word of a bit set
+constexpr int64_t kMostKept = 262144;  // entries of a row whose weights are kept: 1 MB
+constexpr int kSumBlock = 2048;        // entries whose values are kept in the first-level cache: 8 KB of float32
 
 struct RowSpan {
   const void* row;
@@ -38,13 +40,16 @@ struct Cut {
 
 constexpr int kThresholds = 7;
 
-// A row as a distribution. With `map`, entry map[x] is token x's, and none if that is -1.
+// A row as a distribution. With `map`, entry map[x] is token x's, and none if that is -1. Where its scan has kept
+// `weights`, the probability of entry x is weights[x] * scales[x / kSumBlock].
 struct LawRow {
   const void* row;
   DType dtype;
   const int32_t* map;
   Law law;
   float factor;
+  const float* weights;
+  const float* scales;
 };
 
 // Takes part in a race whatever may still win: weight / uniform above the bound.
@@ -65,7 +70,8 @@ struct WeightPass {
 };
 
 struct RowKernels {
-  ScanPart (*scan)(const RowSpan& span, ScanKind kind, float scale);
+  // With kSum and `weights` it leaves exp2((z - top) * scale) of every entry, and the `top` of every kSumBlock.
+  ScanPart (*scan)(const RowSpan& span, ScanKind kind, float scale, float* weights, float* tops);
   // Entries above each threshold: their number or, with kSum, their mass.
   void (*above)(const RowSpan& span, ScanKind kind, float max, float scale, const float* thresholds, float* sums);
   // Entries above a threshold with their places, in their order. Returns how many.

@@ -18,7 +18,6 @@
 
 namespace specdec::SPECDEC_ISA {
 
-constexpr int kSumBlock = 2048;   // entries whose values are kept in the first-level cache: 8 KB of float32
 constexpr int kPeakBlock = 8192;  // entries of which only the greatest is wanted
 
 static SPECDEC_INLINE float minus_infinity() { return -__builtin_inff(); }
@@ -36,6 +35,19 @@ static SPECDEC_INLINE Vec load_tail(const typename Storage::Element* at, int cou
 template <class Storage>
 static SPECDEC_INLINE Vec load_some(const typename Storage::Element* at, int64_t count) {
   return count >= kWidth ? Storage::load_vec(at) : load_tail<Storage>(at, int(count));
+}
+
+static SPECDEC_INLINE Vec load_part(const float* at, int count) {
+  if (count >= kWidth) return load(at);
+  alignas(64) float lane[kWidth] = {};
+  __builtin_memcpy(lane, at, count * sizeof(float));
+  return load(lane);
+}
+static SPECDEC_INLINE void store_some(float* to, Vec v, int count) {
+  if (count >= kWidth) return store(to, v);
+  alignas(64) float lane[kWidth];
+  store(lane, v);
+  __builtin_memcpy(to, lane, count * sizeof(float));
 }
 
 template <class Storage>
@@ -126,8 +138,9 @@ struct Mass {
   static SPECDEC_INLINE float maximum_of(float a, float b) { return a > b ? a : b; }
 };
 
-template <class Storage, bool kSums, bool kEntropy>
-static ScanPart scan_of(const RowSpan& span, float scale) {
+template <class Storage, bool kSums, bool kEntropy, bool kKeeps>
+static ScanPart scan_of(const RowSpan& span, float scale, [[maybe_unused]] float* weights,
+                        [[maybe_unused]] float* tops) {
   const auto* row = static_cast<const typename Storage::Element*>(span.row);
   ScanPart part{minus_infinity(), span.begin, false, 0.0f, 0.0f};
   NanFlag nan;
@@ -142,19 +155,27 @@ static ScanPart scan_of(const RowSpan& span, float scale) {
       part.max = peak;
       greatest_at = at;
     }
-    if (!kSums || part.max == minus_infinity()) continue;
+    if (kKeeps) tops[at / kSumBlock] = part.max;
+    if (!kSums || part.max == minus_infinity()) {
+      if (kKeeps) __builtin_memset(weights + at, 0, count * sizeof(float));
+      continue;
+    }
     const Vec max = splat(part.max), factor = splat(scale);
     int i = 0;
     for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
       SPECDEC_UNROLL
       for (int j = 0; j < 2; j++) {
         const Vec exponent = (Storage::load_vec(row + at + i + j * kWidth) - max) * factor;
-        mass.add(j, exp2(exponent), exponent);
+        const Vec weight = exp2(exponent);
+        if (kKeeps) store(weights + at + i + j * kWidth, weight);
+        mass.add(j, weight, exponent);
       }
     }
     for (; i < count; i += kWidth) {
       const Vec exponent = (load_some<Storage>(row + at + i, count - i) - max) * factor;
-      mass.add(0, exp2(exponent), exponent);
+      const Vec weight = exp2(exponent);
+      if (kKeeps) store_some(weights + at + i, weight, count - i);
+      mass.add(0, weight, exponent);
     }
     mass.fold();
   }
@@ -276,7 +297,15 @@ static SPECDEC_INLINE void fill_of(const LawRow& from, int64_t token, int count,
   if (from.map) return fill_mapped<Storage>(from, token, count, out);
   fill_plain<Storage>(from, token, count, out);
 }
+// What the scan has kept of them.
+static SPECDEC_INLINE void fill_kept(const LawRow& from, int64_t token, int count, float* out) {
+  const float* at = from.weights + token;
+  const Vec scale = splat(from.scales[token / kSumBlock]);
+  for (int i = 0; i < kGroup; i += kWidth)
+    store(out + i, i < count ? load_part(at + i, count - i) * scale : splat(0.0f));
+}
 static SPECDEC_INLINE void fill(const LawRow& from, int64_t token, int count, float* out) {
+  if (from.weights) return fill_kept(from, token, count, out);
   if (from.law.one_hot) return fill_one_hot(from, token, count, out);
   switch (from.dtype) {
     case DType::kFloat32:
@@ -288,8 +317,18 @@ static SPECDEC_INLINE void fill(const LawRow& from, int64_t token, int count, fl
   }
 }
 
+// max(0, p - factor * q) of 64 tokens, of two rows that are kept.
+static SPECDEC_INLINE void weigh_kept_pair(const LawRow& target, const LawRow& draft, int64_t token, float* weight) {
+  const Vec p_scale = splat(target.scales[token / kSumBlock]);
+  const Vec q_scale = splat(draft.factor * draft.scales[token / kSumBlock]);
+  const float *p = target.weights + token, *q = draft.weights + token;
+  SPECDEC_UNROLL
+  for (int i = 0; i < kGroup; i += kWidth)
+    store(weight + i, maximum(load(p + i) * p_scale - load(q + i) * q_scale, splat(0.0f)));
+}
+
 // Weights of up to 64 tokens; `other` is a buffer for the rows of the terms.
-static SPECDEC_INLINE void weigh_group(const WeightPass& pass, int64_t token, int count, float* weight, float* other) {
+static void weigh_any(const WeightPass& pass, int64_t token, int count, float* weight, float* other) {
   fill(pass.target, token, count, weight);
   const Vec zero = splat(0.0f);
   for (int term = 0; term < pass.terms; term++) {
@@ -298,21 +337,25 @@ static SPECDEC_INLINE void weigh_group(const WeightPass& pass, int64_t token, in
     const Vec factor = splat(row.factor), gain = splat(pass.gain), inverse_rho = splat(1.0f / pass.rho);
     for (int i = 0; i < kGroup; i += kWidth) {
       const Vec p = load(weight + i), q = load(other + i);
-      if (pass.kind == WeightKind::kKseq) {
-        const Vec scaled = p * inverse_rho;
-        store(weight + i, p - gain * (zero - maximum(zero - q, zero - scaled)));
-      } else {
-        store(weight + i, p - factor * q);
-      }
+      const Vec taken =
+          pass.kind == WeightKind::kKseq ? gain * (zero - maximum(zero - q, zero - p * inverse_rho)) : factor * q;
+      store(weight + i, term + 1 < pass.terms ? p - taken : maximum(p - taken, zero));
     }
   }
-  if (pass.terms) {
-    for (int i = 0; i < kGroup; i += kWidth) store(weight + i, maximum(load(weight + i), zero));
-  } else if (pass.kind == WeightKind::kThreshold) {
+  if (pass.kind == WeightKind::kThreshold) {
     for (int i = 0; i < kGroup; i += kWidth) {
       const Vec p = load(weight + i);
       store(weight + i, zero_unless_above(p, p, splat(pass.threshold)));
     }
+  }
+}
+
+static SPECDEC_INLINE void weigh_group(const WeightPass& pass, int64_t token, int count, float* weight, float* other) {
+  const bool pair = pass.terms == 1 && pass.kind == WeightKind::kResidual && pass.target.weights && pass.first.weights;
+  if (pair && count == kGroup) {
+    weigh_kept_pair(pass.target, pass.first, token, weight);
+  } else {
+    weigh_any(pass, token, count, weight, other);
   }
   const uint64_t excluded = pass.excluded ? pass.excluded[token / kGroup] : 0;
   for (uint64_t bits = excluded; bits; bits &= bits - 1) weight[__builtin_ctzll(bits)] = 0.0f;
@@ -409,13 +452,14 @@ static void top_of(const RowSpan& span, RaceSink* sink) {
   using Storage = Float16;            \
   return call
 
-template <bool kSums, bool kEntropy>
-static ScanPart scan_any(const RowSpan& span, float scale) {
-  SPECDEC_BY_DTYPE(span.dtype, (scan_of<Storage, kSums, kEntropy>(span, scale)));
+template <bool kSums, bool kEntropy, bool kKeeps = false>
+static ScanPart scan_any(const RowSpan& span, float scale, float* weights = nullptr, float* tops = nullptr) {
+  SPECDEC_BY_DTYPE(span.dtype, (scan_of<Storage, kSums, kEntropy, kKeeps>(span, scale, weights, tops)));
 }
-static ScanPart scan(const RowSpan& span, ScanKind kind, float scale) {
+static ScanPart scan(const RowSpan& span, ScanKind kind, float scale, float* weights, float* tops) {
   if (kind == ScanKind::kPeak) return scan_any<false, false>(span, scale);
-  return kind == ScanKind::kSum ? scan_any<true, false>(span, scale) : scan_any<true, true>(span, scale);
+  if (kind == ScanKind::kEntropy) return scan_any<true, true>(span, scale);
+  return weights ? scan_any<true, false, true>(span, scale, weights, tops) : scan_any<true, false>(span, scale);
 }
 template <bool kMass>
 static void above_any(const RowSpan& span, float max, float scale, const float* thresholds, float* sums) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <memory>
 #include <vector>
 
 #include "cpu/row_kernels.h"
@@ -19,13 +20,27 @@ RowSettings settings_of(const SamplingParams& params, int32_t request);
 const void* row_at(const void* base, DType dtype, int64_t element);
 float logit_at(const void* row, DType dtype, int64_t place);
 
+// The weights of the row that was scanned last, for the passes that follow: they cost a load each in place of an
+// exponential.
+struct KeptRow {
+  const void* row = nullptr;
+  std::unique_ptr<float[]> weights, scales;  // of every entry, and of every kSumBlock of them: see LawRow
+
+  LawRow law_row(const void* of, DType dtype, const int32_t* map, const Law& law, float factor) const {
+    const bool has = row == of && !map;
+    return {of, dtype, map, law, factor, has ? weights.get() : nullptr, has ? scales.get() : nullptr};
+  }
+};
+
 // Scratch and threads; one for each row that is worked on at a time.
 class RowReader {
  public:
   explicit RowReader(int threads) : kernels_(row_kernels()), team_(threads) {}
 
-  // One pass over the row; filters add passes (see row_filter.cpp).
-  Law law(const void* row, DType dtype, int64_t size, const RowSettings& settings, bool with_entropy);
+  // One pass over the row; filters add passes (see row_filter.cpp). `keep` gets its weights; nothing where a filter,
+  // temperature 0 or the entropy is asked for, and where they are too many.
+  Law law(const void* row, DType dtype, int64_t size, const RowSettings& settings, bool with_entropy,
+          KeptRow* keep = nullptr);
 
   // Sum of the weights of `vocab` tokens and, with a race, its winner or -1.
   Pass weigh(WeightPass& pass, int64_t vocab, bool race);
@@ -49,7 +64,7 @@ class RowReader {
     double mass;
   };
 
-  ScanPart scan(const View& view, ScanKind kind, float scale);
+  ScanPart scan(const View& view, ScanKind kind, float scale, KeptRow* keep);
   Kept filter(const View& row, const RowSettings& settings, const Law& law, double mass);
   Cut narrow(const View& view, ScanKind kind, double target, const Law& law, double* reached);
   Cut last_of(const View& view, float low, float high, ScanKind kind, double target, double above, const Law& law,

@@ -15,8 +15,8 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 class RowSampler {
  public:
-  RowSampler(const SampleParams& params, int32_t request, int32_t row, RowReader& reader)
-      : p(params), reader(reader), request(request), row(row) {
+  RowSampler(const SampleParams& params, int32_t request, int32_t row, RowReader& reader, KeptRow& kept)
+      : p(params), reader(reader), kept(kept), request(request), row(row) {
     const int64_t place = int64_t(request) * p.rows + row;
     logits = row_at(p.logits, p.dtype, request * p.logits_stride_batch + row * p.logits_stride_row);
     tokens = p.tokens + place * p.count;
@@ -28,7 +28,7 @@ class RowSampler {
   // Returns the row's status.
   int32_t run() {
     const bool drafting = p.domain == SampleDomain::kDraft;
-    const Law law = reader.law(logits, p.dtype, p.vocab, settings, false);
+    const Law law = reader.law(logits, p.dtype, p.vocab, settings, false, &kept);
     int drawn = 0;
     if (law.valid || !drafting) drawn = draw(law);
     std::fill(tokens + drawn, tokens + p.count, -1);
@@ -41,6 +41,7 @@ class RowSampler {
  private:
   const SampleParams& p;
   RowReader& reader;
+  KeptRow& kept;
   int32_t request, row;
   const void* logits;
   int32_t* tokens;
@@ -64,7 +65,7 @@ class RowSampler {
     }
     if (law.one_hot) return reader.top_logits(logits, p.dtype, p.vocab, p.count, tokens);
     WeightPass pass{};
-    pass.target = {logits, p.dtype, nullptr, law, 1.0f};
+    pass.target = kept.law_row(logits, p.dtype, nullptr, law, 1.0f);
     pass.noise = noise(0);
     if (!p.replacement && p.count > 1) return reader.race_top(pass, p.vocab, p.count, tokens);
     for (int32_t i = 0; i < p.count; ++i) {
@@ -95,21 +96,23 @@ void sample_cpu(const SampleParams& p, int threads) {
   const int64_t rows = int64_t(p.batch) * p.rows;
   threads = std::max(threads, 1);
   std::fill(p.status, p.status + p.batch, 0);
-  const auto sample_row = [&](int64_t place, RowReader& reader) {
+  const auto sample_row = [&](int64_t place, RowReader& reader, KeptRow& kept) {
     const int32_t request = int32_t(place / p.rows);
-    const int32_t status = RowSampler(p, request, int32_t(place % p.rows), reader).run();
+    const int32_t status = RowSampler(p, request, int32_t(place % p.rows), reader, kept).run();
     if (status) __atomic_fetch_or(p.status + request, status, __ATOMIC_RELAXED);
   };
   if (rows < threads || threads == 1) {
     RowReader reader(threads);
-    for (int64_t place = 0; place < rows; ++place) sample_row(place, reader);
+    KeptRow kept;
+    for (int64_t place = 0; place < rows; ++place) sample_row(place, reader, kept);
     return;
   }
 #pragma omp parallel num_threads(threads)
   {
     RowReader reader(1);
+    KeptRow kept;
 #pragma omp for schedule(dynamic, 1)
-    for (int64_t place = 0; place < rows; ++place) sample_row(place, reader);
+    for (int64_t place = 0; place < rows; ++place) sample_row(place, reader, kept);
   }
 }
 
