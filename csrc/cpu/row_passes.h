@@ -1,8 +1,8 @@
 // The row kernels (cpu/row_kernels.h) of one instruction set.
 //
 // A scan takes blocks of 8 KB: a first look finds the block's maximum and NaNs, a second one, from the first-level
-// cache, sums the exponentials, so memory is read once and no exponential is taken in vain. The place of the maximum is
-// looked for once, in the first block that has it.
+// cache, sums the exponentials and fetches the next block, so memory is read once and while there is work to do, and no
+// exponential is taken in vain. The place of the maximum is looked for once, in the first block that has it.
 //
 // Weights are made 64 tokens at a time, in a buffer, from as many rows as they have terms. A race multiplies its bound
 // by the uniforms and passes on what is above it; the logarithm is taken for those few (an exponential is never below
@@ -163,6 +163,8 @@ static ScanPart scan_of(const RowSpan& span, float scale, [[maybe_unused]] float
     const Vec max = splat(part.max), factor = splat(scale);
     int i = 0;
     for (; i + 2 * kWidth <= count; i += 2 * kWidth) {
+      __builtin_prefetch(row + at + kBlock + i);
+      if (kWidth * sizeof(row[0]) == 64) __builtin_prefetch(row + at + kBlock + i + kWidth);
       SPECDEC_UNROLL
       for (int j = 0; j < 2; j++) {
         const Vec exponent = (Storage::load_vec(row + at + i + j * kWidth) - max) * factor;
