@@ -63,7 +63,7 @@ def exit_mlp(
         raise ValueError(wrong(op, "layers", f"1 to {_MAX_LAYERS} pairs", len(layers)))
     inputs = features.shape[1]
     for index, (weight, bias) in enumerate(layers):
-        _check_layer(f"layers[{index}]", weight, bias, inputs, features, last=index == len(layers) - 1)
+        _check_layer(index, weight, bias, inputs, features, last=index == len(layers) - 1)
         inputs = weight.shape[0]
     weights, biases = ([pair[part] for pair in layers] for part in (0, 1))
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, *weights, *biases)):
@@ -71,23 +71,25 @@ def exit_mlp(
     return _library_exit.exit_mlp(features, weights, biases, float(threshold), backend)
 
 
-def _check_layer(name: str, weight, bias, inputs: int, features: torch.Tensor, last: bool) -> None:
+def _check_layer(index: int, weight, bias, inputs: int, features: torch.Tensor, last: bool) -> None:
     op, double = "exit_mlp", features.dtype == torch.float64
-    dtypes = (torch.float64,) if double else KERNEL_DTYPES
-    must = f"{'float64' if double else 'float32, bfloat16 or float16'} [{1 if last else 'outputs'}, {inputs}]"
-    if not isinstance(weight, torch.Tensor) or weight.dtype not in dtypes:
-        raise TypeError(wrong(op, f"{name} weight", must, weight))
+
+    def must() -> str:
+        return f"{'float64' if double else 'float32, bfloat16 or float16'} [{1 if last else 'outputs'}, {inputs}]"
+
+    if not isinstance(weight, torch.Tensor) or weight.dtype not in ((torch.float64,) if double else KERNEL_DTYPES):
+        raise TypeError(wrong(op, f"layers[{index}] weight", must(), weight))
     if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] < 1 or (last and weight.shape[0] != 1):
-        raise ValueError(wrong(op, f"{name} weight", must, weight))
+        raise ValueError(wrong(op, f"layers[{index}] weight", must(), weight))
     if not isinstance(bias, torch.Tensor) or bias.dtype != torch.float32:
-        raise TypeError(wrong(op, f"{name} bias", f"float32 [{weight.shape[0]}]", bias))
+        raise TypeError(wrong(op, f"layers[{index}] bias", f"float32 [{weight.shape[0]}]", bias))
     if bias.shape != weight.shape[:1]:
-        raise ValueError(wrong(op, f"{name} bias", f"float32 [{weight.shape[0]}]", bias))
+        raise ValueError(wrong(op, f"layers[{index}] bias", f"float32 [{weight.shape[0]}]", bias))
     for part, tensor in (("weight", weight), ("bias", bias)):
         if not tensor.is_contiguous():
-            raise ValueError(wrong_strides(op, f"{name} {part}", "contiguous", tensor))
+            raise ValueError(wrong_strides(op, f"layers[{index}] {part}", "contiguous", tensor))
         if tensor.device != features.device:
-            raise ValueError(wrong_device(op, f"{name} {part}", features.device, tensor))
+            raise ValueError(wrong_device(op, f"layers[{index}] {part}", features.device, tensor))
 
 
 def exit_features(confidence: Confidence) -> torch.Tensor:

@@ -105,12 +105,12 @@ constexpr int kTogether = 4;        // hidden rows
 constexpr int kBlockBytes = 8192;   // of a head's row, where the dim is cut
 constexpr int kFloat32Block = 512;  // elements: longer sums of float32 products would round more than PyTorch's do
 
-// Dot products of kSlots rows of the head with a group of kRows packed hidden rows over dims [begin, end), whole steps.
-// Lane slot * 4 + row of the result. `ahead` elements from here are fetched where kFetch says so.
+// Products of kSlots rows of the head with a group of kRows packed hidden rows, summed over dims [begin, end), whole
+// steps: slot * 4 + row of the result. `ahead` elements from here are fetched where kFetch says so.
 template <class Multiplier, int kRows, bool kFetch>
-static SPECDEC_INLINE Vec dots(const typename Multiplier::Element* const (&head)[kSlots],
-                               const typename Multiplier::Hidden* hidden, int begin, int end, int64_t ahead) {
-  Vec sum[kWidth];
+static SPECDEC_INLINE void add_products(const typename Multiplier::Element* const (&head)[kSlots],
+                                        const typename Multiplier::Hidden* hidden, int begin, int end, int64_t ahead,
+                                        Vec (&sum)[kWidth]) {
   SPECDEC_UNROLL
   for (int i = 0; i < kWidth; i++) sum[i] = splat(0.0f);
   for (int d = begin; d < end; d += Multiplier::kStep) {
@@ -125,40 +125,69 @@ static SPECDEC_INLINE Vec dots(const typename Multiplier::Element* const (&head)
       for (int n = 0; n < kRows; n++) sum[k * 4 + n] = Multiplier::apply(sum[k * 4 + n], row, rows[n]);
     }
   }
+}
+
+// The same, each summed to a lane.
+template <class Multiplier, int kRows, bool kFetch>
+static SPECDEC_INLINE Vec dots(const typename Multiplier::Element* const (&head)[kSlots],
+                               const typename Multiplier::Hidden* hidden, int begin, int end, int64_t ahead) {
+  const int block = sizeof(*head[0]) == 4 ? kFloat32Block : end - begin;
+  Vec sum[kWidth];
+  add_products<Multiplier, kRows, kFetch>(head, hidden, begin, min_of(begin + block, end), ahead, sum);
+  for (int at = begin + block; at < end; at += block) {
+    Vec part[kWidth];
+    add_products<Multiplier, kRows, kFetch>(head, hidden, at, min_of(at + block, end), ahead, part);
+    SPECDEC_UNROLL
+    for (int i = 0; i < kWidth; i++) sum[i] = sum[i] + part[i];
+  }
   return sums(sum);
 }
 
-// One group of kSlots rows of the head times one of hidden rows over a part of the dim, added to their logits.
-template <class Multiplier, bool kFetch>
-static SPECDEC_INLINE void add_dots(const ExitTile& tile, int slot, const typename Multiplier::Hidden* hidden, int rows,
-                                    int begin, int end, float* logits) {
+// kSlots rows of the head, and their last, partial steps, which must not be read beyond the rows' ends.
+template <class Multiplier>
+struct HeadGroup {
   using Element = typename Multiplier::Element;
-  const Element* head[kSlots];
-  for (int k = 0; k < kSlots; k++) {
-    const int at = min_of(slot + k, tile.count - 1);
-    head[k] = static_cast<const Element*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
-  }
-  const int64_t ahead = int64_t(kSlots) * tile.dim;
-  const int whole = end < tile.dim ? end : begin + (tile.dim - begin) / Multiplier::kStep * Multiplier::kStep;
-  Vec sum = rows == 1   ? dots<Multiplier, 1, kFetch>(head, hidden, begin, whole, ahead)
-            : rows == 2 ? dots<Multiplier, 2, kFetch>(head, hidden, begin, whole, ahead)
-            : rows == 3 ? dots<Multiplier, 3, kFetch>(head, hidden, begin, whole, ahead)
-                        : dots<Multiplier, 4, kFetch>(head, hidden, begin, whole, ahead);
-  if (whole < end) {  // the last step of a row, which must not be read beyond its end
-    Element padded[kSlots][Multiplier::kStep] = {};
+  const Element *row[kSlots], *rest[kSlots];
+  Element padded[kSlots][Multiplier::kStep];
+  int whole;  // dims in whole steps
+  int64_t ahead;
+
+  HeadGroup(const ExitTile& tile, int slot) {
+    whole = tile.dim / Multiplier::kStep * Multiplier::kStep;
+    ahead = int64_t(kSlots) * tile.dim;
     for (int k = 0; k < kSlots; k++) {
-      __builtin_memcpy(padded[k], head[k] + whole, (tile.dim - whole) * sizeof(Element));
-      head[k] = padded[k] - whole;
+      const int at = min_of(slot + k, tile.count - 1);
+      row[k] = static_cast<const Element*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
+      if (whole == tile.dim) continue;
+      __builtin_memset(padded[k], 0, sizeof(padded[k]));
+      __builtin_memcpy(padded[k], row[k] + whole, (tile.dim - whole) * sizeof(Element));
+      rest[k] = padded[k] - whole;
     }
-    sum = sum + (rows == 1   ? dots<Multiplier, 1, false>(head, hidden, whole, whole + 1, 0)
-                 : rows == 2 ? dots<Multiplier, 2, false>(head, hidden, whole, whole + 1, 0)
-                 : rows == 3 ? dots<Multiplier, 3, false>(head, hidden, whole, whole + 1, 0)
-                             : dots<Multiplier, 4, false>(head, hidden, whole, whole + 1, 0));
   }
+};
+
+template <class Multiplier, bool kFetch>
+static SPECDEC_INLINE Vec dots_of_rows(const typename Multiplier::Element* const (&head)[kSlots],
+                                       const typename Multiplier::Hidden* hidden, int rows, int begin, int end,
+                                       int64_t ahead) {
+  return rows == 1   ? dots<Multiplier, 1, kFetch>(head, hidden, begin, end, ahead)
+         : rows == 2 ? dots<Multiplier, 2, kFetch>(head, hidden, begin, end, ahead)
+         : rows == 3 ? dots<Multiplier, 3, kFetch>(head, hidden, begin, end, ahead)
+                     : dots<Multiplier, 4, kFetch>(head, hidden, begin, end, ahead);
+}
+
+// A group of the head times one of hidden rows over a part of the dim, added to their logits.
+template <class Multiplier, bool kFetch>
+static SPECDEC_INLINE void add_dots(const HeadGroup<Multiplier>& head, const typename Multiplier::Hidden* hidden,
+                                    int rows, int begin, int end, float* logits) {
+  const int whole = min_of(end, head.whole);
+  Vec sum = splat(0.0f);
+  if (begin < whole) sum = dots_of_rows<Multiplier, kFetch>(head.row, hidden, rows, begin, whole, head.ahead);
+  if (whole < end) sum = sum + dots_of_rows<Multiplier, false>(head.rest, hidden, rows, whole, end, 0);
   alignas(64) float by_slot[kWidth];
   store(by_slot, sum);
   for (int n = 0; n < rows; n++) {
-    float* to = logits + n * kExitTile + slot;
+    float* to = logits + n * kExitTile;
     SPECDEC_UNROLL
     for (int k = 0; k < kSlots; k++) to[k] = begin == 0 ? by_slot[k * 4 + n] : to[k] + by_slot[k * 4 + n];
   }
@@ -174,12 +203,13 @@ static void multiply_tile(const ExitTile& tile, const char* packed, int rows, bo
   for (int begin = 0; begin < tile.dim; begin += block) {
     const int end = min_of(begin + block, tile.dim);
     for (int slot = 0; slot < tile.count; slot += kSlots) {
+      const HeadGroup<Multiplier> head(tile, slot);
       if (!tile.entries) {
-        add_dots<Multiplier, true>(tile, slot, hidden, min_of(kTogether, rows), begin, end, logits);
+        add_dots<Multiplier, true>(head, hidden, min_of(kTogether, rows), begin, end, logits + slot);
       }
       for (int row = tile.entries ? 0 : kTogether; row < rows; row += kTogether) {
-        add_dots<Multiplier, false>(tile, slot, hidden + row * stride, min_of(kTogether, rows - row), begin, end,
-                                    logits + row * kExitTile);
+        add_dots<Multiplier, false>(head, hidden + row * stride, min_of(kTogether, rows - row), begin, end,
+                                    logits + row * kExitTile + slot);
       }
     }
   }
