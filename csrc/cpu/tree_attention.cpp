@@ -31,6 +31,7 @@ constexpr int kFewRows = 32;
 constexpr int kChunkSlotsOfFewRows = 256;
 constexpr int kMaxChunksOfFewRows = 32;
 constexpr int kChunkAlignmentOfFewRows = 64;
+constexpr int kMostInARow = 8;
 
 constexpr size_t kMostStates = size_t(1) << 22;  // floats of waiting partial states, unless one request needs more
 constexpr int kRowFloats = 1 << 17;              // a lane's output state, so that it stays in the second-level cache
@@ -246,25 +247,21 @@ struct Work {
   int chunk;
 };
 
-// Cuts the plans into work, request by request and chunk by chunk. Lanes of few rows are kept together as far as the
-// threads allow; which ones makes no difference to the result.
+// Cuts the plans into work: requests, their lanes, and chunk by chunk. Lanes of few rows are kept together as far as
+// the threads allow; which ones makes no difference to the result.
 std::vector<Work> cut(const Plan* plans, size_t count, int threads) {
   std::vector<Work> work;
   size_t chunks_in_all = 0;
   for (size_t i = 0; i < count; i++) chunks_in_all += plans[i].chunks;
   const size_t share = std::max<size_t>(chunks_in_all / (size_t(4) * threads), 1);
   for (size_t i = 0, next; i < count; i = next) {
-    int chunks = 0;
-    for (next = i; next < count && plans[next].lane.request == plans[i].lane.request; next++)
-      chunks = std::max(chunks, plans[next].chunks);
+    for (next = i; next < count && plans[next].lane.request == plans[i].lane.request;) next++;
     const size_t step = std::min<size_t>(share, together(plans[i].lane));
-    for (int c = 0; c < chunks; c++)
-      for (size_t j = i; j < next;) {
-        size_t last = j + 1;
-        while (last < next && last < j + step && plans[last].lane.first_row == plans[j].lane.first_row) last++;
-        if (c < plans[j].chunks) work.push_back({j, last, c});
-        j = last;
-      }
+    for (size_t j = i, last; j < next; j = last) {
+      last = j + 1;
+      while (last < next && last < j + step && plans[last].lane.first_row == plans[j].lane.first_row) last++;
+      for (int c = 0; c < plans[j].chunks; c++) work.push_back({j, last, c});
+    }
   }
   return work;
 }
@@ -277,10 +274,13 @@ void run_chunks(const Plan* plans, size_t count, const Sizes& sizes, int threads
   Buffer states(first_state[count] * sizes.partial);
   const auto state = [&](size_t i, int c) { return states.get() + (first_state[i] + c) * sizes.partial; };
   threads = std::min<int>(threads, int(work.size()));
+  // Few rows wait for memory: a chunk's last tile fetches the next one's first, so threads take some in a row.
+  const int share = std::clamp(int(work.size()) / (4 * threads), 1, kMostInARow);
+  const int in_a_row = plans[0].lane.rows <= kFewRows ? share : 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Buffer scratch(sizes.scratch);
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, in_a_row)
     for (size_t w = 0; w < work.size(); w++) {
       const auto [first, last, chunk] = work[w];
       const Plan& plan = plans[first];

@@ -250,7 +250,7 @@ class Wide {
     for (int g = 0; g * kGroupSlots < round_up(t.padded, kGroupSlots); g++)
       gather(begin + g * kGroupSlots, end, t.k[g], t.v[g], k_copy_ + size_t(g) * kGroupSlots * dim_,
              v_copy_ + size_t(g) * kGroupSlots * dim_);
-    t.ahead = lane_.fetch_ahead ? ahead(begin + kTile, end) : Ahead{};
+    t.ahead = lane_.fetch_ahead ? ahead(begin + kTile) : Ahead{};
     Engine::pack_keys(t, dim_, k_packed_);
     Engine::pack_values(t, dim_, v_packed_);
     for (int row = 0, vecs; row < lane_.rows; row += vecs * kWidth) {
@@ -265,8 +265,9 @@ class Wide {
     }
   }
 
-  Ahead ahead(int slot, int end) const {
-    const int count = min_of(kTile, end - slot);
+  // The next tile, even if it is another chunk's: as a rule the same thread goes on with it.
+  Ahead ahead(int slot) const {
+    const int count = min_of(kTile, lane_.slots - slot);
     if (count <= 0 || (p_.page_table && slot % p_.page_size + count > p_.page_size)) return Ahead{};
     Ahead next;
     next.k = reinterpret_cast<const char*>(k_at(slot));
