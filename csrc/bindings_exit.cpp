@@ -75,6 +75,21 @@ struct Screened<ExitParams (*)(Args...)> {
   }
 };
 
+// The same arguments, then what bounds add: norms_after, the ends of the parts, at most kMostParts; seen.
+template <class MakeParams>
+struct Bounded;
+template <class... Args>
+struct Bounded<ExitParams (*)(Args...)> {
+  static BoundedParams make(Args... args, Address norms_after, std::vector<int32_t> ends, Address seen) {
+    BoundedParams p{};
+    p.exit = exit_params(args...);
+    p.norms_after = pointer<float>(norms_after);
+    for (const int32_t end : ends) p.ends[p.parts++] = end;
+    p.seen = pointer<int32_t>(seen);
+    return p;
+  }
+};
+
 // Layers are (weight, type of its elements, bias, outputs), at most kMostLayers.
 MlpParams mlp_params(std::tuple<Address, int32_t, int64_t> features,
                      std::vector<std::tuple<Address, int32_t, Address, int32_t>> layers, float threshold, Address score,
@@ -182,6 +197,8 @@ void bind_exit(pybind11::module_& m) {
 #endif
   const auto screened_params = &Screened<decltype(&exit_params)>::make;
   Bind<std::remove_const_t<decltype(screened_params)>>::cpu(m, "screened_exit_cpu", screened_params, screened_exit_cpu);
+  const auto bounded_params = &Bounded<decltype(&exit_params)>::make;
+  Bind<std::remove_const_t<decltype(bounded_params)>>::cpu(m, "bounded_exit_cpu", bounded_params, bounded_exit_cpu);
   Bind<decltype(&mlp_params)>::cpu(m, "exit_mlp_cpu", mlp_params, exit_mlp_cpu);
 #ifdef SPECDEC_WITH_CUDA
   const auto mlp_launch = &MlpLaunchOf<decltype(&mlp_params)>::make;

@@ -21,6 +21,7 @@ from .accept import Acceptance, chain_accept, greedy_accept, match_accept, tree_
 from .accept_lossy import LongestPath, longest_path_accept, typical_accept  # noqa: E402
 from .draft_stop import AdaptiveThreshold, entropy_stop, exit_features, exit_mlp  # noqa: E402
 from .early_exit import Confidence, Exit, early_exit, exit_confidence  # noqa: E402
+from .head_bounds import HeadBounds, bound_head  # noqa: E402
 from .kv import kv_propagate  # noqa: E402
 from .layer_cache import LayerCache  # noqa: E402
 from .quantized_head import QuantizedHead, quantize_head  # noqa: E402
@@ -37,6 +38,7 @@ __all__ = [
     "Children",
     "Confidence",
     "Exit",
+    "HeadBounds",
     "LayerCache",
     "LongestPath",
     "QuantizedHead",
@@ -45,6 +47,7 @@ __all__ = [
     "VocabMap",
     "__version__",
     "backends",
+    "bound_head",
     "build_topology",
     "chain_accept",
     "early_exit",

@@ -25,6 +25,10 @@ IMPLEMENTATIONS = {
         "cpu": "specdec_ops._native_accept:accept_cpu",
         "torch": "specdec_ops.reference.accept:accept",
     },
+    "bounded_exit": {
+        "cpu": "specdec_ops._native_exit:bounded_exit_cpu",
+        "torch": "specdec_ops.reference.bounded_exit:bounded_exit",
+    },
     "build_topology": {
         "cuda": "specdec_ops._native:build_topology_cuda",
         "triton": "specdec_ops.triton_kernels.build_topology:build_topology",
@@ -87,9 +91,9 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
     """Say which backends can run an op on a device.
 
     Args:
-        op: "accept" (every op whose name ends so), "build_topology", "exit_confidence" (and early_exit),
-            "exit_mlp", "kv_propagate", "merge_states", "sample" (sample_tokens and sample_children), "screened_exit"
-            (exit_confidence and early_exit with a screen) or "tree_attention".
+        op: "accept" (every op whose name ends so), "bounded_exit" (early_exit with bounds), "build_topology",
+            "exit_confidence" (and early_exit), "exit_mlp", "kv_propagate", "merge_states", "sample" (sample_tokens and
+            sample_children), "screened_exit" (exit_confidence and early_exit with a screen) or "tree_attention".
         device: a device, its name, or a tensor on it.
 
     Returns:

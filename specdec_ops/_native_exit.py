@@ -66,6 +66,17 @@ def screened_exit_cpu(*arguments):
     _module().screened_exit_cpu(*exit_arguments, *screen, torch.get_num_threads())
 
 
+def bounded_exit_cpu(*arguments):
+    """See specdec_ops.reference.bounded_exit for the arguments."""
+    _module().bounded_exit_cpu(*_bounded_arguments(*arguments), torch.get_num_threads())
+
+
+def _bounded_arguments(*arguments):
+    """Those of exit_confidence in a tuple, then what bounds add."""
+    *exit_arguments, norms_after, ends, seen = arguments
+    return (*_exit_arguments(*exit_arguments), norms_after.data_ptr(), list(ends), seen.data_ptr())
+
+
 def exit_mlp_cpu(*arguments):
     """See specdec_ops.reference.exit_mlp for the arguments."""
     _module().exit_mlp_cpu(*_mlp_arguments(*arguments), torch.get_num_threads())

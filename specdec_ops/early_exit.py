@@ -8,6 +8,7 @@ import torch
 
 from . import _library_exit
 from ._checks import KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
+from .head_bounds import HeadBounds
 from .quantized_head import QuantizedHead
 from .vocab_map import VocabMap
 
@@ -62,6 +63,8 @@ class Exit:
     """int32 [rows]: each row's place in active_rows, -1 if it exits."""
     num_active: torch.Tensor
     """int32 [1]: how many rows go on."""
+    seen: torch.Tensor | None = None
+    """int32 [rows]: how many entries of the head the row's Confidence is of, the first ones; None without bounds."""
 
 
 def exit_confidence(
@@ -138,6 +141,7 @@ def early_exit(
     vocab_map: VocabMap | None = None,
     screen: QuantizedHead | None = None,
     tolerance: float = 0.01,
+    bounds: HeadBounds | None = None,
     backend: str = "auto",
 ) -> Exit:
     """Decide for each row whether a sorted draft may stop at this layer, and list the rows that go on.
@@ -157,7 +161,12 @@ def early_exit(
         vocab_map: of a reduced head.
         screen: as in exit_confidence. Each row's decision is the whole head's, by whichever measure.
         tolerance: of max_prob and margin with a screen. 1 asks for the token and the decision alone.
-        backend: as in exit_confidence.
+        bounds: `bound_head(head)`, made from this very head, which may be quantised; not together with a screen. The
+            head is read a part at a time until no entry that is left can change a decision, or what a row that exits
+            returns. Each decision is the whole head's. A row that exits has the whole head's token and top_tokens; its
+            other figures, and all of those of a row that goes on, are of the `seen` entries. Levels "any" and "all"
+            read until one decision for all rows is certain.
+        backend: as in exit_confidence; with bounds see `backends("bounded_exit")`.
 
     Returns:
         An Exit. Its lists are padded with -1 and num_active stays on the device, so that nothing waits. An invalid row
@@ -175,7 +184,12 @@ def early_exit(
         raise ValueError(wrong(op, "level", "'row', 'any' or 'all'", level))
     limit = per_row(op, "threshold", threshold, hidden)
     screening = check_screen(op, screen, tolerance, hidden, head)
-    confidence, decision = _run((*arguments, *limit, measure, level), screening, top_k, backend)
+    arguments = (*arguments, *limit, measure, level)
+    if bounds is not None:
+        bounded = check_bounds(op, bounds, screen, hidden, head)
+        results = _library_exit.bounded_exit(arguments, bounded, top_k, backend)
+        return Exit(Confidence(*results[:8]), *results[8:])
+    confidence, decision = _run(arguments, screening, top_k, backend)
     return Exit(confidence, *decision)
 
 
@@ -258,6 +272,20 @@ def check_screen(op: str, screen, tolerance, hidden: torch.Tensor, head) -> tupl
     if screen.values.device != hidden.device:
         raise ValueError(wrong_device(op, "screen.values", hidden.device, screen.values))
     return (screen.values, screen.scales, screen.error_norms, screen.norms, screen.error_gain, float(tolerance))
+
+
+def check_bounds(op: str, bounds, screen, hidden: torch.Tensor, head) -> tuple:
+    """What the implementations take of bounds."""
+    if not isinstance(bounds, HeadBounds):
+        raise TypeError(wrong(op, "bounds", "a specdec_ops.HeadBounds or None", bounds))
+    if screen is not None:
+        raise ValueError(wrong(op, "bounds", "None with a screen", bounds))
+    vocab = head.vocab if isinstance(head, QuantizedHead) else head.shape[0]
+    if bounds.ends[-1] != vocab:
+        raise ValueError(wrong(op, "bounds", f"made from the head, of {vocab} entries", bounds))
+    if bounds.norms_after.device != hidden.device:
+        raise ValueError(wrong_device(op, "bounds.norms_after", hidden.device, bounds.norms_after))
+    return bounds.norms_after, bounds.ends
 
 
 def check_vector(op: str, name: str, value, length: int, dtypes: tuple, device) -> None:

@@ -27,6 +27,16 @@ inline float exit_temperature(const ExitParams& p, int row) {
   return p.temperatures ? p.temperatures[row] : p.temperature;
 }
 
+// What a row knows before it has seen anything.
+ExitState empty_exit_state();
+
+// Takes the head's rows from `begin` to `end` into the states of these hidden rows, states[row].
+void see_part(const ExitParams& p, const std::vector<int>& rows, int64_t begin, int64_t end, const Team& team,
+              std::vector<ExitState>& states);
+
+// Writes the figures of a row from what it has seen.
+void write_figures(const ExitParams& p, int row, const ExitState& state);
+
 // Writes the figures of these rows from the whole head.
 void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& team);
 
@@ -34,6 +44,7 @@ void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& te
 void decide_exits(const ExitParams& p);
 
 void screened_exit_cpu(const ScreenedParams& params, int threads);
+void bounded_exit_cpu(const BoundedParams& params, int threads);
 void exit_mlp_cpu(const MlpParams& params, int threads);
 
 }  // namespace specdec

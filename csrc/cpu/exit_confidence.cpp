@@ -32,13 +32,6 @@ const ExitKernels& kernels_of_isa() {
 
 int64_t element_bytes(HeadType type) { return type == HeadType::kFloat32 ? 4 : type == HeadType::kInt8 ? 1 : 2; }
 
-ExitState empty_state() {
-  ExitState state{kMinusInfinity, 0.0f, 0.0f, false, {}, {}};
-  std::fill(state.value, state.value + kMostListed, kMinusInfinity);
-  std::fill(state.entry, state.entry + kMostListed, -1);
-  return state;
-}
-
 // Some hidden rows of a call in the form in which they are multiplied, and what every thread needs to know.
 class Call {
  public:
@@ -62,7 +55,7 @@ class Call {
   void see(int64_t begin, int64_t end, ExitState* states) {
     alignas(64) float logits[kExitRowBlock * kExitTile], scales[kExitTile], bias[kExitTile];
     const int count_of_rows = int(rows_.size());
-    for (int row = 0; row < count_of_rows; row++) states[row] = empty_state();
+    for (int row = 0; row < count_of_rows; row++) states[row] = empty_exit_state();
     for (int64_t first = begin; first < end; first += kExitTile) {
       const int count = int(std::min<int64_t>(kExitTile, end - first));
       const int64_t offset = first * p_.dim * element_bytes(p_.head_type);
@@ -128,28 +121,6 @@ void merge(ExitState& state, const ExitState& later, int listed, float temperatu
   std::copy_n(both.entry, listed, state.entry);
 }
 
-// Writes what a row has seen of the whole vocabulary.
-void write_row(const ExitParams& p, int row, const ExitState& state, float temperature) {
-  const bool valid = !state.invalid && state.sum > 0;
-  const auto token_of = [&](int32_t entry) { return p.token_map ? p.token_map[entry] : entry; };
-  p.token[row] = token_of(std::max(state.entry[0], 0));
-  p.status[row] = valid ? 0 : kExitInvalid;
-  const double sum = valid ? state.sum : 1.0, log_sum = std::log(sum), scale = 1.0 / temperature;
-  const auto probability = [&](float value) {
-    return value > kMinusInfinity ? std::exp((double(value) - state.max) * scale) / sum : 0.0;
-  };
-  p.max_prob[row] = valid ? float(probability(state.value[0])) : 0.0f;
-  p.margin[row] = valid ? float(probability(state.value[0]) - probability(state.value[1])) : 0.0f;
-  p.entropy[row] = valid ? float(std::max(0.0, log_sum - state.log_sum * scale / sum)) : 0.0f;
-  p.logsumexp[row] = valid ? float(state.max * scale + log_sum) : kMinusInfinity;
-  for (int k = 0; k < p.top_k; k++) {
-    const int64_t at = int64_t(row) * p.top_k + k;
-    const bool exists = valid && state.value[k] > kMinusInfinity;
-    p.top_tokens[at] = exists ? token_of(state.entry[k]) : -1;
-    p.top_logprobs[at] = exists ? float((double(state.value[k]) - state.max) * scale - log_sum) : kMinusInfinity;
-  }
-}
-
 bool passes(const ExitParams& p, int row) {
   if (p.status[row] & kExitInvalid) return false;
   const float limit = p.thresholds ? p.thresholds[row] : p.threshold;
@@ -197,22 +168,56 @@ void decide_exits(const ExitParams& p) {
   *p.num_active = active;
 }
 
-void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& team) {
-  const int64_t chunks = (int64_t(p.vocab) + kExitChunk - 1) / kExitChunk;
+ExitState empty_exit_state() {
+  ExitState state{kMinusInfinity, 0.0f, 0.0f, false, {}, {}};
+  std::fill(state.value, state.value + kMostListed, kMinusInfinity);
+  std::fill(state.entry, state.entry + kMostListed, -1);
+  return state;
+}
+
+void see_part(const ExitParams& p, const std::vector<int>& rows, int64_t begin, int64_t end, const Team& team,
+              std::vector<ExitState>& states) {
+  const int64_t chunks = (end - begin + kExitChunk - 1) / kExitChunk;
   const int64_t count = int64_t(rows.size());
   Call call(p, rows, team);
-  std::vector<ExitState> states(chunks * count);
+  std::vector<ExitState> of_chunks(chunks * count);
   team.run(chunks, [&](int64_t chunk, int) {
-    call.see(chunk * kExitChunk, std::min<int64_t>((chunk + 1) * kExitChunk, p.vocab), &states[chunk * count]);
+    const int64_t first = begin + chunk * kExitChunk;
+    call.see(first, std::min<int64_t>(first + kExitChunk, end), &of_chunks[chunk * count]);
   });
   for (int64_t n = 0; n < count; n++) {
-    ExitState& state = states[n];
-    const float temperature = exit_temperature(p, rows[n]);
-    for (int64_t chunk = 1; chunk < chunks; chunk++) {
-      merge(state, states[chunk * count + n], call.listed(), temperature);
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      merge(states[rows[n]], of_chunks[chunk * count + n], call.listed(), exit_temperature(p, rows[n]));
     }
-    write_row(p, rows[n], state, temperature);
   }
+}
+
+void write_figures(const ExitParams& p, int row, const ExitState& state) {
+  const float temperature = exit_temperature(p, row);
+  const bool valid = !state.invalid && state.sum > 0;
+  const auto token_of = [&](int32_t entry) { return p.token_map ? p.token_map[entry] : entry; };
+  p.token[row] = token_of(std::max(state.entry[0], 0));
+  p.status[row] = valid ? 0 : kExitInvalid;
+  const double sum = valid ? state.sum : 1.0, log_sum = std::log(sum), scale = 1.0 / temperature;
+  const auto probability = [&](float value) {
+    return value > kMinusInfinity ? std::exp((double(value) - state.max) * scale) / sum : 0.0;
+  };
+  p.max_prob[row] = valid ? float(probability(state.value[0])) : 0.0f;
+  p.margin[row] = valid ? float(probability(state.value[0]) - probability(state.value[1])) : 0.0f;
+  p.entropy[row] = valid ? float(std::max(0.0, log_sum - state.log_sum * scale / sum)) : 0.0f;
+  p.logsumexp[row] = valid ? float(state.max * scale + log_sum) : kMinusInfinity;
+  for (int k = 0; k < p.top_k; k++) {
+    const int64_t at = int64_t(row) * p.top_k + k;
+    const bool exists = valid && state.value[k] > kMinusInfinity;
+    p.top_tokens[at] = exists ? token_of(state.entry[k]) : -1;
+    p.top_logprobs[at] = exists ? float((double(state.value[k]) - state.max) * scale - log_sum) : kMinusInfinity;
+  }
+}
+
+void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& team) {
+  std::vector<ExitState> states(p.rows, empty_exit_state());
+  see_part(p, rows, 0, p.vocab, team, states);
+  for (int row : rows) write_figures(p, row, states[row]);
 }
 
 Team exit_team(const ExitParams& p, int threads) {

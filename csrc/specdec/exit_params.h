@@ -61,6 +61,17 @@ struct ScreenedParams {
   float tolerance;           // of max_prob and margin
 };
 
+// The same, reading the head in parts until every decision is certain (specdec_ops.HeadBounds, specdec/bounded_exit.h).
+constexpr int32_t kMostParts = 16;
+
+struct BoundedParams {
+  ExitParams exit;
+  const float* norms_after;  // [parts], not below the length of any row of the head behind the part; the last one is 0
+  int32_t* seen;             // [rows]: entries that the row's figures are of
+  int32_t ends[kMostParts];  // of the parts in the vocabulary, ascending, the last one is vocab
+  int32_t parts;
+};
+
 // A decision model: linear layers, ReLU between them, a sigmoid at the end.
 constexpr int32_t kMostLayers = 8;
 

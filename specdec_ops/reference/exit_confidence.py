@@ -64,6 +64,17 @@ def exit_confidence(
     """
     scaled = logits(hidden, head, scales, norm_weight, norm_eps, bias)
     scaled = scaled / (temperature if temperatures is None else temperatures.to(scaled.dtype)[:, None])
+    write_figures(scaled, token_map, token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status)
+    if measure:
+        figure = {"max_prob": max_prob, "margin": margin, "entropy": entropy}[measure]
+        limit = torch.full_like(figure, threshold) if thresholds is None else thresholds
+        decide(passes(status, figure, limit, measure), level, exited, active_rows, inverse, num_active)
+
+
+def write_figures(
+    scaled, token_map, token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status
+) -> None:
+    """Write what logits [rows, entries] over the temperature, the first ones of a head, say of each row."""
     valid = (scaled < float("inf")).all(dim=1) & (scaled > MINUS_INFINITY).any(dim=1)  # NaN is not below infinity
     comparable = scaled.nan_to_num(MINUS_INFINITY, float("inf"), MINUS_INFINITY)
 
@@ -96,24 +107,29 @@ def exit_confidence(
         top_logprobs.fill_(MINUS_INFINITY)
         top_tokens[:, :listed] = torch.where(exists, tokens[:, :listed], -1)
         top_logprobs[:, :listed] = torch.where(exists, best[:, :listed] - total[:, None], MINUS_INFINITY)
-    if measure:
-        # As float32, which is what the figures are given as: what is returned and what is decided must agree.
-        figure = {"max_prob": max_prob, "margin": margin, "entropy": entropy}[measure]
-        limit = torch.full_like(figure, threshold) if thresholds is None else thresholds
-        passed = valid & (figure <= limit if measure == "entropy" else figure >= limit)
-        decide(passed, level, exited, active_rows, inverse, num_active)
+
+
+def passes(status, figure, limit, measure):
+    """Which rows pass by themselves. As float32, in which figures are given: what is returned and decided must agree."""
+    return (status == 0) & (figure <= limit if measure == "entropy" else figure >= limit)
 
 
 def logits(hidden, head, scales, norm_weight, norm_eps, bias):
     """RMSNorm, head, bias: [rows, vocab], in float64 if hidden is, else in float32."""
-    compute = torch.promote_types(hidden.dtype, torch.float32)
-    x = hidden.to(compute)
-    if norm_weight is not None:
-        x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + norm_eps) * norm_weight.to(compute)
+    x = multiplied(hidden, norm_weight, norm_eps)
+    compute = x.dtype
     product = x @ head.to(compute).T
     if scales is not None:
         product = product * scales.to(compute)
     return product if bias is None else product + bias.to(compute)
+
+
+def multiplied(hidden, norm_weight, norm_eps):
+    """What is multiplied with the head: [rows, dim], hidden or its RMSNorm."""
+    x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+    if norm_weight is None:
+        return x
+    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + norm_eps) * norm_weight.to(x.dtype)
 
 
 def decide(passed, level, exited, active_rows, inverse, num_active) -> None:
