@@ -64,11 +64,11 @@ def bound_head(head: torch.Tensor | QuantizedHead, ends: Sequence[int] | None = 
         raise TypeError(wrong(op, "head", "float32, bfloat16 or float16 [vocab, dim], or a QuantizedHead", head))
     elif head.dim() != 2 or 0 in head.shape:
         raise ValueError(wrong(op, "head", "[vocab, dim] with at least one of each", head))
+    elif not head.isfinite().all():
+        raise ValueError("specdec_ops.bound_head: head must be finite, got NaN or infinity in it")
     else:
         rows = max(1, (1 << 24) // head.shape[1])  # a piece at a time: float64 takes four times the bytes of bfloat16
         norms = torch.cat([up(torch.linalg.vector_norm(piece.double(), dim=1)) for piece in head.split(rows)])
-    if not norms.isfinite().all():
-        raise ValueError("specdec_ops.bound_head: head must be finite, got NaN or infinity in it")
     vocab = norms.shape[0]
     ends = _default_ends(vocab) if ends is None else _checked_ends(op, ends, vocab)
     after = [norms[end:].max() if end < vocab else norms.new_zeros(()) for end in ends]

@@ -110,6 +110,15 @@ def test_masks_and_reduced_vocabularies(target):
     assert got.entropy.tolist() == [0.0] * 3
 
 
+def test_masks_of_large_numbers(target):
+    """The least float32 number as a mask, of all entries of a tile and of the first ones seen."""
+    case = make_case(4, 32, 300, torch.float32)
+    case.options["bias"] = torch.where(torch.arange(300) < 200, torch.finfo(torch.float32).min, 0.0)
+    got, exact = assert_right(case, target)
+    assert (exact.entropy > 0.1).any()
+    assert torch.isclose(got.entropy, exact.entropy, rtol=1e-4, atol=1e-4).all()
+
+
 def test_ties_go_to_the_lowest_entry(target):
     head = torch.zeros(200, 16)
     head[[5, 77, 150], 0] = 1.0

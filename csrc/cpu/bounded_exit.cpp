@@ -66,8 +66,12 @@ float ceiling_of(const RowReach& reach, float norm, float bias) {
 }
 
 SeenPart seen_part(const ExitParams& p, int row, const ExitState& state) {
-  return {state.sum,      -double(state.log_sum) / exit_temperature(p, row), state.max,
-          state.value[1], state.value[std::max(p.top_k, 1) - 1],             state.invalid};
+  return {state.sum,
+          -double(state.log_sum) / exit_temperature(p, row),
+          state.max,
+          state.value[1],
+          state.value[std::max(p.top_k, 1) - 1],
+          state.invalid};
 }
 
 // The rows of `open` whose decisions are not certain.

@@ -280,9 +280,10 @@ static void absorb(float* logits, const float* scales, const float* bias, int32_
     }
   }
   if (!(peak > -__builtin_inff())) return;
+  constexpr float kLowestFall = -1e30f;  // 2 to the power of which is 0: -inf would make NaN of 0 * -inf
   if (peak > state.max) {
     if (state.sum > 0) {
-      const float fall = state.max - peak, decay = __builtin_exp2f(fall * factor);
+      const float fall = __builtin_fmaxf(state.max - peak, kLowestFall), decay = __builtin_exp2f(fall * factor);
       state.log_sum = (state.log_sum + state.sum * fall) * decay;
       state.sum *= decay;
     }
@@ -291,7 +292,7 @@ static void absorb(float* logits, const float* scales, const float* bias, int32_
   const Vec max = splat(state.max), scale = splat(factor);
   Vec sum = splat(0.0f), log_sum = splat(0.0f);
   for (int i = 0; i < kExitTile; i += kWidth) {
-    const Vec below = maximum(load(logits + i) - max, splat(-1e30f));  // -inf would make NaN of 0 * -inf
+    const Vec below = maximum(load(logits + i) - max, splat(kLowestFall));
     const Vec weight = exp2(below * scale);
     sum = sum + weight;
     log_sum = fma(weight, below, log_sum);

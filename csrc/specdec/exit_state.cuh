@@ -97,7 +97,7 @@ __device__ __forceinline__ void absorb(RowState& state, const float (&z)[kCount]
   if (!(peak > negative_infinity())) return;
   if (peak > state.max) {
     if (state.sum > 0.0f) {
-      const float fall = state.max - peak, decay = fast_exp2(fall * scale);
+      const float fall = fmaxf(state.max - peak, kLowestFall), decay = fast_exp2(fall * scale);
       state.log_sum = (state.log_sum + state.sum * fall) * decay;
       state.sum *= decay;
     }
@@ -151,7 +151,7 @@ struct StoredStates {
     for (int32_t block = lane; block < blocks; block += kWarpSize) {
       const float sum = of[blocks + block];
       if (!(sum > 0.0f)) continue;
-      const float fall = of[block] - state.max, decay = fast_exp2(fall * scale);
+      const float fall = fmaxf(of[block] - state.max, kLowestFall), decay = fast_exp2(fall * scale);
       state.sum += sum * decay;
       state.log_sum += (of[2 * blocks + block] + sum * fall) * decay;
     }

@@ -106,8 +106,6 @@ def settled(no, yes, known, level):
     """Which rows need no more: each by itself, or none before the decision for all is certain."""
     if level == "row":
         return no | (yes & known)
-    if level == "any":
-        done = no.all() | (yes.any() & known.all())
-    else:
-        done = no.any() | (yes & known).all()
+    exits = known.all() & (yes.any() if level == "any" else yes.all())
+    done = exits | (no.all() if level == "any" else no.any())
     return done.expand(no.shape)

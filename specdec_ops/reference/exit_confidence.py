@@ -110,7 +110,7 @@ def write_figures(
 
 
 def passes(status, figure, limit, measure):
-    """Which rows pass by themselves. As float32, in which figures are given: what is returned and decided must agree."""
+    """Which rows pass by themselves. Figures are compared as float32: what is returned and decided must agree."""
     return (status == 0) & (figure <= limit if measure == "entropy" else figure >= limit)
 
 
