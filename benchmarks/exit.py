@@ -17,6 +17,7 @@ from .machine import native
 
 EPS = 1e-6
 TOLERANCE = 0.01  # of a probability that a screened call gives: the op's default
+THRESHOLD = 0.9  # of max_prob, where bounds are measured
 CHECKED = 2  # rows computed in float64
 PIECE = 4096  # rows of the head, at a time
 
@@ -28,6 +29,7 @@ class Inputs:
     head: torch.Tensor
     norm_weight: torch.Tensor
     screen: specdec_ops.QuantizedHead | None = None
+    bounds: specdec_ops.HeadBounds | None = None
 
     @property
     def reads(self) -> torch.Tensor:
@@ -41,20 +43,24 @@ def make_screen(vocab: int, dim: int, dtype: str, device: str) -> specdec_ops.Qu
     return specdec_ops.quantize_head(make_head(vocab, dim, dtype).to(device))
 
 
-def make_head(vocab: int, dim: int, dtype: str) -> torch.Tensor:
-    return fill_random((vocab, dim), DTYPES[dtype], 1) * (4 / dim**0.5)
+def make_head(vocab: int, dim: int, dtype: str, falling: bool = False) -> torch.Tensor:
+    """Rows of length 4, or of lengths from 4 down to 0.1."""
+    head = fill_random((vocab, dim), DTYPES[dtype], 1) * (4 / dim**0.5)
+    return head.div_(1 + 40 * torch.arange(vocab)[:, None] / vocab) if falling else head
 
 
 def make_inputs(case: ExitCase, device: str = "cpu") -> Inputs:
     """Rows that point along a row of the head, more or less, so that some are sure and some are not."""
     dtype = DTYPES[case.dtype]
-    head = make_head(case.vocab, case.dim, case.dtype)
+    head = make_head(case.vocab, case.dim, case.dtype, case.bounds == "falling")
     hidden = fill_random((case.rows, case.dim), torch.float32, 2)
     chosen = torch.arange(case.rows) * 37 % case.vocab
     strength = torch.linspace(0, 1, case.rows)[:, None] * case.dim**0.5 / 4
     hidden = (hidden + strength * head[chosen].float()).to(dtype)
     screen = make_screen(case.vocab, case.dim, case.dtype, device) if case.screened else None
-    return Inputs(case, hidden.to(device), head.to(device), torch.ones(case.dim, dtype=dtype, device=device), screen)
+    head = head.to(device)
+    bounds = specdec_ops.bound_head(head) if case.bounds else None
+    return Inputs(case, hidden.to(device), head, torch.ones(case.dim, dtype=dtype, device=device), screen, bounds)
 
 
 def ours(inputs: Inputs, backend: str, name: str, screened: bool | None = None) -> Contestant:
@@ -68,6 +74,18 @@ def ours(inputs: Inputs, backend: str, name: str, screened: bool | None = None) 
         )
 
     return Contestant(name, "ours", call, figures, (i.screen.values, i.head) if screen else (i.head,))
+
+
+def our_exits(inputs: Inputs, backend: str, name: str, bounded: bool = True) -> Contestant:
+    """Which rows exit, with the bounds or without."""
+    i, bounds = inputs, inputs.bounds if bounded else None
+
+    def call():
+        return specdec_ops.early_exit(
+            i.hidden, i.head, THRESHOLD, norm_weight=i.norm_weight, norm_eps=EPS, bounds=bounds, backend=backend
+        )
+
+    return Contestant(name, "ours", call, lambda got: [got.exited], (i.head,))
 
 
 def figures(confidence: specdec_ops.Confidence) -> list[torch.Tensor]:
@@ -123,16 +141,37 @@ def expected(inputs: Inputs) -> Expected:
     return Expected(take, exact, allowed)
 
 
+def expected_exits(inputs: Inputs) -> Expected:
+    """Which of the rows exit. Those of the cases are clearly above or below the threshold."""
+    logits = torch.cat([normalised(inputs).double() @ piece.double().T for piece in inputs.head.split(PIECE)], 1)
+    max_prob = torch.softmax(logits, 1).amax(1)
+    if ((max_prob - THRESHOLD).abs() < 0.05).any():
+        raise ValueError(f"{inputs.case.label}: a row is too near to the threshold to be checked: {max_prob.tolist()}")
+    return Expected(lambda result: [result[0].double()], [(max_prob >= THRESHOLD).double()], [0.0])
+
+
+def exits_contestants(inputs: Inputs, options) -> list[Contestant]:
+    listed = [our_exits(inputs, "auto", "specdec_ops")]
+    listed += [our_exits(inputs, backend, f"specdec_ops {backend}") for backend in options.backends]
+    listed.append(our_exits(inputs, "auto", "specdec_ops full head", bounded=False))
+    return [*listed, *pytorch_forms(inputs, lambda result: [result[0] >= THRESHOLD])]
+
+
 def contestants(inputs: Inputs, options) -> list[Contestant]:
     listed = [ours(inputs, "auto", "specdec_ops")]
     listed += [ours(inputs, backend, f"specdec_ops {backend}") for backend in options.backends]
     if inputs.screen is not None:
         listed.append(ours(inputs, "auto", "specdec_ops full head", screened=False))
+    return [*listed, *pytorch_forms(inputs, list)]
+
+
+def pytorch_forms(inputs: Inputs, to_result) -> list[Contestant]:
+    """And, on a CPU, a plain read."""
     forms = [("eager", eager), ("softmax", softmax)]
     if inputs.case.compiled:
         forms.append(("compiled", torch.compile(eager, dynamic=False)))
-    listed += [
-        Contestant(name, "pytorch", lambda form=form: form(inputs), list, (inputs.head,)) for name, form in forms
+    listed = [
+        Contestant(name, "pytorch", lambda form=form: form(inputs), to_result, (inputs.head,)) for name, form in forms
     ]
     return [*listed, read_control([inputs.reads])] if inputs.head.device.type == "cpu" else listed
 

@@ -39,7 +39,9 @@ class ExitCase(RowsCase):
     """One cell: hidden rows through a head [vocab, dim].
 
     The job is the token, its probability and the log-sum-exp of every row. `top_k` adds the most likely tokens. With a
-    screen the job is the token and its probability, and ours reads an int8 copy of the head first.
+    screen the job is the token and its probability, and ours reads an int8 copy of the head first. With bounds the job
+    is which rows exit, and ours reads until that is certain: in a head whose rows are about as long ("even"), or one
+    sorted by lengths that fall 41-fold ("falling").
     """
 
     vocab: int
@@ -49,11 +51,12 @@ class ExitCase(RowsCase):
     top_k: int = 0
     compiled: bool = False
     screened: bool = False
+    bounds: str = ""
     modes: tuple[str, ...] = ("warm",)
 
     @property
     def op(self) -> str:
-        return "screened_exit" if self.screened else "exit_confidence"
+        return "bounded_exit" if self.bounds else "screened_exit" if self.screened else "exit_confidence"
 
     @property
     def model(self) -> Model:
@@ -61,7 +64,7 @@ class ExitCase(RowsCase):
 
     @property
     def tree(self) -> TreeShape:
-        return TreeShape(f"top {self.top_k}" if self.top_k else "rows", chain(self.rows))
+        return TreeShape(f"top {self.top_k}" if self.top_k else self.bounds or "rows", chain(self.rows))
 
     @property
     def bytes(self) -> int:
@@ -78,7 +81,8 @@ class ExitCase(RowsCase):
     @property
     def label(self) -> str:
         top_k = f" top {self.top_k}" if self.top_k else ""
-        return f"{self.op} {self.vocab} x {self.dim} {self.dtype} rows {self.rows}{top_k}"
+        bounds = f" {self.bounds}" if self.bounds else ""
+        return f"{self.op} {self.vocab} x {self.dim} {self.dtype} rows {self.rows}{top_k}{bounds}"
 
 
 @dataclass(frozen=True)
@@ -164,6 +168,7 @@ def quick() -> list[ExitCase | KvCase | MlpCase]:
     cases += [ExitCase(*SMALL_HEAD, 1, "bf16", top_k=10), *(ExitCase(*LLAMA2_HEAD, n, "fp32") for n in (1, 60))]
     # Quantising a head of 4,096 columns would take a tenth of the time.
     cases += [ExitCase(*SMALL_HEAD, rows, "bf16", screened=True) for rows in (1, 4)]
+    cases += [ExitCase(*SMALL_HEAD, 4, "bf16", bounds=bounds) for bounds in ("even", "falling")]
     cases += [KvCase(*PROPAGATIONS[0], rows, "bf16") for rows in (1, 16)]
     return [*cases, MlpCase(DECISION_MODELS[0], 4, "fp32"), MlpCase(DECISION_MODELS[2], 4, "bf16")]
 
@@ -180,6 +185,12 @@ def standard() -> list[ExitCase | KvCase | MlpCase]:
         ExitCase(*head, rows, "bf16", compiled=True, screened=True)
         for head in (LLAMA2_HEAD, LLAMA3_HEAD, SMALL_HEAD)
         for rows in (1, 4)
+    ]
+    cases += [
+        ExitCase(*head, rows, "bf16", compiled=True, bounds=bounds)
+        for head in (LLAMA2_HEAD, LLAMA3_HEAD, SMALL_HEAD)
+        for rows in (1, 4)
+        for bounds in ("even", "falling")
     ]
     cases += [
         KvCase(*shape, rows, dtype, compiled=True)

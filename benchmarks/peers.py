@@ -23,6 +23,7 @@ OPS = {
     "build_topology": Op(small_ops.make_parents, small_ops.expected_topology, small_ops.topology_contestants),
 }
 OPS |= dict.fromkeys(("exit_confidence", "screened_exit"), Op(exit.make_inputs, exit.expected, exit.contestants))
+OPS["bounded_exit"] = Op(exit.make_inputs, exit.expected_exits, exit.exits_contestants)
 OPS["kv_propagate"] = Op(draft_ops.make_propagation, draft_ops.expected_propagation, draft_ops.propagators)
 OPS["exit_mlp"] = Op(draft_ops.make_decision, draft_ops.expected_decision, draft_ops.deciders)
 OPS |= {

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from .results import Cell, geometric_mean
 
-EXIT_OPS = ("exit_confidence", "screened_exit", "kv_propagate", "exit_mlp")
+EXIT_OPS = ("exit_confidence", "screened_exit", "bounded_exit", "kv_propagate", "exit_mlp")
 
 
 @dataclass
@@ -127,7 +127,7 @@ def acceptance_verdicts(all_cells: list[Cell]) -> list[Verdict]:
 
 
 def against_full_head(cell: Cell) -> float | None:
-    """How much longer our own op takes without the screen."""
+    """How much longer our own op takes without the screen, or the bounds."""
     full = cell.of("specdec_ops full head")
     return full["p50_us"] / cell.ours["p50_us"] if full else None
 
@@ -139,9 +139,15 @@ def exit_verdicts(all_cells: list[Cell]) -> list[Verdict]:
     one = [cell for cell in usable if cell.first["nodes"] == 1]
     many = [cell for cell in usable if cell.first["nodes"] == 60]
     screened = [cell for cell in others if cell.first["op"] == "screened_exit" and cell.first["nodes"] == 1]
+    falling = [cell for cell in others if cell.first["op"] == "bounded_exit" and cell.first["tree"] == "falling"]
+    even = [cell for cell in others if cell.first["op"] == "bounded_exit" and cell.first["tree"] == "even"]
     return [
         floor("exit_confidence, one row: 85% of a plain read of the head", one, column("read_percent"), 85, "%"),
         floor("exit_confidence, 60 rows: 1.5x", many, column("ratio"), 1.5, "x"),
         floor("screened_exit, one row: 1.7x our own full head", screened, against_full_head, 1.7, "x"),
+        floor(
+            "bounded_exit, a head whose rows get shorter: 1.5x our own full head", falling, against_full_head, 1.5, "x"
+        ),
+        floor("bounded_exit, a head of even rows: 0.95x our own full head", even, against_full_head, 0.95, "x"),
         floor(f"{', '.join(EXIT_OPS[1:])}: never slower than PyTorch", others, column("ratio"), 1, "x"),
     ]

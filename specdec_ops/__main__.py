@@ -14,7 +14,9 @@ from . import (
     __version__,
     _dispatch,
     _loader,
+    bound_head,
     build_topology,
+    early_exit,
     exit_confidence,
     exit_mlp,
     kv_propagate,
@@ -170,6 +172,17 @@ def check_screened_exit(backend: str, device: str) -> float:
     return exit_error(backend, device, {"screen": quantize_head(head.float()), "tolerance": 1e-3})
 
 
+def check_bounded_exit(backend: str, device: str) -> float:
+    """The largest error of the probabilities of rows that see a part of a head, or 1 if another one exits."""
+    hidden, head = exit_inputs(device)
+    head = (head * torch.logspace(0, -3, len(head), device=device)[:, None]).float()
+    got = early_exit(hidden.float(), head, 0.5, bounds=bound_head(head, (300, 1000)), backend=backend)
+    want = early_exit(hidden, head.double(), 0.5, bounds=bound_head(head, (300, 1000)), backend="torch")
+    if not torch.equal(got.exited, want.exited) or not torch.equal(got.seen, want.seen):
+        return 1.0
+    return largest_difference(got.confidence.max_prob, want.confidence.max_prob)
+
+
 def exit_inputs(device: str) -> list[torch.Tensor]:
     hidden, head = random_like(device, (4, 96), (1000, 96))
     return [(0.2 * hidden + 0.1 * head[:4]).float().double(), head]
@@ -231,6 +244,7 @@ def largest_difference(got: torch.Tensor, want: torch.Tensor) -> float:
 
 CHECKS: dict[str, Callable[[str, str], float]] = {
     "accept": check_accept,
+    "bounded_exit": check_bounded_exit,
     "build_topology": check_build_topology,
     "exit_confidence": check_exit_confidence,
     "exit_mlp": check_exit_mlp,

@@ -38,6 +38,24 @@ def test_a_screened_cell_has_the_whole_head_beside_it(dtype):
     assert check(another, exact).problem.startswith("WRONG")
 
 
+@pytest.mark.parametrize("bounds", ["even", "falling"])
+def test_a_bounded_cell_has_the_whole_head_beside_it(bounds):
+    """It asks which rows exit, of which there are some that do and some that don't."""
+    inputs = exit.make_inputs(exit_cases.toy(dtype="bf16", vocab=4000, dim=512, rows=4, bounds=bounds))
+    exact = exit.expected_exits(inputs)
+    assert set(exact.exact[0].tolist()) == {0.0, 1.0}
+    found = exit.exits_contestants(inputs, Options)
+    assert [contestant.name for contestant in found][:2] == ["specdec_ops", "specdec_ops full head"]
+    for contestant in found:
+        assert check(contestant, exact).problem == "", contestant.name
+    seen = found[0].call().seen
+    assert found[1].call().seen is None
+    assert (seen < 4000).any() == (bounds == "falling")
+    another = exit.our_exits(inputs, "torch", "wrong")
+    another.to_result = lambda result: [~result.exited]
+    assert check(another, exact).problem.startswith("WRONG")
+
+
 PROPAGATION = (draft_ops.make_propagation, draft_ops.expected_propagation, draft_ops.propagators)
 DECISION = (draft_ops.make_decision, draft_ops.expected_decision, draft_ops.deciders)
 
@@ -70,10 +88,13 @@ def test_a_wrong_result_gets_no_time():
     assert check(wrong, exact).problem.startswith("WRONG")
 
 
-OTHERS = (exit_cases.toy(screened=True, rows=1), exit_cases.toy_propagation(), exit_cases.toy_model())
+OTHERS = (
+    *(exit_cases.toy(screened=True, rows=1), exit_cases.toy(bounds="even", dim=512, dtype="bf16")),
+    *(exit_cases.toy(bounds="falling", dim=512, dtype="bf16"), exit_cases.toy_propagation(), exit_cases.toy_model()),
+)
 
 
-@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.op)
+@pytest.mark.parametrize("case", OTHERS, ids=lambda case: case.label)
 def test_cells_of_the_other_ops(case):
     op = OPS[case.op]
     inputs = op.make_inputs(case)
@@ -86,8 +107,9 @@ def test_cells_of_the_other_ops(case):
     assert cell.ours["ratio"] > 0 and cell.ours["read_percent"] > 0
     assert cell.key == results.key(case, "warm")
     assert cell.label.startswith(case.op)
+    tree = case.tree.name
     assert [verdict.met is None for verdict in targets.exit_verdicts([cell])] == [
-        *(True, True, case.op != "screened_exit", False)
+        *(True, True, case.op != "screened_exit", tree != "falling", tree != "even", False)
     ]
 
 
@@ -96,7 +118,7 @@ def test_cases_differ(preset):
     """And bf16 as well as fp32 is measured."""
     cases = exit_cases.PRESETS[preset]()
     assert len({case.label for case in cases}) == len({results.key(case, "warm") for case in cases}) == len(cases)
-    assert {case.op for case in cases} == {"exit_confidence", "screened_exit", "kv_propagate", "exit_mlp"}
+    assert {case.op for case in cases} == set(targets.EXIT_OPS)
     assert {case.dtype for case in cases if case.op == "exit_confidence"} == {"bf16", "fp32"}
 
 
@@ -114,5 +136,5 @@ def test_a_cell(rows):
     assert cell.ours["ratio"] > 0 and cell.ours["read_percent"] > 0 and cell.ours["gflops"] > 0
     assert cell.ours["gbps"] == pytest.approx(case.bytes / cell.ours["p50_us"] / 1e3)
     judged = targets.exit_verdicts([cell])
-    assert [verdict.met is None for verdict in judged] == [rows != 1, rows != 60, True, True]
+    assert [verdict.met is None for verdict in judged] == [rows != 1, rows != 60, True, True, True, True]
     assert torch.is_tensor(inputs.head)

@@ -9,7 +9,9 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PUBLIC = [
+    ".bound_head",
     ".build_topology",
+    ".early_exit",
     ".exit_confidence",
     ".exit_mlp",
     ".kv_propagate",
@@ -21,7 +23,7 @@ PUBLIC = [
     ".tree_attention",
 ]
 OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
-OPS += ["early_exit", "quantized_head", "draft_stop", "layer_cache", "kv"]
+OPS += ["early_exit", "quantized_head", "head_bounds", "draft_stop", "layer_cache", "kv"]
 PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_library_kv"]
 PLUMBING += ["_dispatch"]
 ACCEPT_KERNELS = [".accept_kernels", ".accept_traversal_kernel", ".accept_lossy_kernels"]
@@ -52,6 +54,7 @@ MAY_IMPORT = {
     "specdec_ops/_library_kv.py": ["torch", "._library", "._dispatch"],
     "specdec_ops/_library_accept.py": ["torch", "._library", "._dispatch", "._alloc"],
     "specdec_ops/reference/screened_exit.py": [".exit_confidence"],
+    "specdec_ops/reference/bounded_exit.py": ["torch", ".exit_confidence"],
     "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
     "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "triton_kernels/tree_attention.py": ["torch", "triton", ".tree_attention_kernels"],

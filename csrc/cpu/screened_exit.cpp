@@ -23,8 +23,8 @@
 //       B = gain |y| / T, times exp(noise). The entropy's sum goes likewise.
 // The narrower end of each holds. kFloatRoom covers the float sums here and those of exit_confidence.
 //
-// So reading ends where no entry that is left can change the decision. Without a copy it would seldom end early: all
-// that is known of an unread logit then is |W_v| |y|, far above real logits, and 97 % of a head and more must be read.
+// So reading ends where no entry that is left can change the decision. Without a copy (bounded_exit.cpp) it seldom ends
+// early: all that is known of an unread logit then is |W_v| |y|, far above real logits.
 #include <algorithm>
 #include <cmath>
 #include <functional>
