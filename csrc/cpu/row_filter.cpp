@@ -211,7 +211,9 @@ Law RowReader::law(const void* row, DType dtype, int64_t size, const RowSettings
 ScanPart RowReader::scan(const View& view, ScanKind kind, float scale, KeptRow* keep) {
   const int64_t chunks = chunks_of(view.size);
   if (keep && !keep->weights) {
-    keep->weights.reset(new float[view.size]);
+    const int64_t room = (view.size + kGroup - 1) / kGroup * kGroup;
+    keep->weights.reset(new float[room]);
+    std::fill(keep->weights.get() + view.size, keep->weights.get() + room, 0.0f);
     keep->scales.reset(new float[(view.size + kSumBlock - 1) / kSumBlock]);
   }
   float *weights = keep ? keep->weights.get() : nullptr, *tops = keep ? keep->scales.get() : nullptr;

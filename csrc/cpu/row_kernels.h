@@ -41,7 +41,7 @@ struct Cut {
 constexpr int kThresholds = 7;
 
 // A row as a distribution. With `map`, entry map[x] is token x's, and none if that is -1. Where its scan has kept
-// `weights`, the probability of entry x is weights[x] * scales[x / kSumBlock].
+// `weights`, the probability of entry x is weights[x] * scales[x / kSumBlock]; zeros follow to a multiple of kGroup.
 struct LawRow {
   const void* row;
   DType dtype;

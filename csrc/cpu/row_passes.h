@@ -37,19 +37,6 @@ static SPECDEC_INLINE Vec load_some(const typename Storage::Element* at, int64_t
   return count >= kWidth ? Storage::load_vec(at) : load_tail<Storage>(at, int(count));
 }
 
-static SPECDEC_INLINE Vec load_part(const float* at, int count) {
-  if (count >= kWidth) return load(at);
-  alignas(64) float lane[kWidth] = {};
-  __builtin_memcpy(lane, at, count * sizeof(float));
-  return load(lane);
-}
-static SPECDEC_INLINE void store_some(float* to, Vec v, int count) {
-  if (count >= kWidth) return store(to, v);
-  alignas(64) float lane[kWidth];
-  store(lane, v);
-  __builtin_memcpy(to, lane, count * sizeof(float));
-}
-
 template <class Storage>
 static SPECDEC_INLINE float load_one(const void* row, int64_t place) {
   typename Storage::Element padded[kWidth] = {};
@@ -176,7 +163,7 @@ static ScanPart scan_of(const RowSpan& span, float scale, [[maybe_unused]] float
     for (; i < count; i += kWidth) {
       const Vec exponent = (load_some<Storage>(row + at + i, count - i) - max) * factor;
       const Vec weight = exp2(exponent);
-      if (kKeeps) store_some(weights + at + i, weight, count - i);
+      if (kKeeps) store(weights + at + i, weight);  // 0 behind the row's end, where there is room for it
       mass.add(0, weight, exponent);
     }
     mass.fold();
@@ -300,14 +287,12 @@ static SPECDEC_INLINE void fill_of(const LawRow& from, int64_t token, int count,
   fill_plain<Storage>(from, token, count, out);
 }
 // What the scan has kept of them.
-static SPECDEC_INLINE void fill_kept(const LawRow& from, int64_t token, int count, float* out) {
-  const float* at = from.weights + token;
+static SPECDEC_INLINE void fill_kept(const LawRow& from, int64_t token, float* out) {
   const Vec scale = splat(from.scales[token / kSumBlock]);
-  for (int i = 0; i < kGroup; i += kWidth)
-    store(out + i, i < count ? load_part(at + i, count - i) * scale : splat(0.0f));
+  for (int i = 0; i < kGroup; i += kWidth) store(out + i, load(from.weights + token + i) * scale);
 }
 static SPECDEC_INLINE void fill(const LawRow& from, int64_t token, int count, float* out) {
-  if (from.weights) return fill_kept(from, token, count, out);
+  if (from.weights) return fill_kept(from, token, out);
   if (from.law.one_hot) return fill_one_hot(from, token, count, out);
   switch (from.dtype) {
     case DType::kFloat32:
@@ -353,8 +338,7 @@ static void weigh_any(const WeightPass& pass, int64_t token, int count, float* w
 }
 
 static SPECDEC_INLINE void weigh_group(const WeightPass& pass, int64_t token, int count, float* weight, float* other) {
-  const bool pair = pass.terms == 1 && pass.kind == WeightKind::kResidual && pass.target.weights && pass.first.weights;
-  if (pair && count == kGroup) {
+  if (pass.terms == 1 && pass.kind == WeightKind::kResidual && pass.target.weights && pass.first.weights) {
     weigh_kept_pair(pass.target, pass.first, token, weight);
   } else {
     weigh_any(pass, token, count, weight, other);
