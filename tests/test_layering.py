@@ -21,7 +21,7 @@ PUBLIC = [
     ".tree_attention",
 ]
 OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
-OPS += ["early_exit", "quantized_head", "draft_stop", "layer_cache", "kv"]
+OPS += ["early_exit", "head_bounds", "quantized_head", "draft_stop", "layer_cache", "kv"]
 PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_library_kv"]
 PLUMBING += ["_dispatch"]
 ACCEPT_KERNELS = [".accept_kernels", ".accept_traversal_kernel", ".accept_lossy_kernels"]
@@ -51,6 +51,7 @@ MAY_IMPORT = {
     "specdec_ops/_library_exit.py": ["torch", "._library", "._dispatch", "._alloc"],
     "specdec_ops/_library_kv.py": ["torch", "._library", "._dispatch"],
     "specdec_ops/_library_accept.py": ["torch", "._library", "._dispatch", "._alloc"],
+    "specdec_ops/reference/bounded_exit.py": ["torch", ".exit_confidence"],
     "specdec_ops/reference/screened_exit.py": [".exit_confidence"],
     "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
     "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
@@ -64,6 +65,10 @@ MAY_IMPORT = {
     "triton_kernels/screen_kernels.py": ["triton", ".exit_kernels", ".rows", ".screen_answer", ".screen_figures"],
     "triton_kernels/screened_exit.py": [
         *("torch", "triton", ".exit_confidence", ".exit_kernels", ".sample", ".screen_figures", ".screen_kernels"),
+    ],
+    "triton_kernels/bounded_kernels.py": ["triton", ".exit_kernels", ".rows"],
+    "triton_kernels/bounded_exit.py": [
+        *("torch", "triton", ".bounded_kernels", ".exit_confidence", ".exit_kernels", ".sample"),
     ],
     "triton_kernels/exit_mlp.py": ["torch", "triton", ".exit_kernels", ".sample"],
     "triton_kernels/kv_propagate.py": ["torch", "triton", ".exit_kernels", ".sample"],
