@@ -110,8 +110,8 @@ def verdict(
 ):  # fmt: skip
     """exit_verdict of csrc/specdec/bounded_exit.h, as bits.
 
-    Of a row: greatest logit, S, t, flaws, the second logit and the last of those that are returned; what none of the
-    `left` others is above; temperature and threshold. `ceiling` and what follows it, S and t are float64.
+    Of a row: greatest logit, S, t, 1 for NaN or +inf, the second logit and the last of those that are returned; what
+    none of the `left` others is above; temperature and threshold. `ceiling` and what follows it, S and t are float64.
     """
     some = maximum > float("-inf")
     first = maximum.to(tl.float64)

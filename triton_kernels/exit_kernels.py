@@ -267,7 +267,7 @@ def token_of(entry, token_map):
 
 @triton.jit
 def joined_sums(state, row, rows, programs, factor, carried_sums, begin, PROGRAMS: tl.constexpr):
-    """Of a row's states, and of what it carries from before `begin`: m, and S, t and the number of flaws in float64."""
+    """Of a row's states, and of what it carries from before `begin`: m, S and t in float64, and 1 for NaN or +inf."""
     program = tl.arange(0, PROGRAMS)
     there = program < programs
     at = state + row.to(tl.int64) * programs + program
@@ -370,7 +370,7 @@ def merge_row(
 
     carried_sums float64 [rows, LISTS] and carried_best int64 [rows, LIST]: what rows have seen before entry `begin`,
     where the states' entries begin; it is joined, too, and replaced. None: the states are all there is. Gives back
-    what was joined: m, S, t, flaws, the second logit and the last of the top_k.
+    what was joined: m, S, t, 1 for NaN or +inf, the second logit and the last of the top_k.
     """
     degrees = request_setting(temperature, temperatures, row)
     factor = tl.minimum(LOG2E / degrees, 1e37)
