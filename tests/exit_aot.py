@@ -11,9 +11,10 @@ OF_HIDDEN = ("hidden", "norm_weight", "x", "k_weight", "v_weight", "k_cache", "v
 OF_HEAD = ("head", "weight", "last_weight")
 BYTES = ("exited", "stop", "screen")  # int8, too
 INT_POINTERS = ("token_map", "token", "top_tokens", "status", "active_rows", "inverse", "num_active", "counters",
-                "counter", "rechecked", "found", "all_status", "requests", "slots", "page_table")  # fmt: skip
+                "counter", "rechecked", "found", "all_status", "requests", "slots", "page_table", "seen")  # fmt: skip
+LONG_POINTERS = {"carried_sums": "*fp64", "carried_best": "*i64"}
 NUMBERS = ("rows", "vocab", "programs", "top_k", "dim", "inputs", "outputs", "pages", "page_size", "kv_heads",
-           "head_dim", "pairs", "batch", "capacity", "parts", "limit", "all_rows")  # fmt: skip
+           "head_dim", "pairs", "batch", "capacity", "parts", "limit", "all_rows", "part", "begin", "end")  # fmt: skip
 FLOATS = ("temperature", "norm_eps", "share", "threshold", "tolerance")
 ALIGNED = (*OF_HIDDEN, *OF_HEAD, "y", "state", "dim", "inputs", "y_stride", "x_stride", "hidden_stride", "screen")
 
@@ -50,6 +51,12 @@ SPECS = [
     ExitSpec("scan", rows=64, top_k=10, architectures=(90,)),
     ExitSpec("scan", hidden="fp32", head="fp32", architectures=(80,)),
     ExitSpec("fallback", architectures=(80,)),
+    ExitSpec("part"),
+    ExitSpec("part", rows=64, top_k=16, even=False, architectures=(80, 90)),
+    ExitSpec("part", rows=32, head="i8", architectures=(100,)),
+    ExitSpec("part", hidden="fp32", head="fp32", architectures=(90,)),
+    ExitSpec("settle", architectures=(80, 100)),
+    ExitSpec("settle", top_k=16, architectures=(80, 90)),
     ExitSpec("layer", architectures=(80, 90)),
     ExitSpec("layer", rows=64, head="fp32", architectures=(100,)),
     ExitSpec("propagate", architectures=(80, 100)),
@@ -60,7 +67,7 @@ SPECS = [
 
 def multiplies(spec):
     """Whether the kernel has a product that is worth a pipeline."""
-    return spec.kernel in ("head", "layer", "propagate", "approximate", "fallback")
+    return spec.kernel in ("head", "layer", "propagate", "approximate", "fallback", "part")
 
 
 def plan_of(spec):
@@ -77,7 +84,7 @@ def compile_exit(spec, arch, compile_typed):
     kernel, constants, warps, stages = {
         "rows": rows_launch, "head": head_launch, "merge": merge_launch, "layer": layer_launch,
         "propagate": propagate_launch, "approximate": approximate_launch, "scan": scan_launch,
-        "fallback": fallback_launch,
+        "fallback": fallback_launch, "part": part_launch, "settle": settle_launch,
     }[spec.kernel](spec, plan)  # fmt: skip
     types = {name: argument_type(name, spec, plan) for name in kernel.arg_names}
     return compile_typed(kernel, constants, arch, warps, stages, types.__getitem__, ALIGNED.__contains__)
@@ -136,6 +143,20 @@ def fallback_launch(spec, plan):
     return fallback_kernel, constants, plan.shape.warps, plan.shape.stages
 
 
+def part_launch(spec, plan):
+    from specdec_ops.triton_kernels.bounded_kernels import part_kernel
+
+    return part_kernel, *head_launch(spec, plan)[1:]
+
+
+def settle_launch(spec, plan):
+    """The level for which verdicts of all rows are counted, and the measure with the most to it."""
+    from specdec_ops.triton_kernels.bounded_kernels import settle_kernel
+
+    constants = list_constants(plan) | {"MEASURE": "entropy", "LEVEL": "any", "BLOCK": 256}
+    return settle_kernel, constants, 8 if plan.list > 4 else 4, 3
+
+
 def layer_launch(spec, plan):
     from specdec_ops.triton_kernels import exit_mlp as module
 
@@ -167,4 +188,6 @@ def argument_type(name, spec, plan):
         return "*" + next(short for short, dtype in DTYPES.items() if dtype == plan.multiplied)
     if name in BYTES:
         return "*i8"
+    if name in LONG_POINTERS:
+        return LONG_POINTERS[name]
     return "*i32" if name in INT_POINTERS else "*fp32"

@@ -1,4 +1,4 @@
-"""Inputs of the early exit tests, and PyTorch's own form in the same dtype, whose error is the measure."""
+"""Inputs of the early exit tests, PyTorch's own form in the same dtype, whose error is the measure, and a counter."""
 
 from __future__ import annotations
 
@@ -91,3 +91,23 @@ def make_case(rows: int, dim: int, vocab: int, dtype: torch.dtype, seed: int = 0
     if options.pop("temperatures", False):
         options["temperature"] = torch.rand(rows, generator=generator) + 0.3
     return ExitCase(hidden.to(dtype), head.to(dtype), options)
+
+
+class Counted:
+    """A Triton kernel whose launches are counted."""
+
+    def __init__(self, kernel, launches):
+        self.kernel, self.launches = kernel, launches
+
+    def __getitem__(self, grid):
+        self.launches.append(grid)
+        return self.kernel[grid]
+
+
+def count_launches(monkeypatch, *modules) -> list[tuple]:
+    """A list that gets the grid of every launch by these modules from now on."""
+    grids: list[tuple] = []
+    for module in modules:
+        for name in [name for name in vars(module) if name.endswith("_kernel")]:
+            monkeypatch.setattr(module, name, Counted(getattr(module, name), grids))
+    return grids

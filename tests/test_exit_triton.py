@@ -10,7 +10,7 @@ import itertools
 import pytest
 import torch
 
-from exit_cases import make_case
+from exit_cases import count_launches, make_case
 from specdec_ops import early_exit, exit_confidence, exit_mlp, kv_propagate, quantize_head
 
 pytest.importorskip("triton")
@@ -25,25 +25,10 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FIGURES = ("max_prob", "margin", "entropy", "logsumexp")
 
 
-class Counted:
-    """A kernel whose launches are counted."""
-
-    def __init__(self, kernel, launches):
-        self.kernel, self.launches = kernel, launches
-
-    def __getitem__(self, grid):
-        self.launches.append(grid)
-        return self.kernel[grid]
-
-
 @pytest.fixture
 def launches(monkeypatch):
     """The grids of all launches so far."""
-    grids = []
-    for module in (whole, screened_exit, mlp, propagate):
-        for name in [name for name in vars(module) if name.endswith("_kernel")]:
-            monkeypatch.setattr(module, name, Counted(getattr(module, name), grids))
-    return grids
+    return count_launches(monkeypatch, whole, screened_exit, mlp, propagate)
 
 
 def decided(case, **options):

@@ -68,6 +68,10 @@ MAY_IMPORT = {
     "triton_kernels/screened_exit.py": [
         *("torch", "triton", ".exit_confidence", ".exit_kernels", ".sample", ".screen_figures", ".screen_kernels"),
     ],
+    "triton_kernels/bounded_kernels.py": ["triton", ".exit_kernels", ".rows"],
+    "triton_kernels/bounded_exit.py": [
+        *("torch", "triton", ".bounded_kernels", ".exit_confidence", ".exit_kernels", ".sample"),
+    ],
     "triton_kernels/exit_mlp.py": ["torch", "triton", ".exit_kernels", ".sample"],
     "triton_kernels/kv_propagate.py": ["torch", "triton", ".exit_kernels", ".sample"],
     "triton_kernels/exit_confidence.py": ["torch", "triton", ".exit_kernels", ".sample"],

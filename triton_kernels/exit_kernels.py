@@ -266,44 +266,81 @@ def token_of(entry, token_map):
 
 
 @triton.jit
-def merge_row(
-    state, row, rows, programs, temperature, temperatures, token_map, token, max_prob, margin, entropy, logsumexp,
-    top_tokens, top_logprobs, status, flags, vocab, top_k, LISTED: tl.constexpr, LIST: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-):  # fmt: skip
-    """Join a row's states and write its figures, with `flags` added to its status."""
+def joined_sums(state, row, rows, programs, factor, carried_sums, begin, PROGRAMS: tl.constexpr):
+    """Of a row's states, and of what it carries from before `begin`: m, S and t in float64, and 1 for NaN or +inf."""
     program = tl.arange(0, PROGRAMS)
     there = program < programs
     at = state + row.to(tl.int64) * programs + program
     step = tl.zeros([], tl.int64) + rows * programs
-    degrees = request_setting(temperature, temperatures, row)
-    factor = tl.minimum(LOG2E / degrees, 1e37)
-    per_degree = 1.0 / tl.full([], 1.0, tl.float64) / degrees
-
     maxima = tl.load(at + step * MAXIMUM, mask=there, other=float("-inf"))
     maximum = tl.max(maxima, 0)
-    fall = tl.maximum(maxima - tl.where(maximum > float("-inf"), maximum, 0.0), LOWEST)
+    if carried_sums is not None:
+        carried = carried_sums + row.to(tl.int64) * LISTS
+        before = tl.load(carried + MAXIMUM, mask=begin > 0, other=float("-inf")).to(tl.float32)
+        maximum = tl.maximum(maximum, before)
+    from_here = tl.where(maximum > float("-inf"), maximum, 0.0)
+    fall = tl.maximum(maxima - from_here, LOWEST)
     decay = tl.exp2(fall * factor).to(tl.float64)
     totals = tl.load(at + step * TOTAL, mask=there, other=0.0).to(tl.float64)
     moments = tl.load(at + step * MOMENT, mask=there, other=0.0).to(tl.float64)
     total = tl.sum(totals * decay, 0)
     moment = tl.sum((moments + totals * fall) * decay, 0)
     unsound = tl.max(tl.load(at + step * UNSOUND, mask=there, other=0.0), 0)
-    valid = (unsound == 0.0) & (maximum > float("-inf"))
-    size = tl.where(valid, total, 1.0)
-    log_size = tl.log(size)
+    if carried_sums is not None:
+        fall_before = tl.maximum(before - from_here, LOWEST)
+        decay_before = tl.exp2(fall_before * factor).to(tl.float64)
+        total_before = tl.load(carried + TOTAL, mask=begin > 0, other=0.0)
+        moment_before = tl.load(carried + MOMENT, mask=begin > 0, other=0.0)
+        total += total_before * decay_before
+        moment += (moment_before + total_before * fall_before) * decay_before
+        unsound = tl.maximum(unsound, tl.load(carried + UNSOUND, mask=begin > 0, other=0.0).to(tl.float32))
+    return maximum, total, moment, unsound
 
+
+@triton.jit
+def carry(row, carried_sums, carried_best, maximum, total, moment, unsound, best, LIST: tl.constexpr):
+    """Leave what a row has seen to the next part: the joined state, its list as integers of order_of."""
+    tl.debug_barrier()  # all threads have read what is overwritten
+    at = carried_sums + row.to(tl.int64) * LISTS
+    tl.store(at + MAXIMUM, maximum.to(tl.float64))
+    tl.store(at + TOTAL, total)
+    tl.store(at + MOMENT, moment)
+    tl.store(at + UNSOUND, unsound.to(tl.float64))
+    tl.store(carried_best + row.to(tl.int64) * LIST + tl.arange(0, LIST), best)
+
+
+@triton.jit
+def write_listed(
+    state, row, rows, programs, valid, maximum, log_size, per_degree, token_map, token, top_tokens, top_logprobs,
+    top_k, carried_best, begin, LISTED: tl.constexpr, LIST: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Write the greatest logits of a row's states, see merge_row. Gives back the second one, the last of the top_k, and
+    all of them as carried_best has them.
+    """
     index = tl.arange(0, PROGRAMS * LIST)
     slot = index // PROGRAMS
     from_program = index % PROGRAMS
+    step = tl.zeros([], tl.int64) + rows * programs
     listed_at = state + row.to(tl.int64) * programs + from_program + (slot.to(tl.int64) + LISTS) * step
     real = from_program < programs
     listed = tl.load(listed_at, mask=real, other=float("-inf"))
     entries = tl.load(listed_at + step * LIST, mask=real, other=0.0).to(tl.int32, bitcast=True)
+    rank = tl.arange(0, LIST)
+    joined = order_of(tl.full([LIST], float("-inf"), tl.float32), rank ^ NO_ID)
+    if carried_best is not None:
+        entries = tl.where(listed > float("-inf"), entries + begin, entries)
+        earlier = rank < tl.where(begin > 0, LIST, 0)
+        before = tl.load(carried_best + row.to(tl.int64) * LIST + rank, mask=earlier, other=0)
+        before = tl.where(earlier, before, joined)
     orders = order_of(listed, tl.where(real, entries, NO_ID))
     second = tl.full([], float("-inf"), tl.float32)
+    last = tl.full([], float("-inf"), tl.float32)
     for k in range(LISTED):
         best = tl.max(orders, 0)
+        if carried_best is not None:
+            best = tl.maximum(best, tl.max(before, 0))
+            before = tl.where(before == best, -(2**63), before)
+            joined = tl.where(rank == k, best, joined)
         orders = tl.where(orders == best, -(2**63), orders)
         value = value_of(best)
         exists = value > float("-inf")
@@ -312,13 +349,40 @@ def merge_row(
             tl.store(token + row, token_of(entry, token_map))
         if k == 1:
             second = value
+        if carried_best is not None:
+            last = tl.where((k == 0) | (k < top_k), value, last)
         if top_tokens is not None:
             logprob = ((value - maximum) * per_degree - log_size).to(tl.float32)
             listed_token = token_of(entry, token_map)
             tl.store(top_tokens + row * top_k + k, tl.where(valid & exists, listed_token, -1), mask=k < top_k)
             shown = tl.where(valid & exists, logprob, float("-inf"))
             tl.store(top_logprobs + row * top_k + k, shown, mask=k < top_k)
+    return second, last, joined
 
+
+@triton.jit
+def merge_row(
+    state, row, rows, programs, temperature, temperatures, token_map, token, max_prob, margin, entropy, logsumexp,
+    top_tokens, top_logprobs, status, flags, vocab, top_k, carried_sums, carried_best, begin, LISTED: tl.constexpr,
+    LIST: tl.constexpr, PROGRAMS: tl.constexpr,
+):  # fmt: skip
+    """Join a row's states and write its figures, with `flags` added to its status.
+
+    carried_sums float64 [rows, LISTS] and carried_best int64 [rows, LIST]: what rows have seen before entry `begin`,
+    where the states' entries begin; it is joined, too, and replaced. None: the states are all there is. Gives back
+    what was joined: m, S, t, 1 for NaN or +inf, the second logit and the last of the top_k.
+    """
+    degrees = request_setting(temperature, temperatures, row)
+    factor = tl.minimum(LOG2E / degrees, 1e37)
+    per_degree = 1.0 / tl.full([], 1.0, tl.float64) / degrees
+    maximum, total, moment, unsound = joined_sums(state, row, rows, programs, factor, carried_sums, begin, PROGRAMS)
+    valid = (unsound == 0.0) & (maximum > float("-inf"))
+    size = tl.where(valid, total, 1.0)
+    log_size = tl.log(size)
+    second, last, joined = write_listed(
+        state, row, rows, programs, valid, maximum, log_size, per_degree, token_map, token, top_tokens, top_logprobs,
+        top_k, carried_best, begin, LISTED, LIST, PROGRAMS,
+    )  # fmt: skip
     lead = 1.0 - tl.exp2(tl.maximum(second - maximum, LOWEST) * factor)
     spread = tl.maximum(log_size - moment * per_degree / size, 0.0)
     tl.store(max_prob + row, tl.where(valid, 1.0 / size, 0.0).to(tl.float32))
@@ -326,6 +390,9 @@ def merge_row(
     tl.store(entropy + row, tl.where(valid, spread, 0.0).to(tl.float32))
     tl.store(logsumexp + row, tl.where(valid, maximum * per_degree + log_size, float("-inf")).to(tl.float32))
     tl.store(status + row, tl.where(valid, 0, INVALID) | flags)
+    if carried_best is not None:
+        carry(row, carried_sums, carried_best, maximum, total, moment, unsound, joined, LIST)
+    return maximum, total, moment, unsound, second, last
 
 
 @triton.jit
@@ -397,7 +464,7 @@ def merge_kernel(
     """Grid: (rows)."""
     merge_row(
         state, tl.program_id(0), rows, programs, temperature, temperatures, token_map, token, max_prob, margin,
-        entropy, logsumexp, top_tokens, top_logprobs, status, 0, vocab, top_k, LISTED, LIST, PROGRAMS,
+        entropy, logsumexp, top_tokens, top_logprobs, status, 0, vocab, top_k, None, None, 0, LISTED, LIST, PROGRAMS,
     )  # fmt: skip
     if MEASURE != "":  # noqa: SIM102 (known at compile time, the next one is not)
         if arrives_last(counters, rows):

@@ -332,7 +332,8 @@ def fallback_kernel(
             if (tl.load(status + row) & FELL_BACK) != 0:
                 merge_row(
                     state, row, rows, programs, temperature, temperatures, token_map, token, max_prob, margin, entropy,
-                    logsumexp, top_tokens, top_logprobs, status, FELL_BACK, vocab, top_k, LISTED, LIST, PROGRAMS,
+                    logsumexp, top_tokens, top_logprobs, status, FELL_BACK, vocab, top_k, None, None, 0, LISTED, LIST,
+                    PROGRAMS,
                 )  # fmt: skip
                 tl.store(rechecked + row, vocab)
         if MEASURE != "":  # noqa: SIM102 (known at compile time, the next one is not)

@@ -7,7 +7,7 @@ from .exit_confidence import INVALID, decide, logits, multiplied, passes, write_
 _ROOM = 1e-4  # relative, for the float sums of kernels; theirs and these must call the same rows certain
 _LEAD_ROOM = 1e-6  # of the difference of two probabilities
 _MOST_ABOVE = 600.0  # exp of which times any vocabulary is finite
-_MOST_PRODUCT = 1e30  # of lengths, above which a float32 sum might overflow
+_MOST_PRODUCT = 1e30  # of lengths, or of a length alone, above which a float32 sum might overflow
 
 
 def bounded_exit(*arguments) -> None:
@@ -54,7 +54,8 @@ def _ceiling(lengths, norm, bias, dim):
     """What no unread logit is above: the lengths' product (Cauchy and Schwarz) and the greatest bias, outward."""
     product = lengths * norm * (1 + (dim + 64) * 2.0**-22)
     highest = product + bias
-    return torch.where(product < _MOST_PRODUCT, highest + 2.0**-20 * highest.abs().nan_to_num(0, 0, 0), float("inf"))
+    bounded = (product < _MOST_PRODUCT) & (lengths < _MOST_PRODUCT)
+    return torch.where(bounded, highest + 2.0**-20 * highest.abs().nan_to_num(0, 0, 0), float("inf"))
 
 
 def verdicts(scaled, invalid, ceiling, left, measure, limit, returned):
@@ -71,7 +72,11 @@ def verdicts(scaled, invalid, ceiling, left, measure, limit, returned):
         limit: float32 [rows].
         returned: how many of the greatest are returned.
     """
-    best = scaled.nan_to_num(float("-inf")).topk(min(max(returned, 2), scaled.shape[1]), dim=1).values
+    best = (
+        scaled.nan_to_num(float("-inf"), float("inf"), float("-inf"))
+        .topk(min(max(returned, 2), scaled.shape[1]), dim=1)
+        .values
+    )
     missing = torch.full((len(scaled), max(returned, 2) - best.shape[1]), float("-inf"), dtype=scaled.dtype)
     best = torch.cat((best, missing.to(best.device)), dim=1)
     below = torch.where(scaled > float("-inf"), scaled - best[:, :1], float("-inf"))
