@@ -59,8 +59,10 @@ __device__ inline RowReach reach_of(TeamReducer& reduce, const BoundedLaunch& la
   const float norm = has_norm ? inverse_rms(p, squares) : 1.0f;
   const double root = sqrt(double(p.dim)), sums = (256 + p.dim / 8.0) * 0x1p-23, vanishing = root * 0x1p-120;
   double length = norm * sqrt(weighed);
-  if (is_float16)
-    length = length * (1 + 0x1p-10) + root * 0x1p-24 * power_of_two_inverse(scale_to_16_bits(largest * norm));
+  if (is_float16) {
+    const double lost = root * 0x1p-24 * power_of_two_inverse(scale_to_16_bits(largest * norm));
+    length = length * (1 + 0x1p-10) + lost;
+  }
   // Where squares vanish, their sum depends on who adds it up.
   if (has_norm && !(squares / float(p.dim) + p.norm_eps > 1e-30f)) length = -negative_infinity();
   constexpr double kOutward = 1 + 1e-6;

@@ -11,6 +11,9 @@
 // rows. More hidden rows than fit are served by blocks of their own, next to each other in the grid, so that they find
 // the head in the L2 cache; the last block of all decides who exits.
 //
+// A launch may have some of the rows only, which a list on the device names: those that a screen gave up, or those that
+// are still open between two parts of a head (bounded_exit.cuh). Without any its blocks end at once.
+//
 // Bytes: the head once; from the L2 cache the hidden rows once per tile, which for 16 bits is rows / 128 of the head;
 // rows * blocks * (16 + 8 * max(2, top_k)) of scratch, written once and read about twice.
 #pragma once
