@@ -159,6 +159,13 @@ std::tuple<int64_t, int64_t> screened_scratch(int32_t rows, int32_t vocab, int32
   return sizes_of(screened_exit_scratch(launch));
 }
 
+std::tuple<int64_t, int64_t> bounded_scratch(int32_t rows, int32_t vocab, int32_t top_k, int32_t multiprocessors) {
+  BoundedLaunch launch{};
+  launch.call.exit = sized(rows, vocab, top_k);
+  launch.multiprocessors = multiprocessors;
+  return sizes_of(bounded_exit_scratch(launch));
+}
+
 // The same arguments, then scratch and counters.
 template <class MakeParams>
 struct MlpLaunchOf;
@@ -189,10 +196,13 @@ void bind_exit(pybind11::module_& m) {
   Bind<decltype(&exit_params)>::cpu(m, "exit_confidence_cpu", exit_params, exit_confidence_cpu);
 #ifdef SPECDEC_WITH_CUDA
   constexpr auto kScreened = &Screened<decltype(&exit_params)>::make;
+  constexpr auto kBounded = &Bounded<decltype(&exit_params)>::make;
   constexpr auto kAbout = "Bytes of scratch, and zeroed int32 counters: for rows, vocab, top_k, multiprocessors.";
   bind_cuda<ExitLaunch, &exit_params>(m, "exit_confidence_cuda", exit_confidence_cuda);
   bind_cuda<ScreenLaunch, kScreened>(m, "screened_exit_cuda", screened_exit_cuda);
+  bind_cuda<BoundedLaunch, kBounded>(m, "bounded_exit_cuda", bounded_exit_cuda);
   m.def("exit_confidence_scratch", whole_scratch, kAbout);
+  m.def("bounded_exit_scratch", bounded_scratch, kAbout);
   m.def("screened_exit_scratch", screened_scratch, kAbout);
 #endif
   const auto screened_params = &Screened<decltype(&exit_params)>::make;

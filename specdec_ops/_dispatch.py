@@ -26,6 +26,7 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.reference.accept:accept",
     },
     "bounded_exit": {
+        "cuda": "specdec_ops._native_exit:bounded_exit_cuda",
         "triton": "specdec_ops.triton_kernels.bounded_exit:bounded_exit",
         "cpu": "specdec_ops._native_exit:bounded_exit_cpu",
         "torch": "specdec_ops.reference.bounded_exit:bounded_exit",

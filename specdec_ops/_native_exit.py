@@ -71,6 +71,14 @@ def bounded_exit_cpu(*arguments):
     _module().bounded_exit_cpu(*_bounded_arguments(*arguments), torch.get_num_threads())
 
 
+def bounded_exit_cuda(hidden, *others):
+    """See specdec_ops.reference.bounded_exit for the arguments."""
+    arguments = _bounded_arguments(hidden, *others)
+    module = _module()
+    memory = _scratch(module.bounded_exit_scratch, arguments[:-3], hidden.device)
+    module.bounded_exit_cuda(*arguments, *memory)
+
+
 def _bounded_arguments(*arguments):
     """Those of exit_confidence in a tuple, then what bounds add."""
     *exit_arguments, norms_after, ends, seen = arguments

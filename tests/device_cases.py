@@ -13,6 +13,7 @@ import torch
 
 from attention_cases import random_tree
 from specdec_ops import (
+    HeadBounds,
     QuantizedHead,
     Topology,
     build_topology,
@@ -218,6 +219,33 @@ def call_screened_exits(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     return [*figures, got.exited, got.active_rows, got.inverse, got.num_active]
 
 
+BOUNDED_ENDS = (1000, 2100, 5000, 12_345, 40_000)  # of parts that end inside of a kernel's tiles
+
+
+def make_bounded_exits(seed: int, rows: int = 9) -> Tensors:
+    """A head whose rows become shorter, so that rows are certain after one part, or two, or more, or never."""
+    tensors = make_exits(seed, rows=rows)
+    decay = torch.linspace(0, -40, BOUNDED_ENDS[-1]).exp()
+    head = (tensors["head"].float() * decay[:, None]).bfloat16()
+    norms = head.double().norm(dim=1)
+    after = [norms[end:].max() if end < len(norms) else norms.new_zeros(()) for end in BOUNDED_ENDS]
+    hidden = (tensors["hidden"] * torch.linspace(0.05, 0.6, rows)[:, None]).bfloat16()
+    return tensors | {"hidden": hidden, "head": head, "norms_after": 1.001 * torch.stack(after).float()}
+
+
+def make_many_bounded_exits(seed: int) -> Tensors:
+    """More rows than a block has."""
+    return make_bounded_exits(seed, 70)
+
+
+def call_bounded_exits(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    """What bounds must not change, and how far each row has read. Without a norm, rows differ in length."""
+    options = {"temperature": tensors["temperature"], "bounds": HeadBounds(BOUNDED_ENDS, tensors["norms_after"])}
+    got = early_exit(tensors["hidden"], tensors["head"], 0.4, top_k=2, **options, backend=backend)
+    tokens = torch.where(got.exited[:, None], got.confidence.top_tokens, -1)
+    return [tokens, got.confidence.status, got.exited, got.active_rows, got.inverse, got.num_active, got.seen]
+
+
 EXITS = ("hidden", "head", "norm_weight")
 INT8_EXITS = ("hidden", "norm_weight")
 
@@ -282,6 +310,10 @@ CASES = {
         for rule in ("greedy", "block", "recursive", "traversal")
     },
     "sample": {"": DeviceCase(make_acceptance, call_sampling, PRECISE_LOGITS)},
+    "bounded_exit": {
+        "": DeviceCase(make_bounded_exits, call_bounded_exits, ("hidden", "head")),
+        "many rows": DeviceCase(make_many_bounded_exits, call_bounded_exits, ("hidden", "head")),
+    },
     "build_topology": {"": DeviceCase(make_trees, call_build_topology)},
     "exit_confidence": {
         "": DeviceCase(make_exits, call_exits, EXITS),

@@ -20,6 +20,7 @@ _OUTPUTS = {
     "accept": ("tokens", "status", "path", "num_accepted", "next_tokens"),
     "sample": ("tokens", "status", "logprobs", "logsumexp"),
     "exit_confidence": _EXIT,
+    "bounded_exit": (*_EXIT, "seen"),
     "screened_exit": (*_EXIT, "screen_rechecked"),
     "exit_mlp": ("score", "stop"),
 }

@@ -31,6 +31,7 @@ ROWS = (16, 32, 64, 128)
 DIMS = (64, 96, 128, 192, 256, 64, 128)
 ATTENTION = 2 * len(DIMS) * len(ROWS)
 KERNELS = {  # instantiations of each
+    "measure_exit_kernel": 1,
     "build_topology_kernel": 2,
     "merge_states_kernel": 6,
     "any_kernel": 1,
@@ -152,6 +153,12 @@ def test_scratch_of_early_exit():
     """A state for each row and block: two blocks for each multiprocessor, but no more than tiles of 128 entries."""
     assert MODULE.exit_confidence_scratch(1, 97, 0, 132) == (32, 2)
     assert MODULE.exit_confidence_scratch(60, 128_256, 10, 132) == (60 * 264 * (16 + 80), 9)
+
+
+def test_scratch_of_early_exit_with_bounds():
+    """A slot more for each row, its two numbers, the biases of 15 parts, and two lists of rows."""
+    bytes_needed, counters = MODULE.bounded_exit_scratch(60, 128_256, 10, 132)
+    assert (bytes_needed, counters) == (60 * 265 * (16 + 80) + 60 * 16 + 15 * 32 * 4 + 496, 9)
 
 
 def test_kv_propagate_uses_what_the_hardware_has(functions):

@@ -32,7 +32,8 @@ HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 def launch_of(case, decides=True, threshold=0.4, **options):
     """The launch of a case, not run, with outputs that nobody has written. Some of the options are the launch's own."""
     own = {name: options.pop(name) for name in ("multiprocessors",) if name in options}
-    make = exit_kernels.screened_exit_launch if "screen" in options else exit_kernels.exit_confidence_launch
+    form = "screened_exit" if "screen" in options else "bounded_exit" if "bounds" in options else "exit_confidence"
+    make = getattr(exit_kernels, f"{form}_launch")
     found = []
 
     def implementation(*arguments):

@@ -23,12 +23,6 @@ namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kOutward = 1 + 1e-6;  // for the rounding of the bound itself
-constexpr double kGreatest = 1e30;     // above this length, or product of lengths, a sum might overflow
-
-// No product of a row with an entry of length w is computed to be above by_length * w + floor.
-struct RowReach {
-  double by_length, floor;
-};
 
 RowReach reach_of(const ExitParams& p, const ExitKernels& kernels, int row) {
   std::vector<float> y(p.dim);
@@ -56,13 +50,6 @@ std::vector<float> biases_after(const BoundedParams& b) {
     after[part - 1] = most;
   }
   return after;
-}
-
-// What no unread logit is above; infinite where a sum on the way to it might overflow.
-float ceiling_of(const RowReach& reach, float norm, float bias) {
-  const double product = reach.by_length * norm + reach.floor, highest = product + bias;
-  if (!(product < kGreatest && reach.by_length < kGreatest)) return kInfinity;
-  return float(std::isfinite(highest) ? highest + 0x1p-20 * std::fabs(highest) : highest);
 }
 
 SeenPart seen_part(const ExitParams& p, int row, const ExitState& state) {

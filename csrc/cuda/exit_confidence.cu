@@ -14,15 +14,12 @@ namespace {
 constexpr int32_t kTile = 128, kBlocksPerMultiprocessor = 2, kFewestRows = 8;  // as exit_confidence.cuh has them
 constexpr int32_t kMostDims = 1 << 28;  // so that bytes of a row fit into 32 bits
 
-bool is_aligned(const void* address, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && row_bytes % 16 == 0;
-}
-
 CallScratch lay_out(ExitLaunch& launch) {
   const ExitParams& p = launch.call;
   const int32_t tiles = p.vocab / kTile + (p.vocab % kTile != 0);
   launch.blocks = min(tiles, kBlocksPerMultiprocessor * launch.multiprocessors);
-  const int64_t states = int64_t(p.rows) * launch.blocks;
+  launch.slots = launch.part.slots > 0 ? launch.part.slots : launch.blocks;
+  const int64_t states = int64_t(p.rows) * launch.slots;
   launch.keys = states * 4 * int64_t(sizeof(float));
   return {launch.keys + states * listed_of(p) * int64_t(sizeof(uint64_t)), p.rows / kFewestRows + 2};
 }

@@ -29,6 +29,7 @@ constexpr int32_t kAcceptMaxVocab = 393216, kSampleMaxVocab = 1 << 20;
 cudaError_t accept_cuda(const AcceptLaunch& launch, int device, cudaStream_t stream);
 cudaError_t sample_cuda(const SampleLaunch& launch, int device, cudaStream_t stream);
 cudaError_t exit_confidence_cuda(const ExitLaunch& launch, int device, cudaStream_t stream);
+cudaError_t bounded_exit_cuda(const BoundedLaunch& launch, int device, cudaStream_t stream);
 cudaError_t screened_exit_cuda(const ScreenLaunch& launch, int device, cudaStream_t stream);
 cudaError_t exit_mlp_cuda(const MlpLaunch& launch, int device, cudaStream_t stream);
 cudaError_t kv_propagate_cuda(const KvPropagateParams& params, int device, cudaStream_t stream);
@@ -37,6 +38,7 @@ cudaError_t kv_propagate_cuda(const KvPropagateParams& params, int device, cudaS
 CallScratch accept_scratch(const AcceptLaunch& launch);
 CallScratch sample_scratch(const SampleLaunch& launch);
 CallScratch exit_confidence_scratch(const ExitLaunch& launch);
+CallScratch bounded_exit_scratch(const BoundedLaunch& launch);
 CallScratch screened_exit_scratch(const ScreenLaunch& launch);
 CallScratch exit_mlp_scratch(const MlpLaunch& launch);
 

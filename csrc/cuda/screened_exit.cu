@@ -14,10 +14,6 @@ namespace {
 constexpr int32_t kTile = 128, kBlocksPerMultiprocessor = 2;  // as exit_confidence.cu has them
 constexpr int32_t kMostDims = 1 << 28;
 
-bool is_aligned(const void* address, int64_t row_bytes) {
-  return reinterpret_cast<uintptr_t>(address) % 16 == 0 && row_bytes % 16 == 0;
-}
-
 // The whole head's launch, which shares the first part of the scratch and the first counters.
 ExitLaunch whole_head(const ScreenLaunch& launch) {
   ExitLaunch whole{};
@@ -25,7 +21,7 @@ ExitLaunch whole_head(const ScreenLaunch& launch) {
   whole.scratch = launch.scratch;
   whole.counters = launch.counters;
   whole.multiprocessors = launch.multiprocessors;
-  whole.fallen = reinterpret_cast<const int32_t*>(launch.scratch + launch.fallen);
+  whole.listed_rows = reinterpret_cast<const int32_t*>(launch.scratch + launch.fallen);
   whole.rechecked = launch.call.rechecked;
   return whole;
 }

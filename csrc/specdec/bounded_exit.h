@@ -80,6 +80,21 @@ SPECDEC_BOUND ExitVerdict exit_verdict(const SeenPart& seen, float ceiling, doub
 // decision for all is certain, see level_settled.
 SPECDEC_BOUND bool row_settled(const ExitVerdict& verdict) { return verdict.no || (verdict.yes && verdict.known); }
 
+// No product of a row with an entry of length w is computed to be above by_length * w + floor.
+struct RowReach {
+  double by_length, floor;
+};
+
+// What no unread logit is above: `norm` is not below the length of an unread entry, `bias` the greatest of theirs, NaN
+// if there is a NaN. Infinite where a sum on the way to it might overflow.
+SPECDEC_BOUND float ceiling_of(const RowReach& reach, float norm, float bias) {
+  constexpr double kGreatest = 1e30;  // of a product of lengths, and of a row's, which int8 heads meet unscaled
+  const double product = reach.by_length * norm + reach.floor, highest = product + bias;
+  if (!(product < kGreatest && reach.by_length < kGreatest)) return INFINITY;
+  const double outward = 0x1p-20 * fabs(highest);
+  return float(outward < INFINITY ? highest + outward : highest);
+}
+
 // Counts of verdicts over all rows of a call.
 struct VerdictCounts {
   int32_t no, yes, known;

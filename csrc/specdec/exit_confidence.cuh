@@ -11,13 +11,16 @@
 // rows. More hidden rows than fit are served by blocks of their own, next to each other in the grid, so that they find
 // the head in the L2 cache; the last block of all decides who exits.
 //
+// A launch may have some of the rows only, which a list on the device names: those that a screen gave up, or those that
+// are still open between two parts of a head (bounded_exit.cuh). Without any its blocks end at once.
+//
 // Bytes: the head once; from the L2 cache the hidden rows once per tile, which for 16 bits is rows / 128 of the head;
 // rows * blocks * (16 + 8 * max(2, top_k)) of scratch, written once and read about twice.
 #pragma once
 
 #include "specdec/arrival.cuh"
+#include "specdec/exit_part.cuh"
 #include "specdec/exit_rows.cuh"
-#include "specdec/exit_state.cuh"
 
 namespace specdec {
 
@@ -152,9 +155,16 @@ struct TileTerms {
   }
 };
 
+// A block's share, in shared memory: registers are short while the head goes by.
+struct OwnPlace {
+  int32_t block;      // among those that share the vocabulary
+  int32_t row_block;  // of hidden rows
+  int32_t rows;       // how many it has
+};
+
 template <class Shape>
 __device__ __forceinline__ void see_head(const ExitLaunch& launch, const ExitShared<Shape>& shared,
-                                         const HiddenRows& rows, int32_t block) {
+                                         const HiddenRows& rows, const OwnPlace& own_place) {
   const ExitParams& p = launch.call;
   const int lane = int(threadIdx.x) % kWarpSize;
   const int32_t listed = listed_of(p);
@@ -164,10 +174,10 @@ __device__ __forceinline__ void see_head(const ExitLaunch& launch, const ExitSha
   block_sync();
   const HeadRows head = {p.head, nullptr, p.vocab, p.dim, launch.head_aligned};
   RowStager<Shape> stager(rows, shared.factors);
-  stream_head<Shape>(head, stager, shared.stages, block, launch.blocks, [&](int32_t tile, const auto& sums) {
+  stream_head<Shape>(head, stager, shared.stages, own_place.block, launch.blocks, [&](int32_t tile, const auto& sums) {
     const int32_t first = tile * Shape::kVocab + lane;
     const TileTerms<Shape> terms(p.scales, p.bias, p.vocab, first);
-    hand_over<Shape>(shared, sums, rows.count, [&](int n, float (&z)[TileTerms<Shape>::kCount]) {
+    hand_over<Shape>(shared, sums, own_place.rows, [&](int n, float (&z)[TileTerms<Shape>::kCount]) {
       terms.apply(z);
       RowState state = shared.states[n];
       uint64_t own = lane < listed ? shared.keys[n * listed + lane] : 0;
@@ -188,39 +198,50 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kRows < 64 ? 2 : kBloc
     exit_confidence_kernel(ExitLaunch launch) {
   const ExitParams& p = launch.call;
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
-  const int32_t row_block = int32_t(blockIdx.x) % launch.row_blocks, block = int32_t(blockIdx.x) / launch.row_blocks;
-  const int32_t first_row = row_block * Shape::kRows, listed = listed_of(p);
-  const bool is_part = launch.fallen != nullptr;
-  const auto all_rows = [&] { return launch.fallen != nullptr ? launch.fallen[p.rows] : p.rows; };
-  if (first_row >= all_rows()) return;
+  const int32_t first_row = int32_t(blockIdx.x) % launch.row_blocks * Shape::kRows, listed = listed_of(p);
+  const auto all_rows = [&] { return launch.listed_rows != nullptr ? launch.listed_rows[p.rows] : p.rows; };
+  if (first_row >= all_rows()) {
+    if (blockIdx.x == 0 && threadIdx.x == 0 && launch.part.open != nullptr) launch.part.open[p.rows] = 0;
+    return;
+  }
   SPECDEC_SHARED(int32_t, ids, [Shape::kRows]);
+  SPECDEC_SHARED(OwnPlace, own_place, );
   const HiddenRows rows = {p, ids, min(Shape::kRows, all_rows() - first_row), launch.hidden_aligned,
                            launch.norm_aligned};
+  if (threadIdx.x == 0) own_place = {int32_t(blockIdx.x) / launch.row_blocks, first_row / Shape::kRows, rows.count};
   if (int(threadIdx.x) < rows.count) {
     const int32_t row = first_row + int(threadIdx.x);
-    ids[threadIdx.x] = is_part ? launch.fallen[row] : row;
+    ids[threadIdx.x] = launch.listed_rows != nullptr ? launch.listed_rows[row] : row;
   }
   block_sync();
   const ExitShared<Shape> shared(listed);
-  see_head<Shape>(launch, shared, rows, block);
+  see_head<Shape>(launch, shared, rows, own_place);
   block_sync();
 
-  const StoredStates stored(launch.scratch, launch.scratch + launch.keys, launch.blocks, listed);
+  const int32_t carried = launch.part.seen != nullptr ? 1 : 0;  // slots of what the parts before have left
+  const StoredStates stored(launch.scratch, launch.scratch + launch.keys, launch.slots, listed);
   for (int n = warp; n < rows.count; n += Shape::kThreads / kWarpSize) {
-    stored.leave(rows.row(n), block, shared.states[n], lane < listed ? shared.keys[n * listed + lane] : 0, lane);
+    const uint64_t own = lane < listed ? shared.keys[n * listed + lane] : 0;
+    stored.leave(rows.row(n), carried + own_place.block, shared.states[n], key_further_on(own, launch.part.begin),
+                 lane);
   }
   TeamReducer reduce({int32_t(threadIdx.x), Shape::kThreads}, shared.slots);
-  if (!arrives_last(reduce.team, launch.counters + row_block, launch.blocks)) return;
+  if (!arrives_last(reduce.team, launch.counters + own_place.row_block, launch.blocks)) return;
   for (int n = warp; n < rows.count; n += Shape::kThreads / kWarpSize) {
     const int32_t row = rows.row(n);
     uint64_t own;
-    const RowState state = stored.merged(row, kLog2OfE / temperature_of(p, row), own, lane);
-    write_figures(p, row, state, own, is_part ? kExitFellBack : 0, lane);
-    if (is_part && lane == 0) launch.rechecked[row] = p.vocab;
+    const RowState state = stored.merged(row, carried + launch.blocks, kLog2OfE / temperature_of(p, row), own, lane);
+    write_figures(p, row, state, own, launch.rechecked != nullptr ? kExitFellBack : 0, lane);
+    if (launch.rechecked != nullptr && lane == 0) launch.rechecked[row] = p.vocab;
+    if (launch.part.seen == nullptr) continue;
+    if (lane == 0) launch.part.seen[row] = launch.part.begin + p.vocab;
+    warp_sync();  // all lanes have read what is carried
+    stored.leave(row, 0, state, own, lane);
   }
   if (p.measure == ExitMeasure::kNone) return;
   const int32_t row_blocks = (all_rows() + Shape::kRows - 1) / Shape::kRows;
   if (!arrives_last(reduce.team, launch.counters + launch.row_blocks, row_blocks)) return;
+  if (launch.part.reach != nullptr && list_open_rows(reduce, launch, stored, all_rows()) > 0) return;
   decide(reduce, p);
 }
 

@@ -48,6 +48,9 @@ __device__ __forceinline__ float logit_of(uint64_t key) {
   return key == 0 ? negative_infinity() : from_ordered(uint32_t(key >> 32));
 }
 
+// The key of the same logit, whose entry is counted from `by` entries before.
+__device__ __forceinline__ uint64_t key_further_on(uint64_t key, int32_t by) { return key != 0 ? key - by : 0; }
+
 // Puts what the lanes offer (0 for nothing) among the `listed` greatest keys. Whether any got in.
 __device__ inline bool insert_keys(uint64_t& own, uint64_t offered, int32_t listed, int lane) {
   uint64_t worst = warp_shuffle(own, listed - 1);
@@ -114,57 +117,57 @@ __device__ __forceinline__ void absorb(RowState& state, const float (&z)[kCount]
   state.log_sum += warp_sum(log_sum);
 }
 
-// States of all rows in scratch: of each row [max, sum, log_sum, invalid][blocks], and its keys [listed][blocks].
+// States of all rows in scratch: of each row [max, sum, log_sum, invalid][slots], and its keys [listed][slots].
 struct StoredStates {
   float* numbers;
   uint64_t* keys;
-  int32_t blocks, listed;
+  int32_t slots, listed;
 
-  __device__ StoredStates(uint8_t* numbers, uint8_t* keys, int32_t blocks, int32_t listed)
+  __device__ StoredStates(uint8_t* numbers, uint8_t* keys, int32_t slots, int32_t listed)
       : numbers(reinterpret_cast<float*>(numbers)),
         keys(reinterpret_cast<uint64_t*>(keys)),
-        blocks(blocks),
+        slots(slots),
         listed(listed) {}
 
-  __device__ __forceinline__ float* of_row(int32_t row) const { return numbers + int64_t(row) * 4 * blocks; }
-  __device__ __forceinline__ uint64_t* keys_of(int32_t row) const { return keys + int64_t(row) * listed * blocks; }
+  __device__ __forceinline__ float* of_row(int32_t row) const { return numbers + int64_t(row) * 4 * slots; }
+  __device__ __forceinline__ uint64_t* keys_of(int32_t row) const { return keys + int64_t(row) * listed * slots; }
 
   // A warp leaves its row.
-  __device__ __forceinline__ void leave(int32_t row, int32_t block, const RowState& state, uint64_t own,
+  __device__ __forceinline__ void leave(int32_t row, int32_t slot, const RowState& state, uint64_t own,
                                         int lane) const {
     const float number = lane == 0 ? state.max : lane == 1 ? state.sum : lane == 2 ? state.log_sum : 0.0f;
-    if (lane < 4) of_row(row)[lane * blocks + block] = lane == 3 ? float(state.invalid) : number;
-    if (lane < listed) keys_of(row)[int64_t(lane) * blocks + block] = own;
+    if (lane < 4) of_row(row)[lane * slots + slot] = lane == 3 ? float(state.invalid) : number;
+    if (lane < listed) keys_of(row)[int64_t(lane) * slots + slot] = own;
   }
 
-  // A warp merges what the blocks have left, in their order.
-  __device__ inline RowState merged(int32_t row, float scale, uint64_t& own, int lane) const {
+  // A warp merges what is in the first `count` slots, in their order.
+  __device__ inline RowState merged(int32_t row, int32_t count, float scale, uint64_t& own, int lane) const {
     const float* of = of_row(row);
     RowState state = empty_state();
     float invalid = 0.0f;
-    for (int32_t block = lane; block < blocks; block += kWarpSize) {
-      state.max = fmaxf(state.max, of[block]);
-      invalid = fmaxf(invalid, of[3 * blocks + block]);
+    for (int32_t slot = lane; slot < count; slot += kWarpSize) {
+      state.max = fmaxf(state.max, of[slot]);
+      invalid = fmaxf(invalid, of[3 * slots + slot]);
     }
     state.max = warp_max(state.max);
     state.invalid = warp_max(invalid) > 0.0f ? 1 : 0;
-    for (int32_t block = lane; block < blocks; block += kWarpSize) {
-      const float sum = of[blocks + block];
+    for (int32_t slot = lane; slot < count; slot += kWarpSize) {
+      const float sum = of[slots + slot];
       if (!(sum > 0.0f)) continue;
-      const float fall = fmaxf(of[block] - state.max, kLowestFall), decay = fast_exp2(fall * scale);
+      const float fall = fmaxf(of[slot] - state.max, kLowestFall), decay = fast_exp2(fall * scale);
       state.sum += sum * decay;
-      state.log_sum += (of[2 * blocks + block] + sum * fall) * decay;
+      state.log_sum += (of[2 * slots + slot] + sum * fall) * decay;
     }
     state.sum = warp_sum(state.sum);
     state.log_sum = warp_sum(state.log_sum);
     own = 0;
-    // The second keys of the blocks can't get in where none of the first did.
+    // The second keys of the slots can't get in where none of the first did.
     bool any = true;
     for (int32_t rank = 0; rank < listed && any; ++rank) {
       any = false;
-      for (int32_t first = 0; first < blocks; first += kWarpSize) {
-        const uint64_t* at = keys_of(row) + int64_t(rank) * blocks;
-        const uint64_t offered = first + lane < blocks ? at[first + lane] : 0;
+      for (int32_t first = 0; first < count; first += kWarpSize) {
+        const uint64_t* at = keys_of(row) + int64_t(rank) * slots;
+        const uint64_t offered = first + lane < count ? at[first + lane] : 0;
         any = insert_keys(own, offered, listed, lane) || any;
       }
     }

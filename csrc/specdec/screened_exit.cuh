@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) screen_kernel(ScreenLaunch
   for (int n = warp; n < rows.count; n += Shape::kThreads / kWarpSize) {
     const int32_t row = rows.row(n);
     uint64_t own;
-    const RowState state = stored.merged(row, kLog2OfE / temperature_of(p, row), own, lane);
+    const RowState state = stored.merged(row, launch.blocks, kLog2OfE / temperature_of(p, row), own, lane);
     const float best = logit_of(warp_shuffle(own, 0)), second = logit_of(warp_shuffle(own, 1));
     const float last = logit_of(warp_shuffle(own, listed - 1)), temperature = temperature_of(p, row);
     const float top = step_of(state.max, 1.0f / temperature);
@@ -368,7 +368,7 @@ __device__ inline bool settle(const ScreenLaunch& launch, const StoredStates& kn
   memcpy(&all, numbers, sizeof all);
   uint64_t own;
   const float temperature = temperature_of(p, row);
-  const RowState state = known.merged(row, kLog2OfE / temperature, own, lane);
+  const RowState state = known.merged(row, launch.spans, kLog2OfE / temperature, own, lane);
   const uint64_t second = warp_shuffle(own, 1);
   const float limit = fmaxf(64.0f, float(p.vocab / 8));
   if (state.invalid != 0 || !(state.sum > 0.0f) || !(all.chosen <= limit)) return false;

@@ -34,13 +34,14 @@ OPS = {
     "accept": "AcceptLaunch",
     "sample": "SampleLaunch",
     "exit_confidence": "ExitLaunch",
+    "bounded_exit": "BoundedLaunch",
     "screened_exit": "ScreenLaunch",
     "exit_mlp": "MlpLaunch",
     "kv_propagate": "KvPropagateParams",
 }
 # Ops whose OP_scratch says how much a call needs.
-SCRATCH = ("tree_attention", "accept", "sample", "exit_confidence", "screened_exit", "exit_mlp")
-CALLS = {"screened_exit": "exit_confidence"}
+SCRATCH = ("tree_attention", "accept", "sample", "exit_confidence", "bounded_exit", "screened_exit", "exit_mlp")
+CALLS = {"bounded_exit": "exit_confidence", "screened_exit": "exit_confidence"}
 
 
 class CannotRun(Exception):

@@ -1,5 +1,7 @@
 """The early exit launchers, emulated: scratch, counters, and how many multiprocessors share the vocabulary."""
 
+import ctypes
+
 import torch
 
 from . import kernels
@@ -9,6 +11,7 @@ from .kernels import DTYPES, Launch
 HEAD_TYPES = {**DTYPES, torch.int8: 3}  # HeadType
 MEASURES = ("", "max_prob", "margin", "entropy")  # ExitMeasure
 LEVELS = ("row", "any", "all")  # ExitLevel
+MOST_PARTS = 16
 MULTIPROCESSORS = 2  # few, so that blocks have several tiles
 
 
@@ -39,6 +42,16 @@ def screened_exit_launch(*arguments, multiprocessors=MULTIPROCESSORS):
     return with_scratch(Launch("screened_exit", tensors | screen, whole.numbers | {"screen_tolerance": tolerance}))
 
 
+def bounded_exit_launch(*arguments, multiprocessors=MULTIPROCESSORS):
+    """The same with bounds."""
+    *arguments, norms_after, ends, seen = arguments
+    whole = exit_confidence_launch(*arguments, multiprocessors=multiprocessors)
+    tensors = {name: tensor for name, tensor in whole.tensors.items() if name not in ("scratch", "counters")}
+    tensors |= {"norms_after": norms_after, "seen": seen}
+    parts = {"ends": (ctypes.c_int32 * MOST_PARTS)(*ends), "parts": len(ends)}
+    return with_scratch(Launch("bounded_exit", tensors, whole.numbers | parts))
+
+
 def launches(op):
     """Kernels that this op's library has launched so far."""
     return kernels.library(op, op).specdec_launches()
@@ -53,4 +66,8 @@ def screened_exit(*arguments):
     run(screened_exit_launch(*arguments))
 
 
-IMPLEMENTATIONS = {"exit_confidence": exit_confidence, "screened_exit": screened_exit}
+def bounded_exit(*arguments):
+    run(bounded_exit_launch(*arguments))
+
+
+IMPLEMENTATIONS = {"exit_confidence": exit_confidence, "bounded_exit": bounded_exit, "screened_exit": screened_exit}

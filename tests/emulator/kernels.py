@@ -25,7 +25,7 @@ _C_TYPES = {
     "float": ctypes.c_float,
     "bool": ctypes.c_bool,
 }
-_COUNTS = {"kMaxEos": 8, "kMostLayers": 8, "kMostKvLayers": 32}
+_COUNTS = {"kMaxEos": 8, "kMostLayers": 8, "kMostParts": 16, "kMostKvLayers": 32}
 _PREFIXES = {"draft_sampling": "draft_", "ScreenedParams": "screen_"}  # of the fields of a structure in another one
 _HEADERS = (
     "params.h",
