@@ -90,9 +90,9 @@ def assert_figures_of_the_first(end: int, case: ExitCase, backend: str, got, top
 @pytest.mark.parametrize("measure", list(THRESHOLDS))
 def test_against_the_whole_head(target, dtype, measure):
     largest = (67, 128, 4097) if target.backend != "cuda-emulated" else (35, 80, 2100)
-    shapes = ((9, 80, 1000), (1, 64, 97), largest)
+    shapes = ((5, 48, 300),) if target.interpreted else ((9, 80, 1000), (1, 64, 97), largest)
     stopped = 0
-    for rows, dim, vocab in shapes[: 1 if target.interpreted else 3]:
+    for rows, dim, vocab in shapes:
         ends = None if vocab > 2000 else (vocab // 9, vocab // 3, vocab - 1, vocab)
         case = make_case(rows, dim, vocab, dtype, norm=True, bias=True, temperatures=True).to(dtype, target.device)
         for by in (0, 8):
@@ -370,7 +370,7 @@ def test_parts_of_the_default_size_are_the_whole_heads_bit_for_bit():
 def test_a_row_does_not_depend_on_the_others(target):
     rows = 7 if target.interpreted else 37
     case = falling(make_case(rows, 64, 300, torch.bfloat16, norm=True), 8).to(torch.bfloat16, target.device)
-    bounds = bound_head(case.head, (30, 100, 300))
+    bounds = bound_head(case.head, (30, 50, 70, 90, 300))
     together = case.decide(target.backend, 0.6, bounds=bounds)
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(1)).to(target.device)
     shuffled = ExitCase(case.hidden[order], case.head, case.options).decide(target.backend, 0.6, bounds=bounds)

@@ -125,37 +125,54 @@ static SPECDEC_INLINE __m512i dots(const int8_t* const (&head)[kTogether / kRows
   return integer_sums(sum);
 }
 
+// What makes logits of sums in the lanes of `dots`.
+struct Finish {
+  __m512i too_much;
+  __m256 scales;
+};
+
 template <int kRows>
-static SPECDEC_INLINE void multiply_slots(const ExitTile& tile, int slot, const char* packed, int64_t stride, int rows,
-                                          bool fetch, float* logits) {
-  constexpr int kSlots = kTogether / kRows;
-  const int8_t *head[kSlots], *limbs[kRows];
-  for (int k = 0; k < kSlots; k++) {
-    const int at = min_of(slot + k, tile.count - 1);
-    head[k] = static_cast<const int8_t*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
-  }
-  for (int n = 0; n < kRows; n++) {
-    limbs[n] = reinterpret_cast<const int8_t*>(packed + min_of(n, rows - 1) * stride + kHeader);
-  }
-  alignas(64) int32_t sums[2 * kTogether];
-  _mm512_store_si512(sums, dots<kRows>(head, limbs, tile.dim, fetch ? int64_t(kSlots) * tile.dim : 0));
-  for (int n = 0; n < rows; n++) {
+static Finish finish_of(const char* packed, int64_t stride, int rows) {
+  alignas(64) int32_t too_much[2 * kTogether];
+  alignas(32) float scales[kTogether];
+  for (int lane = 0; lane < kTogether; lane++) {
     Header header;
-    __builtin_memcpy(&header, packed + n * stride, sizeof header);
-    SPECDEC_UNROLL
-    for (int k = 0; k < kSlots; k++) {
-      const int32_t high = sums[k * kRows + n] - header.high_sum,
-                    low = sums[kTogether + k * kRows + n] - header.low_sum;
-      logits[n * kExitTile + slot + k] = (256.0f * float(high) + float(low)) * header.scale;
-    }
+    __builtin_memcpy(&header, packed + min_of(lane % kRows, rows - 1) * stride, sizeof header);
+    too_much[lane] = header.high_sum;
+    too_much[kTogether + lane] = header.low_sum;
+    scales[lane] = header.scale;
   }
+  return {_mm512_load_si512(too_much), _mm256_load_ps(scales)};
 }
 
 template <int kRows>
 static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stride, int rows, bool fetch,
                           float* logits) {
-  for (int slot = 0; slot < tile.count; slot += kTogether / kRows) {
-    multiply_slots<kRows>(tile, slot, packed, stride, rows, fetch, logits);
+  constexpr int kSlots = kTogether / kRows;
+  const Finish finish = finish_of<kRows>(packed, stride, rows);
+  const int8_t *head[kSlots], *limbs[kRows];
+  for (int n = 0; n < kRows; n++) {
+    limbs[n] = reinterpret_cast<const int8_t*>(packed + min_of(n, rows - 1) * stride + kHeader);
+  }
+  for (int slot = 0; slot < tile.count; slot += kSlots) {
+    for (int k = 0; k < kSlots; k++) {
+      const int at = min_of(slot + k, tile.count - 1);
+      head[k] = static_cast<const int8_t*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
+    }
+    const __m512i sums = dots<kRows>(head, limbs, tile.dim, fetch ? int64_t(kSlots) * tile.dim : 0);
+    const __m512 parts = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, finish.too_much));
+    const __m256 high = _mm512_castps512_ps256(parts), low = _mm512_extractf32x8_ps(parts, 1);
+    const __m256 products = _mm256_mul_ps(_mm256_fmadd_ps(_mm256_set1_ps(256.0f), high, low), finish.scales);
+    if (kRows == 1) {
+      _mm256_storeu_ps(logits + slot, products);
+      continue;
+    }
+    alignas(32) float by_slot[kTogether];
+    _mm256_store_ps(by_slot, products);
+    for (int n = 0; n < rows; n++) {
+      SPECDEC_UNROLL
+      for (int k = 0; k < kSlots; k++) logits[n * kExitTile + slot + k] = by_slot[k * kRows + n];
+    }
   }
 }
 

@@ -13,6 +13,7 @@ struct ScreenBound {
   float by_error, by_norm, floor;
 };
 constexpr float kScreenRounding = 0x1p-21f;
+constexpr int kScreenStep = 64;  // entries at a time
 
 // What the entries that are not rechecked may add to the sum of exp((z - reference) / T). With approximations
 // s = (a - reference) / T, their weights w = exp(s), and bounds e of what s may be wrong by:
@@ -40,7 +41,7 @@ struct ScreenScan {
 
 struct ScreenKernels {
   // Takes lower bounds of logits in among the `listed` greatest, descending. False if a logit is NaN or +inf. `count`
-  // is a multiple of 64, as below; padding is a logit of -inf.
+  // is a multiple of kScreenStep, as below; padding is a logit of -inf.
   bool (*note)(const float* approximate, const float* error_norms, const float* norms, int count,
                const ScreenBound& bound, int listed, float* lower);
   // Adds up the tail, and writes which entries are not in it. Returns how many.

@@ -39,12 +39,13 @@ namespace specdec {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kFloatRoom = 1e-4;                             // relative
-constexpr double kOutward = 1 + 1e-6;                           // for the rounding of the bound itself
-constexpr double kGreatest = 1e30;                              // above this product of lengths a sum might overflow
-constexpr int kLeastLimit = 64;                                 // entries that may always be rechecked
-constexpr int kLeastShared = 4;                                 // tiles to recheck for which other threads are woken
-constexpr float kDepths[] = {-1, 1, 2, 3, 4.5f, 6, 8, 10, 12};  // of what is rechecked below the best; -1: candidates
+constexpr double kFloatRoom = 1e-4;    // relative
+constexpr double kOutward = 1 + 1e-6;  // for the rounding of the bound itself
+constexpr double kGreatest = 1e30;     // above this product of lengths a sum might overflow
+constexpr int kLeastLimit = 64;        // entries that may always be rechecked
+constexpr int kLeastShared = 4;        // tiles to recheck for which other threads are woken
+constexpr float kDeepest = 12;         // below the best, of what may be rechecked
+constexpr float kDepths[] = {-1, 1, 2, 3, 4.5f, 6, 8, 10, kDeepest};  // of what is; -1: candidates alone
 
 struct Interval {
   double low, high;
@@ -156,6 +157,11 @@ class Screen {
     bool sound;
     float lower[kMostListed];
   };
+  struct Near {  // entries that are not far below the best, padded to whole steps of a scan, and the tail of the others
+    std::vector<int32_t> entries;
+    std::vector<float> approximate, error_norms, norms;
+    ScreenTail far{};
+  };
 
   void prepare(int row) {
     std::vector<float> y(p_.dim);
@@ -216,19 +222,38 @@ class Screen {
 
   int listed() const { return std::max(2, p_.top_k); }
 
-  // Entries that are not in the tail, ascending, and the tail. By one thread: it takes a hundredth of the first pass.
-  std::vector<int32_t> look(int row, const ScreenScan& scan, ScreenTail& tail) {
+  // The entries that may be rechecked, ascending, and what all others may add. By one thread: it takes a hundredth of
+  // the first pass.
+  Near look(int row, const ScreenScan& scan) {
     alignas(64) float padded[2][kExitChunk];
     int32_t entries[kExitChunk];
-    std::vector<int32_t> all;
-    tail = {};
+    Near near;
     for (int64_t chunk = 0; chunk < chunks_; chunk++) {
       const int64_t first = chunk * kExitChunk;
-      const int count = looks_.scan(&approximate_[row * stride_ + first], part(s_.error_norms, chunk, padded[0]),
-                                    part(s_.norms, chunk, padded[1]), kExitChunk, scan, int32_t(first), entries, tail);
-      all.insert(all.end(), entries, entries + count);
+      const float* error_norms = part(s_.error_norms, chunk, padded[0]);
+      const float* norms = part(s_.norms, chunk, padded[1]);
+      const float* approximate = &approximate_[row * stride_ + first];
+      const int count = looks_.scan(approximate, error_norms, norms, kExitChunk, scan, 0, entries, near.far);
+      for (int i = 0; i < count; i++) {
+        near.entries.push_back(int32_t(first + entries[i]));
+        near.approximate.push_back(approximate[entries[i]]);
+        near.error_norms.push_back(error_norms[entries[i]]);
+        near.norms.push_back(norms[entries[i]]);
+      }
     }
-    return all;
+    const size_t whole = (near.entries.size() + kScreenStep - 1) / kScreenStep * kScreenStep;
+    near.approximate.resize(whole, -kInfinity);
+    near.error_norms.resize(whole);
+    near.norms.resize(whole);
+    return near;
+  }
+
+  // Places in `near` that are not in the tail, ascending; the others are added to it.
+  std::vector<int32_t> choose(const Near& near, const ScreenScan& scan, ScreenTail& tail) const {
+    std::vector<int32_t> chosen(near.entries.size());
+    chosen.resize(looks_.scan(near.approximate.data(), near.error_norms.data(), near.norms.data(),
+                              int(near.approximate.size()), scan, 0, chosen.data(), tail));
+    return chosen;
   }
 
   // The logits of these entries as exit_confidence has them.
@@ -274,24 +299,27 @@ class Screen {
     const float temperature = exit_temperature(p_, first_row_ + row);
     const double spread = lengths_[row] * *s_.error_gain / temperature * kOutward;
     const size_t limit = std::max<size_t>(kLeastLimit, p_.vocab / 8);
-    ScreenScan scan = {bounds_[row], lower[0], lower[listed() - 1], kInfinity, temperature};
+    ScreenScan scan = {bounds_[row], lower[0], lower[listed() - 1], lower[0] - kDeepest * temperature, temperature};
+    const Near near = look(row, scan);
     int32_t reads = 0;
     for (float depth : kDepths) {
-      if (depth > 0) scan.deep = lower[0] - depth * temperature;
-      ScreenTail tail;
-      const std::vector<int32_t> entries = look(row, scan, tail);
-      if (entries.empty() || entries.size() > limit) return false;
+      scan.deep = depth > 0 ? lower[0] - depth * temperature : kInfinity;
+      ScreenTail tail = near.far;
+      const std::vector<int32_t> chosen = choose(near, scan, tail);
+      if (chosen.empty() || chosen.size() > limit) return false;
       const auto figures = [&](const std::vector<float>& z, float first, float second) {
         return figures_of(z, first, second, tail, lower[0], temperature, spread);
       };
-      if (depth != kDepths[std::size(kDepths) - 1]) {  // what would come out of it, before it is paid for
-        std::vector<float> guess(entries.size());
-        for (size_t i = 0; i < guess.size(); i++) guess[i] = approximate_[row * stride_ + entries[i]];
+      if (depth != kDeepest) {  // what would come out of it, before it is paid for
+        std::vector<float> guess(chosen.size());
+        for (size_t i = 0; i < guess.size(); i++) guess[i] = near.approximate[chosen[i]];
         std::vector<float> best = guess;
         std::partial_sort(best.begin(), best.begin() + std::min<size_t>(2, best.size()), best.end(), std::greater<>());
         const float first = std::max(best[0], lower[0]);
         if (!settled(first_row_ + row, figures(guess, first, best.size() > 1 ? best[1] : -kInfinity))) continue;
       }
+      std::vector<int32_t> entries(chosen.size());
+      for (size_t i = 0; i < entries.size(); i++) entries[i] = near.entries[chosen[i]];
       const std::vector<float> z = recheck(row, entries, team);
       reads += int32_t(entries.size());
       ExitState best = best_of(z, entries);
