@@ -15,6 +15,7 @@ constexpr int kStep = 64;               // bytes of a vector
 constexpr int kTogether = 8;            // dot products that are reduced together
 constexpr int kMost = 127 * 256 + 127;  // of a limb pair
 constexpr int kHeader = 64;             // bytes before the limbs
+constexpr int kAheadBytes = 6144;       // at least so far ahead, in whole groups of its rows, the head is fetched
 static_assert(kExitTile % kTogether == 0, "");
 
 // The head of a packed row. Then, for every 64 dims, 64 high limbs and 64 low ones, zeros past the dim.
@@ -159,7 +160,8 @@ static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stri
       const int at = min_of(slot + k, tile.count - 1);
       head[k] = static_cast<const int8_t*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
     }
-    const __m512i sums = dots<kRows>(head, limbs, tile.dim, fetch ? int64_t(kSlots) * tile.dim : 0);
+    const __m512i sums =
+        dots<kRows>(head, limbs, tile.dim, fetch ? int64_t(round_up(kAheadBytes, kSlots * tile.dim)) : 0);
     const __m512 parts = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, finish.too_much));
     const __m256 high = _mm512_castps512_ps256(parts), low = _mm512_extractf32x8_ps(parts, 1);
     const __m256 products = _mm256_mul_ps(_mm256_fmadd_ps(_mm256_set1_ps(256.0f), high, low), finish.scales);
