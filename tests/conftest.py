@@ -148,6 +148,12 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def one_thread(threads):
+    """For rows and heads that are too small to share."""
+    threads(1)
+
+
 @pytest.fixture(autouse=True)
 def emulated_cuda(request, monkeypatch):
     """Lets tests over all targets name the emulator as a backend. The package itself knows nothing of it."""

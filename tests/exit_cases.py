@@ -111,3 +111,12 @@ def count_launches(monkeypatch, *modules) -> list[tuple]:
         for name in [name for name in vars(module) if name.endswith("_kernel")]:
             monkeypatch.setattr(module, name, Counted(getattr(module, name), grids))
     return grids
+
+
+def many_rows(head: torch.Tensor, seed: int) -> torch.Tensor:
+    """1,000 hidden rows, every second one towards a row of this head: the farther, the surer."""
+    vocab, dim = head.shape
+    hidden = make_case(1000, dim, vocab, head.dtype, seed).hidden
+    strengths = torch.linspace(0, 6, 500)[torch.randperm(500)][:, None].to(head.dtype)
+    hidden[::2] += head[torch.arange(500) % vocab] * strengths / dim**0.5
+    return hidden

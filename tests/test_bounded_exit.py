@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from adversarial_heads import ADVERSARIAL
-from exit_cases import ExitCase, make_case
+from exit_cases import ExitCase, make_case, many_rows
 from specdec_ops import HeadBounds, VocabMap, bound_head, early_exit, exit_confidence, quantize_head
 from specdec_ops.early_exit import STATUS_INVALID
 from specdec_ops.reference import bounded_exit as reference
@@ -20,13 +20,7 @@ THRESHOLDS = {"max_prob": 0.6, "margin": 0.4, "entropy": 2.0}
 FIGURES = ("max_prob", "margin", "entropy", "logsumexp")
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These heads are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # these heads are too small to share
 
 
 def falling(case: ExitCase, by: float) -> ExitCase:
@@ -142,18 +136,14 @@ def test_random_rows():
         head = falling(make_case(2, dim, vocab, dtype, seed), 6).head
         bounds = bound_head(head, (vocab // 16, vocab // 8, vocab // 4, vocab // 2, vocab))
         for part in range(25):
-            case = make_case(1000, dim, vocab, dtype, 1000 * seed + part)
-            chosen = torch.arange(500) % vocab
-            case.hidden[::2] += (
-                head[chosen] * torch.linspace(0, 6, 500)[torch.randperm(500)][:, None].to(dtype) / dim**0.5
-            )
-            whole = early_exit(case.hidden, head, 0.5, backend="cpu")
-            bounded = early_exit(case.hidden, head, 0.5, bounds=bounds, backend="cpu")
+            hidden = many_rows(head, 1000 * seed + part)
+            whole = early_exit(hidden, head, 0.5, backend="cpu")
+            bounded = early_exit(hidden, head, 0.5, bounds=bounds, backend="cpu")
             differing += int((whole.exited != bounded.exited).sum())
             exited = whole.exited
             differing += int((whole.confidence.token != bounded.confidence.token)[exited].sum())
             stopped += int((bounded.seen < vocab).sum())
-            p = torch.softmax(case.hidden.double() @ head.double().T, 1).amax(1)
+            p = torch.softmax(hidden.double() @ head.double().T, 1).amax(1)
             near = (p - 0.5).abs() <= 0.02
             in_band += int(near.sum())
             differing_from_exact += int(((p >= 0.5) != bounded.exited)[~near].sum())
@@ -421,7 +411,7 @@ def test_sorted_by_length():
     assert early_exit(case.hidden, mixed, 0.6, bounds=bound_head(mixed)).seen.float().mean() > got.seen.float().mean()
 
 
-def test_bounds_hold(device="cpu"):
+def test_bounds_hold():
     for dtype in (*DTYPES, torch.float64):
         head = falling(make_case(2, 70, 2000, dtype), 3).head
         bounds = bound_head(head, (1, 700, 1999, 2000))

@@ -26,13 +26,7 @@ def models():
     return ngram_decode.Models(NgramModel(counts, 8), NgramModel(counts, 4))
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the example itself: its rows are short."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # as the example itself: its rows are short
 
 
 # ---- the models

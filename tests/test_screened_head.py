@@ -13,7 +13,7 @@ from adversarial_heads import (
     tiny_numbers,
     zero_rows,
 )
-from exit_cases import ExitCase, make_case
+from exit_cases import ExitCase, make_case, many_rows
 from specdec_ops import VocabMap, early_exit, exit_confidence, quantize_head, quantized_head
 from specdec_ops.early_exit import STATUS_FELL_BACK, STATUS_INVALID
 
@@ -25,13 +25,7 @@ ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
 THRESHOLDS = {"max_prob": 0.6, "margin": 0.4, "entropy": 2.0}
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """These heads are too small to share."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")  # these heads are too small to share
 
 
 def assert_same(case: ExitCase, backend: str, measure="max_prob", threshold=None, top_k=0, tolerance=0.01, **options):
@@ -133,18 +127,13 @@ def test_random_rows():
         head = make_case(2, dim, vocab, dtype, seed).head
         screen = quantize_head(head)
         for part in range(25):
-            case = make_case(1000, dim, vocab, dtype, 1000 * seed + part)
-            chosen = torch.arange(500) % vocab
-            case.hidden[::2] += (
-                head[chosen] * torch.linspace(0, 6, 500)[torch.randperm(500)][:, None].to(dtype) / dim**0.5
-            )
-            case.head = head
-            whole = early_exit(case.hidden, head, 0.5, backend="cpu")
-            screened = early_exit(case.hidden, head, 0.5, screen=screen, backend="cpu")
+            hidden = many_rows(head, 1000 * seed + part)
+            whole = early_exit(hidden, head, 0.5, backend="cpu")
+            screened = early_exit(hidden, head, 0.5, screen=screen, backend="cpu")
             differing += int((whole.exited != screened.exited).sum())
             differing += int((whole.confidence.token != screened.confidence.token).sum())
             fell += int((screened.confidence.status != 0).sum())
-            p = torch.softmax(case.hidden.double() @ head.double().T, 1).amax(1)
+            p = torch.softmax(hidden.double() @ head.double().T, 1).amax(1)
             near = (p - 0.5).abs() <= 0.02
             in_band += int(near.sum())
             differing_from_exact += int(((p >= 0.5) != screened.exited)[~near].sum())
