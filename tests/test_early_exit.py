@@ -205,6 +205,22 @@ def test_a_row_does_not_depend_on_the_others(target, dtype):
         assert torch.equal(getattr(shuffled, name), getattr(together, name)[order])
 
 
+@pytest.mark.parametrize("rows", [9, 12, 13, 20, 24, 33, 59, 60, 61, 73])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_dims_and_vocabularies_that_fill_no_vector(rows, dtype):
+    """Many rows on the CPU: right figures, the same as among fewer rows, and nothing read beside the head."""
+    for dim, vocab in ((7, 9), (33, 65), (40, 130), (100, 7), (4096 + 35, 19)):
+        case = make_case(rows, dim, vocab, dtype)
+        memory = torch.full((case.head.numel() + 256,), float("inf"), dtype=dtype)
+        inside = memory[128 : 128 + case.head.numel()].view(vocab, dim)
+        case.head = inside.copy_(case.head)
+        got, exact = case.run("cpu"), case.exact()
+        theirs = (case.plain()[3] - exact.logsumexp).abs().max()
+        rounding = 4 * torch.finfo(torch.float32).eps * (1 + exact.logsumexp.abs().max())
+        assert (got.logsumexp - exact.logsumexp).abs().max() <= 2 * theirs + rounding
+        assert torch.equal(case.first(9).run("cpu").logsumexp, got.logsumexp[:9])
+
+
 def test_strided_rows_and_results_in_place(target):
     case = make_case(4, 32, 70, torch.bfloat16, norm=True).to(torch.bfloat16, target.device)
     wide = torch.full((4, 41), float("nan"), dtype=torch.bfloat16, device=target.device)

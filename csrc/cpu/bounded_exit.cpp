@@ -55,7 +55,7 @@ std::vector<float> biases_after(const BoundedParams& b) {
 SeenPart seen_part(const ExitParams& p, int row, const ExitState& state) {
   return {state.sum,
           -double(state.log_sum) / exit_temperature(p, row),
-          state.max,
+          state.value[0],
           state.value[1],
           state.value[std::max(p.top_k, 1) - 1],
           state.invalid};

@@ -20,6 +20,42 @@ struct AlignedBytes {
 // `may_round`: hidden rows may be rounded to 16 bits before an int8 head, where that is faster.
 ExitKernels exit_kernels(HeadType type, int dim, bool may_round);
 
+// Hidden rows in the form in which they are multiplied. They are `narrow` where the call has few of them.
+class PackedRows {
+ public:
+  PackedRows(const ExitKernels& kernels, HeadType type, int dim, int rows, bool narrow)
+      : kernels_(kernels),
+        type_(type),
+        dim_(dim),
+        rows_(rows),
+        narrow_(narrow),
+        row_bytes_(kernels.packed_bytes(type, dim)),
+        packed_(row_bytes_ * ((rows + kExitTogether - 1) / kExitTogether * kExitTogether)) {}
+
+  int rows() const { return rows_; }
+
+  void set(int row, const float* y) { kernels_.pack(type_, y, dim_, packed_.data(), row, rows_, narrow_); }
+
+  // Calls take(row, logits [kExitTile]) for each row with its products with a tile of the head.
+  template <class Take>
+  void multiply(const ExitTile& tile, const Take& take) {
+    alignas(64) float logits[kExitRowBlock * kExitTile];
+    for (int first = 0; first < rows_; first += kExitRowBlock) {
+      const int some = rows_ - first < kExitRowBlock ? rows_ - first : kExitRowBlock;
+      kernels_.multiply(type_, tile, packed_.data() + first * row_bytes_, some, narrow_, logits);
+      for (int n = 0; n < some; n++) take(first + n, logits + n * kExitTile);
+    }
+  }
+
+ private:
+  const ExitKernels kernels_;
+  const HeadType type_;
+  const int dim_, rows_;
+  const bool narrow_;
+  const size_t row_bytes_;
+  AlignedBytes packed_;
+};
+
 Team exit_team(const ExitParams& p, int threads);
 
 inline bool exit_narrow(const ExitParams& p) { return p.rows <= kExitNarrowRows; }

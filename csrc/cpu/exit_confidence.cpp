@@ -40,12 +40,11 @@ class Call {
         rows_(rows),
         kernels_(exit_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
         listed_(std::max(2, p.top_k)),
-        row_bytes_(kernels_.packed_bytes(p.head_type, p.dim)),
-        packed_(row_bytes_ * rows.size()) {
+        packed_(kernels_, p.head_type, p.dim, int(rows.size()), exit_narrow(p)) {
     team.run(rows_.size(), [&](int64_t n, int) {
       std::vector<float> y(p_.dim);
       kernels_.normalise(p_, rows_[n], y.data());
-      kernels_.pack(p_.head_type, y.data(), p_.dim, packed_.data(), int(n), int(rows_.size()));
+      packed_.set(int(n), y.data());
     });
   }
 
@@ -53,24 +52,18 @@ class Call {
 
   // states [rows] of the head's rows from `begin` to `end`.
   void see(int64_t begin, int64_t end, ExitState* states) {
-    alignas(64) float logits[kExitRowBlock * kExitTile], scales[kExitTile], bias[kExitTile];
-    const int count_of_rows = int(rows_.size());
-    for (int row = 0; row < count_of_rows; row++) states[row] = empty_exit_state();
+    alignas(64) float scales[kExitTile], bias[kExitTile];
+    std::fill_n(states, rows_.size(), empty_exit_state());
     for (int64_t first = begin; first < end; first += kExitTile) {
       const int count = int(std::min<int64_t>(kExitTile, end - first));
       const int64_t offset = first * p_.dim * element_bytes(p_.head_type);
       const ExitTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim, nullptr};
       const float* tile_scales = part(p_.scales, first, count, scales);
       const float* tile_bias = part(p_.bias, first, count, bias);
-      for (int row = 0; row < count_of_rows; row += kExitRowBlock) {
-        const int rows = std::min(kExitRowBlock, count_of_rows - row);
-        kernels_.multiply(p_.head_type, tile, packed_.data() + row * row_bytes_, rows, exit_narrow(p_), logits);
-        for (int n = 0; n < rows; n++) {
-          const float factor = float(kLog2e / exit_temperature(p_, rows_[row + n]));
-          kernels_.absorb(logits + n * kExitTile, tile_scales, tile_bias, int32_t(first), factor, listed_,
-                          states[row + n]);
-        }
-      }
+      packed_.multiply(tile, [&](int n, float* logits) {
+        const float factor = float(kLog2e / exit_temperature(p_, rows_[n]));
+        kernels_.absorb(logits, tile_scales, tile_bias, int32_t(first), factor, listed_, states[n]);
+      });
     }
   }
 
@@ -87,26 +80,25 @@ class Call {
   const std::vector<int>& rows_;
   const ExitKernels kernels_;
   const int listed_;
-  const size_t row_bytes_;
-  AlignedBytes packed_;
+  PackedRows packed_;
 };
 
 // Takes in what a later part of the vocabulary has left.
 void merge(ExitState& state, const ExitState& later, int listed, float temperature) {
   state.invalid |= later.invalid;
   if (later.sum > 0) {
-    const float top = std::max(state.max, later.max);
+    const float top = std::max(state.value[0], later.value[0]);
     double sum = 0, log_sum = 0;
     for (const ExitState* part : {static_cast<const ExitState*>(&state), &later}) {
       if (!(part->sum > 0)) continue;
-      const double fall = double(part->max) - top, decay = std::exp(fall / temperature);
+      const double fall = double(part->value[0]) - top, decay = fall < 0 ? std::exp(fall / temperature) : 1.0;
       sum += part->sum * decay;
       log_sum += (part->log_sum + part->sum * fall) * decay;
     }
-    state.max = top;
     state.sum = float(sum);
     state.log_sum = float(log_sum);
   }
+  if (!(later.value[0] > state.value[listed - 1])) return;
   ExitState both = state;
   int mine = 0, theirs = 0;
   for (int i = 0; i < listed; i++) {
@@ -169,7 +161,7 @@ void decide_exits(const ExitParams& p) {
 }
 
 ExitState empty_exit_state() {
-  ExitState state{kMinusInfinity, 0.0f, 0.0f, false, {}, {}};
+  ExitState state{0.0f, 0.0f, false, {}, {}};
   std::fill(state.value, state.value + kMostListed, kMinusInfinity);
   std::fill(state.entry, state.entry + kMostListed, -1);
   return state;
@@ -185,11 +177,11 @@ void see_part(const ExitParams& p, const std::vector<int>& rows, int64_t begin, 
     const int64_t first = begin + chunk * kExitChunk;
     call.see(first, std::min<int64_t>(first + kExitChunk, end), &of_chunks[chunk * count]);
   });
-  for (int64_t n = 0; n < count; n++) {
+  team.run(count, [&](int64_t n, int) {
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
       merge(states[rows[n]], of_chunks[chunk * count + n], call.listed(), exit_temperature(p, rows[n]));
     }
-  }
+  });
 }
 
 void write_figures(const ExitParams& p, int row, const ExitState& state) {
@@ -200,17 +192,17 @@ void write_figures(const ExitParams& p, int row, const ExitState& state) {
   p.status[row] = valid ? 0 : kExitInvalid;
   const double sum = valid ? state.sum : 1.0, log_sum = std::log(sum), scale = 1.0 / temperature;
   const auto probability = [&](float value) {
-    return value > kMinusInfinity ? std::exp((double(value) - state.max) * scale) / sum : 0.0;
+    return value > kMinusInfinity ? std::exp((double(value) - state.value[0]) * scale) / sum : 0.0;
   };
   p.max_prob[row] = valid ? float(probability(state.value[0])) : 0.0f;
   p.margin[row] = valid ? float(probability(state.value[0]) - probability(state.value[1])) : 0.0f;
   p.entropy[row] = valid ? float(std::max(0.0, log_sum - state.log_sum * scale / sum)) : 0.0f;
-  p.logsumexp[row] = valid ? float(state.max * scale + log_sum) : kMinusInfinity;
+  p.logsumexp[row] = valid ? float(state.value[0] * scale + log_sum) : kMinusInfinity;
   for (int k = 0; k < p.top_k; k++) {
     const int64_t at = int64_t(row) * p.top_k + k;
     const bool exists = valid && state.value[k] > kMinusInfinity;
     p.top_tokens[at] = exists ? token_of(state.entry[k]) : -1;
-    p.top_logprobs[at] = exists ? float((double(state.value[k]) - state.max) * scale - log_sum) : kMinusInfinity;
+    p.top_logprobs[at] = exists ? float((double(state.value[k]) - state.value[0]) * scale - log_sum) : kMinusInfinity;
   }
 }
 

@@ -17,28 +17,20 @@ int64_t weight_bytes(HeadType type) { return type == HeadType::kFloat32 ? 4 : 2;
 // y [rows, outputs] = x [rows, inputs] W^T + bias.
 std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int rows, int inputs, int threads) {
   const ExitKernels kernels = exit_kernels(layer.type, inputs, false);
-  const size_t bytes = kernels.packed_bytes(layer.type, inputs);
-  AlignedBytes packed(bytes * rows);
-  for (int row = 0; row < rows; row++) {
-    kernels.pack(layer.type, &x[size_t(row) * inputs], inputs, packed.data(), row, rows);
-  }
+  PackedRows packed(kernels, layer.type, inputs, rows, rows <= kExitNarrowRows);
+  for (int row = 0; row < rows; row++) packed.set(row, &x[size_t(row) * inputs]);
   std::vector<float> y(size_t(rows) * layer.outputs);
   const double products = double(rows) * inputs * layer.outputs;
   const Team team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
   team.run((layer.outputs + kExitTile - 1) / kExitTile, [&](int64_t at, int) {
-    alignas(64) float sums[kExitRowBlock * kExitTile];
     const int64_t first = at * kExitTile;
     const int count = int(std::min<int64_t>(kExitTile, layer.outputs - first));
     const char* weight = static_cast<const char*>(layer.weight) + first * inputs * weight_bytes(layer.type);
     const ExitTile tile = {weight, count, inputs, nullptr};
-    for (int row = 0; row < rows; row += kExitRowBlock) {
-      const int some = std::min(kExitRowBlock, rows - row);
-      kernels.multiply(layer.type, tile, packed.data() + row * bytes, some, rows <= kExitNarrowRows, sums);
-      for (int n = 0; n < some; n++) {
-        float* to = &y[size_t(row + n) * layer.outputs + first];
-        for (int i = 0; i < count; i++) to[i] = sums[n * kExitTile + i] + layer.bias[first + i];
-      }
-    }
+    packed.multiply(tile, [&](int row, const float* sums) {
+      float* to = &y[size_t(row) * layer.outputs + first];
+      for (int i = 0; i < count; i++) to[i] = sums[i] + layer.bias[first + i];
+    });
   });
   return y;
 }

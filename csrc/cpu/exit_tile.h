@@ -12,11 +12,14 @@
 // cache. Fetching a fixed distance ahead in the same rows is slower than not to fetch at all: it ends where rows do.
 // Rows that are picked one by one have no next ones.
 //
-// A row takes a tile's 64 logits in with two looks: the maximum, which seldom changes anything, then the exponentials.
+// A row takes a tile's 64 logits in with two looks: for those among its greatest, then for the exponentials.
 #pragma once
 
 #include "cpu/exit_kernels.h"
 #include "cpu/lanes.h"
+#if defined(__AVX512BF16__)
+#include "cpu/exit_quads.h"
+#endif
 
 namespace specdec::SPECDEC_ISA {
 
@@ -213,13 +216,22 @@ static void multiply_tile(const ExitTile& tile, const char* packed, int rows, bo
       }
     }
   }
-  for (int n = 0; n < rows; n++) {
-    for (int i = tile.count; i < kExitTile; i++) logits[n * kExitTile + i] = -__builtin_inff();
-  }
 }
 
 static void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits) {
-  with_head(type, [&](auto multiplier) { multiply_tile<decltype(multiplier)>(tile, packed, rows, narrow, logits); });
+  with_head(type, [&](auto multiplier) {
+    using Multiplier = decltype(multiplier);
+#if defined(__AVX512BF16__)
+    if (!narrow && type == HeadType::kBFloat16) {
+      const int stride = packed_dim<BFloat16Pairs>(tile.dim);
+      return multiply_quads(tile, reinterpret_cast<const uint16_t*>(packed), stride, rows, logits);
+    }
+#endif
+    multiply_tile<Multiplier>(tile, packed, rows, narrow, logits);
+  });
+  for (int n = 0; n < rows; n++) {
+    for (int i = tile.count; i < kExitTile; i++) logits[n * kExitTile + i] = -__builtin_inff();
+  }
 }
 
 static void round(HeadType type, float* y, int dim) {
@@ -233,9 +245,17 @@ static size_t packed_bytes(HeadType type, int dim) {
   });
 }
 
-static void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows) {
+static void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows, bool narrow) {
   with_head(type, [&](auto multiplier) {
     using Multiplier = decltype(multiplier);
+#if defined(__AVX512BF16__)
+    if (!narrow && type == HeadType::kBFloat16) {
+      const int stride = packed_dim<BFloat16Pairs>(dim);
+      return pack_quads(y, dim, stride, reinterpret_cast<uint16_t*>(packed), row, rows);
+    }
+#else
+    (void)narrow;
+#endif
     constexpr int kStep = Multiplier::kStep;
     const int first = row / kTogether * kTogether, together = min_of(kTogether, rows - first);
     const int whole = packed_dim<Multiplier>(dim);
@@ -249,6 +269,15 @@ static void pack(HeadType type, const float* y, int dim, char* packed, int row, 
 
 // Puts a logit where it belongs among the greatest ones. Entries come in ascending order, so equals stay behind.
 static SPECDEC_INLINE void list(float value, int32_t entry, int listed, ExitState& state) {
+#if defined(__AVX512F__)
+  (void)listed;
+  static_assert(kMostListed == kWidth, "");
+  const Vec values = load(state.value);
+  const __mmask16 ahead = _mm512_cmp_ps_mask(values, splat(value), _CMP_GE_OQ), others = ~(ahead + 1);
+  store(state.value, _mm512_mask_expand_ps(splat(value), others, values));
+  const __m512i entries = _mm512_loadu_si512(state.entry);
+  _mm512_storeu_si512(state.entry, _mm512_mask_expand_epi32(_mm512_set1_epi32(entry), others, entries));
+#else
   int at = listed - 1;
   for (; at > 0 && value > state.value[at - 1]; at--) {
     state.value[at] = state.value[at - 1];
@@ -256,41 +285,54 @@ static SPECDEC_INLINE void list(float value, int32_t entry, int listed, ExitStat
   }
   state.value[at] = value;
   state.entry[at] = entry;
+#endif
+}
+
+// Logits that are less than as many others as are listed: less than as many of the lanes' peaks.
+static SPECDEC_INLINE uint64_t below_the_greatest(const float* logits, Vec peaks, int listed) {
+  for (int i = 1; i < min_of(listed, kWidth); i++) peaks = keep_where_less(peaks, peaks, splat(greatest(peaks)));
+  const Vec bound = splat(listed > kWidth ? -__builtin_inff() : greatest(peaks));
+  uint64_t below = 0;
+  SPECDEC_UNROLL
+  for (int i = 0; i < kExitTile; i += kWidth) below |= uint64_t(lanes_above(bound, load(logits + i))) << i;
+  return below;
 }
 
 static void absorb(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int listed,
                    ExitState& state) {
   constexpr unsigned kAll = kWidth == 16 ? 0xffffu : 0xffu;
-  const Vec infinity = splat(__builtin_inff());
-  Vec top = splat(-__builtin_inff());
+  const Vec infinity = splat(__builtin_inff()), least = splat(state.value[listed - 1]);
+  Vec peaks = splat(-__builtin_inff());
   unsigned finite = kAll;
+  uint64_t greater = 0;
+  SPECDEC_UNROLL
   for (int i = 0; i < kExitTile; i += kWidth) {
     Vec z = load(logits + i);
     if (scales) z = z * load(scales + i);
     if (bias) z = z + load(bias + i);
     if (scales || bias) store(logits + i, z);
     finite &= lanes_above(infinity, z);
-    top = maximum(z, top);  // the second operand where the first is a NaN
+    greater |= uint64_t(lanes_above(z, least)) << i;
+    peaks = maximum(z, peaks);  // the second operand where the first is a NaN
   }
   if (finite != kAll) state.invalid = true;
-  const float peak = greatest(top);
-  if (peak > state.value[listed - 1]) {
-    for (int i = 0; i < kExitTile; i++) {
-      if (logits[i] > state.value[listed - 1]) list(logits[i], first_entry + i, listed, state);
-    }
+  if (!(state.value[listed - 1] > -__builtin_inff())) greater &= ~below_the_greatest(logits, peaks, listed);
+  const float before = state.value[0];
+  for (; greater; greater &= greater - 1) {
+    const int i = __builtin_ctzll(greater);
+    if (logits[i] > state.value[listed - 1]) list(logits[i], first_entry + i, listed, state);
   }
-  if (!(peak > -__builtin_inff())) return;
+  const float top = state.value[0];
+  if (!(top > -__builtin_inff())) return;
   constexpr float kLowestFall = -1e30f;  // 2 to the power of which is 0: -inf would make NaN of 0 * -inf
-  if (peak > state.max) {
-    if (state.sum > 0) {
-      const float fall = __builtin_fmaxf(state.max - peak, kLowestFall), decay = __builtin_exp2f(fall * factor);
-      state.log_sum = (state.log_sum + state.sum * fall) * decay;
-      state.sum *= decay;
-    }
-    state.max = peak;
+  if (top > before && state.sum > 0) {
+    const float fall = __builtin_fmaxf(before - top, kLowestFall), decay = __builtin_exp2f(fall * factor);
+    state.log_sum = (state.log_sum + state.sum * fall) * decay;
+    state.sum *= decay;
   }
-  const Vec max = splat(state.max), scale = splat(factor);
+  const Vec max = splat(top), scale = splat(factor);
   Vec sum = splat(0.0f), log_sum = splat(0.0f);
+  SPECDEC_UNROLL
   for (int i = 0; i < kExitTile; i += kWidth) {
     const Vec below = maximum(load(logits + i) - max, splat(kLowestFall));
     const Vec weight = exp2(below * scale);

@@ -48,7 +48,7 @@ static Rounding rounding_of(const float* y, int dim) {
 
 size_t packed_bytes(HeadType, int dim) { return kHeader + 2 * size_t(round_up(dim, kStep)); }
 
-void pack(HeadType type, const float* y, int dim, char* packed, int row, int) {
+void pack(HeadType type, const float* y, int dim, char* packed, int row, int, bool) {
   packed += row * packed_bytes(type, dim);
   const Rounding rounding = rounding_of(y, dim);
   Header header = {rounding.scale, 0, 0};

@@ -111,8 +111,7 @@ class LayerProduct {
         places_(places),
         type_(static_cast<HeadType>(p.dtype)),
         kernels_(exit_kernels(type_, p.dim, false)),
-        row_bytes_(kernels_.packed_bytes(type_, p.dim)),
-        packed_(row_bytes_ * places.size()),
+        packed_(kernels_, type_, p.dim, int(places.size()), places.size() <= kExitNarrowRows),
         width_(p.kv_heads * p.head_dim),
         results_(2 * places.size() * width_) {}
 
@@ -128,7 +127,7 @@ class LayerProduct {
     team.run(places_.size(), [&](int64_t n, int) {
       std::vector<float> y(p_.dim);
       kernels_.normalise(rows, places_[n].row, y.data());
-      kernels_.pack(type_, y.data(), p_.dim, packed_.data(), int(n), int(places_.size()));
+      packed_.set(int(n), y.data());
     });
     const int tiles = (width_ + kExitTile - 1) / kExitTile;
     team.run(2 * tiles, [&](int64_t at, int) {
@@ -140,26 +139,18 @@ class LayerProduct {
 
  private:
   void multiply(const void* weight, int first, float* results) {
-    alignas(64) float sums[kExitRowBlock * kExitTile];
-    const int count = std::min(kExitTile, width_ - first), rows = int(places_.size());
+    const int count = std::min(kExitTile, width_ - first);
     const int64_t offset = int64_t(first) * p_.dim * (type_ == HeadType::kFloat32 ? 4 : 2);
     const ExitTile tile = {static_cast<const char*>(weight) + offset, count, p_.dim, nullptr};
-    for (int begin = 0; begin < rows; begin += kExitRowBlock) {
-      const int some = std::min(kExitRowBlock, rows - begin);
-      const char* packed = packed_.data() + begin * row_bytes_;
-      kernels_.multiply(type_, tile, packed, some, rows <= kExitNarrowRows, sums);
-      for (int n = 0; n < some; n++) {
-        std::copy_n(sums + n * kExitTile, count, results + int64_t(begin + n) * width_ + first);
-      }
-    }
+    packed_.multiply(
+        tile, [&](int row, const float* sums) { std::copy_n(sums, count, results + int64_t(row) * width_ + first); });
   }
 
   const KvPropagateParams& p_;
   const std::vector<Place>& places_;
   const HeadType type_;
   const ExitKernels kernels_;
-  const size_t row_bytes_;
-  AlignedBytes packed_;
+  PackedRows packed_;
   const int width_;
   std::vector<float> results_;
 };

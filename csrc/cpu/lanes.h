@@ -52,6 +52,9 @@ static SPECDEC_INLINE void interleave(Bits (&v)[4]) {
 }
 static SPECDEC_INLINE Vec to_float(Bits x) { return _mm512_cvtepu32_ps(x); }
 
+static SPECDEC_INLINE float greatest(Vec v) { return _mm512_reduce_max_ps(v); }
+static SPECDEC_INLINE float total(Vec v) { return _mm512_reduce_add_ps(v); }
+
 #elif defined(__AVX2__)
 
 using Bits = __m256i;
@@ -107,6 +110,17 @@ static SPECDEC_INLINE Vec to_float(Bits x) {
   return fma(high, splat(65536.0f), _mm256_cvtepi32_ps(_mm256_and_si256(x, _mm256_set1_epi32(0xffff))));
 }
 
+static SPECDEC_INLINE float greatest(Vec v) {
+  const __m128 four = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+}
+static SPECDEC_INLINE float total(Vec v) {
+  const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+}
+
 #else
 
 typedef uint32_t Bits __attribute__((vector_size(32)));
@@ -155,22 +169,18 @@ static SPECDEC_INLINE Vec to_float(Bits x) {
          __builtin_convertvector((VecInt)(x & 0xffff), Vec);
 }
 
-#endif
-
 static SPECDEC_INLINE float greatest(Vec v) {
-  alignas(64) float lane[kWidth];
-  store(lane, v);
-  float top = lane[0];
-  for (int i = 1; i < kWidth; i++) top = lane[i] > top ? lane[i] : top;
+  float top = v[0];
+  for (int i = 1; i < kWidth; i++) top = v[i] > top ? v[i] : top;
   return top;
 }
 static SPECDEC_INLINE float total(Vec v) {
-  alignas(64) float lane[kWidth];
-  store(lane, v);
   for (int half = kWidth / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; i++) lane[i] += lane[i + half];
-  return lane[0];
+    for (int i = 0; i < half; i++) v[i] += v[i + half];
+  return v[0];
 }
+
+#endif
 
 // The uniforms of 4 * kWidth neighbouring tokens from `token` on, a multiple of 4.
 static SPECDEC_INLINE void race_uniforms(const NoiseKey& key, int32_t token, Vec (&uniform)[4]) {

@@ -127,9 +127,8 @@ class Screen {
         rows_(rows),
         chunks_((int64_t(p_.vocab) + kExitChunk - 1) / kExitChunk),
         stride_(chunks_ * kExitChunk),
-        full_bytes_(full_.packed_bytes(p_.head_type, p_.dim)),
-        full_packed_(full_bytes_ * rows),
-        small_packed_(small_.packed_bytes(HeadType::kInt8, p_.dim) * rows),
+        full_packed_(rows, PackedRows(full_, p_.head_type, p_.dim, 1, exit_narrow(p_))),
+        small_packed_(small_, HeadType::kInt8, p_.dim, rows, exit_narrow(p_)),
         lengths_(rows),
         bounds_(rows),
         approximate_(stride_ * rows),
@@ -166,9 +165,9 @@ class Screen {
   void prepare(int row) {
     std::vector<float> y(p_.dim);
     full_.normalise(p_, first_row_ + row, y.data());
-    full_.pack(p_.head_type, y.data(), p_.dim, full_packed_.data() + row * full_bytes_, 0, 1);
+    full_packed_[row].set(0, y.data());
     full_.round(p_.head_type, y.data(), p_.dim);
-    small_.pack(HeadType::kInt8, y.data(), p_.dim, small_packed_.data(), row, rows_);
+    small_packed_.set(row, y.data());
     double squares = 0, rounding = 0;
     for (float value : y) squares += double(value) * value;
 #ifdef SPECDEC_HAVE_AVX512_VNNI
@@ -193,18 +192,17 @@ class Screen {
 
   // The approximate logits of a chunk, and their greatest lower bounds. The length that no entry of the head exceeds.
   float approximate(int64_t chunk) {
-    alignas(64) float logits[kExitRowBlock * kExitTile], padded[2][kExitChunk];
+    alignas(64) float padded[2][kExitChunk];
     const int64_t begin = chunk * kExitChunk, end = std::min<int64_t>(begin + kExitChunk, p_.vocab);
     for (int64_t first = begin; first < end; first += kExitTile) {
       const int count = int(std::min<int64_t>(kExitTile, end - first));
       const ExitTile tile = {s_.values + first * p_.dim, count, p_.dim, nullptr};
-      small_.multiply(HeadType::kInt8, tile, small_packed_.data(), rows_, exit_narrow(p_), logits);
-      for (int row = 0; row < rows_; row++) {
+      small_packed_.multiply(tile, [&](int row, const float* logits) {
         float* to = &approximate_[row * stride_ + first];
-        const float *from = logits + row * kExitTile, *scales = s_.scales + first;
-        for (int i = 0; i < count; i++) to[i] = from[i] * scales[i];
+        const float* scales = s_.scales + first;
+        for (int i = 0; i < count; i++) to[i] = logits[i] * scales[i];
         for (int i = 0; p_.bias && i < count; i++) to[i] += p_.bias[first + i];
-      }
+      });
     }
     const float* error_norms = part(s_.error_norms, chunk, padded[0]);
     const float* norms = part(s_.norms, chunk, padded[1]);
@@ -261,14 +259,14 @@ class Screen {
     std::vector<float> z(entries.size());
     const int64_t tiles = (int64_t(entries.size()) + kExitTile - 1) / kExitTile;
     (tiles < kLeastShared ? Team(1) : team).run(tiles, [&](int64_t at, int) {
-      alignas(64) float logits[kExitTile];
       const int64_t first = at * kExitTile;
       const int count = int(std::min<int64_t>(kExitTile, int64_t(entries.size()) - first));
       const ExitTile tile = {p_.head, count, p_.dim, &entries[first]};
-      full_.multiply(p_.head_type, tile, full_packed_.data() + row * full_bytes_, 1, exit_narrow(p_), logits);
-      for (int i = 0; i < count; i++) {
-        z[first + i] = p_.bias ? logits[i] + p_.bias[entries[first + i]] : logits[i];
-      }
+      full_packed_[row].multiply(tile, [&](int, const float* logits) {
+        for (int i = 0; i < count; i++) {
+          z[first + i] = p_.bias ? logits[i] + p_.bias[entries[first + i]] : logits[i];
+        }
+      });
     });
     return z;
   }
@@ -382,8 +380,8 @@ class Screen {
   const ScreenKernels& looks_;
   const int first_row_, rows_;
   const int64_t chunks_, stride_;
-  const size_t full_bytes_;
-  AlignedBytes full_packed_, small_packed_;
+  std::vector<PackedRows> full_packed_;  // of one row each
+  PackedRows small_packed_;
   std::vector<double> lengths_;
   std::vector<ScreenBound> bounds_;
   std::vector<float> approximate_;
