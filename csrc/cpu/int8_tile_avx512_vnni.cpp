@@ -4,9 +4,10 @@
 // multiplies unsigned bytes with signed ones, so the head takes the unsigned side: (w + 128) is w with its top bit
 // turned over, and 128 * sum(high), 128 * sum(low) are taken off in the end. No sum can leave 32 bits up to a dim of
 // 65,536. Eight dot products of two limbs are sixteen sums, as many as are reduced together; with one hidden row they
-// are eight rows of the head. The head is read once, in order.
+// are eight rows of the head. The head is read once, each of those rows from a stream of its own (cpu/head_streams.h).
 #define SPECDEC_ISA avx512_vnni
 #include "cpu/exit_kernels.h"
+#include "cpu/head_streams.h"
 #include "cpu/simd.h"
 
 namespace specdec::avx512_vnni {
@@ -15,8 +16,6 @@ constexpr int kStep = 64;               // bytes of a vector
 constexpr int kTogether = 8;            // dot products that are reduced together
 constexpr int kMost = 127 * 256 + 127;  // of a limb pair
 constexpr int kHeader = 64;             // bytes before the limbs
-constexpr int kAheadBytes = 6144;       // at least so far ahead, in whole groups of its rows, the head is fetched
-static_assert(kExitTile % kTogether == 0, "");
 
 // The head of a packed row. Then, for every 64 dims, 64 high limbs and 64 low ones, zeros past the dim.
 struct Header {
@@ -94,35 +93,48 @@ static SPECDEC_INLINE __m512i integer_sums(const __m512i (&v)[16]) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(low, high, 0x88), _mm512_shuffle_i32x4(low, high, 0xdd));
 }
 
-// 8 / kRows rows of the head times kRows hidden rows: lane slot * kRows + row, the low limbs 8 lanes further.
+// Adds the products of kStep dims, from d on; those outside the mask are not read.
+template <int kRows>
+static SPECDEC_INLINE void add_step(const int8_t* const (&head)[kTogether / kRows], const int8_t* const (&limbs)[kRows],
+                                    int d, __mmask64 inside, __m512i (&sum)[2 * kTogether]) {
+  const __m512i flip = _mm512_set1_epi8(-128);
+  __m512i high[kRows], low[kRows];
+  SPECDEC_UNROLL
+  for (int n = 0; n < kRows; n++) {
+    high[n] = _mm512_loadu_si512(limbs[n] + 2 * d);
+    low[n] = _mm512_loadu_si512(limbs[n] + 2 * d + kStep);
+  }
+  SPECDEC_UNROLL
+  for (int k = 0; k < kTogether / kRows; k++) {
+    const auto* at = head[k] + d;
+    const bool whole = inside == ~__mmask64(0);
+    const __m512i row = _mm512_xor_si512(whole ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(inside, at), flip);
+    SPECDEC_UNROLL
+    for (int n = 0; n < kRows; n++) {
+      const int i = k * kRows + n;
+      sum[i] = _mm512_dpbusd_epi32(sum[i], row, high[n]);
+      sum[kTogether + i] = _mm512_dpbusd_epi32(sum[kTogether + i], row, low[n]);
+    }
+  }
+}
+
+// 8 / kRows rows of the head times kRows hidden rows: lane slot * kRows + row, the low limbs 8 lanes further. `ahead`
+// bytes from here are fetched, unless it is 0.
 template <int kRows>
 static SPECDEC_INLINE __m512i dots(const int8_t* const (&head)[kTogether / kRows], const int8_t* const (&limbs)[kRows],
                                    int dim, int64_t ahead) {
-  constexpr int kSlots = kTogether / kRows;
-  const __m512i flip = _mm512_set1_epi8(-128);
   __m512i sum[2 * kTogether];
   SPECDEC_UNROLL
   for (int i = 0; i < 2 * kTogether; i++) sum[i] = _mm512_setzero_si512();
-  for (int d = 0; d < dim; d += kStep) {
-    const __mmask64 inside = dim - d >= kStep ? ~__mmask64(0) : (__mmask64(1) << (dim - d)) - 1;
-    __m512i high[kRows], low[kRows];
+  int d = 0;
+  for (; d + kStep <= dim; d += kStep) {
     SPECDEC_UNROLL
-    for (int n = 0; n < kRows; n++) {
-      high[n] = _mm512_loadu_si512(limbs[n] + 2 * d);
-      low[n] = _mm512_loadu_si512(limbs[n] + 2 * d + kStep);
-    }
-    SPECDEC_UNROLL
-    for (int k = 0; k < kSlots; k++) {
+    for (int k = 0; k < kTogether / kRows; k++) {
       if (ahead) __builtin_prefetch(head[k] + d + ahead, 0, 2);
-      const __m512i row = _mm512_xor_si512(_mm512_maskz_loadu_epi8(inside, head[k] + d), flip);
-      SPECDEC_UNROLL
-      for (int n = 0; n < kRows; n++) {
-        const int at = k * kRows + n;
-        sum[at] = _mm512_dpbusd_epi32(sum[at], row, high[n]);
-        sum[kTogether + at] = _mm512_dpbusd_epi32(sum[kTogether + at], row, low[n]);
-      }
     }
+    add_step<kRows>(head, limbs, d, ~__mmask64(0), sum);
   }
+  if (d < dim) add_step<kRows>(head, limbs, d, (__mmask64(1) << (dim - d)) - 1, sum);
   return integer_sums(sum);
 }
 
@@ -155,26 +167,19 @@ static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stri
   for (int n = 0; n < kRows; n++) {
     limbs[n] = reinterpret_cast<const int8_t*>(packed + min_of(n, rows - 1) * stride + kHeader);
   }
-  for (int slot = 0; slot < tile.count; slot += kSlots) {
+  const HeadStreams<kSlots> streams(tile, tile.dim);
+  for (int place = 0; place < streams.length; place++) {
     for (int k = 0; k < kSlots; k++) {
-      const int at = min_of(slot + k, tile.count - 1);
+      const int at = streams.row(k, place);
       head[k] = static_cast<const int8_t*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
     }
-    const __m512i sums =
-        dots<kRows>(head, limbs, tile.dim, fetch ? int64_t(round_up(kAheadBytes, kSlots * tile.dim)) : 0);
+    const __m512i sums = dots<kRows>(head, limbs, tile.dim, fetch ? int64_t(streams.ahead(place)) * tile.dim : 0);
     const __m512 parts = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, finish.too_much));
     const __m256 high = _mm512_castps512_ps256(parts), low = _mm512_extractf32x8_ps(parts, 1);
     const __m256 products = _mm256_mul_ps(_mm256_fmadd_ps(_mm256_set1_ps(256.0f), high, low), finish.scales);
-    if (kRows == 1) {
-      _mm256_storeu_ps(logits + slot, products);
-      continue;
-    }
     alignas(32) float by_slot[kTogether];
     _mm256_store_ps(by_slot, products);
-    for (int n = 0; n < rows; n++) {
-      SPECDEC_UNROLL
-      for (int k = 0; k < kSlots; k++) logits[n * kExitTile + slot + k] = by_slot[k * kRows + n];
-    }
+    for (int n = 0; n < rows; n++) streams.scatter(by_slot + n, kRows, place, logits + n * kExitTile, false);
   }
 }
 

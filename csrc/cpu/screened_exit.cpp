@@ -39,13 +39,14 @@ namespace specdec {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kFloatRoom = 1e-4;    // relative
-constexpr double kOutward = 1 + 1e-6;  // for the rounding of the bound itself
-constexpr double kGreatest = 1e30;     // above this product of lengths a sum might overflow
-constexpr int kLeastLimit = 64;        // entries that may always be rechecked
-constexpr int kLeastShared = 4;        // tiles to recheck for which other threads are woken
-constexpr float kDeepest = 12;         // below the best, of what may be rechecked
-constexpr float kDepths[] = {-1, 1, 2, 3, 4.5f, 6, 8, 10, kDeepest};  // of what is; -1: candidates alone
+constexpr double kFloatRoom = 1e-4;       // relative
+constexpr double kOutward = 1 + 1e-6;     // for the rounding of the bound itself
+constexpr double kGreatest = 1e30;        // above this product of lengths a sum might overflow
+constexpr int kLeastLimit = 64;           // entries that may always be rechecked
+constexpr int kLeastShared = 4;           // tiles to recheck for which other threads are woken
+constexpr float kCandidates = -1;         // a depth below the best, of what is rechecked: candidates alone
+constexpr float kDeepest[] = {6.5f, 12};  // that are looked at: few rows need the second
+constexpr float kFinest = 0.25f;          // difference of depths that is made
 
 struct Interval {
   double low, high;
@@ -161,6 +162,10 @@ class Screen {
     std::vector<float> approximate, error_norms, norms;
     ScreenTail far{};
   };
+  struct Choice {  // what is rechecked of them, as ascending places there, and the tail of all others
+    std::vector<int32_t> places;
+    ScreenTail tail;
+  };
 
   void prepare(int row) {
     std::vector<float> y(p_.dim);
@@ -246,16 +251,48 @@ class Screen {
     return near;
   }
 
-  // Places in `near` that are not in the tail, ascending; the others are added to it.
-  std::vector<int32_t> choose(const Near& near, const ScreenScan& scan, ScreenTail& tail) const {
-    std::vector<int32_t> chosen(near.entries.size());
-    chosen.resize(looks_.scan(near.approximate.data(), near.error_norms.data(), near.norms.data(),
-                              int(near.approximate.size()), scan, 0, chosen.data(), tail));
-    return chosen;
+  Choice choose(const Near& near, ScreenScan scan, float depth) const {
+    scan.deep = depth == kCandidates ? kInfinity : scan.reference - depth * scan.temperature;
+    Choice choice = {std::vector<int32_t>(near.entries.size()), near.far};
+    choice.places.resize(looks_.scan(near.approximate.data(), near.error_norms.data(), near.norms.data(),
+                                     int(near.approximate.size()), scan, 0, choice.places.data(), choice.tail));
+    return choice;
+  }
+
+  // The figures that come of logits of what was chosen, the greatest of them first and second.
+  Figures figures(int row, const Choice& choice, const ScreenScan& scan, const std::vector<float>& z, float first,
+                  float second) const {
+    const double spread = lengths_[row] * *s_.error_gain / scan.temperature * kOutward;
+    return figures_of(z, first, second, choice.tail, scan.reference, scan.temperature, spread);
+  }
+
+  // Whether a recheck should settle the row: judged by the approximations, before it is paid for.
+  bool promises(int row, const Near& near, const ScreenScan& scan, float depth) const {
+    const Choice choice = choose(near, scan, depth);
+    std::vector<float> guess;
+    float first = -kInfinity, second = -kInfinity;
+    for (int32_t place : choice.places) {
+      guess.push_back(near.approximate[place]);
+      second = std::max(second, std::min(first, guess.back()));
+      first = std::max(first, guess.back());
+    }
+    return settled(first_row_ + row, figures(row, choice, scan, guess, std::max(first, scan.reference), second));
+  }
+
+  // The least depth that promises to settle the row, or the deepest.
+  float promising_depth(int row, const Near& near, const ScreenScan& scan, float deepest) const {
+    if (promises(row, near, scan, kCandidates)) return kCandidates;
+    float low = 0, high = deepest;
+    for (float depth = deepest; high - low > kFinest; depth = (low + high) / 2) {
+      const bool enough = promises(row, near, scan, depth);
+      if (depth == deepest && !enough) break;
+      (enough ? high : low) = depth;
+    }
+    return high;
   }
 
   // The logits of these entries as exit_confidence has them.
-  std::vector<float> recheck(int row, const std::vector<int32_t>& entries, const Team& team) {
+  std::vector<float> logits_of(int row, const std::vector<int32_t>& entries, const Team& team) {
     std::vector<float> z(entries.size());
     const int64_t tiles = (int64_t(entries.size()) + kExitTile - 1) / kExitTile;
     (tiles < kLeastShared ? Team(1) : team).run(tiles, [&](int64_t at, int) {
@@ -281,9 +318,8 @@ class Screen {
     return p_.measure == ExitMeasure::kNone || bounds.low > limit || bounds.high < limit;
   }
 
-  // Writes a row, or gives it up.
-  bool answer(int row, const Team& team) {
-    float lower[kMostListed];
+  // Lower bounds of as many of the greatest logits as are listed. False where they cannot be trusted.
+  bool lower_bounds(int row, float* lower) const {
     std::fill(lower, lower + kMostListed, -kInfinity);
     for (int64_t chunk = 0; chunk < chunks_; chunk++) {
       const Found& found = found_[row * chunks_ + chunk];
@@ -293,39 +329,53 @@ class Screen {
         insert(found.lower[i], lower);
       }
     }
-    if (!(lower[0] > -kInfinity)) return false;
-    const float temperature = exit_temperature(p_, first_row_ + row);
-    const double spread = lengths_[row] * *s_.error_gain / temperature * kOutward;
-    const size_t limit = std::max<size_t>(kLeastLimit, p_.vocab / 8);
-    ScreenScan scan = {bounds_[row], lower[0], lower[listed() - 1], lower[0] - kDeepest * temperature, temperature};
-    const Near near = look(row, scan);
-    int32_t reads = 0;
-    for (float depth : kDepths) {
-      scan.deep = depth > 0 ? lower[0] - depth * temperature : kInfinity;
-      ScreenTail tail = near.far;
-      const std::vector<int32_t> chosen = choose(near, scan, tail);
-      if (chosen.empty() || chosen.size() > limit) return false;
-      const auto figures = [&](const std::vector<float>& z, float first, float second) {
-        return figures_of(z, first, second, tail, lower[0], temperature, spread);
-      };
-      if (depth != kDeepest) {  // what would come out of it, before it is paid for
-        std::vector<float> guess(chosen.size());
-        for (size_t i = 0; i < guess.size(); i++) guess[i] = near.approximate[chosen[i]];
-        std::vector<float> best = guess;
-        std::partial_sort(best.begin(), best.begin() + std::min<size_t>(2, best.size()), best.end(), std::greater<>());
-        const float first = std::max(best[0], lower[0]);
-        if (!settled(first_row_ + row, figures(guess, first, best.size() > 1 ? best[1] : -kInfinity))) continue;
+    return lower[0] > -kInfinity;
+  }
+
+  // Puts the logits of a choice in place of those of the last one, which is part of it. Returns how many were read.
+  int recheck(int row, const Near& near, const Choice& choice, Choice& last, std::vector<float>& z, const Team& team) {
+    std::vector<int32_t> entries;
+    std::vector<size_t> unread;
+    std::vector<float> all(choice.places.size());
+    for (size_t i = 0, known = 0; i < all.size(); i++) {
+      if (known < z.size() && last.places[known] == choice.places[i]) {
+        all[i] = z[known++];
+      } else {
+        entries.push_back(near.entries[choice.places[i]]);
+        unread.push_back(i);
       }
-      std::vector<int32_t> entries(chosen.size());
-      for (size_t i = 0; i < entries.size(); i++) entries[i] = near.entries[chosen[i]];
-      const std::vector<float> z = recheck(row, entries, team);
-      reads += int32_t(entries.size());
-      ExitState best = best_of(z, entries);
-      const Figures f = figures(z, best.value[0], best.value[1]);
-      if (!settled(first_row_ + row, f)) continue;
-      write(first_row_ + row, best, f, temperature);
-      s_.rechecked[first_row_ + row] = reads;
-      return true;
+    }
+    const std::vector<float> read = logits_of(row, entries, team);
+    for (size_t i = 0; i < read.size(); i++) all[unread[i]] = read[i];
+    last = choice;
+    z = all;
+    return int(read.size());
+  }
+
+  // Writes a row, or gives it up.
+  bool answer(int row, const Team& team) {
+    float lower[kMostListed];
+    if (!lower_bounds(row, lower)) return false;
+    const float temperature = exit_temperature(p_, first_row_ + row);
+    const size_t limit = std::max<size_t>(kLeastLimit, p_.vocab / 8);
+    int32_t reads = 0;
+    for (float deepest : kDeepest) {
+      const ScreenScan scan = {bounds_[row], lower[0], lower[listed() - 1], lower[0] - deepest * temperature,
+                               temperature};
+      const Near near = look(row, scan);
+      Choice last;
+      std::vector<float> z;
+      for (float depth = promising_depth(row, near, scan, deepest); depth <= deepest; depth += 2 * kFinest) {
+        const Choice choice = choose(near, scan, depth);
+        if (choice.places.empty() || choice.places.size() > limit) return false;
+        reads += recheck(row, near, choice, last, z, team);
+        const ExitState best = best_of(z, near, choice);
+        const Figures f = figures(row, choice, scan, z, best.value[0], best.value[1]);
+        if (!settled(first_row_ + row, f)) continue;
+        write(first_row_ + row, best, f, temperature);
+        s_.rechecked[first_row_ + row] = reads;
+        return true;
+      }
     }
     return false;
   }
@@ -336,8 +386,8 @@ class Screen {
     lower[at] = value;
   }
 
-  // The greatest of ascending entries; equals stay in their order.
-  ExitState best_of(const std::vector<float>& z, const std::vector<int32_t>& entries) const {
+  // The greatest of what was chosen; equals stay in their order.
+  ExitState best_of(const std::vector<float>& z, const Near& near, const Choice& choice) const {
     ExitState best{};
     std::fill(best.value, best.value + kMostListed, -kInfinity);
     std::fill(best.entry, best.entry + kMostListed, -1);
@@ -350,7 +400,7 @@ class Screen {
         best.entry[at] = best.entry[at - 1];
       }
       best.value[at] = z[i];
-      best.entry[at] = entries[i];
+      best.entry[at] = near.entries[choice.places[i]];
     }
     return best;
   }

@@ -26,12 +26,12 @@ constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
 
 template <class T>
-static SPECDEC_INLINE T min_of(T a, T b) {
+static constexpr SPECDEC_INLINE T min_of(T a, T b) {
   return a < b ? a : b;
 }
 
 template <class T>
-static SPECDEC_INLINE T max_of(T a, T b) {
+static constexpr SPECDEC_INLINE T max_of(T a, T b) {
   return a > b ? a : b;
 }
 
