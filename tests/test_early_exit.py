@@ -205,10 +205,11 @@ def test_a_row_does_not_depend_on_the_others(target, dtype):
         assert torch.equal(getattr(shuffled, name), getattr(together, name)[order])
 
 
-@pytest.mark.parametrize("rows", [9, 12, 13, 20, 24, 33, 59, 60, 61, 73])
+@pytest.mark.parametrize("rows", [3, 5, 8, 9, 12, 13, 24, 33, 59, 60, 61, 73])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_dims_and_vocabularies_that_fill_no_vector(rows, dtype):
-    """Many rows on the CPU: right figures, the same as among fewer rows, and nothing read beside the head."""
+    """Several rows on the CPU: right figures, the same as among fewer rows, and nothing read beside the head."""
+    fewer = 3 if rows <= 8 else 9  # sums are the same for calls with up to 8 rows, and for all others
     for dim, vocab in ((7, 9), (33, 65), (40, 130), (100, 7), (4096 + 35, 19)):
         case = make_case(rows, dim, vocab, dtype)
         memory = torch.full((case.head.numel() + 256,), float("inf"), dtype=dtype)
@@ -218,7 +219,7 @@ def test_rows_dims_and_vocabularies_that_fill_no_vector(rows, dtype):
         theirs = (case.plain()[3] - exact.logsumexp).abs().max()
         rounding = 4 * torch.finfo(torch.float32).eps * (1 + exact.logsumexp.abs().max())
         assert (got.logsumexp - exact.logsumexp).abs().max() <= 2 * theirs + rounding
-        assert torch.equal(case.first(9).run("cpu").logsumexp, got.logsumexp[:9])
+        assert torch.equal(case.first(fewer).run("cpu").logsumexp, got.logsumexp[:fewer])
 
 
 def test_strided_rows_and_results_in_place(target):

@@ -20,21 +20,21 @@ struct AlignedBytes {
 // `may_round`: hidden rows may be rounded to 16 bits before an int8 head, where that is faster.
 ExitKernels exit_kernels(HeadType type, int dim, bool may_round);
 
-// Hidden rows in the form in which they are multiplied. They are `narrow` where the call has few of them.
+// Some of a call's hidden rows in the form in which they are multiplied, which depends on how many the call has.
 class PackedRows {
  public:
-  PackedRows(const ExitKernels& kernels, HeadType type, int dim, int rows, bool narrow)
+  PackedRows(const ExitKernels& kernels, HeadType type, int dim, int rows, int call_rows)
       : kernels_(kernels),
         type_(type),
         dim_(dim),
         rows_(rows),
-        narrow_(narrow),
+        call_rows_(call_rows),
         row_bytes_(kernels.packed_bytes(type, dim)),
         packed_(row_bytes_ * ((rows + kExitTogether - 1) / kExitTogether * kExitTogether)) {}
 
   int rows() const { return rows_; }
 
-  void set(int row, const float* y) { kernels_.pack(type_, y, dim_, packed_.data(), row, rows_, narrow_); }
+  void set(int row, const float* y) { kernels_.pack(type_, y, dim_, packed_.data(), row, rows_, call_rows_); }
 
   // Calls take(row, logits [kExitTile]) for each row with its products with a tile of the head.
   template <class Take>
@@ -42,7 +42,7 @@ class PackedRows {
     alignas(64) float logits[kExitRowBlock * kExitTile];
     for (int first = 0; first < rows_; first += kExitRowBlock) {
       const int some = rows_ - first < kExitRowBlock ? rows_ - first : kExitRowBlock;
-      kernels_.multiply(type_, tile, packed_.data() + first * row_bytes_, some, narrow_, logits);
+      kernels_.multiply(type_, tile, packed_.data() + first * row_bytes_, some, call_rows_, logits);
       for (int n = 0; n < some; n++) take(first + n, logits + n * kExitTile);
     }
   }
@@ -50,15 +50,13 @@ class PackedRows {
  private:
   const ExitKernels kernels_;
   const HeadType type_;
-  const int dim_, rows_;
-  const bool narrow_;
+  const int dim_, rows_, call_rows_;
   const size_t row_bytes_;
   AlignedBytes packed_;
 };
 
 Team exit_team(const ExitParams& p, int threads);
 
-inline bool exit_narrow(const ExitParams& p) { return p.rows <= kExitNarrowRows; }
 inline float exit_temperature(const ExitParams& p, int row) {
   return p.temperatures ? p.temperatures[row] : p.temperature;
 }

@@ -40,7 +40,7 @@ class Call {
         rows_(rows),
         kernels_(exit_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
         listed_(std::max(2, p.top_k)),
-        packed_(kernels_, p.head_type, p.dim, int(rows.size()), exit_narrow(p)) {
+        packed_(kernels_, p.head_type, p.dim, int(rows.size()), p.rows) {
     team.run(rows_.size(), [&](int64_t n, int) {
       std::vector<float> y(p_.dim);
       kernels_.normalise(p_, rows_[n], y.data());

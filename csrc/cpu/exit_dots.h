@@ -9,7 +9,7 @@
 // is read from its beginning to its end. With more, the dim is cut where a group's rows would not fit in the
 // first-level cache.
 //
-// The order of a dot product's sum depends on the dim and on `narrow` alone.
+// The order of a dot product's sum depends on the dim and on the number of rows of the call alone.
 #pragma once
 
 #include "cpu/exit_kernels.h"
@@ -98,6 +98,7 @@ static SPECDEC_INLINE int packed_dim(int dim) {
   return round_up(dim, max_of(kLine, Multiplier::kStep));
 }
 
+constexpr int kNarrowRows = 8;      // up to here memory is what all wait for, and the dim is not cut
 constexpr int kTogether = 4;        // hidden rows that are packed and multiplied together
 constexpr int kBlockBytes = 8192;   // of a head's row, where the dim is cut
 constexpr int kFloat32Block = 512;  // elements: longer sums of float32 products would round more than PyTorch's do
@@ -152,32 +153,12 @@ static SPECDEC_INLINE Vec dots(const typename Multiplier::Element* const (&head)
   return sums(all);
 }
 
-// A row of the head from each stream, and their last, partial steps, which must not be read beyond the rows' ends.
-template <class Multiplier, int kSlots>
-struct HeadGroup {
-  using Element = typename Multiplier::Element;
-  const Element *row[kSlots], *rest[kSlots];
-  Element padded[kSlots][Multiplier::kStep];
-  int whole;  // dims in whole steps
-  int64_t ahead;
-
-  HeadGroup(const ExitTile& tile, const HeadStreams<kSlots>& streams, int place) {
-    whole = tile.dim / Multiplier::kStep * Multiplier::kStep;
-    ahead = int64_t(streams.ahead(place)) * tile.dim;
-    for (int k = 0; k < kSlots; k++) {
-      const int at = streams.row(k, place);
-      row[k] = static_cast<const Element*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
-      if (whole == tile.dim) continue;
-      __builtin_memset(padded[k], 0, sizeof(padded[k]));
-      __builtin_memcpy(padded[k], row[k] + whole, (tile.dim - whole) * sizeof(Element));
-      rest[k] = padded[k] - whole;
-    }
-  }
-};
-
 // A group of the head times one of hidden rows over a part of the dim: lanes as above.
+template <class Multiplier, int kSlots>
+using DotGroup = HeadGroup<typename Multiplier::Element, kSlots, Multiplier::kStep>;
+
 template <class Multiplier, int kSlots, int kRows, bool kFetch>
-static SPECDEC_INLINE Vec dots_of_group(const HeadGroup<Multiplier, kSlots>& head,
+static SPECDEC_INLINE Vec dots_of_group(const DotGroup<Multiplier, kSlots>& head,
                                         const typename Multiplier::Hidden* hidden, int begin, int end) {
   const int whole = min_of(end, head.whole);
   Vec sum = splat(0.0f);
@@ -187,7 +168,7 @@ static SPECDEC_INLINE Vec dots_of_group(const HeadGroup<Multiplier, kSlots>& hea
 }
 
 template <class Multiplier, int kSlots, bool kFetch>
-static SPECDEC_INLINE Vec dots_of_rows(const HeadGroup<Multiplier, kSlots>& head,
+static SPECDEC_INLINE Vec dots_of_rows(const DotGroup<Multiplier, kSlots>& head,
                                        const typename Multiplier::Hidden* hidden, int rows, int begin, int end) {
   constexpr int kMost = min_of(kTogether, kWidth / kSlots);
   if (rows == 1) return dots_of_group<Multiplier, kSlots, 1, kFetch>(head, hidden, begin, end);
@@ -198,16 +179,16 @@ static SPECDEC_INLINE Vec dots_of_rows(const HeadGroup<Multiplier, kSlots>& head
 
 // Up to kWidth / kSlots hidden rows, or any number where that is kTogether.
 template <class Multiplier, int kSlots>
-static void multiply_tile(const ExitTile& tile, const typename Multiplier::Hidden* hidden, int rows, bool narrow,
+static void multiply_tile(const ExitTile& tile, const typename Multiplier::Hidden* hidden, int rows, int call_rows,
                           float* logits) {
   constexpr int kSize = int(sizeof(typename Multiplier::Element));
   const HeadStreams<kSlots> streams(tile, tile.dim * kSize);
   const int64_t stride = packed_dim<Multiplier>(tile.dim);
-  const int block = narrow ? tile.dim : kSize == 4 ? kFloat32Block : kBlockBytes / kSize;
+  const int block = call_rows <= kNarrowRows ? tile.dim : kSize == 4 ? kFloat32Block : kBlockBytes / kSize;
   for (int begin = 0; begin < tile.dim; begin += block) {
     const int end = min_of(begin + block, tile.dim);
     for (int place = 0; place < streams.length; place++) {
-      const HeadGroup<Multiplier, kSlots> head(tile, streams, place);
+      const DotGroup<Multiplier, kSlots> head(tile, streams, place);
       for (int row = 0; row < rows; row += kTogether) {
         const int some = min_of(kTogether, rows - row);
         const auto* group = hidden + row * stride;
@@ -225,11 +206,11 @@ static void multiply_tile(const ExitTile& tile, const typename Multiplier::Hidde
 
 // The more streams of the head, the fewer hidden rows: as many products as a vector has lanes.
 template <class Multiplier>
-static void multiply_rows(const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits) {
+static void multiply_rows(const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits) {
   const auto* hidden = reinterpret_cast<const typename Multiplier::Hidden*>(packed);
-  if (rows == 1) return multiply_tile<Multiplier, 8>(tile, hidden, rows, narrow, logits);
-  if (rows == 2) return multiply_tile<Multiplier, kWidth / 2>(tile, hidden, rows, narrow, logits);
-  multiply_tile<Multiplier, kWidth / 4>(tile, hidden, rows, narrow, logits);
+  if (rows == 1) return multiply_tile<Multiplier, 8>(tile, hidden, rows, call_rows, logits);
+  if (rows == 2) return multiply_tile<Multiplier, kWidth / 2>(tile, hidden, rows, call_rows, logits);
+  multiply_tile<Multiplier, kWidth / 4>(tile, hidden, rows, call_rows, logits);
 }
 
 }  // namespace specdec::SPECDEC_ISA

@@ -9,10 +9,9 @@
 
 namespace specdec {
 
-constexpr int kExitTile = 64;       // rows of the head whose logits are made at once
-constexpr int kExitRowBlock = 60;   // hidden rows that are multiplied with a tile before the next ones
-constexpr int kExitTogether = 4;    // packed rows have room for a multiple of so many
-constexpr int kExitNarrowRows = 8;  // up to here the head is read strictly in order: memory is all that counts
+constexpr int kExitTile = 64;      // rows of the head whose logits are made at once
+constexpr int kExitRowBlock = 60;  // hidden rows that are multiplied with a tile before the next ones
+constexpr int kExitTogether = 4;   // packed rows have room for a multiple of so many
 
 // What a row knows of the part of the vocabulary that it has seen. Values are logits before the temperature.
 struct ExitState {
@@ -37,13 +36,13 @@ struct ExitKernels {
   void (*normalise)(const ExitParams& p, int row, float* y);
   // Bytes of a packed row.
   size_t (*packed_bytes)(HeadType type, int dim);
-  // Puts y among `rows` packed rows. They may be multiplied together, or cut into pieces of kExitRowBlock. `narrow`
-  // decides their order, and that of the sums in multiply: it is the same for all rows of a call.
-  void (*pack)(HeadType type, const float* y, int dim, char* packed, int row, int rows, bool narrow);
+  // Puts y among `rows` packed rows. They may be multiplied together, or cut into pieces of kExitRowBlock. The rows
+  // of the whole call decide their order there, and the order of the sums in multiply.
+  void (*pack)(HeadType type, const float* y, int dim, char* packed, int row, int rows, int call_rows);
   // Rounds y to what a packed row holds.
   void (*round)(HeadType type, float* y, int dim);
   // logits [rows][kExitTile] of packed rows; past `count` they are -inf.
-  void (*multiply)(HeadType type, const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits);
+  void (*multiply)(HeadType type, const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits);
   // Takes one row's logits in. scales and bias are [kExitTile] or nullptr; the logits are changed by them.
   void (*absorb)(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int listed,
                  ExitState& state);
@@ -65,8 +64,8 @@ extern const ExitKernels kExitKernels;
 // Int8 heads by integer products (cpu/int8_tile_avx512_vnni.cpp), in place of the functions of the same names above.
 namespace avx512_vnni {
 size_t packed_bytes(HeadType type, int dim);
-void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows, bool narrow);
-void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits);
+void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows, int call_rows);
+void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits);
 double rounding_error(const float* y, int dim);  // the length of y - what `pack` makes of it
 }  // namespace avx512_vnni
 

@@ -17,7 +17,7 @@ int64_t weight_bytes(HeadType type) { return type == HeadType::kFloat32 ? 4 : 2;
 // y [rows, outputs] = x [rows, inputs] W^T + bias.
 std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int rows, int inputs, int threads) {
   const ExitKernels kernels = exit_kernels(layer.type, inputs, false);
-  PackedRows packed(kernels, layer.type, inputs, rows, rows <= kExitNarrowRows);
+  PackedRows packed(kernels, layer.type, inputs, rows, rows);
   for (int row = 0; row < rows; row++) packed.set(row, &x[size_t(row) * inputs]);
   std::vector<float> y(size_t(rows) * layer.outputs);
   const double products = double(rows) * inputs * layer.outputs;

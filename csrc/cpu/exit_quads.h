@@ -1,4 +1,4 @@
-// Products of a bfloat16 head with more than a few hidden rows, for AVX-512's dot products of pairs.
+// Products of a bfloat16 head with more than two hidden rows, for AVX-512's dot products of pairs.
 //
 // A vector holds eight dims of four hidden rows, a quad, which is packed so once; eight dims of one of the head's rows
 // are broadcast to all four as they lie in memory. So an accumulator has four sums for each of four logits, where 32
@@ -6,16 +6,19 @@
 // rows of the head times three quads are 24 products for 11 loads. On Zen 4 this runs at 94 % of the peak of those
 // products with 4,096 dims and at 91 % with 768.
 //
-// Eight rows of the head are multiplied with all quads while they are near, and the next eight are fetched meanwhile;
-// quads come from the second-level cache. Up to three are packed with their steps in turn, so that a group is one
-// stream of memory. The dim is cut where not all quads would fit into that cache.
+// Eight rows of the head, each from a stream of its own (cpu/head_streams.h), are multiplied with all quads while they
+// are near, and the next ones are fetched meanwhile; quads come from the second-level cache. Up to three are packed
+// with their steps in turn, so that a group is one stream of memory. The dim is cut where not all quads would fit into
+// that cache.
 #pragma once
 
 #include "cpu/exit_kernels.h"
+#include "cpu/head_streams.h"
 #include "cpu/simd.h"
 
 namespace specdec::SPECDEC_ISA {
 
+constexpr int kFewRows = 2;       // of a call: up to here a quad would be half empty
 constexpr int kQuadDims = 8;      // of a row in a vector
 constexpr int kQuadVector = 32;   // elements: that of four rows
 constexpr int kQuadGroup = 3;     // quads that are packed and multiplied together
@@ -41,26 +44,7 @@ static void pack_quads(const float* y, int dim, int stride, uint16_t* packed, in
   }
 }
 
-// kQuadSlots rows of the head, and their last, partial steps, which must not be read beyond the rows' ends.
-struct QuadHead {
-  const uint16_t *row[kQuadSlots], *rest[kQuadSlots];
-  uint16_t padded[kQuadSlots][kQuadDims];
-  int whole;  // dims in whole steps
-  int64_t ahead;
-
-  QuadHead(const ExitTile& tile, int slot) {
-    whole = tile.dim / kQuadDims * kQuadDims;
-    ahead = int64_t(kQuadSlots) * tile.dim;
-    for (int k = 0; k < kQuadSlots; k++) {
-      const int at = min_of(slot + k, tile.count - 1);
-      row[k] = static_cast<const uint16_t*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
-      if (whole == tile.dim) continue;
-      __builtin_memset(padded[k], 0, sizeof(padded[k]));
-      __builtin_memcpy(padded[k], row[k] + whole, (tile.dim - whole) * sizeof(uint16_t));
-      rest[k] = padded[k] - whole;
-    }
-  }
-};
+using QuadHead = HeadGroup<uint16_t, kQuadSlots, kQuadDims>;
 
 // Adds the products of eight dims, d and the next ones, whose quads are at `hidden`.
 template <int kQuads>
@@ -88,8 +72,8 @@ static SPECDEC_INLINE Vec sums_of_four(Vec a, Vec b, Vec c, Vec d) {
 
 // Eight rows of the head times a group of quads with `rows` rows, over dims [begin, end).
 template <int kQuads, bool kFetch>
-static SPECDEC_INLINE void multiply_group(const QuadHead& head, const uint16_t* group, int rows, int begin, int end,
-                                          float* logits) {
+static SPECDEC_INLINE void multiply_group(const QuadHead& head, const HeadStreams<kQuadSlots>& streams, int place,
+                                          const uint16_t* group, int rows, int begin, int end, float* logits) {
   Vec sum[kQuadSlots][kQuads];
   SPECDEC_UNROLL
   for (int k = 0; k < kQuadSlots; k++) {
@@ -116,36 +100,37 @@ static SPECDEC_INLINE void multiply_group(const QuadHead& head, const uint16_t* 
     store(of_slots[0], sums_of_four(sum[0][q], sum[1][q], sum[2][q], sum[3][q]));
     store(of_slots[1], sums_of_four(sum[4][q], sum[5][q], sum[6][q], sum[7][q]));
     for (int n = 0; n < min_of(4, rows - 4 * q); n++) {
-      float* to = logits + (4 * q + n) * kExitTile;
-      for (int half = 0; half < 2; half++, to += 4) {
-        const __m128 part = _mm_load_ps(of_slots[half] + 4 * n);
-        _mm_storeu_ps(to, begin == 0 ? part : _mm_loadu_ps(to) + part);
-      }
+      alignas(32) float by_slot[kQuadSlots];
+      _mm_store_ps(by_slot, _mm_load_ps(of_slots[0] + 4 * n));
+      _mm_store_ps(by_slot + 4, _mm_load_ps(of_slots[1] + 4 * n));
+      streams.scatter(by_slot, 1, place, logits + (4 * q + n) * kExitTile, begin > 0);
     }
   }
 }
 
 template <bool kFetch>
-static void multiply_some(const QuadHead& head, const uint16_t* group, int rows, int begin, int end, float* logits) {
+static void multiply_some(const QuadHead& head, const HeadStreams<kQuadSlots>& streams, int place,
+                          const uint16_t* group, int rows, int begin, int end, float* logits) {
   const int quads = quads_of(0, rows);
-  if (quads == 1) multiply_group<1, kFetch>(head, group, rows, begin, end, logits);
-  if (quads == 2) multiply_group<2, kFetch>(head, group, rows, begin, end, logits);
-  if (quads == 3) multiply_group<3, kFetch>(head, group, rows, begin, end, logits);
+  if (quads == 1) multiply_group<1, kFetch>(head, streams, place, group, rows, begin, end, logits);
+  if (quads == 2) multiply_group<2, kFetch>(head, streams, place, group, rows, begin, end, logits);
+  if (quads == 3) multiply_group<3, kFetch>(head, streams, place, group, rows, begin, end, logits);
 }
 
 static void multiply_quads(const ExitTile& tile, const uint16_t* packed, int stride, int rows, float* logits) {
+  const HeadStreams<kQuadSlots> streams(tile, 2 * tile.dim);
   for (int begin = 0; begin < tile.dim; begin += kQuadBlock) {
     const int end = min_of(begin + kQuadBlock, tile.dim);
-    for (int slot = 0; slot < tile.count; slot += kQuadSlots) {
-      const QuadHead head(tile, slot);
+    for (int place = 0; place < streams.length; place++) {
+      const QuadHead head(tile, streams, place);
       for (int first = 0; first < rows; first += kQuadRows) {
         const int some = min_of(kQuadRows, rows - first);
         const uint16_t* group = packed + int64_t(first) * stride;
-        float* to = logits + first * kExitTile + slot;
+        float* to = logits + first * kExitTile;
         if (first == 0 && !tile.entries) {
-          multiply_some<true>(head, group, some, begin, end, to);
+          multiply_some<true>(head, streams, place, group, some, begin, end, to);
         } else {
-          multiply_some<false>(head, group, some, begin, end, to);
+          multiply_some<false>(head, streams, place, group, some, begin, end, to);
         }
       }
     }

@@ -14,16 +14,16 @@
 
 namespace specdec::SPECDEC_ISA {
 
-static void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, bool narrow, float* logits) {
+static void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits) {
   with_head(type, [&](auto multiplier) {
     using Multiplier = decltype(multiplier);
 #if defined(__AVX512BF16__)
-    if (!narrow && type == HeadType::kBFloat16) {
+    if (call_rows > kFewRows && type == HeadType::kBFloat16) {
       const int stride = packed_dim<BFloat16Pairs>(tile.dim);
       return multiply_quads(tile, reinterpret_cast<const uint16_t*>(packed), stride, rows, logits);
     }
 #endif
-    multiply_rows<Multiplier>(tile, packed, rows, narrow, logits);
+    multiply_rows<Multiplier>(tile, packed, rows, call_rows, logits);
   });
   for (int n = 0; n < rows; n++) {
     for (int i = tile.count; i < kExitTile; i++) logits[n * kExitTile + i] = -__builtin_inff();
@@ -41,16 +41,16 @@ static size_t packed_bytes(HeadType type, int dim) {
   });
 }
 
-static void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows, bool narrow) {
+static void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows, int call_rows) {
   with_head(type, [&](auto multiplier) {
     using Multiplier = decltype(multiplier);
 #if defined(__AVX512BF16__)
-    if (!narrow && type == HeadType::kBFloat16) {
+    if (call_rows > kFewRows && type == HeadType::kBFloat16) {
       const int stride = packed_dim<BFloat16Pairs>(dim);
       return pack_quads(y, dim, stride, reinterpret_cast<uint16_t*>(packed), row, rows);
     }
 #else
-    (void)narrow;
+    (void)call_rows;
 #endif
     constexpr int kStep = Multiplier::kStep;
     const int first = row / kTogether * kTogether, together = min_of(kTogether, rows - first);

@@ -39,4 +39,26 @@ struct HeadStreams {
   }
 };
 
+// A row of the head from each stream, and their last, partial steps, which must not be read beyond the rows' ends.
+template <class Element, int kStreams, int kStep>
+struct HeadGroup {
+  const Element *row[kStreams], *rest[kStreams];
+  Element padded[kStreams][kStep];
+  int whole;      // dims in whole steps
+  int64_t ahead;  // elements, from here to what is fetched
+
+  HeadGroup(const ExitTile& tile, const HeadStreams<kStreams>& streams, int place) {
+    whole = tile.dim / kStep * kStep;
+    ahead = int64_t(streams.ahead(place)) * tile.dim;
+    for (int k = 0; k < kStreams; k++) {
+      const int at = streams.row(k, place);
+      row[k] = static_cast<const Element*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
+      if (whole == tile.dim) continue;
+      __builtin_memset(padded[k], 0, sizeof(padded[k]));
+      __builtin_memcpy(padded[k], row[k] + whole, (tile.dim - whole) * sizeof(Element));
+      rest[k] = padded[k] - whole;
+    }
+  }
+};
+
 }  // namespace specdec::SPECDEC_ISA

@@ -47,7 +47,7 @@ static Rounding rounding_of(const float* y, int dim) {
 
 size_t packed_bytes(HeadType, int dim) { return kHeader + 2 * size_t(round_up(dim, kStep)); }
 
-void pack(HeadType type, const float* y, int dim, char* packed, int row, int, bool) {
+void pack(HeadType type, const float* y, int dim, char* packed, int row, int, int) {
   packed += row * packed_bytes(type, dim);
   const Rounding rounding = rounding_of(y, dim);
   Header header = {rounding.scale, 0, 0};
@@ -183,7 +183,7 @@ static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stri
   }
 }
 
-void multiply(HeadType, const ExitTile& tile, const char* packed, int rows, bool, float* logits) {
+void multiply(HeadType, const ExitTile& tile, const char* packed, int rows, int, float* logits) {
   const int64_t stride = int64_t(packed_bytes(HeadType::kInt8, tile.dim));
   for (int row = 0; row < rows; row += 4) {  // the tile stays in the second-level cache
     const int some = min_of(4, rows - row);

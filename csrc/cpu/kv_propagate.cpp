@@ -111,7 +111,7 @@ class LayerProduct {
         places_(places),
         type_(static_cast<HeadType>(p.dtype)),
         kernels_(exit_kernels(type_, p.dim, false)),
-        packed_(kernels_, type_, p.dim, int(places.size()), places.size() <= kExitNarrowRows),
+        packed_(kernels_, type_, p.dim, int(places.size()), int(places.size())),
         width_(p.kv_heads * p.head_dim),
         results_(2 * places.size() * width_) {}
 
