@@ -14,6 +14,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
 #include <numeric>
 
 #include "cpu/exit_call.h"
@@ -93,8 +94,10 @@ void bounded_exit_cpu(const BoundedParams& b, int threads) {
   std::vector<ExitState> states(p.rows, empty_exit_state());
   std::vector<int> open(p.rows);
   std::iota(open.begin(), open.end(), 0);
+  std::unique_ptr<HeadReader> reader;
   for (int part = 0, begin = 0; part < b.parts && !open.empty(); begin = b.ends[part++]) {
-    see_part(p, open, begin, b.ends[part], team, states);
+    if (!reader || reader->rows() != open) reader = std::make_unique<HeadReader>(p, open, team);
+    reader->read(begin, b.ends[part], states);
     for (int row : open) {
       write_figures(p, row, states[row]);
       b.seen[row] = b.ends[part];

@@ -64,9 +64,26 @@ inline float exit_temperature(const ExitParams& p, int row) {
 // What a row knows before it has seen anything.
 ExitState empty_exit_state();
 
-// Takes the head's rows from `begin` to `end` into the states of these hidden rows, states[row].
-void see_part(const ExitParams& p, const std::vector<int>& rows, int64_t begin, int64_t end, const Team& team,
-              std::vector<ExitState>& states);
+// Some of a call's hidden rows on their way over the head.
+class HeadReader {
+ public:
+  HeadReader(const ExitParams& p, const std::vector<int>& rows, const Team& team);
+
+  const std::vector<int>& rows() const { return rows_; }
+
+  // Takes the head's rows from `begin` to `end` into the states of these hidden rows, states[row].
+  void read(int64_t begin, int64_t end, std::vector<ExitState>& states);
+
+ private:
+  void read_chunk(int64_t begin, int64_t end, ExitState* states);  // states [rows]
+
+  const ExitParams& p_;
+  const std::vector<int> rows_;
+  const Team team_;
+  const ExitKernels kernels_;
+  const int listed_;
+  PackedRows packed_;
+};
 
 // Writes the figures of a row from what it has seen.
 void write_figures(const ExitParams& p, int row, const ExitState& state);

@@ -30,58 +30,13 @@ const ExitKernels& kernels_of_isa() {
   return generic::kExitKernels;
 }
 
-int64_t element_bytes(HeadType type) { return type == HeadType::kFloat32 ? 4 : type == HeadType::kInt8 ? 1 : 2; }
-
-// Some hidden rows of a call in the form in which they are multiplied, and what every thread needs to know.
-class Call {
- public:
-  Call(const ExitParams& p, const std::vector<int>& rows, const Team& team)
-      : p_(p),
-        rows_(rows),
-        kernels_(exit_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
-        listed_(std::max(2, p.top_k)),
-        packed_(kernels_, p.head_type, p.dim, int(rows.size()), p.rows) {
-    team.run(rows_.size(), [&](int64_t n, int) {
-      std::vector<float> y(p_.dim);
-      kernels_.normalise(p_, rows_[n], y.data());
-      packed_.set(int(n), y.data());
-    });
-  }
-
-  int listed() const { return listed_; }
-
-  // states [rows] of the head's rows from `begin` to `end`.
-  void see(int64_t begin, int64_t end, ExitState* states) {
-    alignas(64) float scales[kExitTile], bias[kExitTile];
-    std::fill_n(states, rows_.size(), empty_exit_state());
-    for (int64_t first = begin; first < end; first += kExitTile) {
-      const int count = int(std::min<int64_t>(kExitTile, end - first));
-      const int64_t offset = first * p_.dim * element_bytes(p_.head_type);
-      const ExitTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim, nullptr};
-      const float* tile_scales = part(p_.scales, first, count, scales);
-      const float* tile_bias = part(p_.bias, first, count, bias);
-      packed_.multiply(tile, [&](int n, float* logits) {
-        const float factor = float(kLog2e / exit_temperature(p_, rows_[n]));
-        kernels_.absorb(logits, tile_scales, tile_bias, int32_t(first), factor, listed_, states[n]);
-      });
-    }
-  }
-
- private:
-  // kExitTile numbers of a vector [vocab], padded where it ends.
-  static const float* part(const float* vector, int64_t first, int count, float* padded) {
-    if (!vector || count == kExitTile) return vector ? vector + first : nullptr;
-    std::copy_n(vector + first, count, padded);
-    std::fill(padded + count, padded + kExitTile, 1.0f);
-    return padded;
-  }
-
-  const ExitParams& p_;
-  const std::vector<int>& rows_;
-  const ExitKernels kernels_;
-  const int listed_;
-  PackedRows packed_;
-};
+// kExitTile numbers of a vector [vocab], padded where it ends.
+const float* tile_of(const float* vector, int64_t first, int count, float* padded) {
+  if (!vector || count == kExitTile) return vector ? vector + first : nullptr;
+  std::copy_n(vector + first, count, padded);
+  std::fill(padded + count, padded + kExitTile, 1.0f);
+  return padded;
+}
 
 // Takes in what a later part of the vocabulary has left.
 void merge(ExitState& state, const ExitState& later, int listed, float temperature) {
@@ -167,21 +122,48 @@ ExitState empty_exit_state() {
   return state;
 }
 
-void see_part(const ExitParams& p, const std::vector<int>& rows, int64_t begin, int64_t end, const Team& team,
-              std::vector<ExitState>& states) {
-  const int64_t chunks = (end - begin + kExitChunk - 1) / kExitChunk;
-  const int64_t count = int64_t(rows.size());
-  Call call(p, rows, team);
-  std::vector<ExitState> of_chunks(chunks * count);
-  team.run(chunks, [&](int64_t chunk, int) {
-    const int64_t first = begin + chunk * kExitChunk;
-    call.see(first, std::min<int64_t>(first + kExitChunk, end), &of_chunks[chunk * count]);
+HeadReader::HeadReader(const ExitParams& p, const std::vector<int>& rows, const Team& team)
+    : p_(p),
+      rows_(rows),
+      team_(team),
+      kernels_(exit_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
+      listed_(std::max(2, p.top_k)),
+      packed_(kernels_, p.head_type, p.dim, int(rows.size()), p.rows) {
+  team_.run(rows_.size(), [&](int64_t n, int) {
+    std::vector<float> y(p_.dim);
+    kernels_.normalise(p_, rows_[n], y.data());
+    packed_.set(int(n), y.data());
   });
-  team.run(count, [&](int64_t n, int) {
+}
+
+void HeadReader::read(int64_t begin, int64_t end, std::vector<ExitState>& states) {
+  const int64_t chunks = (end - begin + kExitChunk - 1) / kExitChunk, count = int64_t(rows_.size());
+  std::vector<ExitState> of_chunks(chunks * count);
+  team_.run(chunks, [&](int64_t chunk, int) {
+    const int64_t first = begin + chunk * kExitChunk;
+    read_chunk(first, std::min<int64_t>(first + kExitChunk, end), &of_chunks[chunk * count]);
+  });
+  team_.run(count, [&](int64_t n, int) {
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      merge(states[rows[n]], of_chunks[chunk * count + n], call.listed(), exit_temperature(p, rows[n]));
+      merge(states[rows_[n]], of_chunks[chunk * count + n], listed_, exit_temperature(p_, rows_[n]));
     }
   });
+}
+
+void HeadReader::read_chunk(int64_t begin, int64_t end, ExitState* states) {
+  alignas(64) float scales[kExitTile], bias[kExitTile];
+  std::fill_n(states, rows_.size(), empty_exit_state());
+  for (int64_t first = begin; first < end; first += kExitTile) {
+    const int count = int(std::min<int64_t>(kExitTile, end - first));
+    const int64_t offset = first * p_.dim * element_bytes(p_.head_type);
+    const ExitTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim, nullptr};
+    const float* tile_scales = tile_of(p_.scales, first, count, scales);
+    const float* tile_bias = tile_of(p_.bias, first, count, bias);
+    packed_.multiply(tile, [&](int n, float* logits) {
+      const float factor = float(kLog2e / exit_temperature(p_, rows_[n]));
+      kernels_.absorb(logits, tile_scales, tile_bias, int32_t(first), factor, listed_, states[n]);
+    });
+  }
 }
 
 void write_figures(const ExitParams& p, int row, const ExitState& state) {
@@ -208,7 +190,7 @@ void write_figures(const ExitParams& p, int row, const ExitState& state) {
 
 void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& team) {
   std::vector<ExitState> states(p.rows, empty_exit_state());
-  see_part(p, rows, 0, p.vocab, team, states);
+  HeadReader(p, rows, team).read(0, p.vocab, states);
   for (int row : rows) write_figures(p, row, states[row]);
 }
 
