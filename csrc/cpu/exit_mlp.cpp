@@ -12,8 +12,6 @@ namespace {
 
 constexpr double kProductsPerThread = 1 << 18;  // below this many another thread does not pay
 
-int64_t weight_bytes(HeadType type) { return type == HeadType::kFloat32 ? 4 : 2; }
-
 // y [rows, outputs] = x [rows, inputs] W^T + bias.
 std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int rows, int inputs, int threads) {
   const ExitKernels kernels = exit_kernels(layer.type, inputs, false);
@@ -25,7 +23,7 @@ std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int
   team.run((layer.outputs + kExitTile - 1) / kExitTile, [&](int64_t at, int) {
     const int64_t first = at * kExitTile;
     const int count = int(std::min<int64_t>(kExitTile, layer.outputs - first));
-    const char* weight = static_cast<const char*>(layer.weight) + first * inputs * weight_bytes(layer.type);
+    const char* weight = static_cast<const char*>(layer.weight) + first * inputs * element_bytes(layer.type);
     const ExitTile tile = {weight, count, inputs, nullptr};
     packed.multiply(tile, [&](int row, const float* sums) {
       float* to = &y[size_t(row) * layer.outputs + first];

@@ -140,7 +140,7 @@ class LayerProduct {
  private:
   void multiply(const void* weight, int first, float* results) {
     const int count = std::min(kExitTile, width_ - first);
-    const int64_t offset = int64_t(first) * p_.dim * (type_ == HeadType::kFloat32 ? 4 : 2);
+    const int64_t offset = int64_t(first) * p_.dim * element_bytes(type_);
     const ExitTile tile = {static_cast<const char*>(weight) + offset, count, p_.dim, nullptr};
     packed_.multiply(
         tile, [&](int row, const float* sums) { std::copy_n(sums, count, results + int64_t(row) * width_ + first); });

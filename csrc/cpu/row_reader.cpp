@@ -101,7 +101,7 @@ RowSettings settings_of(const SamplingParams& params, int32_t request) {
 }
 
 const void* row_at(const void* base, DType dtype, int64_t element) {
-  return static_cast<const char*>(base) + element * (dtype == DType::kFloat32 ? 4 : 2);
+  return static_cast<const char*>(base) + element * element_bytes(dtype);
 }
 
 float logit_at(const void* row, DType dtype, int64_t place) {

@@ -113,7 +113,7 @@ Request read_request(const TreeAttentionParams& p, int b) {
 }
 
 void blank_row(const TreeAttentionParams& p, int b, int64_t row) {
-  const size_t element = p.dtype == DType::kFloat32 ? 4 : 2;
+  const size_t element = element_bytes(p.dtype);
   for (int h = 0; h < p.heads; h++) {
     char* out = static_cast<char*>(p.out) +
                 (b * p.out_stride_batch + row * p.out_stride_row + h * p.out_stride_head) * int64_t(element);

@@ -6,30 +6,21 @@
 namespace specdec {
 namespace {
 
-constexpr int32_t kTile = 128, kBlocksPerMultiprocessor = 2;  // as exit_confidence.cu has them
-constexpr int32_t kMostDims = 1 << 28;
-
 CallScratch lay_out(BoundedLaunch& launch) {
   const ExitParams& p = launch.call.exit;
-  const int32_t tiles = p.vocab / kTile + (p.vocab % kTile != 0);
-  launch.slots = min(tiles, kBlocksPerMultiprocessor * launch.multiprocessors) + 1;
-  int64_t end = 0;
-  const auto take = [&end](int64_t bytes) {
-    const int64_t begin = end;
-    end += (bytes + 15) / 16 * 16;
-    return begin;
-  };
+  launch.slots = exit_blocks(p.vocab, launch.multiprocessors) + 1;
   ExitLaunch whole{};
   whole.call = p;
   whole.multiprocessors = launch.multiprocessors;
   whole.part.slots = launch.slots;
   const CallScratch shared = exit_confidence_scratch(whole);
-  take(shared.bytes);
+  ScratchLayout scratch;
+  scratch.take<uint8_t>(shared.bytes);
   launch.keys = int64_t(p.rows) * launch.slots * 4 * int64_t(sizeof(float));
-  launch.reach = take(int64_t(p.rows) * int64_t(sizeof(RowReach)));
-  launch.biases = take((kMostParts - 1) * kBiasBlocks * int64_t(sizeof(float)));
-  launch.lists = take(2 * (int64_t(p.rows) + 1) * int64_t(sizeof(int32_t)));
-  return {end, shared.counters};
+  launch.reach = scratch.take<RowReach>(p.rows);
+  launch.biases = scratch.take<float>((kMostParts - 1) * kBiasBlocks);
+  launch.lists = scratch.take<int32_t>(2 * (int64_t(p.rows) + 1));
+  return {scratch.bytes(), shared.counters};
 }
 
 cudaError_t measure(const BoundedLaunch& launch, int device, cudaStream_t stream) {
@@ -48,10 +39,9 @@ int32_t* list_of(const BoundedLaunch& launch, int32_t part) {
 ExitLaunch part_of(const BoundedLaunch& launch, int32_t part) {
   const BoundedParams& b = launch.call;
   const int32_t begin = part == 0 ? 0 : b.ends[part - 1];
-  const int64_t size = b.exit.head_type == HeadType::kFloat32 ? 4 : b.exit.head_type == HeadType::kInt8 ? 1 : 2;
   ExitLaunch of{};
   of.call = b.exit;
-  of.call.head = static_cast<const uint8_t*>(b.exit.head) + begin * size * b.exit.dim;
+  of.call.head = static_cast<const uint8_t*>(b.exit.head) + begin * element_bytes(b.exit.head_type) * b.exit.dim;
   if (b.exit.scales != nullptr) of.call.scales += begin;
   if (b.exit.bias != nullptr) of.call.bias += begin;
   of.call.vocab = b.ends[part] - begin;
@@ -85,10 +75,9 @@ cudaError_t bounded_exit_cuda(const BoundedLaunch& arguments, int device, cudaSt
   BoundedLaunch launch = arguments;
   const ExitParams& p = launch.call.exit;
   if (p.rows == 0) return cudaSuccess;
-  if (p.dim > kMostDims) return cudaErrorInvalidValue;
+  if (p.dim > kExitMostDims) return cudaErrorInvalidValue;
   lay_out(launch);
-  const int64_t size = p.hidden_dtype == DType::kFloat32 ? 4 : 2;
-  launch.hidden_aligned = is_aligned(p.hidden, p.hidden_stride_row * size);
+  launch.hidden_aligned = is_aligned(p.hidden, p.hidden_stride_row * element_bytes(p.hidden_dtype));
   launch.norm_aligned = is_aligned(p.norm_weight, 0);
   cudaError_t error = measure(launch, device, stream);
   for (int32_t part = 0; part < launch.call.parts && error == cudaSuccess; ++part) {

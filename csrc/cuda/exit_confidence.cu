@@ -11,13 +11,11 @@ extern template cudaError_t exit_confidence_of<int8_t>(const ExitLaunch&, int, c
 
 namespace {
 
-constexpr int32_t kTile = 128, kBlocksPerMultiprocessor = 2, kFewestRows = 8;  // as exit_confidence.cuh has them
-constexpr int32_t kMostDims = 1 << 28;  // so that bytes of a row fit into 32 bits
+constexpr int32_t kFewestRows = 8;  // of a block, as exit_confidence.cuh has them
 
 CallScratch lay_out(ExitLaunch& launch) {
   const ExitParams& p = launch.call;
-  const int32_t tiles = p.vocab / kTile + (p.vocab % kTile != 0);
-  launch.blocks = min(tiles, kBlocksPerMultiprocessor * launch.multiprocessors);
+  launch.blocks = exit_blocks(p.vocab, launch.multiprocessors);
   launch.slots = launch.part.slots > 0 ? launch.part.slots : launch.blocks;
   const int64_t states = int64_t(p.rows) * launch.slots;
   launch.keys = states * 4 * int64_t(sizeof(float));
@@ -35,11 +33,10 @@ cudaError_t exit_confidence_cuda(const ExitLaunch& arguments, int device, cudaSt
   ExitLaunch launch = arguments;
   const ExitParams& p = launch.call;
   if (p.rows == 0) return cudaSuccess;
-  if (p.dim > kMostDims) return cudaErrorInvalidValue;
+  if (p.dim > kExitMostDims) return cudaErrorInvalidValue;
   lay_out(launch);
-  const int64_t head_size = p.head_type == HeadType::kFloat32 ? 4 : p.head_type == HeadType::kInt8 ? 1 : 2;
-  launch.head_aligned = is_aligned(p.head, p.dim * head_size);
-  launch.hidden_aligned = is_aligned(p.hidden, p.hidden_stride_row * (p.hidden_dtype == DType::kFloat32 ? 4 : 2));
+  launch.head_aligned = is_aligned(p.head, p.dim * element_bytes(p.head_type));
+  launch.hidden_aligned = is_aligned(p.hidden, p.hidden_stride_row * element_bytes(p.hidden_dtype));
   launch.norm_aligned = is_aligned(p.norm_weight, 0);
   switch (p.head_type) {
     case HeadType::kFloat32:

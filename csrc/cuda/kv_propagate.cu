@@ -16,7 +16,7 @@ cudaError_t kv_propagate_cuda(const KvPropagateParams& p, int device, cudaStream
   kv.parts = p.head_dim > kKvChannels ? (p.head_dim + kKvChannels - 1) / kKvChannels : 0;
   const int32_t heads = max(1, kKvChannels / p.head_dim);  // of a tile
   kv.tiles = kv.parts > 0 ? p.kv_heads * kv.parts : (p.kv_heads + heads - 1) / heads;
-  const int64_t size = p.dtype == DType::kFloat32 ? 4 : 2;
+  const int64_t size = element_bytes(p.dtype);
   uintptr_t weights = uintptr_t(p.dim * size);
   for (int32_t i = 0; i < p.count; ++i) {
     weights |= reinterpret_cast<uintptr_t>(p.layers[i].k_weight) | reinterpret_cast<uintptr_t>(p.layers[i].v_weight);

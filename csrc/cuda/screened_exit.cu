@@ -11,9 +11,6 @@ extern template cudaError_t screen_of<float>(const ScreenLaunch&, int, cudaStrea
 
 namespace {
 
-constexpr int32_t kTile = 128, kBlocksPerMultiprocessor = 2;  // as exit_confidence.cu has them
-constexpr int32_t kMostDims = 1 << 28;
-
 // The whole head's launch, which shares the first part of the scratch and the first counters.
 ExitLaunch whole_head(const ScreenLaunch& launch) {
   ExitLaunch whole{};
@@ -29,28 +26,22 @@ ExitLaunch whole_head(const ScreenLaunch& launch) {
 CallScratch lay_out(ScreenLaunch& launch) {
   const ExitParams& p = launch.call.exit;
   const CallScratch shared = exit_confidence_scratch(whole_head(launch));
-  const int32_t tiles = p.vocab / kTile + (p.vocab % kTile != 0);
-  launch.blocks = min(tiles, kBlocksPerMultiprocessor * launch.multiprocessors);
+  launch.blocks = exit_blocks(p.vocab, launch.multiprocessors);
   launch.spans = p.vocab / kSpan + (p.vocab % kSpan != 0);
   launch.stride = (int64_t(p.vocab) + 3) / 4 * 4;
   launch.first_counter = int32_t(shared.counters);
-  int64_t end = 0;
-  const auto take = [&end](int64_t bytes) {
-    const int64_t begin = end;
-    end += (bytes + 15) / 16 * 16;
-    return begin;
-  };
-  const int64_t rows = p.rows, parts = rows * launch.spans, key = listed_of(p) * int64_t(sizeof(uint64_t));
-  take(shared.bytes);
+  const int64_t rows = p.rows, parts = rows * launch.spans;
+  ScratchLayout scratch;
+  scratch.take<uint8_t>(shared.bytes);
   launch.keys = rows * launch.blocks * 4 * int64_t(sizeof(float));
-  launch.approximate = take(rows * launch.stride * int64_t(sizeof(float)));
-  launch.counts = take(rows * launch.blocks * (kSteps + 1) * int64_t(sizeof(int32_t)));
-  launch.plans = take(rows * int64_t(sizeof(ScreenPlan)));
-  launch.known = take(parts * 4 * int64_t(sizeof(float)));
-  launch.known_keys = take(parts * key);
-  launch.tails = take(parts * int64_t(sizeof(SpanTail)));
-  launch.fallen = take((rows + 1) * int64_t(sizeof(int32_t)));
-  return {end, shared.counters + rows + 1};
+  launch.approximate = scratch.take<float>(rows * launch.stride);
+  launch.counts = scratch.take<int32_t>(rows * launch.blocks * (kSteps + 1));
+  launch.plans = scratch.take<ScreenPlan>(rows);
+  launch.known = scratch.take<float>(parts * 4);
+  launch.known_keys = scratch.take<uint64_t>(parts * listed_of(p));
+  launch.tails = scratch.take<SpanTail>(parts);
+  launch.fallen = scratch.take<int32_t>(rows + 1);
+  return {scratch.bytes(), shared.counters + rows + 1};
 }
 
 }  // namespace
@@ -64,10 +55,10 @@ cudaError_t screened_exit_cuda(const ScreenLaunch& arguments, int device, cudaSt
   ScreenLaunch launch = arguments;
   const ExitParams& p = launch.call.exit;
   if (p.rows == 0) return cudaSuccess;
-  if (p.dim > kMostDims || p.head_type == HeadType::kInt8) return cudaErrorInvalidValue;
+  if (p.dim > kExitMostDims || p.head_type == HeadType::kInt8) return cudaErrorInvalidValue;
   lay_out(launch);
-  launch.head_aligned = is_aligned(p.head, int64_t(p.dim) * (p.head_type == HeadType::kFloat32 ? 4 : 2));
-  launch.hidden_aligned = is_aligned(p.hidden, p.hidden_stride_row * (p.hidden_dtype == DType::kFloat32 ? 4 : 2));
+  launch.head_aligned = is_aligned(p.head, p.dim * element_bytes(p.head_type));
+  launch.hidden_aligned = is_aligned(p.hidden, p.hidden_stride_row * element_bytes(p.hidden_dtype));
   launch.norm_aligned = is_aligned(p.norm_weight, 0);
   launch.values_aligned = is_aligned(launch.call.values, p.dim);
   const cudaError_t error = p.head_type == HeadType::kFloat32    ? screen_of<float>(launch, device, stream)

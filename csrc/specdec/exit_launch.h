@@ -62,6 +62,15 @@ struct BoundedLaunch {
   bool hidden_aligned, norm_aligned;  // as above
 };
 
+constexpr int32_t kExitVocabTile = 128;     // rows of the head that a block multiplies at once
+constexpr int32_t kExitMostDims = 1 << 28;  // so that bytes of a row fit into 32 bits
+
+// Blocks that share a head: two for each multiprocessor, or one for each tile if there are fewer.
+inline int32_t exit_blocks(int32_t vocab, int32_t multiprocessors) {
+  const int32_t tiles = vocab / kExitVocabTile + (vocab % kExitVocabTile != 0);
+  return tiles < 2 * multiprocessors ? tiles : 2 * multiprocessors;
+}
+
 // Whether rows of so many bytes start at multiples of 16 bytes.
 inline bool is_aligned(const void* address, int64_t row_bytes) {
   return reinterpret_cast<uintptr_t>(address) % 16 == 0 && row_bytes % 16 == 0;

@@ -17,7 +17,7 @@
 #include <type_traits>
 
 #include "specdec/device.cuh"
-#include "specdec/exit_params.h"
+#include "specdec/exit_launch.h"
 
 namespace specdec {
 
@@ -31,7 +31,7 @@ struct HeadShape {
   static constexpr int kParts = kParts_;
   static constexpr bool kIsInt8 = sizeof(Element) == 1;
   static constexpr bool kIsFloat32 = sizeof(Element) == 4;
-  static constexpr int kVocab = 128;  // rows of a tile
+  static constexpr int kVocab = kExitVocabTile;
   static constexpr int kThreads = 256;
   static constexpr int kPieceBytes = 128;
   static constexpr int kDims = kPieceBytes / int(sizeof(Element));      // of a piece

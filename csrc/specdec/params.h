@@ -11,6 +11,8 @@ namespace specdec {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+inline int64_t element_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+
 // What a call of a CUDA kernel needs of the caller.
 struct CallScratch {
   int64_t bytes, counters;  // counters of 4 bytes
