@@ -5,11 +5,14 @@ import copy
 import pytest
 import torch
 
+from conftest import poisoned_empty
 from emulator import build, kernels, mutants
 from emulator.accept_kernels import counters_are_zero
 
 SANITIZERS = [sanitizer for sanitizer in build.SANITIZERS if sanitizer != "plain"]
 RACE = "WARNING: ThreadSanitizer: data race"
+# Bugs to plant are (file, the line, what becomes of it). This one is in every kernel whose last block joins the parts.
+NO_FENCE = ("arrival.cuh", "  device_fence();\n  team.sync();", "  team.sync();")
 
 _STATE = ("out", "lse")
 _EXIT = ("token", "max_prob", "margin", "entropy", "logsumexp", "status")
@@ -65,6 +68,27 @@ def assert_order_changes_nothing(launch, seeds):
         kernels.run(again, order, seed)
         assert counters_are_zero(again.tensors)
         assert_same(outputs(again), expected)
+
+
+def poison(launch):
+    for name in outputs(launch):
+        tensor = launch.tensors[name]
+        tensor.copy_(poisoned_empty(tensor.shape, tensor.dtype, "cpu"))
+
+
+def reveals(launch, file, old, new, only=None):
+    """Whether a launch has another result if a file of csrc/specdec has `new` for `old`, or reports it."""
+    poison(launch)
+    kernels.run(launch)
+    expected = outputs(launch)
+    poison(launch)
+    try:
+        got = mutants.replay(launch, "plain", f"specdec/{file}", old, new, only)
+    except build.CannotRun as reason:
+        pytest.skip(str(reason))
+    except RuntimeError:
+        return True
+    return any(not torch.equal(got[name], tensor) for name, tensor in expected.items())
 
 
 def assert_race(launch, file, old, new, only=None):

@@ -11,6 +11,7 @@ import torch
 
 from accept_cases import RULES, Bands, chain, make_case, random_parents, star
 from emulated_checks import (
+    NO_FENCE,
     SANITIZERS,
     assert_order_changes_nothing,
     assert_race,
@@ -226,11 +227,7 @@ def test_every_order_gives_the_same(case):
 
 # What a line of the kernels is for: (file, the line, what becomes of it). ThreadSanitizer finds each.
 MUTANTS = {
-    "no fence before a block says that it is done": (
-        "arrival.cuh",
-        "  device_fence();\n  team.sync();",
-        "  team.sync();",
-    ),
+    "no fence before a block says that it is done": NO_FENCE,
     "no barrier between the histogram and its sums": (
         "row_cut.cuh",
         "bins[kCutBins - 1], last);\n  team.sync();",

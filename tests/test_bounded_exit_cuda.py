@@ -4,17 +4,19 @@ import pytest
 import torch
 
 from emulated_checks import (
+    NO_FENCE,
     SANITIZERS,
     assert_order_changes_nothing,
     assert_race,
     assert_same,
     assert_sanitizer_finds_nothing,
+    reveals,
 )
-from emulator import build, exit_kernels, kernels, mutants
+from emulator import build, exit_kernels, kernels
 from exit_cases import ExitCase, make_case
 from specdec_ops import bound_head, early_exit, quantize_head
 from test_early_exit import DTYPES, FIGURES
-from test_exit_cuda import BF16, DECISION, FLOAT, HALF, launch_of, outputs_of, poison
+from test_exit_cuda import BF16, DECISION, FLOAT, HALF, launch_of, outputs_of
 
 if reason := build.why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -255,11 +257,7 @@ def test_every_order_gives_the_same(case):
 
 # What a line of the kernels is for: (file, the line, what becomes of it). ThreadSanitizer finds each.
 MUTANTS = {
-    "no fence before a block says that it is done": (
-        "arrival.cuh",
-        "  device_fence();\n  team.sync();",
-        "  team.sync();",
-    ),
+    "no fence before a block says that it is done": NO_FENCE,
     "no barrier before what is carried is replaced": (
         "exit_confidence.cuh",
         "    warp_sync();  // all lanes have read what is carried\n",
@@ -321,18 +319,4 @@ def test_revealing_launches_reveal():
 
 @pytest.mark.parametrize("name", WRONG)
 def test_planted_bug_in_numbers(name):
-    file, old, new, only = WRONG[name]
-    assert any(differs(launch, f"specdec/{file}", old, new, only) for launch in revealing_launches())
-
-
-def differs(launch, *change):
-    """Whether a change is seen, or reported."""
-    expected = outputs_of(launch)
-    poison(launch)
-    try:
-        got = mutants.replay(launch, "plain", *change)
-    except build.CannotRun as reason:
-        pytest.skip(str(reason))
-    except RuntimeError:
-        return True
-    return any(not torch.equal(got[name], tensor) for name, tensor in expected.items())
+    assert any(reveals(launch, *WRONG[name]) for launch in revealing_launches())

@@ -10,7 +10,13 @@ import pytest
 import torch
 
 from close import assert_as_good_as_torch
-from emulated_checks import SANITIZERS, assert_order_changes_nothing, assert_race, assert_sanitizer_finds_nothing
+from emulated_checks import (
+    NO_FENCE,
+    SANITIZERS,
+    assert_order_changes_nothing,
+    assert_race,
+    assert_sanitizer_finds_nothing,
+)
 from emulator import accept_kernels, build, draft_kernels, kernels
 from specdec_ops import _dispatch, exit_mlp, kv_propagate
 
@@ -292,12 +298,7 @@ MUTANTS = {
         "    block_sync();  // everybody has read the chunk before this one\n",
         "",
     ),
-    "no fence before a block says that it is done": (
-        "mlp",
-        "arrival.cuh",
-        "  device_fence();\n  team.sync();",
-        "  team.sync();",
-    ),
+    "no fence before a block says that it is done": ("mlp", *NO_FENCE),
     "no barrier in front of a tile": (
         "kv",
         "kv_propagate.cuh",
