@@ -14,7 +14,7 @@ import specdec_ops
 from . import acceptance_peers
 from .acceptance_cases import CHAIN_RULES, UNSAMPLED, AcceptCase
 from .attention import DTYPES, fill_random
-from .contestant import Contestant, Expected, unavailable
+from .contestant import Contestant, Expected, compiled, unavailable
 from .machine import native
 
 DISTINCT = 8  # requests of their own; larger batches repeat them in memory
@@ -193,7 +193,7 @@ def peer(inputs: Inputs, name: str, form, options) -> Contestant:
         return unavailable(name, "pytorch", problem)
     noise = acceptance_peers.TorchNoise(inputs)
     if name.startswith("compiled"):
-        form = torch.compile(form, dynamic=False)
+        form = compiled(form)
     return Contestant(name, "pytorch", lambda: form(inputs, noise))
 
 

@@ -54,6 +54,16 @@ def unavailable(name: str, role: str, reason: str) -> Contestant:
     return Contestant(name, role, call=lambda: None, problem=reason)
 
 
+def compiled(form: Callable, **options) -> Callable:
+    """`form` compiled for every shape that it is called with.
+
+    PyTorch gives up compiling a function after eight shapes, and then runs it as it is with no more than a warning.
+    """
+    config = torch._dynamo.config
+    config.cache_size_limit = config.accumulated_cache_size_limit = 1 << 20
+    return torch.compile(form, dynamic=False, **options)
+
+
 @dataclass
 class Expected:
     """Parts of the exact result, with the error that each part may have.

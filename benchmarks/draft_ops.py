@@ -10,7 +10,7 @@ import torch
 import specdec_ops
 
 from .attention import DTYPES, fill_random
-from .contestant import Contestant, Expected, allowed_error, largest_error
+from .contestant import Contestant, Expected, allowed_error, compiled, largest_error
 from .exit import EPS, read_control
 from .exit_cases import KvCase, MlpCase
 
@@ -140,7 +140,7 @@ def propagators(inputs: Propagation, options) -> list[Contestant]:
     listed += [our_propagator(inputs, backend, f"specdec_ops {backend}") for backend in options.backends]
     forms = [("eager", layer_by_layer), ("stacked", stacked)]
     if inputs.case.compiled:
-        forms.append(("compiled", torch.compile(stacked, dynamic=False)))
+        forms.append(("compiled", compiled(stacked)))
     for name, form in forms:
         caches = inputs.caches()
         call = lambda form=form, caches=caches: form(inputs, caches)  # noqa: E731
@@ -202,7 +202,7 @@ def deciders(inputs: Decision, options) -> list[Contestant]:
     layers = [(weight, bias.to(weight.dtype)) for weight, bias in inputs.layers]
     forms = [("eager", linear_layers)]
     if inputs.case.compiled:
-        forms.append(("compiled", torch.compile(linear_layers, dynamic=False)))
+        forms.append(("compiled", compiled(linear_layers)))
     for name, form in forms:
         call = lambda form=form: form(inputs.features, layers)  # noqa: E731
         listed.append(Contestant(name, "pytorch", call, list, inputs.weights))

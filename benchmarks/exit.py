@@ -11,7 +11,7 @@ import torch
 import specdec_ops
 
 from .attention import DTYPES, fill_random
-from .contestant import Contestant, Expected, allowed_error, largest_error, unavailable
+from .contestant import Contestant, Expected, allowed_error, compiled, largest_error, unavailable
 from .exit_cases import ExitCase
 from .machine import native
 
@@ -169,7 +169,7 @@ def pytorch_forms(inputs: Inputs, to_result) -> list[Contestant]:
     """And, on a CPU, a plain read."""
     forms = [("eager", eager), ("softmax", softmax)]
     if inputs.case.compiled:
-        forms.append(("compiled", torch.compile(eager, dynamic=False)))
+        forms.append(("compiled", compiled(eager)))
     listed = [
         Contestant(name, "pytorch", lambda form=form: form(inputs), to_result, (inputs.head,)) for name, form in forms
     ]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from benchmarks import draft_ops, exit, exit_cases, results, roofs, targets
-from benchmarks.contestant import check
+from benchmarks.contestant import check, compiled
 from benchmarks.peers import OPS
 from benchmarks.timing import CpuTimer
 
@@ -77,6 +77,19 @@ def test_contestants_of_the_draft_ops_are_right(case, dtype):
     else:
         idle.call = lambda: (right[0] + 0.1, right[1])
     assert check(idle, exact).problem.startswith("WRONG")
+
+
+def test_compiled_contestants_are_compiled_for_every_shape():
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    form = compiled(lambda x: torch.relu(x) + 1, backend=backend)
+    for rows in range(1, 13):
+        form(torch.ones(rows, 3))
+    assert len(graphs) == 12
 
 
 def test_a_wrong_result_gets_no_time():
