@@ -128,7 +128,7 @@ static SPECDEC_INLINE void add_products(const typename Multiplier::Element* cons
   }
 }
 
-// The same, each summed to a lane: slot * (kWidth / kSlots) + row.
+// The same, each summed to a lane: row * kSlots + slot.
 template <class Multiplier, int kSlots, int kRows, bool kFetch>
 static SPECDEC_INLINE Vec dots(const typename Multiplier::Element* const (&head)[kSlots],
                                const typename Multiplier::Hidden* hidden, int begin, int end, int64_t ahead) {
@@ -147,8 +147,8 @@ static SPECDEC_INLINE Vec dots(const typename Multiplier::Element* const (&head)
   Vec all[kWidth];
   SPECDEC_UNROLL
   for (int i = 0; i < kWidth; i++) {
-    const int n = i % (kWidth / kSlots);
-    all[i] = n < kRows ? sum[i / (kWidth / kSlots)][n < kRows ? n : 0] : splat(0.0f);
+    const int n = i / kSlots;
+    all[i] = n < kRows ? sum[i % kSlots][n < kRows ? n : 0] : splat(0.0f);
   }
   return sums(all);
 }
@@ -182,23 +182,21 @@ template <class Multiplier, int kSlots>
 static void multiply_tile(const ExitTile& tile, const typename Multiplier::Hidden* hidden, int rows, int call_rows,
                           float* logits) {
   constexpr int kSize = int(sizeof(typename Multiplier::Element));
-  const HeadStreams<kSlots> streams(tile, tile.dim * kSize);
+  const HeadStreams<kSlots> streams(tile, tile.dim * kSize, call_rows);
   const int64_t stride = packed_dim<Multiplier>(tile.dim);
   const int block = call_rows <= kNarrowRows ? tile.dim : kSize == 4 ? kFloat32Block : kBlockBytes / kSize;
   for (int begin = 0; begin < tile.dim; begin += block) {
     const int end = min_of(begin + block, tile.dim);
-    for (int place = 0; place < streams.length; place++) {
+    for (int place = 0; place < streams.places(); place++) {
       const DotGroup<Multiplier, kSlots> head(tile, streams, place);
       for (int row = 0; row < rows; row += kTogether) {
         const int some = min_of(kTogether, rows - row);
         const auto* group = hidden + row * stride;
-        alignas(64) float by_slot[kWidth];
-        store(by_slot, row == 0 && !tile.entries
-                           ? dots_of_rows<Multiplier, kSlots, true>(head, group, some, begin, end)
-                           : dots_of_rows<Multiplier, kSlots, false>(head, group, some, begin, end));
-        for (int n = 0; n < some; n++) {
-          streams.scatter(by_slot + n, kWidth / kSlots, place, logits + (row + n) * kExitTile, begin > 0);
-        }
+        alignas(64) float by_row[kWidth / kSlots][kSlots];
+        store(by_row[0], row == 0 && !tile.entries
+                             ? dots_of_rows<Multiplier, kSlots, true>(head, group, some, begin, end)
+                             : dots_of_rows<Multiplier, kSlots, false>(head, group, some, begin, end));
+        for (int n = 0; n < some; n++) streams.put(by_row[n], place, logits + (row + n) * kExitTile, begin > 0);
       }
     }
   }

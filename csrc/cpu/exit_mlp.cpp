@@ -16,10 +16,10 @@ constexpr double kProductsPerThread = 1 << 18;  // below this many another threa
 std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int rows, int inputs, int threads) {
   const ExitKernels kernels = exit_kernels(layer.type, inputs, false);
   PackedRows packed(kernels, layer.type, inputs, rows, rows);
-  for (int row = 0; row < rows; row++) packed.set(row, &x[size_t(row) * inputs]);
   std::vector<float> y(size_t(rows) * layer.outputs);
   const double products = double(rows) * inputs * layer.outputs;
   const Team team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+  team.run(rows, [&](int64_t row, int) { packed.set(int(row), &x[size_t(row) * inputs]); });
   team.run((layer.outputs + kExitTile - 1) / kExitTile, [&](int64_t at, int) {
     const int64_t first = at * kExitTile;
     const int count = int(std::min<int64_t>(kExitTile, layer.outputs - first));

@@ -1,4 +1,4 @@
-// Products of a bfloat16 head with more than two hidden rows, for AVX-512's dot products of pairs.
+// Products of a bfloat16 head with more than a few hidden rows, for AVX-512's dot products of pairs.
 //
 // A vector holds eight dims of four hidden rows, a quad, which is packed so once; eight dims of one of the head's rows
 // are broadcast to all four as they lie in memory. So an accumulator has four sums for each of four logits, where 32
@@ -18,7 +18,6 @@
 
 namespace specdec::SPECDEC_ISA {
 
-constexpr int kFewRows = 2;       // of a call: up to here a quad would be half empty
 constexpr int kQuadDims = 8;      // of a row in a vector
 constexpr int kQuadVector = 32;   // elements: that of four rows
 constexpr int kQuadGroup = 3;     // quads that are packed and multiplied together
@@ -28,6 +27,11 @@ constexpr int kLineDims = 32;     // of a row of the head in a cache line
 constexpr int kQuadRows = 4 * kQuadGroup;
 static_assert(kExitRowBlock % kQuadRows == 0 && kExitTile % kQuadSlots == 0, "");
 
+// One quad alone is 9 loads for 8 products, so it only pays where four rows would not stay in the first-level cache.
+static SPECDEC_INLINE bool takes_quads(HeadType type, int dim, int call_rows) {
+  return type == HeadType::kBFloat16 && (call_rows > 4 || (call_rows > 2 && dim > 2048));
+}
+
 // Of `rows` packed rows, those of the group that begins at `first`, in quads.
 static SPECDEC_INLINE int quads_of(int first, int rows) { return (min_of(kQuadRows, rows - first) + 3) / 4; }
 
@@ -35,10 +39,19 @@ static SPECDEC_INLINE int quads_of(int first, int rows) { return (min_of(kQuadRo
 static void pack_quads(const float* y, int dim, int stride, uint16_t* packed, int row, int rows) {
   const int first = row / kQuadRows * kQuadRows, quads = quads_of(first, rows), quad = (row - first) / 4;
   uint16_t* to = packed + int64_t(first) * stride + quad * kQuadVector + row % 4 * kQuadDims;
-  for (int d = 0; d < dim; d += kQuadDims, to += quads * kQuadVector) {
+  const int next = quads * kQuadVector;
+  for (int d = 0; d < dim; d += kQuadDims, to += next) {
+    uint16_t rounded[kWidth];
+    if (d + kWidth <= dim) {
+      store_bf16(rounded, load(y + d));
+      __builtin_memcpy(to, rounded, kQuadDims * sizeof(uint16_t));
+      __builtin_memcpy(to + next, rounded + kQuadDims, kQuadDims * sizeof(uint16_t));
+      d += kQuadDims;
+      to += next;
+      continue;
+    }
     alignas(64) float some[kWidth] = {};
     __builtin_memcpy(some, y + d, min_of(kQuadDims, dim - d) * sizeof(float));
-    uint16_t rounded[kWidth];
     store_bf16(rounded, load(some));
     __builtin_memcpy(to, rounded, kQuadDims * sizeof(uint16_t));
   }
@@ -103,7 +116,7 @@ static SPECDEC_INLINE void multiply_group(const QuadHead& head, const HeadStream
       alignas(32) float by_slot[kQuadSlots];
       _mm_store_ps(by_slot, _mm_load_ps(of_slots[0] + 4 * n));
       _mm_store_ps(by_slot + 4, _mm_load_ps(of_slots[1] + 4 * n));
-      streams.scatter(by_slot, 1, place, logits + (4 * q + n) * kExitTile, begin > 0);
+      streams.put(by_slot, place, logits + (4 * q + n) * kExitTile, begin > 0);
     }
   }
 }
@@ -117,11 +130,12 @@ static void multiply_some(const QuadHead& head, const HeadStreams<kQuadSlots>& s
   if (quads == 3) multiply_group<3, kFetch>(head, streams, place, group, rows, begin, end, logits);
 }
 
-static void multiply_quads(const ExitTile& tile, const uint16_t* packed, int stride, int rows, float* logits) {
-  const HeadStreams<kQuadSlots> streams(tile, 2 * tile.dim);
+static void multiply_quads(const ExitTile& tile, const uint16_t* packed, int stride, int rows, int call_rows,
+                           float* logits) {
+  const HeadStreams<kQuadSlots> streams(tile, 2 * tile.dim, call_rows);
   for (int begin = 0; begin < tile.dim; begin += kQuadBlock) {
     const int end = min_of(begin + kQuadBlock, tile.dim);
-    for (int place = 0; place < streams.length; place++) {
+    for (int place = 0; place < streams.places(); place++) {
       const QuadHead head(tile, streams, place);
       for (int first = 0; first < rows; first += kQuadRows) {
         const int some = min_of(kQuadRows, rows - first);

@@ -18,9 +18,9 @@ static void multiply(HeadType type, const ExitTile& tile, const char* packed, in
   with_head(type, [&](auto multiplier) {
     using Multiplier = decltype(multiplier);
 #if defined(__AVX512BF16__)
-    if (call_rows > kFewRows && type == HeadType::kBFloat16) {
+    if (takes_quads(type, tile.dim, call_rows)) {
       const int stride = packed_dim<BFloat16Pairs>(tile.dim);
-      return multiply_quads(tile, reinterpret_cast<const uint16_t*>(packed), stride, rows, logits);
+      return multiply_quads(tile, reinterpret_cast<const uint16_t*>(packed), stride, rows, call_rows, logits);
     }
 #endif
     multiply_rows<Multiplier>(tile, packed, rows, call_rows, logits);
@@ -45,7 +45,7 @@ static void pack(HeadType type, const float* y, int dim, char* packed, int row, 
   with_head(type, [&](auto multiplier) {
     using Multiplier = decltype(multiplier);
 #if defined(__AVX512BF16__)
-    if (call_rows > kFewRows && type == HeadType::kBFloat16) {
+    if (takes_quads(type, dim, call_rows)) {
       const int stride = packed_dim<BFloat16Pairs>(dim);
       return pack_quads(y, dim, stride, reinterpret_cast<uint16_t*>(packed), row, rows);
     }

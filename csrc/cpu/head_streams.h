@@ -11,32 +11,49 @@
 namespace specdec::SPECDEC_ISA {
 
 constexpr int kAheadBytes = 2048;
+constexpr int kMostStreamed = 16;  // rows of a call: with more, products are what takes the time, and streams are rows
+                                   // side by side, whose logits are neighbours
 
 template <int kStreams>
-struct HeadStreams {
-  static_assert(kExitTile % kStreams == 0, "");
-  const int count;  // rows of the tile
-  const int length, rows_ahead;
+class HeadStreams {
+ public:
+  HeadStreams(const ExitTile& tile, int row_bytes, int call_rows)
+      : count_(tile.count),
+        places_((tile.count + kStreams - 1) / kStreams),
+        apart_(call_rows > kMostStreamed ? 1 : places_),
+        step_(call_rows > kMostStreamed ? kStreams : 1),
+        places_ahead_(min_of(places_, (kAheadBytes + row_bytes - 1) / row_bytes)) {}
 
-  HeadStreams(const ExitTile& tile, int row_bytes)
-      : count(tile.count),
-        length((tile.count + kStreams - 1) / kStreams),
-        rows_ahead(min_of(length, (kAheadBytes + row_bytes - 1) / row_bytes)) {}
+  int places() const { return places_; }
 
-  // The row of a stream at one of its places. The last streams of a short tile may repeat its last row.
-  int row(int stream, int place) const { return min_of(stream * length + place, count - 1); }
+  // The row of a stream at one of its places. In a short tile the last row may be repeated.
+  int row(int stream, int place) const { return min_of(stream * apart_ + place * step_, count_ - 1); }
 
   // From the rows at this place, how many rows further those lie that are fetched.
-  int ahead(int place) const { return place + rows_ahead < length ? rows_ahead : kExitTile + rows_ahead - length; }
+  int ahead(int place) const {
+    const bool inside = place + places_ahead_ < places_;
+    return inside ? places_ahead_ * step_ : kExitTile + (places_ahead_ - places_) * step_;
+  }
 
-  // Writes what was made of the rows at this place, one number a stream, where it belongs.
-  void scatter(const float* from, int step, int place, float* to, bool add) const {
+  // Writes or adds what was made of the rows at this place, one number a stream, where it belongs.
+  void put(const float (&from)[kStreams], int place, float* to, bool add) const {
+    to += place * step_;
+    if (apart_ == 1 && (place + 1) * kStreams <= count_) {
+      SPECDEC_UNROLL
+      for (int stream = 0; stream < kStreams; stream++) to[stream] = add ? to[stream] + from[stream] : from[stream];
+      return;
+    }
     SPECDEC_UNROLL
     for (int stream = 0; stream < kStreams; stream++) {
-      const int at = stream * length + place;
-      if (at < count) to[at] = add ? to[at] + from[stream * step] : from[stream * step];
+      if (stream * apart_ + place * step_ >= count_) continue;
+      to[stream * apart_] = add ? to[stream * apart_] + from[stream] : from[stream];
     }
   }
+
+ private:
+  const int count_, places_;
+  const int apart_, step_;  // rows from one stream to the next, and from one place to the next
+  const int places_ahead_;
 };
 
 // A row of the head from each stream, and their last, partial steps, which must not be read beyond the rows' ends.

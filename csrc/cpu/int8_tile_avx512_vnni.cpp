@@ -111,14 +111,14 @@ static SPECDEC_INLINE void add_step(const int8_t* const (&head)[kTogether / kRow
     const __m512i row = _mm512_xor_si512(whole ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8(inside, at), flip);
     SPECDEC_UNROLL
     for (int n = 0; n < kRows; n++) {
-      const int i = k * kRows + n;
+      const int i = n * (kTogether / kRows) + k;
       sum[i] = _mm512_dpbusd_epi32(sum[i], row, high[n]);
       sum[kTogether + i] = _mm512_dpbusd_epi32(sum[kTogether + i], row, low[n]);
     }
   }
 }
 
-// 8 / kRows rows of the head times kRows hidden rows: lane slot * kRows + row, the low limbs 8 lanes further. `ahead`
+// 8 / kRows rows of the head times kRows hidden rows: lane row * slots + slot, the low limbs 8 lanes further. `ahead`
 // bytes from here are fetched, unless it is 0.
 template <int kRows>
 static SPECDEC_INLINE __m512i dots(const int8_t* const (&head)[kTogether / kRows], const int8_t* const (&limbs)[kRows],
@@ -150,7 +150,7 @@ static Finish finish_of(const char* packed, int64_t stride, int rows) {
   alignas(32) float scales[kTogether];
   for (int lane = 0; lane < kTogether; lane++) {
     Header header;
-    __builtin_memcpy(&header, packed + min_of(lane % kRows, rows - 1) * stride, sizeof header);
+    __builtin_memcpy(&header, packed + min_of(lane / (kTogether / kRows), rows - 1) * stride, sizeof header);
     too_much[lane] = header.high_sum;
     too_much[kTogether + lane] = header.low_sum;
     scales[lane] = header.scale;
@@ -159,7 +159,7 @@ static Finish finish_of(const char* packed, int64_t stride, int rows) {
 }
 
 template <int kRows>
-static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stride, int rows, bool fetch,
+static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stride, int rows, int call_rows, bool fetch,
                           float* logits) {
   constexpr int kSlots = kTogether / kRows;
   const Finish finish = finish_of<kRows>(packed, stride, rows);
@@ -167,8 +167,8 @@ static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stri
   for (int n = 0; n < kRows; n++) {
     limbs[n] = reinterpret_cast<const int8_t*>(packed + min_of(n, rows - 1) * stride + kHeader);
   }
-  const HeadStreams<kSlots> streams(tile, tile.dim);
-  for (int place = 0; place < streams.length; place++) {
+  const HeadStreams<kSlots> streams(tile, tile.dim, call_rows);
+  for (int place = 0; place < streams.places(); place++) {
     for (int k = 0; k < kSlots; k++) {
       const int at = streams.row(k, place);
       head[k] = static_cast<const int8_t*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
@@ -177,22 +177,22 @@ static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stri
     const __m512 parts = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, finish.too_much));
     const __m256 high = _mm512_castps512_ps256(parts), low = _mm512_extractf32x8_ps(parts, 1);
     const __m256 products = _mm256_mul_ps(_mm256_fmadd_ps(_mm256_set1_ps(256.0f), high, low), finish.scales);
-    alignas(32) float by_slot[kTogether];
-    _mm256_store_ps(by_slot, products);
-    for (int n = 0; n < rows; n++) streams.scatter(by_slot + n, kRows, place, logits + n * kExitTile, false);
+    alignas(32) float by_row[kRows][kSlots];
+    _mm256_store_ps(by_row[0], products);
+    for (int n = 0; n < rows; n++) streams.put(by_row[n], place, logits + n * kExitTile, false);
   }
 }
 
-void multiply(HeadType, const ExitTile& tile, const char* packed, int rows, int, float* logits) {
+void multiply(HeadType, const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits) {
   const int64_t stride = int64_t(packed_bytes(HeadType::kInt8, tile.dim));
   for (int row = 0; row < rows; row += 4) {  // the tile stays in the second-level cache
     const int some = min_of(4, rows - row);
     const bool fetch = row == 0 && !tile.entries;
     const char* from = packed + row * stride;
     float* to = logits + row * kExitTile;
-    if (some == 1) multiply_rows<1>(tile, from, stride, 1, fetch, to);
-    if (some == 2) multiply_rows<2>(tile, from, stride, 2, fetch, to);
-    if (some > 2) multiply_rows<4>(tile, from, stride, some, fetch, to);
+    if (some == 1) multiply_rows<1>(tile, from, stride, 1, call_rows, fetch, to);
+    if (some == 2) multiply_rows<2>(tile, from, stride, 2, call_rows, fetch, to);
+    if (some > 2) multiply_rows<4>(tile, from, stride, some, call_rows, fetch, to);
   }
   for (int n = 0; n < rows; n++) {
     for (int i = tile.count; i < kExitTile; i++) logits[n * kExitTile + i] = -__builtin_inff();
