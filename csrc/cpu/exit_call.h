@@ -32,8 +32,6 @@ class PackedRows {
         row_bytes_(kernels.packed_bytes(type, dim)),
         packed_(row_bytes_ * ((rows + kExitTogether - 1) / kExitTogether * kExitTogether)) {}
 
-  int rows() const { return rows_; }
-
   void set(int row, const float* y) { kernels_.pack(type_, y, dim_, packed_.data(), row, rows_, call_rows_); }
 
   // Calls take(row, logits [kExitTile]) for each row with its products with a tile of the head.

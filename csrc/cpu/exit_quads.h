@@ -25,7 +25,7 @@ constexpr int kQuadSlots = 8;     // with so many rows of the head
 constexpr int kQuadBlock = 4096;  // dims, where they are cut
 constexpr int kLineDims = 32;     // of a row of the head in a cache line
 constexpr int kQuadRows = 4 * kQuadGroup;
-static_assert(kExitRowBlock % kQuadRows == 0 && kExitTile % kQuadSlots == 0, "");
+static_assert(kExitRowBlock % kQuadRows == 0 && kExitTile % kQuadSlots == 0 && kWidth == 2 * kQuadDims, "");
 
 // One quad alone is 9 loads for 8 products, so it only pays where four rows would not stay in the first-level cache.
 static SPECDEC_INLINE bool takes_quads(HeadType type, int dim, int call_rows) {
@@ -40,20 +40,14 @@ static void pack_quads(const float* y, int dim, int stride, uint16_t* packed, in
   const int first = row / kQuadRows * kQuadRows, quads = quads_of(first, rows), quad = (row - first) / 4;
   uint16_t* to = packed + int64_t(first) * stride + quad * kQuadVector + row % 4 * kQuadDims;
   const int next = quads * kQuadVector;
-  for (int d = 0; d < dim; d += kQuadDims, to += next) {
-    uint16_t rounded[kWidth];
-    if (d + kWidth <= dim) {
-      store_bf16(rounded, load(y + d));
-      __builtin_memcpy(to, rounded, kQuadDims * sizeof(uint16_t));
-      __builtin_memcpy(to + next, rounded + kQuadDims, kQuadDims * sizeof(uint16_t));
-      d += kQuadDims;
-      to += next;
-      continue;
-    }
-    alignas(64) float some[kWidth] = {};
-    __builtin_memcpy(some, y + d, min_of(kQuadDims, dim - d) * sizeof(float));
-    store_bf16(rounded, load(some));
-    __builtin_memcpy(to, rounded, kQuadDims * sizeof(uint16_t));
+  for (int d = 0; d < dim; d += kWidth, to += 2 * next) {
+    alignas(64) float padded[kWidth] = {};
+    const bool whole = d + kWidth <= dim;
+    if (!whole) __builtin_memcpy(padded, y + d, (dim - d) * sizeof(float));
+    uint16_t rounded[2][kQuadDims];
+    store_bf16(rounded[0], load(whole ? y + d : padded));
+    __builtin_memcpy(to, rounded[0], sizeof(rounded[0]));
+    if (d + kQuadDims < dim) __builtin_memcpy(to + next, rounded[1], sizeof(rounded[1]));
   }
 }
 
