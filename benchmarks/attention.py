@@ -19,7 +19,7 @@ import specdec_ops
 
 from . import flashinfer_peers, xformers_peer
 from .cases import Case
-from .contestant import Contestant, Expected, allowed_error, largest_error, unavailable
+from .contestant import Contestant, Expected, allowed_error, compiled, largest_error, unavailable
 from .machine import native
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -250,9 +250,7 @@ def _compiled_flex(inputs: Inputs, create_block_mask, flex_attention) -> Contest
     import torch._inductor.config
 
     torch._inductor.config.compile_threads = 1  # in this process, so that the time limit can end it
-    if inputs.q.is_cuda:  # earlier copies of the inputs keep what was compiled for them
-        torch._dynamo.config.cache_size_limit = 256
-    else:
+    if not inputs.q.is_cuda:  # on a GPU earlier copies of the inputs keep what was compiled for them
         torch._dynamo.reset()
     (k, v), q = inputs.head_major, inputs.q.transpose(1, 2)
     case, tree_mask, lengths = inputs.case, inputs.tree_mask, inputs.context_lens
@@ -264,10 +262,10 @@ def _compiled_flex(inputs: Inputs, create_block_mask, flex_attention) -> Contest
         return (node < 0) | in_tree
 
     block_mask = create_block_mask(visible, case.batch, None, case.nodes, case.slots, device=str(q.device))
-    compiled = torch.compile(flex_attention, dynamic=False)
+    flex = compiled(flex_attention)
 
     def call():
-        return compiled(q, k, v, block_mask=block_mask, enable_gqa=case.model.group > 1)
+        return flex(q, k, v, block_mask=block_mask, enable_gqa=case.model.group > 1)
 
     call()
     return Contestant("flex_attention", "pytorch", call, lambda out: out.transpose(1, 2), (k, v))

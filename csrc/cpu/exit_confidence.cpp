@@ -161,6 +161,7 @@ void HeadReader::read_chunk(int64_t begin, int64_t end, ExitState* states) {
     const float* tile_scales = tile_of(p_.scales, first, count, scales);
     const float* tile_bias = tile_of(p_.bias, first, count, bias);
     packed_.multiply(tile, [&](int n, float* logits) {
+      std::fill(logits + count, logits + kExitTile, kMinusInfinity);
       const float factor = float(kLog2e / exit_temperature(p_, rows_[n]));
       kernels_.absorb(logits, tile_scales, tile_bias, int32_t(first), factor, listed_, states[n]);
     });

@@ -98,9 +98,9 @@ static SPECDEC_INLINE int packed_dim(int dim) {
   return round_up(dim, max_of(kLine, Multiplier::kStep));
 }
 
-constexpr int kNarrowRows = 8;      // up to here memory is what all wait for, and the dim is not cut
-constexpr int kTogether = 4;        // hidden rows that are packed and multiplied together
-constexpr int kBlockBytes = 8192;   // of a head's row, where the dim is cut
+constexpr int kNarrowRows = 8;            // up to here memory is what all wait for, and the dim is not cut
+constexpr int kTogether = kExitTogether;  // hidden rows that are packed and multiplied together
+constexpr int kBlockBytes = 8192;         // of a head's row, where the dim is cut
 constexpr int kFloat32Block = 512;  // elements: longer sums of float32 products would round more than PyTorch's do
 
 // Products of kSlots rows of the head with kRows packed hidden rows, summed over dims [begin, end), whole steps.

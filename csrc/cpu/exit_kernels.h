@@ -41,9 +41,10 @@ struct ExitKernels {
   void (*pack)(HeadType type, const float* y, int dim, char* packed, int row, int rows, int call_rows);
   // Rounds y to what a packed row holds.
   void (*round)(HeadType type, float* y, int dim);
-  // logits [rows][kExitTile] of packed rows; past `count` they are -inf.
+  // logits [rows][kExitTile] of packed rows, as far as `count`.
   void (*multiply)(HeadType type, const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits);
-  // Takes one row's logits in. scales and bias are [kExitTile] or nullptr; the logits are changed by them.
+  // Takes one row's logits in, which are -inf where a tile has no more. scales and bias are [kExitTile] or nullptr; the
+  // logits are changed by them.
   void (*absorb)(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int listed,
                  ExitState& state);
 };

@@ -25,9 +25,6 @@ static void multiply(HeadType type, const ExitTile& tile, const char* packed, in
 #endif
     multiply_rows<Multiplier>(tile, packed, rows, call_rows, logits);
   });
-  for (int n = 0; n < rows; n++) {
-    for (int i = tile.count; i < kExitTile; i++) logits[n * kExitTile + i] = -__builtin_inff();
-  }
 }
 
 static void round(HeadType type, float* y, int dim) {

@@ -194,9 +194,6 @@ void multiply(HeadType, const ExitTile& tile, const char* packed, int rows, int 
     if (some == 2) multiply_rows<2>(tile, from, stride, 2, call_rows, fetch, to);
     if (some > 2) multiply_rows<4>(tile, from, stride, some, call_rows, fetch, to);
   }
-  for (int n = 0; n < rows; n++) {
-    for (int i = tile.count; i < kExitTile; i++) logits[n * kExitTile + i] = -__builtin_inff();
-  }
 }
 
 }  // namespace specdec::avx512_vnni
