@@ -5,7 +5,7 @@ PYTHON ?= python3
 GPU_OUT ?= benchmarks/results/local/gpu
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
-CXX_FILES = $(shell find csrc tests/emulator -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .PHONY: help venv build lint format test bench gpu dist clean

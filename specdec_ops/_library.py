@@ -13,7 +13,7 @@ from . import _alloc, _dispatch
 
 _LIBRARY = torch.library.Library("specdec_ops", "DEF")
 _NAMESPACE = torch.ops.specdec_ops
-_PLAIN = frozenset((torch.Tensor, type(None)))
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))  # a parameter differs in its name alone
 
 # A private name, so a PyTorch that drops it only costs the short cut.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)

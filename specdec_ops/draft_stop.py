@@ -16,6 +16,8 @@ from .early_exit import Confidence
 
 FEATURES = 11
 _MAX_LAYERS = 8
+_DTYPES = (*KERNEL_DTYPES, torch.float64)
+_LISTS = (list, tuple, Sequence)  # the common ones first: an abstract class takes long to ask
 
 
 def exit_mlp(
@@ -48,8 +50,7 @@ def exit_mlp(
     Improved multi-candidate speculative decoding, Lu et al., 2024.
     """
     op = "exit_mlp"
-    dtypes = (*KERNEL_DTYPES, torch.float64)
-    if not isinstance(features, torch.Tensor) or features.dtype not in dtypes:
+    if not isinstance(features, torch.Tensor) or features.dtype not in _DTYPES:
         raise TypeError(wrong(op, "features", "float32, bfloat16 or float16 [rows, inputs]", features))
     if features.dim() != 2 or features.shape[1] < 1:
         raise ValueError(wrong(op, "features", "[rows, inputs] with at least one input", features))
@@ -57,39 +58,42 @@ def exit_mlp(
         raise ValueError(wrong_strides(op, "features", "contiguous in its last dimension", features))
     if not is_number(threshold):
         raise TypeError(wrong(op, "threshold", "a number", threshold))
-    if not isinstance(layers, Sequence) or not all(isinstance(pair, Sequence) and len(pair) == 2 for pair in layers):
+    if not isinstance(layers, _LISTS) or not all(isinstance(pair, _LISTS) and len(pair) == 2 for pair in layers):
         raise TypeError(wrong(op, "layers", "a sequence of (weight, bias)", layers))
     if not 1 <= len(layers) <= _MAX_LAYERS:
         raise ValueError(wrong(op, "layers", f"1 to {_MAX_LAYERS} pairs", len(layers)))
-    inputs = features.shape[1]
-    for index, (weight, bias) in enumerate(layers):
-        _check_layer(index, weight, bias, inputs, features, last=index == len(layers) - 1)
-        inputs = weight.shape[0]
-    weights, biases = ([pair[part] for pair in layers] for part in (0, 1))
+    weights, biases = zip(*layers, strict=True)
+    _check_layers(op, features, weights, biases)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, *weights, *biases)):
         raise RuntimeError(wrong_grad(op))
     return _library_exit.exit_mlp(features, weights, biases, float(threshold), backend)
 
 
-def _check_layer(index: int, weight, bias, inputs: int, features: torch.Tensor, last: bool) -> None:
-    op, double = "exit_mlp", features.dtype == torch.float64
+def _check_layers(op: str, features: torch.Tensor, weights: tuple, biases: tuple) -> None:
+    """Decision models are small and run at every step, so what a tensor says of itself is asked for once."""
+    double, inputs, device = features.dtype == torch.float64, features.shape[1], features.device
+    dtypes = (torch.float64,) if double else KERNEL_DTYPES
+    for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        last = index == len(weights) - 1
+        if not isinstance(weight, torch.Tensor) or weight.dtype not in dtypes:
+            raise TypeError(wrong(op, f"layers[{index}] weight", _weight_must(double, last, inputs), weight))
+        shape = weight.shape
+        if len(shape) != 2 or shape[1] != inputs or shape[0] < 1 or (last and shape[0] != 1):
+            raise ValueError(wrong(op, f"layers[{index}] weight", _weight_must(double, last, inputs), weight))
+        inputs = shape[0]
+        if not isinstance(bias, torch.Tensor) or bias.dtype != torch.float32:
+            raise TypeError(wrong(op, f"layers[{index}] bias", f"float32 [{inputs}]", bias))
+        if bias.shape != (inputs,):
+            raise ValueError(wrong(op, f"layers[{index}] bias", f"float32 [{inputs}]", bias))
+        for part, tensor in (("weight", weight), ("bias", bias)):
+            if not tensor.is_contiguous():
+                raise ValueError(wrong_strides(op, f"layers[{index}] {part}", "contiguous", tensor))
+            if tensor.device != device:
+                raise ValueError(wrong_device(op, f"layers[{index}] {part}", device, tensor))
 
-    def must() -> str:
-        return f"{'float64' if double else 'float32, bfloat16 or float16'} [{1 if last else 'outputs'}, {inputs}]"
 
-    if not isinstance(weight, torch.Tensor) or weight.dtype not in ((torch.float64,) if double else KERNEL_DTYPES):
-        raise TypeError(wrong(op, f"layers[{index}] weight", must(), weight))
-    if weight.dim() != 2 or weight.shape[1] != inputs or weight.shape[0] < 1 or (last and weight.shape[0] != 1):
-        raise ValueError(wrong(op, f"layers[{index}] weight", must(), weight))
-    if not isinstance(bias, torch.Tensor) or bias.dtype != torch.float32:
-        raise TypeError(wrong(op, f"layers[{index}] bias", f"float32 [{weight.shape[0]}]", bias))
-    if bias.shape != weight.shape[:1]:
-        raise ValueError(wrong(op, f"layers[{index}] bias", f"float32 [{weight.shape[0]}]", bias))
-    for part, tensor in (("weight", weight), ("bias", bias)):
-        if not tensor.is_contiguous():
-            raise ValueError(wrong_strides(op, f"layers[{index}] {part}", "contiguous", tensor))
-        if tensor.device != features.device:
-            raise ValueError(wrong_device(op, f"layers[{index}] {part}", features.device, tensor))
+def _weight_must(double: bool, last: bool, inputs: int) -> str:
+    return f"{'float64' if double else 'float32, bfloat16 or float16'} [{1 if last else 'outputs'}, {inputs}]"
 
 
 def exit_features(confidence: Confidence) -> torch.Tensor:

@@ -8,10 +8,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_cases import make_case, random_tree
-from specdec_ops import AttentionState, Tree, build_topology, merge_states, tree_attention
+from specdec_ops import AttentionState, Tree, _library, build_topology, merge_states, tree_attention
 
 OPS = torch.ops.specdec_ops
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+
+
+class Marked(torch.Tensor):
+    """A subclass, which may want to see what is done with it."""
 
 
 def case_of(**options):
@@ -114,6 +118,15 @@ def test_direct_calls_and_operators_agree():
     assert torch.equal(got.out, wanted.out)
     assert torch.equal(got.lse, wanted.lse)
     assert torch.equal(out, wanted.out)
+
+
+def test_what_takes_the_short_cut():
+    plain = torch.zeros(2)
+    assert _library.short_cut(plain, None, torch.nn.Parameter(plain))
+    assert not _library.short_cut(plain, plain.as_subclass(Marked))
+    with FakeTensorMode() as mode:
+        assert not _library.short_cut(plain)
+    assert not _library.short_cut(mode.from_tensor(plain))
 
 
 def test_fake_tensors():

@@ -1,5 +1,7 @@
 """Screened heads: token, figures and decisions are the whole head's, whatever the head."""
 
+import subprocess
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ from adversarial_heads import (
     tiny_numbers,
     zero_rows,
 )
+from emulator import build
 from exit_cases import ExitCase, make_case, many_rows
 from specdec_ops import VocabMap, early_exit, exit_confidence, quantize_head, quantized_head
 from specdec_ops.early_exit import STATUS_FELL_BACK, STATUS_INVALID
@@ -335,3 +338,13 @@ def test_int8_heads_of_invalid_rows(isa):
     assert case.run("cpu").status.tolist() == [0, 1, 1, 0]
     case.hidden[:] = 0
     assert case.run("cpu").max_prob.tolist() == pytest.approx([1 / 70] * 4)
+
+
+@pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
+def test_polynomials_bound_the_exponentials(tmp_path):
+    program = tmp_path / "screen_bounds"
+    source = build.ROOT / "tests" / "screen_bounds.cpp"
+    flags = ["-std=c++17", "-O1", "-w", "-I", build.ROOT / "csrc", source, "-o", program]
+    subprocess.run([*build.compiler(), *flags], check=True)
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout

@@ -26,15 +26,11 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kOutward = 1 + 1e-6;  // for the rounding of the bound itself
 
 RowReach reach_of(const ExitParams& p, const ExitKernels& kernels, int row) {
-  std::vector<float> y(p.dim);
+  std::vector<float> y(hidden_stride(p.dim));
   kernels.normalise(p, row, y.data());
   kernels.round(p.head_type, y.data(), p.dim);
-  double squares = 0, rounding = 0;
-  for (float value : y) squares += double(value) * value;
-#ifdef SPECDEC_HAVE_AVX512_VNNI
-  if (kernels.pack == avx512_vnni::pack) rounding = avx512_vnni::rounding_error(y.data(), p.dim);
-#endif
-  const double length = std::sqrt(squares) + rounding, sums = (p.dim / 4.0 + 64) * 0x1p-24;
+  const HiddenLength of_row = hidden_length(kernels, y, p.dim);
+  const double length = of_row.whole + of_row.rounding, sums = (p.dim / 4.0 + 64) * 0x1p-24;
   const double vanishing = std::sqrt(double(p.dim)) * 0x1p-125;
   return {(length * (1 + sums) + vanishing) * kOutward, (vanishing * length + p.dim * 0x1p-125) * kOutward};
 }

@@ -53,6 +53,15 @@ class PackedRows {
   AlignedBytes packed_;
 };
 
+// Elements of a hidden row in float32, with the zeros behind it.
+inline int64_t hidden_stride(int dim) { return (int64_t(dim) + kHiddenStep - 1) / kHiddenStep * kHiddenStep; }
+
+// The length of a hidden row as it is multiplied, y, and that of y less what these kernels make of it.
+struct HiddenLength {
+  double whole, rounding;
+};
+HiddenLength hidden_length(const ExitKernels& kernels, const std::vector<float>& y, int dim);
+
 Team exit_team(const ExitParams& p, int threads);
 
 inline float exit_temperature(const ExitParams& p, int row) {

@@ -98,6 +98,21 @@ ExitKernels exit_kernels(HeadType type, int dim, bool may_round) {
   return kernels;
 }
 
+HiddenLength hidden_length(const ExitKernels& kernels, const std::vector<float>& y, int dim) {
+  constexpr int kSums = 8;  // at once
+  static_assert(kHiddenStep % kSums == 0, "");
+  double squares[kSums] = {}, rounding = 0;
+  for (size_t d = 0; d < y.size(); d += kSums) {
+    for (int i = 0; i < kSums; i++) squares[i] += double(y[d + i]) * y[d + i];
+  }
+#ifdef SPECDEC_HAVE_AVX512_VNNI
+  if (kernels.pack == avx512_vnni::pack) rounding = avx512_vnni::rounding_error(y.data(), dim);
+#else
+  (void)kernels, (void)dim;
+#endif
+  return {std::sqrt(std::accumulate(squares, squares + kSums, 0.0)), rounding};
+}
+
 void decide_exits(const ExitParams& p) {
   bool any = false, all = p.rows > 0;
   for (int row = 0; row < p.rows; row++) {
@@ -131,7 +146,7 @@ HeadReader::HeadReader(const ExitParams& p, const std::vector<int>& rows, const 
       listed_(std::max(2, p.top_k)),
       packed_(kernels_, p.head_type, p.dim, int(rows.size()), p.rows) {
   team_.run(rows_.size(), [&](int64_t n, int) {
-    std::vector<float> y(p_.dim);
+    std::vector<float> y(hidden_stride(p_.dim));
     kernels_.normalise(p_, rows_[n], y.data());
     packed_.set(int(n), y.data());
   });
@@ -140,7 +155,7 @@ HeadReader::HeadReader(const ExitParams& p, const std::vector<int>& rows, const 
 void HeadReader::read(int64_t begin, int64_t end, std::vector<ExitState>& states) {
   const int64_t chunks = (end - begin + kExitChunk - 1) / kExitChunk, count = int64_t(rows_.size());
   std::vector<ExitState> of_chunks(chunks * count);
-  team_.run(chunks, [&](int64_t chunk, int) {
+  team_.deal(chunks, [&](int64_t chunk) {
     const int64_t first = begin + chunk * kExitChunk;
     read_chunk(first, std::min<int64_t>(first + kExitChunk, end), &of_chunks[chunk * count]);
   });

@@ -28,7 +28,7 @@ struct Widened {
   static SPECDEC_INLINE Operand load_head(const Element* at) { return Storage::load_vec(at); }
   static SPECDEC_INLINE Operand load_hidden(const Hidden* at) { return load(at); }
   static SPECDEC_INLINE Vec apply(Vec sum, Operand head, Operand hidden) { return fma(head, hidden, sum); }
-  static void pack(const float* y, int count, Hidden* to) { __builtin_memcpy(to, y, count * sizeof(float)); }
+  static SPECDEC_INLINE void pack(const float* y, Hidden* to) { store(to, load(y)); }
   static void round(float*, int) {}
 };
 
@@ -57,18 +57,15 @@ struct BFloat16Pairs {
   static SPECDEC_INLINE Operand load_head(const Element* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static SPECDEC_INLINE Operand load_hidden(const Hidden* at) { return (__m512bh)_mm512_loadu_si512(at); }
   static SPECDEC_INLINE Vec apply(Vec sum, Operand head, Operand hidden) { return _mm512_dpbf16_ps(sum, head, hidden); }
-  static void pack(const float* y, int count, Hidden* to) {
-    alignas(64) float step[kStep] = {};
-    __builtin_memcpy(step, y, count * sizeof(float));
-    store_bf16(to, load(step));
-    store_bf16(to + kWidth, load(step + kWidth));
+  static SPECDEC_INLINE void pack(const float* y, Hidden* to) {
+    store_bf16(to, load(y));
+    store_bf16(to + kWidth, load(y + kWidth));
   }
   static void round(float* y, int dim) {
-    for (int d = 0; d < dim; d++) {
+    for (int d = 0; d < dim; d += kWidth) {
       uint16_t rounded[kWidth];
-      store_bf16(rounded, splat(y[d]));
-      const uint32_t bits = uint32_t(rounded[0]) << 16;
-      __builtin_memcpy(y + d, &bits, sizeof bits);
+      store_bf16(rounded, load(y + d));
+      store(y + d, load_bf16(rounded));
     }
   }
 };

@@ -12,6 +12,7 @@ namespace specdec {
 constexpr int kExitTile = 64;      // rows of the head whose logits are made at once
 constexpr int kExitRowBlock = 60;  // hidden rows that are multiplied with a tile before the next ones
 constexpr int kExitTogether = 4;   // packed rows have room for a multiple of so many
+constexpr int kHiddenStep = 64;    // hidden rows in float32 go on with zeros to a multiple of so many dims
 
 // What a row knows of the part of the vocabulary that it has seen. Values are logits before the temperature.
 struct ExitState {
@@ -32,7 +33,7 @@ struct ExitTile {
 };
 
 struct ExitKernels {
-  // y = hidden, or its RMSNorm; float32.
+  // y = hidden, or its RMSNorm; float32, with the zeros behind it, like every y here.
   void (*normalise)(const ExitParams& p, int row, float* y);
   // Bytes of a packed row.
   size_t (*packed_bytes)(HeadType type, int dim);

@@ -41,11 +41,8 @@ static void pack_quads(const float* y, int dim, int stride, uint16_t* packed, in
   uint16_t* to = packed + int64_t(first) * stride + quad * kQuadVector + row % 4 * kQuadDims;
   const int next = quads * kQuadVector;
   for (int d = 0; d < dim; d += kWidth, to += 2 * next) {
-    alignas(64) float padded[kWidth] = {};
-    const bool whole = d + kWidth <= dim;
-    if (!whole) __builtin_memcpy(padded, y + d, (dim - d) * sizeof(float));
     uint16_t rounded[2][kQuadDims];
-    store_bf16(rounded[0], load(whole ? y + d : padded));
+    store_bf16(rounded[0], load(y + d));
     __builtin_memcpy(to, rounded[0], sizeof(rounded[0]));
     if (d + kQuadDims < dim) __builtin_memcpy(to + next, rounded[1], sizeof(rounded[1]));
   }

@@ -53,10 +53,8 @@ static void pack(HeadType type, const float* y, int dim, char* packed, int row, 
     const int first = row / kTogether * kTogether, together = min_of(kTogether, rows - first);
     const int whole = packed_dim<Multiplier>(dim);
     auto* to = reinterpret_cast<typename Multiplier::Hidden*>(packed) + int64_t(first) * whole + (row - first) * kStep;
-    for (int d = 0; d < whole; d += kStep, to += together * kStep) {
-      __builtin_memset(to, 0, kStep * sizeof(*to));
-      if (d < dim) Multiplier::pack(y + d, min_of(kStep, dim - d), to);
-    }
+    static_assert(kHiddenStep % kStep == 0, "");
+    for (int d = 0; d < whole; d += kStep, to += together * kStep) Multiplier::pack(y + d, to);
   });
 }
 
@@ -136,41 +134,38 @@ static void absorb(float* logits, const float* scales, const float* bias, int32_
   state.log_sum += total(log_sum);
 }
 
+// The last elements of a row, fewer than a vector, and zeros.
+template <class Storage>
+struct Rest {
+  typename Storage::Element padded[kWidth] = {};
+  Rest(const typename Storage::Element* from, int count) { __builtin_memcpy(padded, from, count * sizeof(padded[0])); }
+};
+
 template <class Storage>
 static void normalise_row(const ExitParams& p, int row, float* y) {
   const auto* x = static_cast<const typename Storage::Element*>(p.hidden) + row * p.hidden_stride_row;
-  alignas(64) float padded[kWidth];
+  const int whole = p.dim / kWidth * kWidth;
   Vec squares = splat(0.0f);
-  for (int d = 0; d < p.dim; d += kWidth) {
-    Vec v;
-    if (d + kWidth <= p.dim) {
-      v = Storage::load_vec(x + d);
-      store(y + d, v);
-    } else {
-      typename Storage::Element rest[kWidth] = {};
-      __builtin_memcpy(rest, x + d, (p.dim - d) * sizeof(rest[0]));
-      v = Storage::load_vec(rest);
-      store(padded, v);
-      __builtin_memcpy(y + d, padded, (p.dim - d) * sizeof(float));
-    }
+  const auto take = [&](const auto* from, int d) {
+    const Vec v = Storage::load_vec(from);
+    store(y + d, v);
     squares = fma(v, v, squares);
-  }
+  };
+  for (int d = 0; d < whole; d += kWidth) take(x + d, d);
+  if (whole < p.dim) take(Rest<Storage>(x + whole, p.dim - whole).padded, whole);
   if (!p.norm_weight) return;
-  const float scale = 1.0f / __builtin_sqrtf(total(squares) / float(p.dim) + p.norm_eps);
-  for (int d = 0; d < p.dim; d++) y[d] *= scale;
+  const Vec scale = splat(1.0f / __builtin_sqrtf(total(squares) / float(p.dim) + p.norm_eps));
+  for (int d = 0; d < p.dim; d += kWidth) store(y + d, load(y + d) * scale);
 }
 
 template <class Storage>
 static void weigh_row(const ExitParams& p, float* y) {
   const auto* weight = static_cast<const typename Storage::Element*>(p.norm_weight);
-  alignas(64) float padded[kWidth];
-  for (int d = 0; d < p.dim; d += kWidth) {
-    const int count = min_of(kWidth, p.dim - d);
-    typename Storage::Element some[kWidth] = {};
-    __builtin_memcpy(some, weight + d, count * sizeof(some[0]));
-    store(padded, Storage::load_vec(some));
-    for (int i = 0; i < count; i++) y[d + i] *= padded[i];
-  }
+  const int whole = p.dim / kWidth * kWidth;
+  for (int d = 0; d < whole; d += kWidth) store(y + d, load(y + d) * Storage::load_vec(weight + d));
+  if (whole == p.dim) return;
+  const Rest<Storage> rest(weight + whole, p.dim - whole);
+  store(y + whole, load(y + whole) * Storage::load_vec(rest.padded));
 }
 
 static void normalise(const ExitParams& p, int row, float* y) {

@@ -25,54 +25,65 @@ struct Header {
 
 struct Rounding {
   float scale;
-  double inverse;
-  SPECDEC_INLINE int32_t apply(float y) const {
-    return max_of(-kMost, min_of(kMost, int32_t(__builtin_rint(y * inverse))));
+  double inverse;  // 0 where nothing is left of the row, or it is not finite
+  SPECDEC_INLINE __m512i apply(Vec y) const {
+    const __m512d times = _mm512_set1_pd(inverse);
+    const __m256i low = _mm512_cvtpd_epi32(_mm512_mul_pd(low_half(y), times));
+    const __m256i high = _mm512_cvtpd_epi32(_mm512_mul_pd(high_half(y), times));
+    const __m512i whole = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+    return _mm512_max_epi32(_mm512_min_epi32(whole, _mm512_set1_epi32(kMost)), _mm512_set1_epi32(-kMost));
   }
+  static SPECDEC_INLINE __m512d low_half(Vec v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
+  static SPECDEC_INLINE __m512d high_half(Vec v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)); }
 };
 
 // What rounds a finite row; a scale of NaN where it is not.
 static Rounding rounding_of(const float* y, int dim) {
-  float most = 0;
-  bool finite = true;
-  for (int d = 0; d < dim; d++) {
-    const float size = __builtin_fabsf(y[d]);
-    finite &= size < __builtin_inff();
-    most = size > most ? size : most;
+  Vec most = splat(0.0f);
+  __mmask16 finite = 0xffff;
+  for (int d = 0; d < dim; d += kWidth) {
+    const Vec size = _mm512_abs_ps(load(y + d));
+    finite &= _mm512_cmp_ps_mask(size, splat(__builtin_inff()), _CMP_LT_OQ);
+    most = _mm512_max_ps(size, most);
   }
-  if (!finite) return {__builtin_nanf(""), 0.0};
-  const float scale = most / kMost;
+  if (finite != 0xffff) return {__builtin_nanf(""), 0.0};
+  const float scale = _mm512_reduce_max_ps(most) / kMost;
   return {scale, scale > 0 ? 1.0 / scale : 0.0};
 }
 
 size_t packed_bytes(HeadType, int dim) { return kHeader + 2 * size_t(round_up(dim, kStep)); }
 
 void pack(HeadType type, const float* y, int dim, char* packed, int row, int, int) {
+  static_assert(kHiddenStep % kStep == 0, "");
   packed += row * packed_bytes(type, dim);
   const Rounding rounding = rounding_of(y, dim);
-  Header header = {rounding.scale, 0, 0};
-  auto* limbs = reinterpret_cast<int8_t*>(packed) + kHeader;
-  __builtin_memset(limbs, 0, 2 * size_t(round_up(dim, kStep)));
-  for (int d = 0; rounding.inverse > 0 && d < dim; d++) {
-    const int32_t whole = rounding.apply(y[d]);
-    const int32_t low = int8_t(whole & 255), high = (whole - low) / 256;
-    int8_t* to = limbs + d / kStep * (2 * kStep) + d % kStep;
-    to[0] = int8_t(high);
-    to[kStep] = int8_t(low);
-    header.high_sum += 128 * high;
-    header.low_sum += 128 * low;
+  __m512i highs = _mm512_setzero_si512(), lows = highs;
+  for (int d = 0; d < round_up(dim, kStep); d += kWidth) {
+    const __m512i whole = rounding.inverse > 0 ? rounding.apply(load(y + d)) : _mm512_setzero_si512();
+    const __m512i low = _mm512_srai_epi32(_mm512_slli_epi32(whole, 24), 24);
+    const __m512i high = _mm512_srai_epi32(_mm512_sub_epi32(whole, low), 8);
+    char* to = packed + kHeader + d / kStep * (2 * kStep) + d % kStep;
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_cvtepi32_epi8(high));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + kStep), _mm512_cvtepi32_epi8(low));
+    highs = _mm512_add_epi32(highs, high);
+    lows = _mm512_add_epi32(lows, low);
   }
+  const Header header = {rounding.scale, 128 * _mm512_reduce_add_epi32(highs), 128 * _mm512_reduce_add_epi32(lows)};
   __builtin_memcpy(packed, &header, sizeof header);
 }
 
 double rounding_error(const float* y, int dim) {
   const Rounding rounding = rounding_of(y, dim);
-  double squares = 0;
-  for (int d = 0; d < dim; d++) {
-    const double error = y[d] - double(rounding.scale) * (rounding.inverse > 0 ? rounding.apply(y[d]) : 0);
-    squares += error * error;
+  const __m512d scale = _mm512_set1_pd(rounding.scale);
+  __m512d squares = _mm512_setzero_pd();
+  for (int d = 0; d < dim; d += kWidth) {
+    const __m512i whole = rounding.inverse > 0 ? rounding.apply(load(y + d)) : _mm512_setzero_si512();
+    const Vec exact = _mm512_cvtepi32_ps(whole);  // 16 bits
+    const __m512d low = Rounding::low_half(load(y + d)) - scale * Rounding::low_half(exact);
+    const __m512d high = Rounding::high_half(load(y + d)) - scale * Rounding::high_half(exact);
+    squares = squares + low * low + high * high;
   }
-  return __builtin_sqrt(squares);
+  return __builtin_sqrt(_mm512_reduce_add_pd(squares));
 }
 
 // Lane i of the result is the sum of the lanes of vector i.

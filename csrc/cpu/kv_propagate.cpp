@@ -125,7 +125,7 @@ class LayerProduct {
     rows.norm_eps = p_.norm_eps;
     rows.dim = p_.dim;
     team.run(places_.size(), [&](int64_t n, int) {
-      std::vector<float> y(p_.dim);
+      std::vector<float> y(hidden_stride(p_.dim));
       kernels_.normalise(rows, places_[n].row, y.data());
       packed_.set(int(n), y.data());
     });

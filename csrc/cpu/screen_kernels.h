@@ -44,9 +44,13 @@ struct ScreenKernels {
   // is a multiple of kScreenStep, as below; padding is a logit of -inf.
   bool (*note)(const float* approximate, const float* error_norms, const float* norms, int count,
                const ScreenBound& bound, int listed, float* lower);
+  // The greatest error_norms[v] + norms[v].
+  float (*longest)(const float* error_norms, const float* norms, int count);
   // Adds up the tail, and writes which entries are not in it. Returns how many.
   int (*scan)(const float* approximate, const float* error_norms, const float* norms, int count, const ScreenScan& scan,
               int32_t first_entry, int32_t* entries, ScreenTail& tail);
+  // Adds exp((z - first) / T) of each logit, and the same times (first - z) / T. `count` is whole vectors, as above.
+  void (*weigh)(const float* logits, int count, float first, float temperature, double& sum, double& fall);
 };
 
 namespace generic {

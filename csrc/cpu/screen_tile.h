@@ -40,6 +40,26 @@ static bool note(const float* approximate, const float* error_norms, const float
   return finite == kAll;
 }
 
+static float longest(const float* error_norms, const float* norms, int count) {
+  Vec most = splat(0.0f);
+  for (int i = 0; i < count; i += kWidth) most = maximum(load(error_norms + i) + load(norms + i), most);
+  return greatest(most);
+}
+
+// A logit's error in degrees up to which exp(error) and exp(-error) come from polynomials.
+constexpr float kSmallError = 4;
+
+// Not below exp(error) and not above exp(-error), for errors from 0 to kSmallError: the series up to the third power,
+// and so much of the fourth that the bound holds at its end. What is left of the series, divided by the fourth power,
+// grows towards the end in the first case, and falls in the second.
+static SPECDEC_INLINE void bound_exponentials(Vec error, Vec& above, Vec& below) {
+  const Vec square = error * error, fourth = square * square;
+  const Vec even = fma(splat(0.5f), square, splat(1.0f));
+  const Vec odd = error * fma(splat(1.0f / 6), square, splat(1.0f));
+  above = fma(splat(0.12083f), fourth, even + odd);
+  below = maximum(fma(splat(0.0222f), fourth, even - odd), splat(0.0f));
+}
+
 static int scan(const float* approximate, const float* error_norms, const float* norms, int count, const ScreenScan& s,
                 int32_t first_entry, int32_t* entries, ScreenTail& tail) {
   const Vec zero = splat(0.0f), one = splat(1.0f), minus_infinity = splat(-__builtin_inff());
@@ -62,8 +82,16 @@ static int scan(const float* approximate, const float* error_norms, const float*
     const Vec from = a - splat(s.reference);
     const Vec high = maximum((from + error) * per_degree, lowest), low = maximum((from - error) * per_degree, lowest);
     const Vec middle = maximum(from * per_degree, lowest);
-    const Vec w_high = zero_where(exp2(high * log2e), outside), w_low = zero_where(exp2(low * log2e), outside);
     const Vec w = zero_where(exp2(middle * log2e), outside), falling = zero - w * middle;
+    Vec w_high, w_low;
+    if (any_above(error * per_degree, splat(kSmallError))) {
+      w_high = zero_where(exp2(high * log2e), outside);
+      w_low = zero_where(exp2(low * log2e), outside);
+    } else {
+      bound_exponentials(error * per_degree, w_high, w_low);
+      w_high = w * w_high;
+      w_low = w * w_low;
+    }
     upper = upper + w_high;
     lower = lower + w_low;
     weight = weight + w;
@@ -93,6 +121,21 @@ static int scan(const float* approximate, const float* error_norms, const float*
   return found;
 }
 
-const ScreenKernels kScreenKernels = {note, scan};
+static void weigh(const float* logits, int count, float first, float temperature, double& sum, double& fall) {
+  constexpr int kBlock = 512;  // more would round too much
+  const Vec per_degree = splat(1.0f / temperature), lowest = splat(-1000.0f), log2e = splat(kLog2e);
+  for (int begin = 0; begin < count; begin += kBlock) {
+    Vec of_block = splat(0.0f), fall_of_block = of_block;
+    for (int i = begin; i < min_of(begin + kBlock, count); i += kWidth) {
+      const Vec s = maximum((load(logits + i) - splat(first)) * per_degree, lowest), w = exp2(s * log2e);
+      of_block = of_block + w;
+      fall_of_block = fall_of_block - w * s;
+    }
+    sum += total(of_block);
+    fall += total(fall_of_block);
+  }
+}
+
+const ScreenKernels kScreenKernels = {note, longest, scan, weigh};
 
 }  // namespace specdec::SPECDEC_ISA

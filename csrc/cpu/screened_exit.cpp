@@ -27,9 +27,8 @@
 // early: all that is known of an unread logit then is |W_v| |y|, far above real logits.
 #include <algorithm>
 #include <cmath>
-#include <functional>
-#include <iterator>
 #include <limits>
+#include <memory>
 
 #include "cpu/exit_call.h"
 #include "cpu/isa.h"
@@ -43,7 +42,7 @@ constexpr double kFloatRoom = 1e-4;       // relative
 constexpr double kOutward = 1 + 1e-6;     // for the rounding of the bound itself
 constexpr double kGreatest = 1e30;        // above this product of lengths a sum might overflow
 constexpr int kLeastLimit = 64;           // entries that may always be rechecked
-constexpr int kLeastShared = 4;           // tiles to recheck for which other threads are woken
+constexpr int kRecheckTile = 16;          // of which so many are rechecked at a time
 constexpr float kCandidates = -1;         // a depth below the best, of what is rechecked: candidates alone
 constexpr float kDeepest[] = {6.5f, 12};  // that are looked at: few rows need the second
 constexpr float kFinest = 0.25f;          // difference of depths that is made
@@ -56,6 +55,8 @@ struct Interval {
   Interval within(Interval other) const { return {std::max(low, other.low), std::min(high, other.high)}; }
   double nearest(double number) const { return std::min(std::max(number, low), high); }
 };
+
+size_t whole_steps(size_t count) { return (count + kScreenStep - 1) / kScreenStep * kScreenStep; }
 
 const ScreenKernels& screen_kernels() {
 #ifdef SPECDEC_X86
@@ -76,18 +77,34 @@ struct Figures {
   Figure max_prob, margin, entropy;
 };
 
+void add(ScreenTail& tail, const ScreenTail& other) {
+  tail.upper += other.upper;
+  tail.lower += other.lower;
+  tail.weight += other.weight;
+  tail.squares += other.squares;
+  tail.peak = std::max(tail.peak, other.peak);
+  tail.error = std::max(tail.error, other.error);
+  tail.noise = std::max(tail.noise, other.noise);
+  tail.upper_fall += other.upper_fall;
+  tail.lower_fall += other.lower_fall;
+  tail.fall += other.fall;
+  tail.turn_squares += other.turn_squares;
+  tail.peak_fall = std::max(tail.peak_fall, other.peak_fall);
+}
+
 // exp(x) <= 1 + x + this * x^2 for |x| <= most.
 double curvature(double most) { return most < 1e-3 ? 0.501 : (std::expm1(most) - most) / (most * most) * kOutward; }
 
-// `known` are rechecked logits (or what stands for them), the greatest of them first and second. `spread` is B above.
-Figures figures_of(const std::vector<float>& known, float first, float second, const ScreenTail& tail, float reference,
-                   double temperature, double spread) {
-  double sum = 0, fall = 0;
-  for (float z : known) {
-    const double s = (double(z) - first) / temperature, weight = std::exp(s);
-    sum += weight;
-    if (weight > 0) fall -= weight * s;
-  }
+// Rechecked logits, or what stands for them: the greatest two, the sum of exp((z - first) / T), and of the same times
+// (first - z) / T.
+struct Known {
+  float first, second;
+  double sum, fall;
+};
+
+// `spread` is B above.
+Figures figures_of(const Known& known, const ScreenTail& tail, float reference, double temperature, double spread) {
+  const double first = known.first, second = known.second, sum = known.sum, fall = known.fall;
   Interval rest = {tail.lower, tail.upper};
   Interval rest_fall = tail.error < 300 ? Interval{tail.lower_fall, tail.upper_fall} : Interval{0, kInfinity};
   if (tail.error < 20) {
@@ -101,10 +118,10 @@ Figures figures_of(const std::vector<float>& known, float first, float second, c
     rest_fall = rest_fall.within({tail.fall - off_fall, tail.fall + off_fall});
   }
   // The tail is measured from the reference, which lies `gap` below the first.
-  const double gap = (double(first) - reference) / temperature, scale = std::exp(-gap);
+  const double gap = (first - reference) / temperature, scale = std::exp(-gap);
   const Interval all = rest * scale + sum;
   const Interval all_fall = scale > 0 ? (rest_fall + rest * gap) * scale + fall : Interval{fall, fall};
-  const double lead = -std::expm1((double(second) - first) / temperature);
+  const double lead = -std::expm1((second - first) / temperature);
   const double size = sum + tail.weight * scale, size_fall = fall + (tail.fall + gap * tail.weight) * scale;
   const Interval max_prob = {(1 - kFloatRoom) / all.high, (1 + kFloatRoom) / all.low};
   const double highest = std::log(all.high) + all_fall.high / all.low, room = 2 * kFloatRoom * (1 + highest);
@@ -132,7 +149,7 @@ class Screen {
         small_packed_(small_, HeadType::kInt8, p_.dim, rows, p_.rows),
         lengths_(rows),
         bounds_(rows),
-        approximate_(stride_ * rows),
+        approximate_(new float[stride_ * rows]),
         found_(chunks_ * rows) {
     team_.run(rows_, [&](int64_t row, int) { prepare(int(row)); });
   }
@@ -140,7 +157,7 @@ class Screen {
   // Rows that need the whole head are added to `fallen`.
   void run(std::vector<int>& fallen) {
     std::vector<float> longest(chunks_);
-    team_.run(chunks_, [&](int64_t chunk, int) { longest[chunk] = approximate(chunk); });
+    team_.deal(chunks_, [&](int64_t chunk) { longest[chunk] = approximate(chunk); });
     const float most = *std::max_element(longest.begin(), longest.end());
     std::vector<char> answered(rows_);
     const bool many = rows_ >= team_.threads();
@@ -160,6 +177,11 @@ class Screen {
   struct Near {  // entries that are not far below the best, padded to whole steps of a scan, and the tail of the others
     std::vector<int32_t> entries;
     std::vector<float> approximate, error_norms, norms;
+    Known guess;  // what is known if the approximations are true
+    ScreenTail far{};
+  };
+  struct Part {  // a chunk's entries of that kind, and the tail of its others
+    std::vector<int32_t> entries;
     ScreenTail far{};
   };
   struct Choice {  // what is rechecked of them, as ascending places there, and the tail of all others
@@ -168,17 +190,13 @@ class Screen {
   };
 
   void prepare(int row) {
-    std::vector<float> y(p_.dim);
+    std::vector<float> y(hidden_stride(p_.dim));
     full_.normalise(p_, first_row_ + row, y.data());
     full_packed_[row].set(0, y.data());
     full_.round(p_.head_type, y.data(), p_.dim);
     small_packed_.set(row, y.data());
-    double squares = 0, rounding = 0;
-    for (float value : y) squares += double(value) * value;
-#ifdef SPECDEC_HAVE_AVX512_VNNI
-    if (small_.pack == avx512_vnni::pack) rounding = avx512_vnni::rounding_error(y.data(), p_.dim);
-#endif
-    const double length = std::sqrt(squares), sums = 2 * (p_.dim / 4.0 + 64) * 0x1p-24;
+    const auto [length, rounding] = hidden_length(small_, y, p_.dim);
+    const double sums = 2 * (p_.dim / 4.0 + 64) * 0x1p-24;
     const double vanishing = std::sqrt(double(p_.dim)) * 0x1p-125;
     lengths_[row] = length;  // NaN and infinity stay, and make the row fall back
     bounds_[row] = {float((length * (1 + sums) + vanishing) * kOutward),
@@ -218,36 +236,38 @@ class Screen {
       std::fill(found.lower, found.lower + kMostListed, -kInfinity);
       found.sound = looks_.note(of_row + begin, error_norms, norms, kExitChunk, bounds_[row], listed(), found.lower);
     }
-    float most = 0;
-    for (int i = 0; i < kExitChunk; i++) most = std::max(most, error_norms[i] + norms[i]);
-    return most;
+    return looks_.longest(error_norms, norms, kExitChunk);
   }
 
   int listed() const { return std::max(2, p_.top_k); }
 
-  // The entries that may be rechecked, ascending, and what all others may add. By one thread: it takes a hundredth of
-  // the first pass.
-  Near look(int row, const ScreenScan& scan) {
-    alignas(64) float padded[2][kExitChunk];
-    int32_t entries[kExitChunk];
-    Near near;
-    for (int64_t chunk = 0; chunk < chunks_; chunk++) {
+  // The entries that may be rechecked, ascending, and what all others may add.
+  Near look(int row, const ScreenScan& scan, const Team& team) {
+    std::vector<Part> parts(chunks_);
+    team.run(chunks_, [&](int64_t chunk, int) {
+      alignas(64) float padded[2][kExitChunk];
+      int32_t entries[kExitChunk];
       const int64_t first = chunk * kExitChunk;
-      const float* error_norms = part(s_.error_norms, chunk, padded[0]);
-      const float* norms = part(s_.norms, chunk, padded[1]);
-      const float* approximate = &approximate_[row * stride_ + first];
-      const int count = looks_.scan(approximate, error_norms, norms, kExitChunk, scan, 0, entries, near.far);
-      for (int i = 0; i < count; i++) {
-        near.entries.push_back(int32_t(first + entries[i]));
-        near.approximate.push_back(approximate[entries[i]]);
-        near.error_norms.push_back(error_norms[entries[i]]);
-        near.norms.push_back(norms[entries[i]]);
-      }
+      const int count =
+          looks_.scan(&approximate_[row * stride_ + first], part(s_.error_norms, chunk, padded[0]),
+                      part(s_.norms, chunk, padded[1]), kExitChunk, scan, int32_t(first), entries, parts[chunk].far);
+      parts[chunk].entries.assign(entries, entries + count);
+    });
+    Near near;
+    for (const Part& of_chunk : parts) {
+      near.entries.insert(near.entries.end(), of_chunk.entries.begin(), of_chunk.entries.end());
+      add(near.far, of_chunk.far);
     }
-    const size_t whole = (near.entries.size() + kScreenStep - 1) / kScreenStep * kScreenStep;
+    const size_t count = near.entries.size(), whole = whole_steps(count);
     near.approximate.resize(whole, -kInfinity);
     near.error_norms.resize(whole);
     near.norms.resize(whole);
+    for (size_t i = 0; i < count; i++) {
+      near.approximate[i] = approximate_[row * stride_ + near.entries[i]];
+      near.error_norms[i] = s_.error_norms[near.entries[i]];
+      near.norms[i] = s_.norms[near.entries[i]];
+    }
+    near.guess = known(near.approximate, scan.temperature);
     return near;
   }
 
@@ -259,24 +279,33 @@ class Screen {
     return choice;
   }
 
-  // The figures that come of logits of what was chosen, the greatest of them first and second.
-  Figures figures(int row, const Choice& choice, const ScreenScan& scan, const std::vector<float>& z, float first,
-                  float second) const {
-    const double spread = lengths_[row] * *s_.error_gain / scan.temperature * kOutward;
-    return figures_of(z, first, second, choice.tail, scan.reference, scan.temperature, spread);
+  // What logits say that are known, padded to whole steps.
+  Known known(const std::vector<float>& z, float temperature) const {
+    Known of{-kInfinity, -kInfinity, 0, 0};
+    for (float value : z) {
+      of.second = std::max(of.second, std::min(of.first, value));
+      of.first = std::max(of.first, value);
+    }
+    looks_.weigh(z.data(), int(z.size()), of.first, temperature, of.sum, of.fall);
+    return of;
   }
 
-  // Whether a recheck should settle the row: judged by the approximations, before it is paid for.
+  // The figures that come of what is known of a choice's logits.
+  Figures figures(int row, const Known& known, const ScreenTail& tail, const ScreenScan& scan) const {
+    const double spread = lengths_[row] * *s_.error_gain / scan.temperature * kOutward;
+    return figures_of(known, tail, scan.reference, scan.temperature, spread);
+  }
+
+  // Whether a recheck should settle the row: judged by the approximations, before it is paid for. The greatest of them
+  // are always chosen; what is not goes over to the tail.
   bool promises(int row, const Near& near, const ScreenScan& scan, float depth) const {
-    const Choice choice = choose(near, scan, depth);
-    std::vector<float> guess;
-    float first = -kInfinity, second = -kInfinity;
-    for (int32_t place : choice.places) {
-      guess.push_back(near.approximate[place]);
-      second = std::max(second, std::min(first, guess.back()));
-      first = std::max(first, guess.back());
-    }
-    return settled(first_row_ + row, figures(row, choice, scan, guess, std::max(first, scan.reference), second));
+    const ScreenTail tail = choose(near, scan, depth).tail;
+    const double gap = (double(near.guess.first) - scan.reference) / scan.temperature, scale = std::exp(-gap);
+    const double weight = (tail.weight - near.far.weight) * scale, fall = (tail.fall - near.far.fall) * scale;
+    Known guess = near.guess;
+    guess.sum = std::max(1.0, guess.sum - weight);
+    guess.fall = std::max(0.0, guess.fall - fall - gap * weight);
+    return settled(first_row_ + row, figures(row, guess, tail, scan));
   }
 
   // The least depth that promises to settle the row, or the deepest.
@@ -294,10 +323,10 @@ class Screen {
   // The logits of these entries as exit_confidence has them.
   std::vector<float> logits_of(int row, const std::vector<int32_t>& entries, const Team& team) {
     std::vector<float> z(entries.size());
-    const int64_t tiles = (int64_t(entries.size()) + kExitTile - 1) / kExitTile;
-    (tiles < kLeastShared ? Team(1) : team).run(tiles, [&](int64_t at, int) {
-      const int64_t first = at * kExitTile;
-      const int count = int(std::min<int64_t>(kExitTile, int64_t(entries.size()) - first));
+    const int64_t tiles = (int64_t(entries.size()) + kRecheckTile - 1) / kRecheckTile;
+    team.deal(tiles, [&](int64_t at) {
+      const int64_t first = at * kRecheckTile;
+      const int count = int(std::min<int64_t>(kRecheckTile, int64_t(entries.size()) - first));
       const ExitTile tile = {p_.head, count, p_.dim, &entries[first]};
       full_packed_[row].multiply(tile, [&](int, const float* logits) {
         for (int i = 0; i < count; i++) {
@@ -332,13 +361,15 @@ class Screen {
     return lower[0] > -kInfinity;
   }
 
-  // Puts the logits of a choice in place of those of the last one, which is part of it. Returns how many were read.
+  // Puts the logits of a choice, padded to whole steps, in place of those of the last one, which is part of it. Returns
+  // how many were read.
   int recheck(int row, const Near& near, const Choice& choice, Choice& last, std::vector<float>& z, const Team& team) {
     std::vector<int32_t> entries;
     std::vector<size_t> unread;
-    std::vector<float> all(choice.places.size());
-    for (size_t i = 0, known = 0; i < all.size(); i++) {
-      if (known < z.size() && last.places[known] == choice.places[i]) {
+    const size_t count = choice.places.size();
+    std::vector<float> all(whole_steps(count), -kInfinity);
+    for (size_t i = 0, known = 0; i < count; i++) {
+      if (known < last.places.size() && last.places[known] == choice.places[i]) {
         all[i] = z[known++];
       } else {
         entries.push_back(near.entries[choice.places[i]]);
@@ -362,7 +393,7 @@ class Screen {
     for (float deepest : kDeepest) {
       const ScreenScan scan = {bounds_[row], lower[0], lower[listed() - 1], lower[0] - deepest * temperature,
                                temperature};
-      const Near near = look(row, scan);
+      const Near near = look(row, scan, team);
       Choice last;
       std::vector<float> z;
       for (float depth = promising_depth(row, near, scan, deepest); depth <= deepest; depth += 2 * kFinest) {
@@ -370,7 +401,7 @@ class Screen {
         if (choice.places.empty() || choice.places.size() > limit) return false;
         reads += recheck(row, near, choice, last, z, team);
         const ExitState best = best_of(z, near, choice);
-        const Figures f = figures(row, choice, scan, z, best.value[0], best.value[1]);
+        const Figures f = figures(row, known(z, temperature), choice.tail, scan);
         if (!settled(first_row_ + row, f)) continue;
         write(first_row_ + row, best, f, temperature);
         s_.rechecked[first_row_ + row] = reads;
@@ -392,7 +423,7 @@ class Screen {
     std::fill(best.value, best.value + kMostListed, -kInfinity);
     std::fill(best.entry, best.entry + kMostListed, -1);
     const int last = listed() - 1;
-    for (size_t i = 0; i < z.size(); i++) {
+    for (size_t i = 0; i < choice.places.size(); i++) {
       if (!(z[i] > best.value[last])) continue;
       int at = last;
       for (; at > 0 && z[i] > best.value[at - 1]; at--) {
@@ -434,7 +465,7 @@ class Screen {
   PackedRows small_packed_;
   std::vector<double> lengths_;
   std::vector<ScreenBound> bounds_;
-  std::vector<float> approximate_;
+  const std::unique_ptr<float[]> approximate_;  // [rows, stride]
   std::vector<Found> found_;
 };
 

@@ -14,6 +14,20 @@ class Team {
   explicit Team(int threads) : threads_(threads) {}
   int threads() const { return threads_; }
 
+  // Calls work(chunk) for every chunk; whoever is free takes the next one.
+  template <class Work>
+  void deal(int64_t chunks, const Work& work) const {
+#ifdef _OPENMP
+    if (threads_ > 1 && chunks > 2) {
+      const int threads = chunks < threads_ ? int(chunks) : threads_;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+      for (int64_t chunk = 0; chunk < chunks; chunk++) work(chunk);
+      return;
+    }
+#endif
+    for (int64_t chunk = 0; chunk < chunks; chunk++) work(chunk);
+  }
+
   // Calls work(chunk, worker) for every chunk; a worker gets its chunks in ascending order.
   template <class Work>
   void run(int64_t chunks, const Work& work) const {
