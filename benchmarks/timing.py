@@ -107,7 +107,7 @@ class Contention:
 
 
 class Evictor:
-    """Makes K and V cold: writes their cache lines back and drops them, or else reads a large buffer over them."""
+    """Makes tensors cold: writes their cache lines back and drops them, or else reads a large buffer over them."""
 
     FLUSH_LIMIT = 256 << 20
 
@@ -116,7 +116,7 @@ class Evictor:
         self.evict = getattr(module, "evict_from_cache", None)
         probe = torch.zeros(64)
         if self.evict is not None and self.evict(probe.data_ptr(), probe.numel() * 4):
-            self.how = "cold: the cache lines of K and V are evicted (clflushopt) before each call"
+            self.how = "cold: the cache lines of what is read are evicted (clflush) before each call"
             return
         self.evict = None
         last = max(cache_bytes(3), cache_bytes(2), 32 << 20)

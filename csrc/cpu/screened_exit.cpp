@@ -267,7 +267,12 @@ class Screen {
       near.error_norms[i] = s_.error_norms[near.entries[i]];
       near.norms[i] = s_.norms[near.entries[i]];
     }
-    near.guess = known(near.approximate, scan.temperature);
+    float first = -kInfinity, second = -kInfinity;
+    for (float value : near.approximate) {
+      second = std::max(second, std::min(first, value));
+      first = std::max(first, value);
+    }
+    near.guess = known(near.approximate, first, second, scan.temperature);
     return near;
   }
 
@@ -279,14 +284,10 @@ class Screen {
     return choice;
   }
 
-  // What logits say that are known, padded to whole steps.
-  Known known(const std::vector<float>& z, float temperature) const {
-    Known of{-kInfinity, -kInfinity, 0, 0};
-    for (float value : z) {
-      of.second = std::max(of.second, std::min(of.first, value));
-      of.first = std::max(of.first, value);
-    }
-    looks_.weigh(z.data(), int(z.size()), of.first, temperature, of.sum, of.fall);
+  // What logits say that are known, padded to whole steps, and of which these are the greatest two.
+  Known known(const std::vector<float>& z, float first, float second, float temperature) const {
+    Known of{first, second, 0, 0};
+    looks_.weigh(z.data(), int(z.size()), first, temperature, of.sum, of.fall);
     return of;
   }
 
@@ -401,7 +402,8 @@ class Screen {
         if (choice.places.empty() || choice.places.size() > limit) return false;
         reads += recheck(row, near, choice, last, z, team);
         const ExitState best = best_of(z, near, choice);
-        const Figures f = figures(row, known(z, temperature), choice.tail, scan);
+        const Known of_best = known(z, best.value[0], best.value[1], temperature);
+        const Figures f = figures(row, of_best, choice.tail, scan);
         if (!settled(first_row_ + row, f)) continue;
         write(first_row_ + row, best, f, temperature);
         s_.rechecked[first_row_ + row] = reads;
