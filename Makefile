@@ -49,7 +49,6 @@ clean: ## remove everything that was made here, the virtual environment too
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # PyTorch for CPUs is 200 MB, with CUDA it is several GB. Without a GPU the former is taken, where its index is in reach.
-# Nothing is compiled against it, so it is installed while the kernels compile.
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 		{ echo "specdec_ops needs Python 3.10 or newer; name one with 'make PYTHON=...'." >&2; exit 1; }
@@ -61,9 +60,6 @@ clean: ## remove everything that was made here, the virtual environment too
 	if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
 		"import urllib.request; urllib.request.urlopen('$(CPU_WHEELS)/torch/', timeout=10)" 2>/dev/null; \
 	then index="--extra-index-url $(CPU_WHEELS)"; fi; \
-	echo "installing PyTorch and compiling; this takes minutes"; \
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt $$index torch & torch=$$!; \
-	$(BIN)/python setup.py --quiet build_ext --inplace; built=$$?; \
-	wait $$torch && [ $$built -eq 0 ] && \
+	echo "installing PyTorch and the tools, then building; this takes minutes"; \
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation $$index --editable '.[dev]'
 	@touch $@
