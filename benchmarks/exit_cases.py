@@ -19,6 +19,7 @@ class RowsCase:
     ragged = False
     context = 0
     batch = 1
+    modes = ("warm",)
 
     @property
     def nodes(self) -> int:
@@ -52,7 +53,11 @@ class ExitCase(RowsCase):
     compiled: bool = False
     screened: bool = False
     bounds: str = ""
-    modes: tuple[str, ...] = ("warm",)
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """Both ways where a last-level cache keeps a part of the head, and reading it is most of the work."""
+        return ("cold", "warm") if (self.vocab, self.dim) == SMALL_HEAD and self.rows <= 4 else ("warm",)
 
     @property
     def op(self) -> str:
@@ -95,7 +100,6 @@ class KvCase(RowsCase):
     rows: int
     dtype: str
     compiled: bool = False
-    modes: tuple[str, ...] = ("warm",)
 
     op = "kv_propagate"
 
@@ -128,7 +132,6 @@ class MlpCase(RowsCase):
     rows: int
     dtype: str
     compiled: bool = False
-    modes: tuple[str, ...] = ("warm",)
 
     op = "exit_mlp"
 
@@ -167,32 +170,27 @@ def quick() -> list[ExitCase | KvCase | MlpCase]:
     cases += [ExitCase(*LLAMA3_HEAD, rows, "bf16") for rows in (1, 8)]
     cases += [ExitCase(*SMALL_HEAD, 1, "bf16", top_k=10), *(ExitCase(*LLAMA2_HEAD, n, "fp32") for n in (1, 60))]
     # Quantising a head of 4,096 columns would take a tenth of the time.
-    cases += [ExitCase(*SMALL_HEAD, rows, "bf16", screened=True, modes=modes_of(SMALL_HEAD, rows)) for rows in (1, 4)]
+    cases += [ExitCase(*SMALL_HEAD, rows, "bf16", screened=True) for rows in (1, 4)]
     cases += [ExitCase(*SMALL_HEAD, 4, "bf16", bounds=bounds) for bounds in ("even", "falling")]
     cases += [KvCase(*PROPAGATIONS[0], rows, "bf16") for rows in (1, 16)]
     return [*cases, MlpCase(DECISION_MODELS[0], 4, "fp32"), MlpCase(DECISION_MODELS[2], 4, "bf16")]
 
 
-def modes_of(head: tuple[int, int], rows: int) -> tuple[str, ...]:
-    """Both ways where a last-level cache keeps a part of the head, and reading it is most of the work."""
-    return ("cold", "warm") if head == SMALL_HEAD and rows <= 4 else ("warm",)
-
-
 def standard() -> list[ExitCase | KvCase | MlpCase]:
     cases: list = [
-        ExitCase(*head, rows, dtype, top_k, compiled=top_k == 0, modes=modes_of(head, rows))
+        ExitCase(*head, rows, dtype, top_k, compiled=top_k == 0)
         for head in (LLAMA2_HEAD, LLAMA3_HEAD, SMALL_HEAD)
         for dtype in ("bf16", "fp32")
         for rows in (1, 4, 8, 16, 60)
         for top_k in ((0, 10) if rows in (1, 60) else (0,))
     ]
     cases += [
-        ExitCase(*head, rows, "bf16", compiled=True, screened=True, modes=modes_of(head, rows))
+        ExitCase(*head, rows, "bf16", compiled=True, screened=True)
         for head in (LLAMA2_HEAD, LLAMA3_HEAD, SMALL_HEAD)
         for rows in (1, 4)
     ]
     cases += [
-        ExitCase(*head, rows, "bf16", compiled=True, bounds=bounds, modes=modes_of(head, rows))
+        ExitCase(*head, rows, "bf16", compiled=True, bounds=bounds)
         for head in (LLAMA2_HEAD, LLAMA3_HEAD, SMALL_HEAD)
         for rows in (1, 4)
         for bounds in ("even", "falling")
