@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Sequence
 
 import torch
 
 from . import _alloc
 from ._checks import is_int, wrong, wrong_device
+from ._layer_checks import OP as _OP
+from ._layer_checks import ascending, check_heads, check_options, check_rows, counts_of, index_of, items_of
+from ._layer_state import State, kept
 from .topology import Topology, build_topology
 from .tree_attention import tree_attention
 
-_OP = "LayerCache"
 _MAX_CHAINS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -22,7 +23,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 class Run:
     """The rows that one group of layers has to work on, from `LayerCache.run`. Rows of all requests, one after another.
 
-    A run is over with `LayerCache.finish`, before anything else of the cache is called but `attend`.
+    A run is open until `LayerCache.finish` or `abandon`; `attend` of each layer comes between.
     """
 
     group: int
@@ -42,6 +43,11 @@ class Run:
     query_start: torch.Tensor | int
     """The node of each request's first row."""
 
+    def __reduce__(self):
+        """For copies and pickles: `hidden` alone, without the cache's memory that it may be a part of."""
+        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        return type(self), tuple({**values, "hidden": self.hidden.clone()}.values())
+
 
 class LayerCache:
     """Per-layer K and V of a sorted draft (S2D, Kavehzadeh et al., 2024), with a length of its own per group of layers.
@@ -54,6 +60,11 @@ class LayerCache:
     All state is a table of lengths: slots `0` to `lengths[0][b]` of request b have been appended, group g has K and V
     for the first `lengths[g + 1][b]` of them, and the slots between two neighbouring lengths are pending at
     the boundary between them. Rejection only lowers lengths.
+
+    Order of calls: a run is open from `run` to `finish`, and each layer of its group attends once, in order, in
+    between. `append`, `run`, `crop` and `commit` have to wait for its end. `abandon` gives an open run up, for instance
+    after an error of the model. A call that raises changes nothing. Caches can be pickled and deep-copied, an open run
+    included.
 
     A step of decoding, where `layer_of(...)` stands for the model's own norms, projections and MLP::
 
@@ -93,6 +104,9 @@ class LayerCache:
     Raises:
         TypeError: an argument has a wrong type.
         ValueError: exits are not ascending from 1, or a size is below 1.
+
+    All methods raise TypeError and ValueError likewise, and RuntimeError for a call out of order or for an argument
+    that requires grad where gradients are recorded.
     """
 
     def __init__(
@@ -114,24 +128,27 @@ class LayerCache:
                 raise TypeError(wrong(_OP, name, "an int", size))
             if size < 1:
                 raise ValueError(wrong(_OP, name, "at least 1", size))
-        self.exits = tuple(exits)
-        if not self.exits or not all(map(is_int, self.exits)) or not _ascending(self.exits, least=1):
+        self.exits = tuple(items_of("exits", "ascending ints", exits))
+        if not self.exits or not all(map(is_int, self.exits)) or not ascending(self.exits, least=1):
             raise ValueError(f"specdec_ops.{_OP}: exits must be ascending ints from 1 on, got {self.exits}")
         if dtype not in _DTYPES:
             raise TypeError(f"specdec_ops.{_OP}: dtype must be a floating dtype of tree_attention, got {dtype}")
         self.slots, self.batch, self.dim, self.backend = slots, batch, dim, backend
-        self.device = torch.device(device)
+        device = torch.device(device)
         shape = (self.exits[-1], batch, slots, kv_heads, head_dim)
-        self.k_caches = _alloc.empty(shape, dtype, self.device)
-        self.v_caches = _alloc.empty(shape, dtype, self.device)
-        self._hidden = _alloc.empty((self.groups, batch * slots, dim), dtype, self.device)
-        # The parent slot of every slot: the one before, but in a tree.
-        self._chain = torch.arange(-1, slots - 1, dtype=torch.int32, device=self.device)
-        self._parents = self._chain.repeat(batch, 1)
-        self._lengths = [[0] * batch for _ in range(self.groups + 1)]
-        self._contexts: list[int | None] = [None] * batch  # where the request's tree starts, if it has one
-        self._newest = [0] * batch
+        with torch.inference_mode(False):  # so that the cache may be used inside and outside of that mode
+            self.k_caches = _alloc.empty(shape, dtype, device)
+            self.v_caches = _alloc.empty(shape, dtype, device)
+            self._hidden = _alloc.empty((self.groups, batch * slots, dim), dtype, device)
+            # The parent slot of every tree node. Slots outside of trees have the slot before as their parent.
+            self._parents = _alloc.empty((batch, slots), torch.int32, device)
+        self.device = self._hidden.device  # with its index, as tensors have it
+        self._state = State.empty(self.exits, slots, batch)
         self._chains: dict[tuple[int, ...], Topology] = {}
+
+    def __getstate__(self) -> dict:
+        """For copies and pickles: everything but the topologies that can be made again."""
+        return {**self.__dict__, "_chains": {}}
 
     # ---- what there is
 
@@ -142,16 +159,25 @@ class LayerCache:
 
     def layers(self, group: int) -> range:
         """The layers of a group."""
-        return range(0 if group == 0 else self.exits[group - 1], self.exits[group])
+        self._state.check_group("group", group)
+        return self._state.layers(group)
+
+    @property
+    def open_run(self) -> Run | None:
+        """The run that is open, if one is. In a copy of the cache: its own copy of that run."""
+        return self._state.run
 
     @property
     def lengths(self) -> tuple[tuple[int, ...], ...]:
         """[groups + 1][batch]: slots appended, then slots with K and V in each group. Never ascending."""
-        return tuple(tuple(row) for row in self._lengths)
+        return self._state.lengths
 
     def pending(self, boundary: int, request: int = 0) -> tuple[int, torch.Tensor]:
         """The rows that wait at the entry of group `boundary`: (slot of the first, [rows, dim], a view)."""
-        start, stop = self._lengths[boundary + 1][request], self._lengths[boundary][request]
+        self._state.check_group("boundary", boundary)
+        if not is_int(request) or not 0 <= request < self.batch:
+            raise ValueError(wrong(_OP, "request", f"an int from 0 to {self.batch - 1}", request))
+        start, stop = self.lengths[boundary + 1][request], self.lengths[boundary][request]
         first = request * self.slots
         return start, self._hidden[boundary, first + start : first + stop]
 
@@ -171,9 +197,10 @@ class LayerCache:
 
         Raises:
             TypeError, ValueError: rows, parents or counts don't fit, or a chain is appended behind a tree.
+            RuntimeError: a run is open, or rows require grad.
         """
-        self._check_rows("rows", rows, None)
-        counts = self._counts(counts, len(rows))
+        check_rows("rows", rows, None, self._hidden)
+        counts = counts_of(counts, rows.shape[0], self.batch)
         if parents is not None:
             if not isinstance(parents, torch.Tensor) or parents.dtype != torch.int32:
                 raise TypeError(wrong(_OP, "parents", f"int32 [{len(rows)}]", parents))
@@ -181,30 +208,23 @@ class LayerCache:
                 raise ValueError(wrong(_OP, "parents", f"int32 [{len(rows)}]", parents))
             if parents.device != self.device:
                 raise ValueError(wrong_device(_OP, "parents", self.device, parents))
-        starts = self._lengths[0]
-        for request, count in enumerate(counts):
-            if starts[request] + count > self.slots:
-                must = f"at most {self.slots - starts[request]} for request {request} ({self.slots} slots in all)"
-                raise ValueError(wrong(_OP, "rows", must, count))
-            if parents is None and count and self._contexts[request] is not None:
-                raise ValueError(
-                    f"specdec_ops.{_OP}: parents must be given while request {request} has a tree, got None"
-                )
-        self._hidden[0].index_copy_(0, self._slot_ids(starts, counts), rows)
+        state = self._state.append(counts, tree=parents is not None)
+        self._hidden[0].index_copy_(0, self._slot_ids(state.newest, counts), rows)
+        if parents is not None:
+            self._write_parents(state, counts, parents)
+        self._state = state
+
+    def _write_parents(self, state: State, counts: Sequence[int], parents: torch.Tensor) -> None:
+        """The parent slots of a new level of trees. What is no earlier node becomes the context's last slot."""
         first = 0
-        for request, count in enumerate(counts):
-            start = starts[request]
-            if parents is not None and count:
-                if self._contexts[request] is None:
-                    self._contexts[request] = start
-                context = self._contexts[request]
+        for request, (start, count) in enumerate(zip(state.newest, counts, strict=True)):
+            if count:
+                context, given = state.contexts[request], parents[first : first + count]
+                node_ids = torch.arange(start - context, start - context + count, dtype=torch.int32, device=self.device)
+                earlier = (given >= 0) & (given < node_ids)
                 level = self._parents[request, start : start + count]
-                given = parents[first : first + count]
-                earlier = (given >= 0) & (given < torch.arange(start - context, start - context + count).to(given))
                 torch.add(torch.where(earlier, given, -1), context, out=level)
             first += count
-            self._newest[request] = start
-            starts[request] = start + count
 
     def run(self, group: int, *, requests: Sequence[bool] | None = None, most: int | None = None) -> Run:
         """Take the rows that are pending at the entry of a group of layers, the newest included.
@@ -216,35 +236,36 @@ class LayerCache:
                 `rows * rows / 64` words of ancestor sets, so some hundred rows at once are enough.
 
         Returns:
-            A Run, to be passed to `attend` for each layer of the group and then to `finish`.
+            A Run, to be passed to `attend` for each layer of the group and then to `finish`. It is open from now on.
+
+        Raises:
+            TypeError, ValueError: there is no such group, or requests or most don't fit.
+            RuntimeError: a run is open already.
         """
-        if not is_int(group) or not 0 <= group < self.groups:
-            raise ValueError(wrong(_OP, "group", f"from 0 to {self.groups - 1}", group))
-        starts, stops = list(self._lengths[group + 1]), list(self._lengths[group])
-        for request in range(self.batch):
-            if requests is not None and not requests[request]:
-                stops[request] = starts[request]
-            elif most is not None:
-                stops[request] = min(stops[request], starts[request] + most)
+        if requests is not None:
+            requests = [bool(request) for request in items_of("requests", f"{self.batch} bools", requests)]
+        starts, stops = self._state.pending(group, requests, most)
         counts = tuple(stop - start for start, stop in zip(starts, stops, strict=True))
         # Slots from the base on are the nodes of this run's topology.
-        contexts = [start if c is None else c for c, start in zip(self._contexts, starts, strict=True)]
+        contexts = [start if c is None else c for c, start in zip(self._state.contexts, starts, strict=True)]
         bases = [min(start, context) for start, context in zip(starts, contexts, strict=True)]
         nodes = tuple(stop - base for stop, base in zip(stops, bases, strict=True))
         context_lens = self._int32(bases)
-        topology = self._topology(nodes, context_lens)
+        topology = self._topology(nodes, bases)
         firsts = [start - base for start, base in zip(starts, bases, strict=True)]
         slots = self._slot_ids(starts, counts)
         room = topology.nodes
         node_ids = self._ranges([r * room + f if topology.batch > 1 else f for r, f in enumerate(firsts)], counts)
         positions = topology.depths.reshape(-1)[node_ids] + self._spread(bases, counts)
         if self.batch == 1:
-            hidden = self._hidden[group, starts[0] : stops[0]]
-            return Run(group, counts, hidden, positions, slots, topology, context_lens, firsts[0])
-        offsets = [sum(counts[:request]) for request in range(self.batch + 1)]
-        topology = dataclasses.replace(topology, offsets=self._int32(offsets))
-        hidden = self._hidden[group].index_select(0, slots)
-        return Run(group, counts, hidden, positions, slots, topology, context_lens, self._int32(firsts))
+            hidden, query_start = self._hidden[group, starts[0] : stops[0]], firsts[0]
+        else:
+            offsets = [sum(counts[:request]) for request in range(self.batch + 1)]
+            topology = dataclasses.replace(topology, offsets=self._int32(offsets))
+            hidden, query_start = self._hidden[group].index_select(0, slots), self._int32(firsts)
+        run = Run(group, counts, hidden, positions, slots, topology, context_lens, query_start)
+        self._state = self._state.open(run)
+        return run
 
     def attend(
         self, run: Run, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options
@@ -252,60 +273,77 @@ class LayerCache:
         """Store a layer's keys and values and let the run's rows attend to all that they may see.
 
         Args:
-            run: of the group that the layer belongs to.
-            layer: counted from the draft's first layer.
+            run: the open one.
+            layer: the next of its group, counted from the draft's first layer.
             q: `[rows, heads, head_dim]`, rotated already.
             k: `[rows, kv_heads, head_dim]`, rotated already.
             v: like k.
-            options: of tree_attention, such as `scale`, `window`, `softcap` or `sinks`.
+            options: of tree_attention: `scale`, `window`, `softcap`, `sinks`, `alibi_slopes` and `num_splits`.
 
         Returns:
             `[rows, heads, head_dim]`.
+
+        Raises:
+            TypeError, ValueError: the run is not the open one, it is not this layer's turn, or q, k, v or an option
+                doesn't fit. The same layer may attend then.
+            RuntimeError: q, k or v requires grad.
         """
-        if layer not in self.layers(run.group):
-            raise ValueError(wrong(_OP, "layer", f"in {self.layers(run.group)}, the run's group", layer))
-        caches = (self.k_caches[layer], self.v_caches[layer])
-        for name, rows, cache in (("k", k, caches[0]), ("v", v, caches[1])):
-            if rows.shape != (len(run.slots), *cache.shape[2:]) or rows.dtype != cache.dtype:
-                must = f"{str(cache.dtype).removeprefix('torch.')} {[len(run.slots), *cache.shape[2:]]}"
-                raise ValueError(wrong(_OP, name, must, rows))
-            cache.view(-1, *cache.shape[2:]).index_copy_(0, run.slots, rows)
+        state = self._state.attend(run, layer)
+        k_cache, v_cache = self.k_caches[layer], self.v_caches[layer]
+        check_heads(run.slots.shape[0], q, k, v, k_cache)
+        check_options(options)
+        for rows, cache in ((k, k_cache), (v, v_cache)):
+            cache.flatten(0, 1).index_copy_(0, run.slots, rows)
         q = q.unsqueeze(0) if self.batch == 1 else q
         out = tree_attention(
             q,
-            *caches,
+            k_cache,
+            v_cache,
             run.topology,
             run.context_lens,
             query_start=run.query_start,
             backend=self.backend,
             **options,
         )
-        return out.squeeze(0) if self.batch == 1 else out
+        out = out.squeeze(0) if self.batch == 1 else out
+        self._state = state
+        return out
 
     def finish(self, run: Run, hidden: torch.Tensor) -> torch.Tensor:
         """End a run: its rows have K and V in the group now, and become pending at the next boundary.
 
         Args:
-            run: whose layers have all attended.
+            run: the open one, whose layers have all attended.
             hidden: `[rows, dim]`, what left the group's last layer, before the final norm.
 
         Returns:
             Those of the rows that the latest `append` of their request brought, `[new rows, dim]`: what decides on the
             exit. A view of `hidden` with a batch of 1.
+
+        Raises:
+            TypeError, ValueError: the run is not the open one, or hidden doesn't fit.
+            RuntimeError: a layer has not attended, or hidden requires grad.
         """
-        self._check_rows("hidden", hidden, len(run.slots))
-        if run.group + 1 < self.groups:
-            self._hidden[run.group + 1].index_copy_(0, run.slots, hidden)
-        lengths, firsts, counts, first = self._lengths[run.group + 1], [], [], 0
+        state = self._state.finish(run)
+        check_rows("hidden", hidden, run.slots.shape[0], self._hidden)
+        firsts, counts, first = [], [], 0
         for request, count in enumerate(run.counts):
-            lengths[request] += count
-            new = max(0, min(count, lengths[request] - self._newest[request]))
+            new = max(0, min(count, state.lengths[run.group + 1][request] - state.newest[request]))
             firsts.append(first + count - new)
             counts.append(new)
             first += count
         if self.batch == 1:
-            return hidden[firsts[0] : firsts[0] + counts[0]]
-        return hidden.index_select(0, self._ranges(firsts, counts))
+            newest = hidden[firsts[0] : firsts[0] + counts[0]]
+        else:
+            newest = hidden.index_select(0, self._ranges(firsts, counts))
+        if run.group + 1 < self.groups:
+            self._hidden[run.group + 1].index_copy_(0, run.slots, hidden)
+        self._state = state
+        return newest
+
+    def abandon(self) -> None:
+        """Give the open run up, if there is one: its rows stay pending, as if it had not been taken."""
+        self._state = self._state.abandon()
 
     # ---- after verification
 
@@ -317,23 +355,13 @@ class LayerCache:
                 by `commit` instead.
 
         Raises:
-            ValueError: a length below 0, above what was appended, or inside of a tree.
+            TypeError, ValueError: a length is no int, below 0, above what was appended, or inside of a tree.
+            RuntimeError: a run is open.
         """
-        if is_int(lengths):
-            lengths = [lengths] * self.batch
-        lengths = [int(length) for length in lengths]
-        if len(lengths) != self.batch:
-            raise ValueError(f"specdec_ops.{_OP}: lengths must be {self.batch} ints or one, got {len(lengths)}")
-        for request, length in enumerate(lengths):
-            context = self._contexts[request]
-            limit = self._lengths[0][request] if context is None else context
-            if not 0 <= length <= limit:
-                raise ValueError(wrong(_OP, f"lengths[{request}]", f"from 0 to {limit}", length))
-        for request, length in enumerate(lengths):
-            self._drop_tree(request)
-            self._newest[request] = min(self._newest[request], length)
-            for row in self._lengths:
-                row[request] = min(row[request], length)
+        lengths = lengths.tolist() if isinstance(lengths, torch.Tensor) else lengths
+        lengths = lengths if hasattr(lengths, "__iter__") else [lengths] * self.batch
+        must = f"{self.batch} ints or one"
+        self._state = self._state.crop([index_of("lengths", must, item) for item in items_of("lengths", must, lengths)])
 
     def commit(self, nodes: Sequence[Sequence[int]] | torch.Tensor) -> None:
         """Keep a path of each request's tree as the continuation of its context, and forget the tree's other nodes.
@@ -346,68 +374,69 @@ class LayerCache:
                 int32 `[batch, depth]` padded with -1 will do (a tensor is read, which waits for its device).
 
         Raises:
-            ValueError: nodes are not ascending, or there is no such node.
+            TypeError, ValueError: nodes are not ascending, there is no such node, or (on CPUs, where looking at the
+                tree costs no wait) a node is not a child of the one before it.
+            RuntimeError: a run is open.
         """
-        nodes = nodes.tolist() if isinstance(nodes, torch.Tensor) else nodes
-        if len(nodes) != self.batch:
-            raise ValueError(
-                f"specdec_ops.{_OP}: nodes must be one path for each of {self.batch} requests, got {len(nodes)}"
-            )
-        paths = [[int(node) for node in path if node != -1] for path in nodes]
+        must = f"one path of ints for each of {self.batch} requests"
+        paths = [
+            [node for node in (index_of("nodes", must, item) for item in items_of("nodes", must, path)) if node != -1]
+            for path in items_of("nodes", must, nodes)
+        ]
+        old, state = self._state, self._state.commit(paths)
+        moves = []
         for request, path in enumerate(paths):
-            context = self._contexts[request]
-            size = 0 if context is None else self._lengths[0][request] - context
-            if not _ascending(path, least=0) or (path and path[-1] >= size):
-                raise ValueError(
-                    f"specdec_ops.{_OP}: nodes[{request}] must be ascending nodes below {size}, got {path}"
-                )
-        for request, path in enumerate(paths):
-            self._commit(request, path)
+            if path:
+                self._check_path(request, path)
+                moves += self._moves(old, request, path)
+        for target, rows in moves:  # all that can fail, or needs memory, is done
+            target.copy_(rows)
+        self._state = state
 
-    def _commit(self, request: int, path: list[int]) -> None:
-        context = self._contexts[request]
-        if context is None:
+    def _check_path(self, request: int, path: list[int]) -> None:
+        if self.device.type != "cpu":
             return
+        context = self._state.contexts[request]
+        parents = [parent - context for parent in self._parents[request, context : context + path[-1] + 1].tolist()]
+        if any(parents[child] != node for node, child in zip([-1, *path], path, strict=False)):
+            must = f"a path, each node a child of the one before it, in a tree with parents {parents}"
+            raise ValueError(f"specdec_ops.{_OP}: nodes[{request}] must be {must}, got {path}")
+
+    def _moves(self, old: State, request: int, path: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(where to, a copy of the rows) for each table that has accepted nodes out of place."""
+        context, moves = old.contexts[request], []
         moved = next((rank for rank, node in enumerate(path) if rank != node), len(path))  # a leading part is in place
-        path_slots = torch.tensor(path[moved:], dtype=torch.int64)
+        if moved == len(path):
+            return moves
+        path_slots = torch.tensor([context + node for node in path[moved:]], dtype=torch.int64, device="cpu")
         if self.device.type == "cuda":
             path_slots = path_slots.pin_memory().to(self.device, non_blocking=True)
-        path_slots = path_slots + context
-        kept = [sum(context + node < row[request] for node in path) for row in self._lengths]
-        for boundary in range(self.groups + 1):
-            count = kept[boundary] - moved
+        for boundary, row in enumerate(old.lengths):
+            count = kept(path, context, row[request]) - moved
             if count > 0:
                 source, target = path_slots[:count], slice(context + moved, context + moved + count)
                 if boundary < self.groups:
                     hidden = self._hidden[boundary].view(self.batch, self.slots, self.dim)[request]
-                    hidden[target] = hidden[source]
+                    moves.append((hidden[target], hidden[source]))
                 if boundary > 0:
                     layers = self.layers(boundary - 1)
                     for caches in (self.k_caches, self.v_caches):
                         group = caches[layers.start : layers.stop, request]
-                        group[:, target] = group[:, source]
-            row = self._lengths[boundary]
-            row[request] = min(row[request], context + kept[boundary])
-        self._newest[request] = self._lengths[0][request]
-        self._drop_tree(request)
-
-    def _drop_tree(self, request: int) -> None:
-        context = self._contexts[request]
-        if context is not None:
-            self._parents[request, context:] = self._chain[context:]
-            self._contexts[request] = None
+                        moves.append((group[:, target], group[:, source]))
+        return moves
 
     # ---- tables
 
-    def _topology(self, nodes: tuple[int, ...], bases: torch.Tensor) -> Topology:
+    def _topology(self, nodes: tuple[int, ...], bases: Sequence[int]) -> Topology:
         """The topology of `nodes[b]` slots from `bases[b]` on. Chains of known sizes are made once."""
-        chain = all(context is None for context in self._contexts)
+        chain = all(context is None for context in self._state.contexts)
         if chain and nodes in self._chains:
             return self._chains[nodes]
         room = max(1, *nodes)
-        columns = bases.unsqueeze(1).long() + torch.arange(room, device=self.device)
-        parents = self._parents.gather(1, columns.clamp_(max=self.slots - 1))
-        parents = (parents - bases.unsqueeze(1)).clamp_(min=-1)
+        if chain:
+            parents = torch.arange(-1, room - 1, dtype=torch.int32, device=self.device).expand(self.batch, room)
+        else:
+            parents = self._tree_parents(room, bases)
         topology = build_topology(parents, self._int32(nodes), backend=self.backend)
         if chain:
             if len(self._chains) >= _MAX_CHAINS:
@@ -415,11 +444,22 @@ class LayerCache:
             self._chains[nodes] = topology
         return topology
 
+    def _tree_parents(self, room: int, bases: Sequence[int]) -> torch.Tensor:
+        """int32 [batch, room]: the parent of each slot from `bases[b]` on, as a node from there on."""
+        base = self._int32(bases).unsqueeze(1)
+        columns = base + torch.arange(room, dtype=torch.int32, device=self.device)
+        parents = self._parents.gather(1, columns.clamp(max=self.slots - 1).long()) - base
+        if tuple(bases) == self._state.contexts:
+            return parents
+        contexts = [self.slots if context is None else context for context in self._state.contexts]
+        before_tree = columns < self._int32(contexts).unsqueeze(1)
+        return torch.where(before_tree, columns - base - 1, parents)
+
     def _int32(self, values: Sequence[int]) -> torch.Tensor:
         """int32 on the device without waiting: filled there, or copied from pinned memory."""
         if len(set(values)) == 1:
             return torch.full((len(values),), values[0], dtype=torch.int32, device=self.device)
-        table = torch.tensor(values, dtype=torch.int32)
+        table = torch.tensor(values, dtype=torch.int32, device="cpu")
         return table.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else table
 
     def _ranges(self, starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
@@ -446,30 +486,3 @@ class LayerCache:
                 for value, count in zip(values, counts, strict=True)
             ]
         )
-
-    # ---- checks
-
-    def _check_rows(self, name: str, rows, count: int | None) -> None:
-        dtype = str(self._hidden.dtype).removeprefix("torch.")
-        must = f"{dtype} [{'rows' if count is None else count}, {self.dim}]"
-        if not isinstance(rows, torch.Tensor) or rows.dtype != self._hidden.dtype:
-            raise TypeError(wrong(_OP, name, must, rows))
-        if rows.dim() != 2 or rows.shape[1] != self.dim or (count is not None and len(rows) != count):
-            raise ValueError(wrong(_OP, name, must, rows))
-        if rows.device != self.device:
-            raise ValueError(wrong_device(_OP, name, self.device, rows))
-
-    def _counts(self, counts: Sequence[int] | None, rows: int) -> tuple[int, ...]:
-        if counts is None:
-            if rows % self.batch:
-                raise ValueError(wrong(_OP, "rows", f"a multiple of the batch of {self.batch}, without counts", rows))
-            return (rows // self.batch,) * self.batch
-        counts = tuple(counts)
-        if len(counts) != self.batch or any(not is_int(c) or c < 0 for c in counts) or sum(counts) != rows:
-            raise ValueError(f"specdec_ops.{_OP}: counts must be {self.batch} ints that sum to {rows}, got {counts}")
-        return counts
-
-
-def _ascending(values: Sequence[int], least: int) -> bool:
-    """Whether every value is above the one before it, from `least` on."""
-    return all(low < high for low, high in itertools.pairwise((least - 1, *values)))

@@ -1,7 +1,8 @@
-"""A toy transformer for the tests of LayerCache: once with the cache, once from scratch with a causal mask."""
+"""For the tests of LayerCache: a toy transformer with the cache and from scratch, and all that a cache shows."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from specdec_ops import LayerCache
@@ -83,3 +84,36 @@ class Toy:
                 index, hidden, run.positions, lambda q, k, v, index=index: cache.attend(run, index, q, k, v)
             )
         return cache.finish(run, hidden)
+
+
+def shown(cache: LayerCache) -> tuple[tuple, list[torch.Tensor]]:
+    """The cache's state, and a copy of all of its memory that the state shows."""
+    state, tensors = cache._state, []
+    for request in range(cache.batch):
+        for group in range(cache.groups):
+            tensors.append(cache.pending(group, request)[1])
+            layers, length = cache.layers(group), state.lengths[group + 1][request]
+            for caches in (cache.k_caches, cache.v_caches):
+                tensors.append(caches[layers.start : layers.stop, request, :length])
+        if state.contexts[request] is not None:
+            tensors.append(cache._parents[request, state.contexts[request] : state.lengths[0][request]])
+    if state.run is not None:
+        tensors.append(state.run.hidden)
+    return state, [tensor.clone() for tensor in tensors]
+
+
+def assert_shows(cache: LayerCache, before: tuple[tuple, list[torch.Tensor]]) -> None:
+    """Nothing that it showed has changed, the open run included."""
+    state, tensors = shown(cache)
+    assert state == before[0]
+    assert all(torch.equal(now, then) for now, then in zip(tensors, before[1], strict=True))
+    assert not any(tensor.requires_grad for tensor in (cache._hidden, cache.k_caches, cache.v_caches))
+
+
+def refused(cache: LayerCache, call, message: str = "") -> None:
+    """`call()` raises one sentence of the cache's, and nothing is lost."""
+    before = shown(cache)
+    with pytest.raises((TypeError, ValueError, RuntimeError), match="^specdec_ops.LayerCache: " + message) as caught:
+        call()
+    assert len(str(caught.value).splitlines()) == 1 and not str(caught.value).endswith(".")
+    assert_shows(cache, before)

@@ -7,7 +7,6 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layer_cases import VOCAB, Toy
-from specdec_ops import LayerCache
 
 EXITS = (1, 3, 5)
 
@@ -220,59 +219,3 @@ def test_a_parent_that_is_not_earlier_becomes_the_context():
     model.step(cache, 0)
     cache.append(model.embedding[[3, 4, 5]], torch.tensor([0, 2, -7], dtype=torch.int32))
     assert_rows(model, cache, 0, model.step(cache, 0), [[1, 2, 3], [1, 2, 4], [1, 2, 5]])
-
-
-def make(**changes):
-    sizes = {"exits": (1, 2), "slots": 4, "kv_heads": 1, "head_dim": 16, "dim": 8, **changes}
-    return LayerCache(**sizes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"exits": (2, 2)}, "exits must be ascending ints from 1 on, got \\(2, 2\\)"),
-        ({"exits": ()}, "exits must be ascending ints from 1 on"),
-        ({"slots": 0}, "slots must be at least 1, got 0"),
-        ({"dim": 2.5}, "dim must be an int, got 2.5"),
-        ({"dtype": torch.int32}, "dtype must be a floating dtype"),
-    ],
-)
-def test_wrong_sizes(changes, message):
-    with pytest.raises((TypeError, ValueError), match=message):
-        make(**changes)
-
-
-def test_wrong_calls():
-    cache = make()
-    rows = torch.zeros(3, 8)
-    for call, message in (
-        (lambda: cache.append(rows.double()), r"rows must be float32 \[rows, 8\], got float64 \[3, 8\]"),
-        (lambda: cache.append(torch.zeros(5, 8)), r"rows must be at most 4 for request 0 \(4 slots in all\), got 5"),
-        (lambda: cache.append(rows, torch.zeros(3)), r"parents must be int32 \[3\], got float32"),
-        (lambda: cache.append(rows, counts=[2]), r"counts must be 1 ints that sum to 3, got \(2,\)"),
-        (lambda: cache.run(2), "group must be from 0 to 1, got 2"),
-        (lambda: cache.crop(1), r"lengths\[0\] must be from 0 to 0, got 1"),
-        (lambda: cache.commit([[0]]), r"nodes\[0\] must be ascending nodes below 0, got \[0\]"),
-        (lambda: make(batch=2).append(rows), "rows must be a multiple of the batch of 2, without counts, got 3"),
-    ):
-        with pytest.raises((TypeError, ValueError), match="specdec_ops.LayerCache: " + message):
-            call()
-    assert cache.lengths == ((0,), (0,), (0,))
-
-
-def test_wrong_calls_with_a_tree():
-    cache = make()
-    cache.append(torch.zeros(1, 8))
-    cache.append(torch.zeros(2, 8), torch.tensor([-1, 0], dtype=torch.int32))
-    run = cache.run(0)
-    kv = torch.zeros(3, 1, 16)
-    for call, message in (
-        (lambda: cache.append(torch.zeros(1, 8)), "parents must be given while request 0 has a tree"),
-        (lambda: cache.crop(2), r"lengths\[0\] must be from 0 to 1, got 2"),
-        (lambda: cache.commit([[1, 0]]), r"nodes\[0\] must be ascending nodes below 2, got \[1, 0\]"),
-        (lambda: cache.attend(run, 1, kv, kv, kv), r"layer must be in range\(0, 1\), the run's group, got 1"),
-        (lambda: cache.attend(run, 0, kv, kv[:2], kv), r"k must be float32 \[3, 1, 16\], got float32 \[2, 1, 16\]"),
-        (lambda: cache.finish(run, torch.zeros(2, 8)), r"hidden must be float32 \[3, 8\], got float32 \[2, 8\]"),
-    ):
-        with pytest.raises((TypeError, ValueError), match=message):
-            call()

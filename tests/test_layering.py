@@ -50,6 +50,11 @@ MAY_IMPORT = {
     "specdec_ops/reference/accept.py": ["torch", ".noise", ".sample", ".accept_rules"],
     "specdec_ops/reference/accept_rules.py": ["torch", ".noise"],
     "specdec_ops/reference/sample.py": ["torch", ".noise"],
+    "specdec_ops/_layer_checks.py": ["torch", "._checks"],
+    "specdec_ops/_layer_state.py": ["._checks", "._layer_checks"],
+    "specdec_ops/layer_cache.py": [
+        *("torch", "._alloc", "._checks", "._layer_checks", "._layer_state", ".topology", ".tree_attention"),
+    ],
     "specdec_ops/_library_exit.py": ["torch", "._library", "._dispatch", "._alloc"],
     "specdec_ops/_library_kv.py": ["torch", "._library", "._dispatch"],
     "specdec_ops/_library_accept.py": ["torch", "._library", "._dispatch", "._alloc"],
