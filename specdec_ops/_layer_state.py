@@ -37,7 +37,7 @@ class State(NamedTuple):
     contexts: tuple[int | None, ...]
     """[batch]: where the request's tree starts, if it has one."""
     newest: tuple[int, ...]
-    """[batch]: the first slot of the request's latest append."""
+    """[batch]: the first slot of the request's latest append, and behind the path after a commit."""
     run: OpenRun | None = None
     """The open run: the state is called idle without one."""
     layer: int = 0
@@ -102,9 +102,7 @@ class State(NamedTuple):
             if not 0 <= length <= limit:
                 raise ValueError(wrong(OP, f"lengths[{request}]", f"from 0 to {limit}", length))
         rows = tuple(tuple(map(min, row, lengths)) for row in self.lengths)
-        return self._replace(
-            lengths=rows, contexts=(None,) * len(lengths), newest=tuple(map(min, self.newest, lengths))
-        )
+        return self._replace(lengths=rows, contexts=(None,) * len(lengths))
 
     def commit(self, paths: Sequence[Sequence[int]]) -> State:
         """Keep these nodes of each request's tree behind its context, and no tree."""

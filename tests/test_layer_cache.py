@@ -212,6 +212,21 @@ def test_nothing_reads_from_the_device(batch):
     assert not [name for name in recorder.names if name.removeprefix("aten::").split(".")[0] in waits]
 
 
+def test_committed_rows_are_not_new():
+    """A deeper group that catches up after a commit returns none of them for a decision."""
+    model = Toy()
+    cache = model.cache(EXITS, 16)
+    cache.append(model.embedding[[1, 2]])
+    model.step(cache, 0)
+    cache.append(model.embedding[[3]], torch.tensor([-1], dtype=torch.int32))
+    assert len(model.step(cache, 0)) == 1
+    cache.commit([[0]])
+    assert len(model.step(cache, 1)) == 0
+    cache.append(model.embedding[[4]])
+    for group in range(3):
+        assert_rows(model, cache, group, model.step(cache, group), [[1, 2, 3, 4]])
+
+
 def test_a_parent_that_is_not_earlier_becomes_the_context():
     model = Toy()
     cache = model.cache(EXITS, 16)

@@ -135,7 +135,7 @@ class Calls(RuleBasedStateMachine):
         lengths = [data.draw(st.integers(max(0, limit - 3), limit)) for limit in limits]
         for request, length in zip(self.requests, lengths, strict=True):
             del request.entries[length:]
-            request.context, request.newest = None, min(request.newest, length)
+            request.context = None
         self.cache.crop(lengths if len(set(lengths)) > 1 else lengths[0])
 
     @precondition(idle)
@@ -210,6 +210,15 @@ class Calls(RuleBasedStateMachine):
             entry.kv = {layer: number for layer, number in entry.kv.items() if layer < ([0, *EXITS][entry.done])}
         self.taken = None
 
+    @precondition(idle)
+    @rule(data=st.data(), group=st.integers(0, GROUPS - 1))
+    def step(self, data, group):
+        """A whole run at once, so that deeper groups have rows more often."""
+        self.run(data, group, None)
+        for _ in self.cache.layers(group):
+            self.attend()
+        self.finish()
+
     # ---- at any time
 
     @rule(pickled=st.booleans())
@@ -223,8 +232,10 @@ class Calls(RuleBasedStateMachine):
 
     @rule(data=st.data())
     def misuse(self, data):
+        del self.strangers[:-2]
         calls = self.misuses_while_idle() if self.idle() else self.misuses_while_open()
-        refused(self.cache, data.draw(st.sampled_from(calls)))
+        for call in data.draw(st.lists(st.sampled_from(calls), min_size=1, max_size=8)):
+            refused(self.cache, call)
 
     def misuses_while_idle(self):
         cache, batch = self.cache, len(self.requests)
