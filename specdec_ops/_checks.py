@@ -10,11 +10,16 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def describe(value) -> str:
-    """`float32 [2, 3]` for a tensor, the value itself for a number or a string, else the name of its type."""
+    """`float32 [2, 3]` for a tensor, the value itself for a number or a string, else the name of its type.
+
+    For an array of another framework also where the ops are that take it.
+    """
     if isinstance(value, torch.Tensor):
         return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
+    if hasattr(value, "__dlpack__"):
+        return f"{type(value).__name__} (the ops of specdec_ops.dlpack take arrays)"
     return type(value).__name__
 
 

@@ -4,32 +4,28 @@
 
     out = dlpack.tree_attention(q, k_cache, v_cache, Tree.chain(4).to("cpu"), context_lens)  # NumPy in, NumPy out
 
-Each function takes the arguments of the op of the same name in `specdec_ops`; see there. Arrays may stand wherever the
-op takes tensors, `out` included. GPU work is queued on the stream that PyTorch uses.
+Every op is here. Each function takes the arguments of the op of the same name in `specdec_ops`; see there. Arrays may
+stand wherever the op takes tensors, in lists and in `out` too. GPU work is queued on the stream that PyTorch uses.
 """
 
 import dataclasses
 import functools
+import inspect
 import sys
 import warnings
 
 import numpy as np
 import torch
 
-from .accept import Acceptance
-from .accept import chain_accept as _chain_accept
-from .accept import greedy_accept as _greedy_accept
-from .accept import match_accept as _match_accept
-from .accept import tree_accept as _tree_accept
-from .accept_lossy import LongestPath
-from .accept_lossy import longest_path_accept as _longest_path_accept
-from .accept_lossy import typical_accept as _typical_accept
-from .sampling import Children
-from .sampling import sample_children as _sample_children
-from .sampling import sample_tokens as _sample_tokens
-from .topology import build_topology as _build_topology
+from . import accept, accept_lossy, draft_stop, head_bounds, kv, quantized_head, sampling, topology
+from .early_exit import Confidence, Exit
+from .early_exit import early_exit as _early_exit
+from .early_exit import exit_confidence as _exit_confidence
 from .tree_attention import merge_states as _merge_states
 from .tree_attention import tree_attention as _tree_attention
+
+_RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sampling.Children, Confidence, Exit)
+"""What holds several results, each of which becomes an array. (A Topology stays one of tensors: the ops take it.)"""
 
 
 def to_torch(value, name: str = "an argument"):
@@ -51,8 +47,8 @@ def to_torch(value, name: str = "an argument"):
 
 
 def from_torch(tensor: torch.Tensor, like):
-    """The tensor's memory as an array of the framework that `like` comes from."""
-    if isinstance(like, torch.Tensor):
+    """The tensor's memory as an array of the framework that `like` comes from; what is no tensor stays as it is."""
+    if isinstance(like, torch.Tensor) or not isinstance(tensor, torch.Tensor):
         return tensor
     if isinstance(like, np.ndarray):
         return tensor.numpy()
@@ -61,50 +57,73 @@ def from_torch(tensor: torch.Tensor, like):
     return import_array(tensor)
 
 
-def _shared(op):
-    """`op` for arrays: the first argument decides the framework of the results."""
+def _shared(op, writes: tuple[str, ...] = ()):
+    """`op` for arrays: the first argument decides the framework of the results. `writes` are inputs that it changes."""
+    parameters = tuple(inspect.signature(op).parameters)
 
     @functools.wraps(op)
-    def call(first, *others, out=None, **options):
-        tensors = [to_torch(value, f"argument {index}") for index, value in enumerate((first, *others))]
-        options = {name: to_torch(value, name) for name, value in options.items()}
+    def call(*arguments, out=None, **options):
+        given = {**dict(zip(parameters, arguments, strict=False)), **options}
+        for name in writes:
+            _map(_refuse_read_only, given.get(name), name)
+        tensors = [_map(to_torch, value, name) for name, value in zip(parameters, arguments, strict=False)]
+        options = {name: _map(to_torch, value, name) for name, value in options.items()}
         if out is not None:
-            arrays = _fields(out)
-            _refuse_read_only(*(arrays or (out,)))
-            into = type(out)(*map(to_torch, arrays)) if arrays else to_torch(out, "out")
-            op(*tensors, out=into, **options)
+            _map(_refuse_read_only, out, "out")
+            op(*tensors, *arguments[len(tensors) :], out=_map(to_torch, out, "out"), **options)
             return out
-        result = op(*tensors, **options)
-        if fields := _fields(result):
-            return type(result)(*(from_torch(tensor, first) for tensor in fields))
-        return from_torch(result, first) if isinstance(result, torch.Tensor) else result
+        like = _first_array(given.get(parameters[0]))
+        result = op(*tensors, *arguments[len(tensors) :], **options)
+        return _map(lambda value, _: from_torch(value, like), result, "")
 
     return call
 
 
-def _fields(result) -> tuple | None:
-    """The tensors or arrays of a result that has several, all of which become arrays; else None."""
-    if isinstance(result, tuple):
-        return result
-    if isinstance(result, Acceptance | LongestPath | Children):
-        return tuple(getattr(result, field.name) for field in dataclasses.fields(result))
-    return None
+def _parts(value) -> tuple | None:
+    """What a list, a tuple or a record consists of; None for anything else."""
+    if isinstance(value, list | tuple):
+        return tuple(value)
+    return tuple(getattr(value, f.name) for f in dataclasses.fields(value)) if isinstance(value, _RECORDS) else None
 
 
-def _refuse_read_only(*arrays) -> None:
-    for array in arrays:
-        if isinstance(array, np.ndarray) and not array.flags.writeable:
-            raise ValueError("specdec_ops.dlpack: out must be writeable, got a read-only array")
+def _map(function, value, name: str):
+    """`function(part, name)` for all parts of a value, however nested, in the same form."""
+    parts = _parts(value)
+    if parts is None:
+        return function(value, name)
+    parts = [_map(function, part, name) for part in parts]
+    return type(value)(parts) if type(value) in (list, tuple) else type(value)(*parts)
+
+
+def _first_array(value):
+    """The first part of a value that is a tensor or an array; the value itself if there is none."""
+    parts = _parts(value)
+    if parts is None:
+        return value
+    return next((found for found in map(_first_array, parts) if hasattr(found, "__dlpack__")), value)
+
+
+def _refuse_read_only(array, name: str) -> None:
+    if isinstance(array, np.ndarray) and not array.flags.writeable:
+        raise ValueError(f"specdec_ops.dlpack: {name} must be writeable, got a read-only array")
 
 
 tree_attention = _shared(_tree_attention)
 merge_states = _shared(_merge_states)
-build_topology = _shared(_build_topology)
-greedy_accept = _shared(_greedy_accept)
-match_accept = _shared(_match_accept)
-chain_accept = _shared(_chain_accept)
-tree_accept = _shared(_tree_accept)
-typical_accept = _shared(_typical_accept)
-longest_path_accept = _shared(_longest_path_accept)
-sample_tokens = _shared(_sample_tokens)
-sample_children = _shared(_sample_children)
+build_topology = _shared(topology.build_topology)
+greedy_accept = _shared(accept.greedy_accept)
+match_accept = _shared(accept.match_accept)
+chain_accept = _shared(accept.chain_accept)
+tree_accept = _shared(accept.tree_accept)
+typical_accept = _shared(accept_lossy.typical_accept)
+longest_path_accept = _shared(accept_lossy.longest_path_accept)
+sample_tokens = _shared(sampling.sample_tokens)
+sample_children = _shared(sampling.sample_children)
+exit_confidence = _shared(_exit_confidence)
+early_exit = _shared(_early_exit)
+quantize_head = _shared(quantized_head.quantize_head)
+bound_head = _shared(head_bounds.bound_head)
+exit_mlp = _shared(draft_stop.exit_mlp)
+exit_features = _shared(draft_stop.exit_features)
+entropy_stop = _shared(draft_stop.entropy_stop)
+kv_propagate = _shared(kv.kv_propagate, writes=("k_caches", "v_caches"))

@@ -1,11 +1,13 @@
 """NumPy arrays, and arrays of any other framework with __dlpack__, in and out without a copy."""
 
+import inspect
 import types
 
 import numpy as np
 import pytest
 import torch
 
+import specdec_ops
 from attention_cases import make_case, random_tree
 from specdec_ops import Acceptance, AttentionState, Topology, Tree, build_topology, dlpack, tree_accept
 
@@ -101,7 +103,7 @@ def test_another_framework(monkeypatch):
 
 def test_what_can_not_be_shared():
     """Strings, for instance; and checks name NumPy's default int64."""
-    with pytest.raises(TypeError, match="argument 0 can't be shared through DLPack"):
+    with pytest.raises(TypeError, match="q can't be shared through DLPack"):
         dlpack.tree_attention(np.array(["a"]), *ARRAYS[1:], CASE.topology, LENGTHS)
     with pytest.raises(TypeError, match=r"context_lens must be int32 \[batch\] or an int, got int64 \[2\]"):
         dlpack.tree_attention(*ARRAYS, Tree.chain(2).to(), LENGTHS.astype(np.int64), **OPTIONS)
@@ -125,3 +127,61 @@ def test_acceptance():
     np.testing.assert_array_equal(into.tokens, got.tokens)
     assert isinstance(dlpack.sample_tokens(logits[0], seeds=1, positions=0), np.ndarray)
     assert isinstance(dlpack.sample_children(logits, 2, seeds=1, positions=0).logprobs, np.ndarray)
+
+
+OPS = [name for name in specdec_ops.__all__ if inspect.isfunction(getattr(specdec_ops, name)) and name != "backends"]
+
+
+def test_every_op_is_here():
+    assert [name for name in OPS if not hasattr(dlpack, name)] == []
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_at_the_top_level_arrays_are_refused_with_the_way_to_go(op):
+    """And no op fails half-way for want of a tensor's methods."""
+    function = getattr(specdec_ops, op)
+    needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
+    arguments = {p.name: np.zeros((2, 2, 2, 16), np.float32) for p in needed}
+    with pytest.raises(
+        TypeError, match=rf"specdec_ops\.{op}: \w+ must be .*, got ndarray \(the ops of specdec_ops.dlpack"
+    ):
+        function(**arguments)
+
+
+def test_early_exit():
+    """Nested records, their empty fields, and a record as the first argument."""
+    numbers = np.random.default_rng(1)
+    hidden, head = numbers.normal(size=(3, 16)).astype(np.float32), numbers.normal(size=(40, 16)).astype(np.float32)
+    got = dlpack.early_exit(hidden, head, np.array([0.1, 0.2, 0.9], np.float32), top_k=10)
+    want = specdec_ops.early_exit(*map(torch.from_numpy, (hidden, head)), torch.tensor([0.1, 0.2, 0.9]), top_k=10)
+    assert isinstance(got, specdec_ops.Exit) and isinstance(got.confidence, specdec_ops.Confidence)
+    np.testing.assert_array_equal(got.exited, want.exited.numpy())
+    np.testing.assert_array_equal(got.confidence.top_tokens, want.confidence.top_tokens.numpy())
+    assert got.seen is None and isinstance(got.confidence.entropy, np.ndarray)
+    features = dlpack.exit_features(got.confidence)
+    np.testing.assert_array_equal(features, specdec_ops.exit_features(want.confidence).numpy())
+    layers = [(numbers.normal(size=(1, 11)).astype(np.float32), np.zeros(1, np.float32))]
+    score, stop = dlpack.exit_mlp(features, layers)
+    assert isinstance(score, np.ndarray) and stop.dtype == bool
+    assert isinstance(dlpack.entropy_stop(got.confidence.entropy, 0.5), np.ndarray)
+    screen = dlpack.quantize_head(head)
+    assert isinstance(screen, specdec_ops.QuantizedHead) and isinstance(dlpack.bound_head(head), specdec_ops.HeadBounds)
+    screened = dlpack.exit_confidence(hidden, head, screen=screen)
+    np.testing.assert_array_equal(screened.token, want.confidence.token.numpy())
+    into = dlpack.exit_confidence(hidden, head)
+    assert dlpack.exit_confidence(hidden, head, out=into) is into
+
+
+def test_caches_are_written_in_place():
+    """Those of kv_propagate, which must not be read-only."""
+    numbers = np.random.default_rng(2)
+    hidden, weight = (numbers.normal(size=shape).astype(np.float32) for shape in ((1, 16), (16, 16)))
+    k, v = np.zeros((2, 1, 4, 1, 16), np.float32)
+    at = np.array([2], np.int32)
+    layers = [(None, weight, weight)]
+    assert dlpack.kv_propagate(hidden, layers, at, at, [k], [v], rope=None) is None
+    np.testing.assert_allclose(k[0, 2, 0], weight @ hidden[0], rtol=1e-4, atol=1e-5)
+    assert not k[0, :2].any() and (k == v).all()
+    v.flags.writeable = False
+    with pytest.raises(ValueError, match="v_caches must be writeable, got a read-only array"):
+        dlpack.kv_propagate(hidden, layers, at, at, [k], v_caches=[v], rope=None)
