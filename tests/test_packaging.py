@@ -18,6 +18,10 @@ ROOT = Path(__file__).parent.parent
 SITE_PACKAGES = sysconfig.get_path("purelib")
 pytest.importorskip("pybind11", reason="building needs pybind11")
 pytest.importorskip("ninja", reason="building needs ninja")
+nobodys = pytest.mark.skipif(
+    Path(SITE_PACKAGES, "triton_kernels").exists(),
+    reason="OpenAI's triton_kernels is installed here, so nothing shows what is found without it",
+)
 
 USE_IT = """
 import torch, specdec_ops
@@ -30,12 +34,28 @@ got, want = (specdec_ops.tree_attention(q, k, v, tree.to(), lens, backend=backen
 assert torch.allclose(got, want, atol=1e-5)
 """
 WHOSE_TRITON_KERNELS = """
-import triton_kernels
-assert triton_kernels.WHOSE == "theirs", triton_kernels
-import specdec_ops, importlib.util
+import importlib.util
+assert importlib.util.find_spec("triton_kernels").loader is not None, "a regular package, not a namespace"
+assert importlib.util.find_spec("triton_kernels.matmul").origin.startswith({folder!r})
+assert importlib.util.find_spec("triton_kernels.tree_attention") is None, "that one is ours"
+import triton_kernels.matmul
+assert triton_kernels.WHOSE == triton_kernels.matmul.WHOSE == "theirs", triton_kernels
+import specdec_ops
 for op in ("build_topology", "merge_states", "tree_attention"):
-    origin = importlib.util.find_spec(f"specdec_ops.triton_kernels.{op}").origin
-    assert origin.endswith(f"triton_kernels/{op}.py"), origin
+    origin = importlib.util.find_spec("specdec_ops.triton_kernels." + op).origin
+    assert origin.endswith("triton_kernels/" + op + ".py"), origin
+"""
+NO_TRITON_KERNELS = """
+import importlib, importlib.util, specdec_ops
+assert importlib.util.find_spec("triton_kernels") is None
+for look_up in (importlib.util.find_spec, importlib.import_module):
+    try:
+        look_up("triton_kernels.matmul")
+    except ModuleNotFoundError as error:
+        assert error.name == "triton_kernels", error
+    else:
+        raise AssertionError("found")
+assert importlib.util.find_spec("specdec_ops.triton_kernels.tree_attention") is not None
 """
 
 
@@ -58,13 +78,14 @@ def backend_hook(call, cwd, **environment):
     return run(sys.executable, "-c", code, cwd=cwd, SPECDEC_OPS_BUILD="cpu", **environment)
 
 
-def run_without_site(code, cwd, *folders):
+def run_without_site(code, cwd, *folders, **environment):
     """Run a program that finds `folders` (their .pth files included), then this environment's packages, and no others.
 
     The .pth files of this environment are left out: one of them may install this checkout's package.
     """
     paths = f"import sys, site; [site.addsitedir(folder) for folder in {[str(folder) for folder in folders]!r}]"
-    return run(sys.executable, "-S", "-c", f"{paths}; sys.path.append({SITE_PACKAGES!r})\n{code}", cwd=cwd)
+    code = f"{paths}; sys.path.append({SITE_PACKAGES!r})\n{code}"
+    return run(sys.executable, "-S", "-c", code, cwd=cwd, **environment)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +137,8 @@ def theirs(tmp_path_factory):
     """A folder with somebody else's package triton_kernels."""
     folder = tmp_path_factory.mktemp("theirs")
     (folder / "triton_kernels").mkdir()
-    (folder / "triton_kernels" / "__init__.py").write_text('WHOSE = "theirs"\n')
+    for name in ("__init__.py", "matmul.py"):
+        (folder / "triton_kernels" / name).write_text('WHOSE = "theirs"\n')
     return folder
 
 
@@ -173,18 +195,37 @@ def test_editable_install_works(editable, source, tmp_path):
 def test_triton_kernels_is_theirs(install, where, theirs, tmp_path, request):
     """Also from the root of a checkout, where a folder of that name lies in the current directory."""
     folder = request.getfixturevalue(install)
-    run_without_site(WHOSE_TRITON_KERNELS, ROOT if where == "the checkout" else tmp_path, folder, theirs)
+    code = WHOSE_TRITON_KERNELS.format(folder=str(theirs))
+    run_without_site(code, ROOT if where == "the checkout" else tmp_path, folder, theirs)
 
 
+@nobodys
 @pytest.mark.parametrize("install", ["installed", "editable"])
 def test_no_triton_kernels_where_nobody_installed_one(install, tmp_path, request):
-    folder = request.getfixturevalue(install)
-    code = f"""
-import importlib.util, specdec_ops
+    """Neither the package nor a submodule, and the error names the package that is missing."""
+    run_without_site(NO_TRITON_KERNELS, tmp_path, request.getfixturevalue(install))
+
+
+@nobodys
+@pytest.mark.parametrize("way", ["current folder", "PYTHONPATH", "safe path"])
+def test_a_checkout_on_the_path_is_a_namespace(way, installed, tmp_path):
+    """What the README warns of: Python takes any folder of that name for a package (PEP 420); and the way around it."""
+    if way == "safe path":
+        if sys.version_info < (3, 11):
+            pytest.skip("Python has PYTHONSAFEPATH from 3.11 on")
+        run_without_site(NO_TRITON_KERNELS, ROOT, installed, PYTHONSAFEPATH="1", PYTHONPATH="")
+        return
+    found = f"""
+import importlib.util
 spec = importlib.util.find_spec("triton_kernels")
-assert spec is None or "{SITE_PACKAGES}" in str(spec.origin), spec
+assert spec.loader is None or type(spec.loader).__name__ == "NamespaceLoader", spec
+assert {str(ROOT / "triton_kernels")!r} in spec.submodule_search_locations
+assert importlib.util.find_spec("triton_kernels.matmul") is None
 """
-    run_without_site(code, tmp_path, folder)
+    if way == "PYTHONPATH":
+        run_without_site(found, tmp_path, installed, PYTHONPATH=str(ROOT))
+    else:
+        run_without_site(found, ROOT, installed, PYTHONPATH="")
 
 
 def test_only_what_changed_is_compiled(source, editable):
