@@ -1,18 +1,11 @@
-"""Drop-in forms of sgl-kernel's tree functions: its published cases, rewritten, exact laws, and where ours differ."""
+"""Drop-in forms of sgl-kernel's acceptance: its published cases, rewritten, exact laws, and where ours differ."""
 
 import pytest
 import torch
 
 from specdec_ops import Tree, build_topology
 from specdec_ops.compat import sgl_kernel
-from specdec_ops.compat.sgl_kernel import (
-    FULL_MASK,
-    QLEN_ONLY,
-    QLEN_ONLY_BITPACKING,
-    build_tree_kernel_efficient,
-    tree_speculative_sampling_target_only,
-    verify_tree_greedy,
-)
+from specdec_ops.compat.sgl_kernel import tree_speculative_sampling_target_only, verify_tree_greedy
 
 UNTOUCHED = -7
 
@@ -92,12 +85,14 @@ def test_published_greedy_case():
     "threshold, expected_predicts, expected_index, expected_count",
     [
         (1, [3, None, None, 4, 5, 18, 11, None, None, None, 12, 18], [[0, 3, 4, 5], [6, 10, 11, None]], [3, 2]),
-        (0, [1, 2, 18, None, None, None, 11, None, None, None, 12, 18], [[0, 1, 2, None], [6, 10, 11, None]], [2, 2]),
+        (0, [3, None, None, 4, 5, 18, 11, None, None, None, 12, 18], [[0, 3, 4, 5], [6, 10, 11, None]], [3, 2]),
     ],
 )
 def test_published_sampling_cases(threshold, expected_predicts, expected_index, expected_count):
+    """A threshold of 0 takes no token of probability 0, since SGLang 0.5.23."""
     *tree, choices = published()
     probs = (900 * torch.nn.functional.one_hot(choices, 20).float()).softmax(-1)
+    assert (probs == 0).any()
     given = {"threshold_single": threshold, "threshold_acc": threshold, "draft_probs": torch.zeros_like(probs)}
     predicts, index, count = run(*tree, steps=4, probs=probs, **given)
     assert predicts == filled(expected_predicts)
@@ -105,37 +100,46 @@ def test_published_sampling_cases(threshold, expected_predicts, expected_index, 
     assert count == expected_count
 
 
-def build(parent_list, selected, lengths, topk, depth, mode=FULL_MASK):
-    """Call build_tree_kernel_efficient on outputs full of rubbish; context columns of the mask hold True."""
-    batch, nodes = len(selected), len(selected[0]) + 1
-    size = {
-        FULL_MASK: sum(lengths) * nodes + batch * nodes * nodes,
-        QLEN_ONLY: batch * nodes * nodes,
-        QLEN_ONLY_BITPACKING: batch * nodes * (1 if nodes <= 8 else 2 if nodes <= 16 else 4),
-    }.get(mode, 0)
-    mask = torch.full((size,), 255, dtype=torch.uint8) if mode == QLEN_ONLY_BITPACKING else torch.full((size,), True)
-    links = [torch.full((batch, nodes), 99) for _ in range(3)]
-    positions = torch.full((batch * nodes,), 99)
-    given = (torch.tensor(parent_list), torch.tensor(selected), torch.tensor(lengths))
-    build_tree_kernel_efficient(*given, mask, positions, *links, topk, depth, nodes, mode)
-    return mask, positions.tolist(), *(link.tolist() for link in links)
+@pytest.mark.parametrize("single, accumulated", [(0, 1), (1, 0), (0, 0), (0.0, 0.5)])
+@pytest.mark.parametrize("coin", [0.0, 0.5])
+def test_thresholds_of_0_take_whatever_is_possible(single, accumulated, coin):
+    """Of four children two have no probability, the third has little, which is enough. None possible: the walk ends."""
+    probs = torch.zeros(1, 5, 6)
+    probs[0, 0, [2, 3, 4]] = torch.tensor([1e-3, 0.5, 0.499])
+    probs[0, 1:, 5] = 1
+    candidates, tree = torch.tensor([[0, 0, 1, 2, 3]]), links_of(Tree([-1, 0, 0, 0, 0]))
+    options = {"steps": 2, "probs": probs, "coins": torch.full((1, 5), coin)}
+    options |= {"threshold_single": single, "threshold_acc": accumulated}
+    predicts, index, count = run(candidates, *tree, **options)
+    assert (predicts[0], index, count) == (2, [[0, 3]], [1])
+    candidates[0, 3:] = torch.tensor([0, 1])
+    predicts, _, count = run(candidates, *tree, **options)
+    assert count == [0] and predicts[0] in (2, 3, 4)
 
 
-PUBLISHED_PARENTS = [[-1, 0, 1, 2, 3, 4, 8, 9, 10, 20, 24, 21, 28], [-1, 0, 1, 2, 3, 4, 5, 6, 7, 24, 28, 20, 21]]
-PUBLISHED_SELECTED = [[0, 1, 4, 8, 20, 24, 36], [0, 4, 5, 6, 7, 24, 36]]
+def test_a_threshold_takes_a_probability_that_equals_it_in_float32():
+    """0.7 is less in float32 than in float64."""
+    probs = torch.tensor([[[0.3, 0.7], [1.0, 0.0]]])
+    options = {"steps": 2, "probs": probs, "coins": torch.full((1, 2), 0.99)}
+    tree = links_of(Tree.chain(2))
+    assert run(torch.tensor([[0, 1]]), *tree, **options, threshold_single=0.7)[2] == [1]
+    assert run(torch.tensor([[0, 1]]), *tree, **options, threshold_single=0.71)[2] == [0]
 
 
-def test_published_tree():
-    mask, positions, index, next_token, next_sibling = build(PUBLISHED_PARENTS, PUBLISHED_SELECTED, [5, 10], 4, 4)
-    assert positions == [5, 6, 6, 7, 7, 8, 8, 9, 10, 11, 12, 12, 12, 12, 13, 14]
-    assert index == [list(range(8)), list(range(8, 16))]
-    assert next_token == [[1, 3, 4, 5, 6, 7, -1, -1], [1, 2, -1, 6, -1, -1, 7, -1]]
-    assert next_sibling == [[-1, 2, -1, -1, -1, -1, -1, -1], [-1, -1, 3, 4, 5, -1, -1, -1]]
-    trees = Tree([-1, 0, 0, 1, 2, 3, 4, 5]), Tree([-1, 0, 1, 1, 1, 1, 3, 6])
-    rows = (mask[: 8 * 13].view(8, 13), mask[8 * 13 :].view(8, 18))
-    for length, tree, row in zip((5, 10), trees, rows, strict=True):
-        assert row[:, :length].all(), "the context's part is the caller's"
-        assert torch.equal(row[:, length:], torch.from_numpy(tree.mask()))
+def test_what_siblings_sum_to_is_not_lost_beside_others():
+    """Node 3 hangs below node 1, whose row gives it 1e-20; node 0's children have all the mass. A coin of 0 takes it.
+
+    A running sum over all nodes minus where a list of siblings starts gives 0 there.
+    """
+    probs = torch.zeros(1, 4, 5, dtype=torch.float32)
+    probs[0, 0, :2] = torch.tensor([0.7, 0.3])
+    probs[0, 1, 2:4] = torch.tensor([1e-20, 1.0])
+    probs[0, 2:, 4] = 1
+    tree = links_of(Tree([-1, 0, 0, 1]))
+    coins = torch.zeros(1, 4)
+    assert run(torch.tensor([[0, 0, 1, 2]]), *tree, steps=3, probs=probs, coins=coins)[2] == [2]
+    probs[0, 0, 1] = torch.inf  # beyond what is accepted; it must not reach node 1's children
+    assert run(torch.tensor([[0, 0, 1, 2]]), *tree, steps=3, probs=probs, coins=coins)[2] == [2]
 
 
 # ---- against a walk of one request after another
@@ -384,74 +388,6 @@ def test_more_than_2_to_the_32_probabilities():
     assert count == [nodes - 1] * batch and set(predicts) == {vocab - 1}
 
 
-# ---- build_tree_kernel_efficient
-
-
-def eagle_trees(batch, topk, depth, selected, seed):
-    """Random selections as EAGLE-2 makes them: parent_list, selected_index, and the trees they mean."""
-    generator = torch.Generator().manual_seed(seed)
-    parent_lists, selections, trees = [], [], []
-    for _ in range(batch):
-        parent_list, expanded = [-1], list(range(topk))
-        for level in range(1, depth):
-            parent_list += expanded
-            first = topk + (level - 1) * topk * topk
-            picked = torch.randperm(topk * topk, generator=generator)[:topk].sort().values
-            expanded = (first + picked).tolist()
-        chosen, alive = [], list(range(topk))
-        while len(chosen) < selected:  # always with their parents
-            chosen.append(alive.pop(int(torch.randint(len(alive), (1,), generator=generator))))
-            alive += [
-                g * topk + i for g, parent in enumerate(parent_list) if g and parent == chosen[-1] for i in range(topk)
-            ]
-        chosen.sort()
-        place = {candidate: node + 1 for node, candidate in enumerate(chosen)}
-        parent_of = [0 if c < topk else place[parent_list[c // topk]] for c in chosen]
-        parent_lists.append(parent_list)
-        selections.append(chosen)
-        trees.append(Tree([-1, *parent_of]))
-    return parent_lists, selections, trees
-
-
-@pytest.mark.parametrize("topk, depth, selected", [(1, 3, 2), (2, 3, 7), (4, 4, 15), (8, 3, 31), (10, 6, 69)])
-@pytest.mark.parametrize("mode", [FULL_MASK, QLEN_ONLY, QLEN_ONLY_BITPACKING])
-def test_built_trees(topk, depth, selected, mode):
-    if mode == QLEN_ONLY_BITPACKING and selected > 31:
-        with pytest.raises(ValueError, match="draft_token_num must be at most 32 for a mask of bits, got 70"):
-            build([[0] * (topk * (depth - 1) + 1)], [list(range(selected))], [1], topk, depth, mode)
-        return
-    lengths = [3, 0, 11]
-    parent_lists, selections, trees = eagle_trees(3, topk, depth, selected, seed=topk)
-    mask, positions, index, next_token, next_sibling = build(parent_lists, selections, lengths, topk, depth, mode)
-    nodes = selected + 1
-    assert positions == [
-        position for tree, length in zip(trees, lengths, strict=True) for position in tree.position_ids(length)
-    ]
-    assert index == torch.arange(3 * nodes).view(3, nodes).tolist()
-    assert next_token == [tree.first_child.tolist() for tree in trees]
-    assert next_sibling == [tree.next_sibling.tolist() for tree in trees]
-    for tree, length in zip(trees, lengths, strict=True):
-        width = nodes + length if mode == FULL_MASK else nodes
-        if mode == QLEN_ONLY_BITPACKING:
-            width = 1 if nodes <= 8 else 2 if nodes <= 16 else 4
-        rows, mask = mask[: nodes * width].view(nodes, width), mask[nodes * width :]
-        seen = torch.from_numpy(tree.mask())
-        if mode == QLEN_ONLY_BITPACKING:
-            bits = (rows[:, :, None] >> torch.arange(8) & 1).bool().view(nodes, -1)
-            assert torch.equal(bits[:, :nodes], seen) and not bits[:, nodes:].any()
-        else:
-            assert torch.equal(rows[:, width - nodes :], seen) and rows[:, : width - nodes].all()
-    assert mask.numel() == 0
-
-
-def test_a_node_without_a_selected_parent_is_an_orphan():
-    selected = [[0, 1, 4, 12, 20]]  # candidate 12's parent is candidate 2, which was not selected
-    mask, positions, _, next_token, next_sibling = build(PUBLISHED_PARENTS[:1], selected, [5], 4, 4, QLEN_ONLY)
-    assert next_token == [[1, 3, -1, 5, -1, -1]] and next_sibling == [[-1, 2, -1, -1, -1, -1]]
-    assert mask.view(6, 6)[4].tolist() == [False] * 4 + [True, False]
-    assert positions == [5, 6, 6, 7, 5, 8]
-
-
 def test_errors_name_the_argument():
     candidates = torch.zeros(2, 3, dtype=torch.int64)
     outputs = (
@@ -467,5 +403,15 @@ def test_errors_name_the_argument():
         sgl_kernel.tree_speculative_sampling_target_only(
             *outputs, *[candidates] * 4, torch.zeros(2), torch.zeros(2), torch.zeros(2, 3, 4)
         )
-    with pytest.raises(ValueError, match="tree_mask_mode must be 0, 1 or 2, got 3"):
-        build([[-1, 0, 1, 2, 3]], [[0, 1]], [0], 4, 2, 3)
+    outside = [torch.tensor([[0, 6, 2], [3, 4, 5]]), torch.tensor([[1, -1, -1]] * 2), torch.tensor([[-1, -1, -1]] * 2)]
+    with pytest.raises(ValueError, match=r"verify_tree_greedy: retrive_index must be from 0 to 5, got 0 to 6"):
+        verify_tree_greedy(*outputs, candidates, *outside, candidates)
+    given = (*outputs, *[candidates] * 4, torch.zeros(2, 3), torch.zeros(2), torch.zeros(2, 3, 4))
+    for name in ("threshold_single", "threshold_acc"):
+        for number in (-0.1, 1.5, float("nan")):
+            with pytest.raises(ValueError, match=f"target_only: {name} must be a number from 0 to 1, got {number}"):
+                sgl_kernel.tree_speculative_sampling_target_only(*given, **{name: number})
+        with pytest.raises(TypeError, match=f"{name} must be a number from 0 to 1, got float32"):
+            sgl_kernel.tree_speculative_sampling_target_only(*given, **{name: torch.tensor(0.5)})
+    with pytest.raises(ValueError, match=r"target_probs must be \[2, 3, vocab\], got float32 \[2, 4\]"):
+        sgl_kernel.tree_speculative_sampling_target_only(*given[:-1], torch.zeros(2, 4))

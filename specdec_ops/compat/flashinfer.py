@@ -1,19 +1,23 @@
-"""FlashInfer's `chain_speculative_sampling`, on `chain_accept(rule="token")`.
+"""FlashInfer's `chain_speculative_sampling`, on `chain_accept(rule="token")`. As in flashinfer-python 0.7.4.
 
 What is done otherwise than in the original:
 
-- Seeds and offsets of [batch] are per request, so a request's tokens do not depend on its place in the batch. The
-  original reads the first entry only, and tells requests apart by their place. An int, or a tensor of one entry, is
-  spread over the requests by place here too.
+- With seeds and offsets of [batch] a request's tokens do not depend on its place in the batch. The original mixes the
+  place into its noise, and older versions read the first entry only. An int, or a tensor of one entry, is spread
+  over the requests by place here too.
 - A draft token is accepted iff coin * draft probability < target probability, with coins that are never 0 or 1. The
   original's coin can be 1, where it rejects a token whose probabilities agree, and then draws from an empty residual:
   an id that was never set.
 - A draft token with draft probability 0, which can't have been drawn, is rejected.
-- Rows that hold NaN, or nothing positive, give an id inside of the vocabulary, and touch no other request.
+- A draft ends at its first token of -1, which is padding, and the target's own row gives the token there. An id beyond
+  the vocabulary is rejected. The original reads outside of its tensors for both.
+- Rows need not sum to 1. Numbers below 0 count as 0. Rows that hold NaN, or nothing positive, give an id inside of the
+  vocabulary, and touch no other request.
 - Offsets into the tensors are 64-bit. The original's wrap around at 2^32 probabilities.
 - The same seeds give other tokens than the original's.
 - `output_accepted_token_num` counts, like the original's, the tests that a request's tokens pass each on their own,
-  also after the first rejection.
+  also after the first rejection. What is padding or beyond the vocabulary passes none.
+- Counts are added to int64 tensors too. The original adds to a copy of them.
 - It runs on a CPU too, and draws the final token by a race, which gives tails their due.
 """
 
@@ -23,7 +27,8 @@ import torch
 
 from specdec_ops import chain_accept
 from specdec_ops._checks import wrong
-from specdec_ops.reference import noise
+
+from ._chains import coins, logits_of
 
 _NAME = "compat.flashinfer.chain_speculative_sampling"
 _SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: multiples are different for all requests
@@ -42,9 +47,11 @@ def chain_speculative_sampling(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Speculative sampling of a chain of draft tokens (Leviathan et al., 2023; Chen et al., 2023). Lossless.
 
+    The signature is that of flashinfer-python 0.7.4.
+
     Args:
         draft_probs: [batch, steps, vocab]: the distributions that the draft tokens were drawn from.
-        draft_token_ids: int32 or int64 [batch, steps].
+        draft_token_ids: int32 or int64 [batch, steps]. -1 is padding: it ends the draft.
         target_probs: [batch, steps + 1, vocab].
         maybe_output_accepted_token_num: int32 or int64 [batch]: the accepted counts are added to it. By default zeros.
         maybe_output_emitted_draft_token_num: int32 or int64 [batch]: the same for the emitted counts.
@@ -58,34 +65,66 @@ def chain_speculative_sampling(
         [batch]. How many draft tokens were accepted, [batch]. The latter two are the tensors given, where given.
 
     Raises:
-        TypeError, ValueError: as in specdec_ops.chain_accept; or seed and offset are not both ints or both tensors.
+        TypeError: an argument is no tensor of a dtype named above.
+        ValueError: a shape does not fit, or seed and offset are not both ints or both tensors.
+        RuntimeError: an input requires grad.
     """
-    batch, steps = draft_token_ids.shape
-    device = target_probs.device
-    seeds, positions = _keys(seed, offset, generator, batch, device)
-    tokens = draft_token_ids.int()
+    counted = (maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num)
+    batch = _check(draft_probs, draft_token_ids, target_probs, *counted)
+    seeds, positions = _keys(seed, offset, generator, batch, target_probs.device)
     accepted = chain_accept(
-        target_probs.float().log(), tokens, draft_probs.float().log(), seeds=seeds, positions=positions
+        logits_of(target_probs), draft_token_ids, logits_of(draft_probs), seeds=seeds, positions=positions
     )
     emitted = accepted.num_accepted
+    alone = _passing(draft_probs, draft_token_ids, target_probs, seeds, positions)
+    # The walk has made the tests up to its end: what it rejected there must not be counted by another rounding.
+    after = torch.arange(alone.shape[1], device=alone.device) > emitted[:, None]
+    counts = emitted + (alone & after).sum(1, dtype=torch.int32)
+    return accepted.tokens, _added(counted[0], counts), _added(counted[1], emitted)
 
-    # The walk stops at the first rejection; the tests after it are made here, with the coins the walk would have used.
-    at = tokens.long().clamp(0, target_probs.shape[-1] - 1)[..., None]
-    p, q = (probs[:, :steps].gather(2, at)[..., 0].double() for probs in (target_probs, draft_probs))
-    node = torch.arange(1, steps + 1, device=device)
-    words = noise.philox((node // 4, positions[:, None], noise.ACCEPT, 0), (seeds[:, None], seeds[:, None] >> 32))
-    coins = noise.coins_of(torch.stack(words, dim=-1).gather(2, (node % 4).expand(batch, steps)[..., None])[..., 0])
-    later = (coins * q < p) & (q > 0) & (node > emitted[:, None] + 1)
-    counts = emitted + later.sum(1, dtype=torch.int32)
-    return (
-        accepted.tokens,
-        _added(maybe_output_accepted_token_num, counts),
-        _added(maybe_output_emitted_draft_token_num, emitted),
-    )
+
+def _passing(draft_probs, draft_token_ids, target_probs, seeds, positions) -> torch.Tensor:
+    """The draft tokens, bool [batch, steps], that pass the walk's test, had the walk come to them."""
+    steps, vocab = draft_token_ids.shape[1], target_probs.shape[-1]
+    drafted = (draft_token_ids >= 0).cumprod(1).bool() & (draft_token_ids < vocab)
+    at = draft_token_ids.long().clamp(0, vocab - 1)[..., None]
+    p, q = (_shares(probs[:, :steps], at) for probs in (target_probs, draft_probs))
+    return drafted & (coins(seeds, steps, positions) * q < p) & (q > 0)
+
+
+def _shares(probs, at) -> torch.Tensor:
+    """float64: the entries `at` of rows, of what the rows hold."""
+    total = probs.float().clamp(min=0).sum(-1)
+    return probs.gather(-1, at)[..., 0].double() / total.double()
 
 
 def _added(output, counts):
     return counts.clone() if output is None else output.add_(counts.to(output.dtype))
+
+
+def _check(draft_probs, draft_token_ids, target_probs, accepted, emitted) -> int:
+    """Check tensors against draft_token_ids [batch, steps] and the vocabulary of target_probs; return the batch."""
+    if not isinstance(draft_token_ids, torch.Tensor) or draft_token_ids.dtype not in (torch.int32, torch.int64):
+        raise TypeError(wrong(_NAME, "draft_token_ids", "int32 or int64 [batch, steps]", draft_token_ids))
+    if draft_token_ids.dim() != 2:
+        raise ValueError(wrong(_NAME, "draft_token_ids", "int32 or int64 [batch, steps]", draft_token_ids))
+    for name, probs in (("target_probs", target_probs), ("draft_probs", draft_probs)):
+        if not isinstance(probs, torch.Tensor) or not probs.is_floating_point():
+            raise TypeError(wrong(_NAME, name, "a tensor of floats", probs))
+    batch, steps = draft_token_ids.shape
+    if target_probs.dim() != 3 or target_probs.shape[:2] != (batch, steps + 1) or target_probs.shape[2] < 1:
+        raise ValueError(wrong(_NAME, "target_probs", f"[{batch}, {steps + 1}, vocab]", target_probs))
+    vocab = target_probs.shape[2]
+    if draft_probs.shape != (batch, steps, vocab):
+        raise ValueError(wrong(_NAME, "draft_probs", f"[{batch}, {steps}, {vocab}]", draft_probs))
+    for name, counts in (("accepted_token_num", accepted), ("emitted_draft_token_num", emitted)):
+        if counts is None:
+            continue
+        if not isinstance(counts, torch.Tensor) or counts.dtype not in (torch.int32, torch.int64):
+            raise TypeError(wrong(_NAME, f"maybe_output_{name}", f"int32 or int64 [{batch}]", counts))
+        if counts.shape != (batch,):
+            raise ValueError(wrong(_NAME, f"maybe_output_{name}", f"int32 or int64 [{batch}]", counts))
+    return batch
 
 
 def _keys(seed, offset, generator, batch: int, device) -> tuple[torch.Tensor, torch.Tensor]:
