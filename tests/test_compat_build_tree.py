@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from compat_cases import eagle_trees
 from specdec_ops import Tree
 from specdec_ops.compat.sgl_kernel import FULL_MASK, QLEN_ONLY, QLEN_ONLY_BITPACKING, build_tree_kernel_efficient
 
@@ -38,32 +39,6 @@ def test_published_tree():
     for length, tree, row in zip((5, 10), trees, rows, strict=True):
         assert row[:, :length].all(), "the context's part is the caller's"
         assert torch.equal(row[:, length:], torch.from_numpy(tree.mask()))
-
-
-def eagle_trees(batch, topk, depth, selected, seed):
-    """Random selections as EAGLE-2 makes them: parent_list, selected_index, and the trees they mean."""
-    generator = torch.Generator().manual_seed(seed)
-    parent_lists, selections, trees = [], [], []
-    for _ in range(batch):
-        parent_list, expanded = [-1], list(range(topk))
-        for level in range(1, depth):
-            parent_list += expanded
-            first = topk + (level - 1) * topk * topk
-            picked = torch.randperm(topk * topk, generator=generator)[:topk].sort().values
-            expanded = (first + picked).tolist()
-        chosen, alive = [], list(range(topk))
-        while len(chosen) < selected:  # always with their parents
-            chosen.append(alive.pop(int(torch.randint(len(alive), (1,), generator=generator))))
-            alive += [
-                g * topk + i for g, parent in enumerate(parent_list) if g and parent == chosen[-1] for i in range(topk)
-            ]
-        chosen.sort()
-        place = {candidate: node + 1 for node, candidate in enumerate(chosen)}
-        parent_of = [0 if c < topk else place[parent_list[c // topk]] for c in chosen]
-        parent_lists.append(parent_list)
-        selections.append(chosen)
-        trees.append(Tree([-1, *parent_of]))
-    return parent_lists, selections, trees
 
 
 @pytest.mark.parametrize("topk, depth, selected", [(1, 3, 2), (2, 3, 7), (4, 4, 15), (8, 3, 31), (10, 6, 69)])

@@ -24,10 +24,10 @@ def coins(seeds: torch.Tensor, steps: int, positions: torch.Tensor) -> torch.Ten
         float64 [batch, steps], in (0, 1).
     """
     node = torch.arange(1, steps + 1, device=seeds.device)
-    domain = node.new_full((), noise.ACCEPT)  # a tensor, so that none is made on whatever the default device is
-    detail = torch.zeros_like(domain)
-    key = (seeds[:, None], seeds[:, None] >> 32)
-    words = noise.philox((node // 4, positions[:, None], domain, detail), key)
+    domain = node.new_full((), noise.ACCEPT)  # a tensor: a number would be copied to the device, which waits
+    counter = (node // 4, positions[:, None], domain, torch.zeros_like(domain))
+    with seeds.device:  # or philox would move its words to the default device
+        words = noise.philox(counter, (seeds[:, None], seeds[:, None] >> 32))
     words = torch.stack(torch.broadcast_tensors(*words), dim=-1)
     lane = (node % 4).expand(words.shape[:-1])
     return noise.coins_of(words.gather(-1, lane[..., None])[..., 0])
