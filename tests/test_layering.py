@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "specdec_ops/_accept_checks.py": ["torch", "._checks", ".topology", ".vocab_map"],
     "specdec_ops/_dispatch.py": ["torch", "._loader", "._checks"],
     "specdec_ops/_library.py": ["torch", "._dispatch", "._alloc", "._checks"],
-    "specdec_ops/compat/": ["torch", ".", "._checks", "._links", ".reference"],
+    "specdec_ops/compat/": ["torch", ".", "._checks", "._accept_checks", "._chains", "._links", ".reference"],
     "specdec_ops/reference/accept.py": ["torch", ".noise", ".sample", ".accept_rules"],
     "specdec_ops/reference/accept_rules.py": ["torch", ".noise"],
     "specdec_ops/reference/sample.py": ["torch", ".noise"],

@@ -28,7 +28,7 @@ import torch
 from specdec_ops import chain_accept
 from specdec_ops._checks import wrong
 
-from ._chains import coins, logits_of
+from ._chains import coins, masses
 
 _NAME = "compat.flashinfer.chain_speculative_sampling"
 _SPREAD = 0x9E3779B97F4A7C15 - (1 << 64)  # odd: multiples are different for all requests
@@ -72,30 +72,25 @@ def chain_speculative_sampling(
     counted = (maybe_output_accepted_token_num, maybe_output_emitted_draft_token_num)
     batch = _check(draft_probs, draft_token_ids, target_probs, *counted)
     seeds, positions = _keys(seed, offset, generator, batch, target_probs.device)
-    accepted = chain_accept(
-        logits_of(target_probs), draft_token_ids, logits_of(draft_probs), seeds=seeds, positions=positions
-    )
+    inside = (draft_token_ids >= 0).cumprod(1).bool() & (draft_token_ids < target_probs.shape[2])
+    at = torch.where(inside, draft_token_ids, 0).long()[..., None]
+    (target, p), (draft, q) = (_logits_and_shares(probs, at) for probs in (target_probs, draft_probs))
+    accepted = chain_accept(target, draft_token_ids, draft, seeds=seeds, positions=positions)
     emitted = accepted.num_accepted
-    alone = _passing(draft_probs, draft_token_ids, target_probs, seeds, positions)
+
     # The walk has made the tests up to its end: what it rejected there must not be counted by another rounding.
-    after = torch.arange(alone.shape[1], device=alone.device) > emitted[:, None]
-    counts = emitted + (alone & after).sum(1, dtype=torch.int32)
+    step = torch.arange(at.shape[1], device=at.device)
+    alone = inside & (coins(seeds, at.shape[1], positions) * q < p) & (q > 0) & (step > emitted[:, None])
+    counts = emitted + alone.sum(1, dtype=torch.int32)
     return accepted.tokens, _added(counted[0], counts), _added(counted[1], emitted)
 
 
-def _passing(draft_probs, draft_token_ids, target_probs, seeds, positions) -> torch.Tensor:
-    """The draft tokens, bool [batch, steps], that pass the walk's test, had the walk come to them."""
-    steps, vocab = draft_token_ids.shape[1], target_probs.shape[-1]
-    drafted = (draft_token_ids >= 0).cumprod(1).bool() & (draft_token_ids < vocab)
-    at = draft_token_ids.long().clamp(0, vocab - 1)[..., None]
-    p, q = (_shares(probs[:, :steps], at) for probs in (target_probs, draft_probs))
-    return drafted & (coins(seeds, steps, positions) * q < p) & (q > 0)
-
-
-def _shares(probs, at) -> torch.Tensor:
-    """float64: the entries `at` of rows, of what the rows hold."""
-    total = probs.float().clamp(min=0).sum(-1)
-    return probs.gather(-1, at)[..., 0].double() / total.double()
+def _logits_and_shares(probs, at) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of all rows, and float64 [batch, steps] what the entries `at` of the leading rows are of these rows."""
+    rows = masses(probs)
+    leading = rows[:, : at.shape[1]]
+    shares = leading.gather(-1, at)[..., 0].double() / leading.sum(-1).double()
+    return rows.log_(), shares
 
 
 def _added(output, counts):

@@ -110,33 +110,34 @@ def tree_speculative_sampling_target_only(
         ValueError: a shape does not fit, a threshold is not from 0 to 1, or, on a CPU, a slot is outside of predicts.
     """
     op = "tree_speculative_sampling_target_only"
-    check_fraction(f"{_MODULE}.{op}", "threshold_single", threshold_single)
-    check_fraction(f"{_MODULE}.{op}", "threshold_acc", threshold_acc)
+    for name, threshold in (("threshold_single", threshold_single), ("threshold_acc", threshold_acc)):
+        check_fraction(f"{_MODULE}.{op}", name, threshold)
     outputs = (predicts, accept_index, accept_token_num)
     links = (retrive_index, retrive_next_token, retrive_next_sibling)
     batch, nodes = _check(op, outputs, candidates, links)
-    if target_probs.dim() != 3 or target_probs.shape[:2] != (batch, nodes) or target_probs.shape[2] < 1:
-        raise ValueError(_wrong(op, "target_probs", f"[{batch}, {nodes}, vocab]", target_probs))
-    _shaped(op, "uniform_samples", uniform_samples, (batch, nodes))
-    _shaped(op, "uniform_samples_for_final_sampling", uniform_samples_for_final_sampling, (batch,))
+    _check_numbers(op, batch, nodes, target_probs, uniform_samples, uniform_samples_for_final_sampling)
 
     tokens, vocab, steps = candidates.long(), target_probs.shape[-1], accept_index.shape[1]
     parents, ranks, previous = siblings(retrive_next_token.long(), retrive_next_sibling.long())
-    possible = (tokens >= 0) & (tokens < vocab)
+    inside = (tokens >= 0) & (tokens < vocab)
     requests, above = torch.arange(batch, device=tokens.device), parents.clamp(min=0)
     mass = target_probs[requests[:, None], above, tokens.clamp(0, vocab - 1)].double()
-    mass = torch.where(possible & (mass > 0), mass, 0.0)
-    first = (mass > 0) & ~_repeated(parents, ranks, tokens, vocab)
+    first = inside & (mass > 0) & ~_repeated(parents, ranks, tokens, vocab)
     reached = sum_along(torch.where(first, mass, 0.0), previous)
     coins = uniform_samples.gather(1, above).double() * max(_float32(threshold_acc), 1e-9)
     accepted = first & ((coins < reached) | (mass >= _float32(threshold_single)))
     walk = follow(accepted, parents, ranks, steps - 1)
-
-    end = walk.nodes.long().gather(1, walk.num_accepted.long()[:, None])
-    tried = (parents == end) & possible & (walk.num_accepted < steps - 1)[:, None]
-    row = target_probs[requests, end[:, 0]].double()
-    final = _draw(row, torch.where(tried, tokens, vocab), uniform_samples_for_final_sampling)
+    final = _after(walk, parents, torch.where(inside, tokens, vocab), target_probs, uniform_samples_for_final_sampling)
     write(f"{_MODULE}.{op}", predicts.shape[0], walk, tokens, final, retrive_index.long(), *outputs)
+
+
+def _after(walk, parents, tokens, target_probs, uniform) -> torch.Tensor:
+    """The token after each walk, int64 [batch], of what the children tried there leave. Other tokens are `vocab`."""
+    batch, steps = walk.nodes.shape
+    end = walk.nodes.long().gather(1, walk.num_accepted.long()[:, None])
+    tried = (parents == end) & (walk.num_accepted < steps - 1)[:, None]
+    row = target_probs[torch.arange(batch, device=end.device), end[:, 0]].double()
+    return _draw(row, torch.where(tried, tokens, row.shape[1]), uniform)
 
 
 def _float32(number: float) -> float:
@@ -360,6 +361,13 @@ def _check(op: str, outputs, candidates, links) -> tuple[int, int]:
         raise ValueError(_wrong(op, "predicts", "one-dimensional", predicts))
     _shaped(op, "accept_token_num", accept_token_num, (batch,))
     return batch, nodes
+
+
+def _check_numbers(op: str, batch: int, nodes: int, target_probs, coins, final) -> None:
+    if target_probs.dim() != 3 or target_probs.shape[:2] != (batch, nodes) or target_probs.shape[2] < 1:
+        raise ValueError(_wrong(op, "target_probs", f"[{batch}, {nodes}, vocab]", target_probs))
+    _shaped(op, "uniform_samples", coins, (batch, nodes))
+    _shaped(op, "uniform_samples_for_final_sampling", final, (batch,))
 
 
 def _shaped(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

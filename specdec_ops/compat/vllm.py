@@ -42,7 +42,7 @@ import torch
 from specdec_ops import chain_accept, sample_tokens
 from specdec_ops._checks import wrong
 
-from ._chains import coins, logits_of
+from ._chains import coins, masses
 
 PLACEHOLDER_TOKEN_ID = -1
 _NAME = "compat.vllm.rejection_sample"
@@ -70,7 +70,7 @@ def _either_target(function):
         _check_rows("target_probs", target_probs, sum(counts))
         if not greedy:
             _check_distributions("target_probs", target_probs)
-            target_probs = logits_of(target_probs)
+            target_probs = masses(target_probs).log_()
         return function(*arguments, target_logits=target_probs, **named)
 
     return called
@@ -129,18 +129,24 @@ def rejection_sample(
     if target_logits.shape[0] == 0:
         return torch.cat([bonus[:, None], bonus.new_full((batch, max_spec_len), PLACEHOLDER_TOKEN_ID)], dim=1)
 
-    # A draft ends at its first placeholder. The row after it is some other row; the bonus token replaces what it gives.
     steps = torch.arange(max_spec_len + 1, device=device)
-    last = target_logits.shape[0] - 1
-    rows = ((ends - counts)[:, None] + torch.minimum(steps, counts[:, None])).clamp(0, last)
-    tokens = torch.where(steps < counts[:, None], draft_token_ids.long()[rows], PLACEHOLDER_TOKEN_ID)[:, :max_spec_len]
+    rows, tokens = _padded(draft_token_ids.long(), ends, counts, steps)
     if draft_probs is not None and not sampling_metadata.all_greedy:
         _check_distributions("draft_probs", draft_probs)
-    verify = _accept_at_rates if synthetic_mode else _accept
-    rates = (synthetic_conditional_rates,) if synthetic_mode else ()
-    accepted, out = verify(target_logits, draft_probs, tokens, rows, sampling_metadata, num_draft_tokens, *rates)
+    given = (target_logits, draft_probs, tokens, rows, sampling_metadata, num_draft_tokens)
+    accepted, out = _accept_at_rates(*given, synthetic_conditional_rates) if synthetic_mode else _accept(*given)
     everything = (accepted == counts)[:, None] & (steps == counts[:, None])
     return torch.where(everything, bonus[:, None], out)
+
+
+def _padded(draft_token_ids, ends, counts, steps) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows int64 [batch, steps + 1] and tokens int64 [batch, steps] of chains as long as the longest.
+
+    A draft ends at its first placeholder. The row after it is some other row; the bonus token replaces what it gives.
+    """
+    rows = (ends - counts)[:, None] + torch.minimum(steps, counts[:, None])
+    rows = rows.clamp(0, draft_token_ids.shape[0] - 1)
+    return rows, torch.where(steps < counts[:, None], draft_token_ids[rows], PLACEHOLDER_TOKEN_ID)[:, :-1]
 
 
 def _accept(target_logits, draft_probs, tokens, rows, sampling_metadata, num_draft_tokens) -> tuple:
@@ -151,7 +157,7 @@ def _accept(target_logits, draft_probs, tokens, rows, sampling_metadata, num_dra
     if not sampling_metadata.all_greedy:
         seeds = _seeds(sampling_metadata.generators, num_draft_tokens, device)
         if draft_probs is not None:
-            draft = logits_of(draft_probs.index_select(0, rows[:, :steps].flatten())).view(batch, steps, vocab)
+            draft = masses(draft_probs.index_select(0, rows[:, :steps].flatten())).log_().view(batch, steps, vocab)
     temperature = _temperature(sampling_metadata, device)
     accepted = chain_accept(target, tokens, draft, seeds=seeds, positions=0, temperature=temperature)
     return accepted.num_accepted, accepted.tokens
