@@ -6,9 +6,17 @@ GPU_OUT ?= benchmarks/results/local/gpu
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
+CHANGED_CXX = $(filter $(shell git status --porcelain --no-renames 2>/dev/null | sed -n '/^.D\|^D/!s/^...//p'),$(CXX_FILES))
+# A file's tests share what takes long to make. The longest files come first (tests/selection.py).
+AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
+# What is built here is built for what the tests look at; they compile a part of the sources for later GPUs. Whatever
+# pip installs, and `make dist`, has machine code for every default architecture.
+ifneq ($(SPECDEC_OPS_ALL_TESTS),1)
+venv build lint format test quick: export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0+PTX
+endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv build lint format test bench gpu dist clean
+.PHONY: help venv build lint format test quick bench gpu dist clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -31,7 +39,13 @@ format: .venv/ready ## rewrite Python and C++ in that style
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 test: build lint ## build, lint, run all tests, as many at once as there are cores
-	$(BIN)/pytest --numprocesses auto --dist loadfile
+	$(BIN)/pytest $(AT_ONCE)
+
+quick: build ## two minutes: build, lint what has changed, each op on the backends cpu and torch, little of the others
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@$(if $(CHANGED_CXX),$(BIN)/clang-format --dry-run -Werror $(CHANGED_CXX))
+	$(BIN)/pytest $(AT_ONCE) --quick
 
 bench: build ## build, then time every op against PyTorch: three minutes on two cores
 	$(BIN)/python -m benchmarks.run --quick

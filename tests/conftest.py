@@ -1,5 +1,6 @@
 """Fixtures of all tests: seeds, poisoned memory, and the implementations that can run here."""
 
+import importlib.util
 import os
 import sys
 from typing import NamedTuple
@@ -12,7 +13,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import attention_cases
+import selection
 import specdec_ops
+from cpu_seconds import CpuSeconds
 from emulator import accept_kernels, build, draft_kernels, exit_kernels, kernels
 from specdec_ops import _alloc, _dispatch, _loader
 
@@ -24,10 +27,19 @@ EMULATED = {
 }
 
 
-def pytest_configure():
+def pytest_addoption(parser):
+    parser.addoption("--quick", action="store_true", help="what two minutes are enough for (make quick)")
+
+
+def pytest_configure(config):
     """Tests that run side by side share the cores."""
+    config.pluginmanager.register(CpuSeconds())
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+        from triton_interpreter import replace_names_once
+
+        replace_names_once()
 
 
 class Target(NamedTuple):
@@ -73,28 +85,16 @@ def pytest_generate_tests(metafunc):
 def pytest_collection_modifyitems(config, items):
     """Whatever runs on CUDA tensors is marked gpu: `pytest -m gpu` is everything that a GPU can show.
 
-    Triton's interpreter takes seconds where a kernel takes microseconds, the emulator of CUDA a tenth of that. A module
-    that sets INTERPRETED_SHARE = n has every n-th of a test's interpreted cases run (the first one always), with
-    EMULATED_SHARE = n every n-th emulated one, unless SPECDEC_OPS_ALL_TESTS is 1.
+    Which of the others run, and in which order, is in selection.py.
     """
-    seen: dict[str, int] = {}
-    left_out = []
     for item in items:
-        target = item.callspec.params.get("target") if hasattr(item, "callspec") else None
-        if target is None:
-            continue
-        if target.device == "cuda":
+        if (target := selection.target_of(item)) and target.device == "cuda":
             item.add_marker(pytest.mark.gpu)
-        slow = "INTERPRETED" if target.interpreted else "EMULATED" if target.backend == kernels.BACKEND else None
-        if slow and os.environ.get("SPECDEC_OPS_ALL_TESTS") != "1":
-            test = f"{slow} {item.module.__name__}.{item.originalname}"
-            seen[test] = seen.get(test, -1) + 1
-            if seen[test] % getattr(item.module, f"{slow}_SHARE", 1):
-                left_out.append(item)
-    if left_out:
-        config.hook.pytest_deselected(items=left_out)
-        gone = set(map(id, left_out))
-        items[:] = [item for item in items if id(item) not in gone]
+    kept = selection.kept(items, config.getoption("quick"))
+    if len(kept) < len(items):
+        gone = set(map(id, items)) - set(map(id, kept))
+        config.hook.pytest_deselected(items=[item for item in items if id(item) in gone])
+    items[:] = selection.ordered(kept)
 
 
 def poisoned_empty(shape, dtype, device):

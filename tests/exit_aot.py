@@ -47,7 +47,7 @@ SPECS = [
     ExitSpec("head", rows=64, hidden="fp32", head="i8", architectures=(90,)),
     ExitSpec("merge", top_k=16, architectures=(90,)),
     ExitSpec("approximate", architectures=(90,)),
-    ExitSpec("scan", architectures=(80, 90)),
+    ExitSpec("scan", architectures=(80,)),
     ExitSpec("scan", rows=64, top_k=10, architectures=(90,)),
     ExitSpec("scan", hidden="fp32", head="fp32", architectures=(80,)),
     ExitSpec("fallback", architectures=(80,)),

@@ -1,6 +1,8 @@
 """The compiled CUDA code: its architectures, registers and spills, and what its launchers say without a GPU."""
 
+import os
 import re
+import shutil
 import subprocess
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +17,7 @@ if MODULE is None or not MODULE.build_info()["cuda"]:
     pytest.skip(REASON or "the compiled module has no CUDA kernels: it was built without nvcc", allow_module_level=True)
 
 ARCHS = MODULE.build_info()["archs"].split()
+ROOT = Path(__file__).parent.parent
 # With this many registers per thread, a block of 256 threads leaves room for three more on every multiprocessor.
 MOST_REGISTERS = 64
 # Blocks of acceptance and sampling have 512 threads, those that walk 384, and one fits a multiprocessor.
@@ -45,14 +48,15 @@ KERNELS = {  # instantiations of each
 
 @pytest.fixture(scope="module")
 def cuobjdump():
-    """The tool that Triton's wheel brings along, on the compiled module."""
+    """The tool that Triton's wheel brings along, on the compiled module or another file."""
     triton = find_spec("triton")
     tool = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     if not tool or not tool.exists():
         pytest.skip("there is no cuobjdump: triton is not installed")
 
-    def dump(*options):
-        return subprocess.run([str(tool), *options, MODULE.__file__], capture_output=True, text=True, check=True).stdout
+    def dump(*options, file=MODULE.__file__, cwd=None):
+        command = [str(tool), *options, str(file)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
 
     return dump
 
@@ -66,7 +70,12 @@ def listing(cuobjdump):
 @pytest.fixture(scope="module")
 def usage(listing):
     """{(architecture, function): {"REG": ..., "STACK": ..., "LOCAL": ...}}"""
-    found, arch = {}, None
+    return usage_in(listing)
+
+
+def usage_in(listing, arch=None):
+    """The same from any listing; that of code for a single architecture does not name it."""
+    found = {}
     for line in listing.splitlines():
         if match := re.match(r"arch = sm_(\w+)", line):
             arch = match[1]
@@ -100,9 +109,77 @@ def test_ptx_is_there_for_later_gpus(listing):
 
 
 def test_no_spills_and_no_local_memory(usage):
+    assert_fits(usage)
+
+
+def assert_fits(usage):
     for where, used in usage.items():
         assert used["STACK"] == 0 and used["LOCAL"] == 0, (where, used)
         assert used["REG"] <= most_registers(*where), (where, used)
+
+
+# `make test` builds for 8.0 and 9.0. Of the architectures after them each sees a part of the kernels, and each kernel
+# one of them: PTX of the module becomes machine code, as in the driver of a GPU that the module has no code for.
+FROM_PTX = {
+    "accept_walk_kernel": "100",
+    "build_topology_kernel": "100",
+    "kv_propagate_kernelINS_7KvShapeI13__nv_bfloat16": "100",
+    "tree_attention_kernelINS_9TileShapeI13__nv_bfloat16S2_Li256": "100",
+    "exit_mlp_kernel": "120",
+    "kv_propagate_kernelINS_7KvShapeI6__half": "120",
+    "merge_states_kernel": "120",
+    "sample_kernel": "120",
+    "tree_attention_kernelINS_9TileShapeI6__halfS2_Li64": "120",
+}
+# Sources whose code depends on the architecture (SPECIFIC_TO_ARCH in setup.py) are compiled for it.
+FROM_SOURCES = {
+    "exit_confidence_bf16": "100",
+    "screened_exit_f16": "100",
+    "tree_attention_bf16_fp8_128": "100",
+    "exit_confidence_int8": "120",
+    "screened_exit_f32": "120",
+    "tree_attention_f16_fp8_64": "120",
+}
+
+
+def compiled_for(arch, source, folder, cuobjdump):
+    """What the kernels of a source use on another architecture than the module has. Skips where that has no meaning."""
+    if any(arch == built.partition("+")[0].replace(".", "") for built in ARCHS):
+        pytest.skip(f"the module has machine code for SM {arch}")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    if f"sm_{arch}" not in subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split():
+        pytest.skip(f"this nvcc knows no SM {arch}")
+    cubin = folder / "kernels.cubin"
+    options = ["-O3", "-std=c++17", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-cubin", "-o", cubin]
+    done = subprocess.run([nvcc, *options, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    used = usage_in(cuobjdump("--dump-resource-usage", file=cubin), arch)
+    assert used
+    return used
+
+
+@pytest.fixture(scope="module")
+def ptx(cuobjdump, tmp_path_factory):
+    """The files of PTX in the module."""
+    if not any(arch.endswith("+PTX") for arch in ARCHS):
+        pytest.skip("the module has no PTX")
+    folder = tmp_path_factory.mktemp("ptx")
+    cuobjdump("--extract-ptx", "all", cwd=folder)
+    return sorted(folder.glob("*.ptx"))
+
+
+@pytest.mark.parametrize(("kernel", "arch"), FROM_PTX.items())
+def test_ptx_fits_later_architectures(kernel, arch, ptx, cuobjdump, tmp_path):
+    (file,) = (file for file in ptx if re.search(rf"\.entry \w*{kernel}", file.read_text()))
+    assert_fits(compiled_for(arch, file, tmp_path, cuobjdump))
+
+
+@pytest.mark.parametrize(("source", "arch"), FROM_SOURCES.items())
+def test_sources_fit_later_architectures(source, arch, cuobjdump, tmp_path):
+    assert_fits(compiled_for(arch, ROOT / f"csrc/cuda/{source}.cu", tmp_path, cuobjdump))
 
 
 def attention_shape(function):

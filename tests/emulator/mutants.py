@@ -20,7 +20,7 @@ def replay(launch, sanitizer, file, old, new, only=None):
         folder = Path(name)
         shutil.copytree(build.ROOT / "csrc", folder / "csrc", ignore=shutil.ignore_patterns("cpu", "*.cpp"))
         (folder / "csrc" / file).write_text(text.replace(old, new))
-        flags = [flag.replace("-O2", "-O1") for flag in build.FLAGS if flag != "-Icsrc"]
+        flags = [flag for flag in build.FLAGS if flag != "-Icsrc"]
         flags += [f"-I{folder}/csrc", *build.SANITIZERS[sanitizer]]
         compiled = []
         for kernel in [only] if only else build.kernels_of(launch.op):
