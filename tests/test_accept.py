@@ -168,9 +168,10 @@ def test_topologies(rule, shape, target):
 def test_long_paths_are_accepted(target):
     """A perfect draft is accepted to the last step, by every rule that knows it."""
     for rule in ("token", "block", "recursive", "traversal", "kseq"):
-        case = make_case(rule, [chain(30)] * 3, 50, gap=0.0).to(target.device)
+        requests = 1 if target.interpreted else 3
+        case = make_case(rule, [chain(30)] * requests, 50, gap=0.0).to(target.device)
         result = case.run(target.backend)
-        assert result.num_accepted.tolist() == [29] * 3
+        assert result.num_accepted.tolist() == [29] * requests
         assert (result.nodes.cpu() == torch.arange(30)).all()
 
 

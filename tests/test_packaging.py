@@ -98,7 +98,8 @@ def source(tmp_path_factory):
         tar.extractall(folder, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     unpacked = folder / archive.name.removesuffix(".tar.gz")
     if (ROOT / "build").is_dir():
-        shutil.copytree(ROOT / "build", unpacked / "build", ignore=shutil.ignore_patterns("lib*", "bdist*"))
+        others = shutil.ignore_patterns("lib*", "bdist*", "emulator", "triton")
+        shutil.copytree(ROOT / "build", unpacked / "build", ignore=others)
     return unpacked
 
 

@@ -107,14 +107,16 @@ EXIT_PAIRS = [(spec, arch) for spec in exit_aot.SPECS for arch in spec.architect
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """{architecture: {name: measurements}}; the architectures compile side by side."""
+def measured():
+    """{architecture: {name: measurements}}; the architectures compile side by side.
+
+    Triton keeps what it has compiled under build/, by the kernel's source, constants, version and architecture.
+    """
     pytest.importorskip("triton")
     import specdec_ops
 
-    cache = tmp_path_factory.mktemp("triton")
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(cache)
+    env["TRITON_CACHE_DIR"] = str(Path(__file__).parent.parent / "build" / "triton")
     env["PYTHONPATH"] = str(Path(specdec_ops.__file__).parents[1])
     running = {
         arch: subprocess.Popen([sys.executable, __file__, str(arch)], env=env, stdout=subprocess.PIPE, text=True)
