@@ -90,7 +90,7 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if (target := selection.target_of(item)) and target.device == "cuda":
             item.add_marker(pytest.mark.gpu)
-    kept = selection.kept(items, config.getoption("quick"))
+    kept = selection.kept(items, config.getoption("quick", False))
     if len(kept) < len(items):
         gone = set(map(id, items)) - set(map(id, kept))
         config.hook.pytest_deselected(items=[item for item in items if id(item) in gone])

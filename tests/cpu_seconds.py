@@ -52,7 +52,7 @@ class CpuSeconds:
         self.processes += getattr(node, "workeroutput", {}).get("cpu_seconds", 0.0)
 
     def pytest_terminal_summary(self, terminalreporter):
-        total = spent() + self.processes
+        total = sum(os.times()[:2]) + self.processes if self.processes else spent()
         if total < SHOWN_FROM:
             return
         terminalreporter.section("seconds on a processor")
