@@ -16,6 +16,7 @@ venv build lint format test quick: export TORCH_CUDA_ARCH_LIST ?= 8.0 9.0+PTX
 endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
+.NOTPARALLEL:
 .PHONY: help venv build lint format test quick bench gpu dist clean
 .DEFAULT_GOAL := help
 
@@ -47,7 +48,10 @@ quick: build ## two minutes: build, lint what has changed, each op on the backen
 	@$(if $(CHANGED_CXX),$(BIN)/clang-format --dry-run -Werror $(CHANGED_CXX))
 	$(BIN)/pytest $(AT_ONCE) --quick
 
-bench: build ## build, then time every op against PyTorch: three minutes on two cores
+# What this machine can run is built: no CUDA kernels without a GPU, and none that are there already get lost.
+bench: export SPECDEC_OPS_BUILD ?= native
+bench: .venv/base ## build what runs on this machine, then time every op against PyTorch: three minutes on two cores
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.run --quick
 
 gpu: ## on a machine with an NVIDIA GPU, offline, with its own Python: build, test, sanitize, measure (PIECE=tests)
@@ -62,18 +66,31 @@ clean: ## remove everything that was made here, the virtual environment too
 	rm -rf .venv build dist *.egg-info specdec_ops/_C*.so .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# PyTorch for CPUs is 200 MB, with CUDA it is several GB. Without a GPU the former is taken, where its index is in reach.
-.venv/ready: pyproject.toml constraints.txt
+# Three steps, so that the first figures wait for nothing that only tests need: what builds, what runs, and what tests.
+.venv/tools: pyproject.toml constraints.txt
 	@$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 10))" || \
 		{ echo "specdec_ops needs Python 3.10 or newer; name one with 'make PYTHON=...'." >&2; exit 1; }
 	@rm -rf .venv
 	@$(PYTHON) -m venv .venv >/dev/null 2>&1 || \
 		{ rm -rf .venv; echo "'$(PYTHON) -m venv' failed; on Debian and Ubuntu, install python3-venv." >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'setuptools>=77' wheel pybind11 ninja
+	@touch $@
+
+# PyTorch for CPUs is 200 MB, with CUDA it is several GB. Without a GPU the former is taken, where its index is in reach.
+define install
+	@$(BIN)/python setup.py --quiet build_ext --inplace
 	@index=""; \
 	if ! command -v nvidia-smi >/dev/null && $(BIN)/python -c \
 		"import urllib.request; urllib.request.urlopen('$(CPU_WHEELS)/torch/', timeout=10)" 2>/dev/null; \
 	then index="--extra-index-url $(CPU_WHEELS)"; fi; \
-	echo "installing PyTorch and the tools, then building; this takes minutes"; \
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation $$index --editable '.[dev]'
+	echo "installing $(2); this takes a minute, and longer where the network is slow"; \
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation $$index --editable '.[$(1)]'
 	@touch $@
+endef
+
+.venv/base: .venv/tools
+	$(call install,bench,PyTorch and matplotlib)
+
+.venv/ready: .venv/tools
+	$(call install,dev,PyTorch and the tools)
+	@touch .venv/base

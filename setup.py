@@ -2,16 +2,18 @@
 
 What is compiled, and how, is decided by the compilers that are found and by five environment variables:
 
-    SPECDEC_OPS_BUILD      auto (CUDA kernels if there is an nvcc), cuda (they are required) or cpu (none)
+    SPECDEC_OPS_BUILD      auto (CUDA kernels if there is an nvcc), cuda (they are required), cpu (none), or native
+                           (for the GPUs of this machine only, none without one; those of an earlier build stay)
     TORCH_CUDA_ARCH_LIST   GPU architectures, such as "8.0 9.0a 12.0+PTX", separated by spaces, commas or semicolons
     CUDA_HOME              the CUDA toolkit, else nvcc on the PATH, else /usr/local/cuda
     MAX_JOBS, NVCC_THREADS compilers that run at once, and threads inside each nvcc
     CXX                    the C++ compiler, else g++, else c++
 
-PyTorch is not needed, and no GPU is looked for: CUDA is decided by the toolkit alone. Objects are kept under build/, so
-building again compiles only what has changed.
+PyTorch is not needed. Except in a native build no GPU is looked for: CUDA is decided by the toolkit alone. Objects are
+kept under build/, so building again compiles only what has changed or was left out.
 """
 
+import json
 import os
 import platform
 import re
@@ -27,6 +29,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BINDINGS = tuple(f"csrc/bindings{of}.cpp" for of in ("", "_accept", "_exit", "_kv"))  # the only files that know Python
+KNOW_THE_BUILD = ("csrc/cpu/build_info.cpp", "csrc/cuda/errors.cu")  # what was compiled, and for which GPUs
+# What takes longest is compiled first, so that no core is left alone with it at the end.
+LONGEST_FIRST = ("exit_tile_generic", "kernels_generic", "bindings", "exit_tile", "kernels", "row_passes")
+MODES = ("auto", "native", "cuda", "cpu")
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 GIGABYTES_PER_JOB = 1.0  # the largest of our compilations, with room to spare
 
@@ -70,10 +76,10 @@ def positive_integer(name, default):
 
 
 def build_mode():
-    """auto, cuda or cpu."""
+    """One of MODES."""
     mode = os.environ.get("SPECDEC_OPS_BUILD", "").strip() or "auto"
-    if mode not in ("auto", "cuda", "cpu"):
-        raise SystemExit(f"SPECDEC_OPS_BUILD must be auto, cuda or cpu, got {mode!r}.")
+    if mode not in MODES:
+        raise SystemExit(f"SPECDEC_OPS_BUILD must be auto, native, cuda or cpu, got {mode!r}.")
     return mode
 
 
@@ -128,6 +134,51 @@ def parse_archs(text, known):
     return archs, ptx
 
 
+def gpus_here():
+    """The compute capabilities of this machine's GPUs, as in ["9.0"]; none where nvidia-smi does not work."""
+    command = ["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = re.findall(r"^\s*(\d+\.\d)\s*$", done.stdout, re.MULTILINE) if done.returncode == 0 else []
+    return sorted(set(found), key=float)
+
+
+def built_before(module):
+    """What a compiled module says of itself; {} where it does not exist or does not load. It is asked in a process of
+    its own, because a module that is loaded can't be loaded anew.
+    """
+    code = "import importlib.util, json, sys\n"
+    code += "spec = importlib.util.spec_from_file_location('_C', sys.argv[1])\n"
+    code += "module = importlib.util.module_from_spec(spec)\n"
+    code += "spec.loader.exec_module(module)\n"
+    code += "print(json.dumps(module.build_info()))"
+    if not module.is_file():
+        return {}
+    done = subprocess.run([sys.executable, "-c", code, str(module)], capture_output=True, text=True)
+    return json.loads(done.stdout) if done.returncode == 0 else {}
+
+
+def native_archs(gpus, kept, known):
+    """TORCH_CUDA_ARCH_LIST of a native build: that of the earlier build, and what these GPUs need beside it."""
+
+    def serves(arch, gpu):
+        name = arch.removesuffix("+PTX")
+        if name.endswith("a"):
+            return name == f"{gpu}a"
+        major, minor = name.rstrip("f").split(".")
+        return major == gpu.split(".")[0] and int(minor) <= int(gpu.split(".")[1])
+
+    archs = kept.split()
+    for gpu in gpus:
+        older = [arch for arch in known if float(arch) <= float(gpu)]
+        if older and not any(serves(arch, gpu) for arch in archs):
+            newest = max(older, key=float)
+            archs.append(newest if newest == gpu else f"{newest}+PTX")
+    return " ".join(archs)
+
+
 def gencode_from_oldest(archs, ptx):
     """Options of nvcc for machine code of these architectures from PTX of the oldest, kept if there is to be any."""
     oldest = min((arch.rstrip("af").replace(".", "") for arch in archs), key=int)
@@ -169,7 +220,8 @@ def find_ninja():
 class Build:
     """One build of the module: what was found, what is left out, and the ninja file that does it."""
 
-    def __init__(self, version):
+    def __init__(self, version, module=None):
+        """`module` is the compiled module in the source tree, which a native build adds to."""
         if sys.platform != "linux":
             raise SystemExit(f"specdec_ops builds on Linux only, not on {sys.platform}.")
         mode = build_mode()
@@ -178,13 +230,39 @@ class Build:
         self.cxx, self.cxx_name = find_cxx()
         self.isas = self.usable_isas()
         self.cpu_sources = self.find_cpu_sources()
-        self.nvcc = find_nvcc(mode)
         self.cuda_sources, self.cuda_version, self.archs, self.ptx = [], "", [], []
         self.nvcc_threads = 1
-        if self.nvcc:
-            self.find_cuda()
-        self.cuda_absent = "SPECDEC_OPS_BUILD=cpu" if mode == "cpu" else "no nvcc was found"
+        self.left_out = ""  # why something is not compiled, and how to add it
+        self.nvcc = self.find_native(module) if mode == "native" else find_nvcc(mode)
+        if mode == "cpu":
+            self.left_out = "SPECDEC_OPS_BUILD was cpu; build again without it to add them"
+        elif mode != "native" and self.nvcc:
+            self.find_cuda(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
+        elif not self.nvcc and not self.left_out:
+            self.left_out = "no nvcc was found; install the CUDA toolkit and build again to add them"
         self.jobs = positive_integer("MAX_JOBS", default_jobs())
+
+    def find_native(self, module):
+        """Where nvcc is if this machine has a GPU or the module CUDA kernels, which must not get lost; else None."""
+        gpus, before = gpus_here(), built_before(module) if module else {}
+        if not gpus and not before.get("cuda"):
+            self.left_out = "SPECDEC_OPS_BUILD was native and no GPU was found; `make build` adds them"
+            return None
+        self.nvcc = find_nvcc("auto")
+        if self.nvcc is None:
+            if before.get("cuda"):
+                raise SystemExit(
+                    "The module here has CUDA kernels, and no nvcc was found to build them again; set CUDA_HOME, or "
+                    "SPECDEC_OPS_BUILD=cpu to build it without them."
+                )
+            return None
+        asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+        self.find_cuda(asked or (lambda known: native_archs(gpus, before.get("archs", ""), known)))
+        if before.get("cuda"):
+            self.left_out = before.get("left_out", "")
+        elif not asked:
+            self.left_out = "SPECDEC_OPS_BUILD was native; `make build` adds those of other GPUs"
+        return self.nvcc
 
     def usable_isas(self):
         """Which entries of X86_FLAGS this processor family has and this compiler knows."""
@@ -208,31 +286,35 @@ class Build:
                 sources[str(path)] = isa
         return sources
 
-    def find_cuda(self):
-        """The toolkit's version, the architectures to compile for, and the sources."""
+    def find_cuda(self, archs):
+        """The toolkit's version, the architectures to compile for, and the sources. `archs` is as
+        TORCH_CUDA_ARCH_LIST, or gives that when it gets the set of those that nvcc knows.
+        """
         match = re.search(r"release (\d+\.\d+)", output_of(self.nvcc, "--version"))
         if match is None or float(match[1]) < 11.8:
             raise SystemExit(f"specdec_ops needs CUDA 11.8 or newer, {self.nvcc} is {match and match[1]}.")
         self.cuda_version = match[1]
         codes = re.findall(r"sm_(\d+)(\d)\b", output_of(self.nvcc, "--list-gpu-code"))
         known = {f"{major}.{minor}" for major, minor in codes}
-        self.archs, self.ptx = parse_archs(os.environ.get("TORCH_CUDA_ARCH_LIST", ""), known)
+        self.archs, self.ptx = parse_archs(archs(known) if callable(archs) else archs, known)
         self.nvcc_threads = positive_integer("NVCC_THREADS", 4 if len(os.sched_getaffinity(0)) >= 16 else 1)
         self.cuda_sources = [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
 
     def describe(self):
         """One line about what this build holds."""
         isas = [isa for isa in ("generic", *X86_FLAGS) if isa in self.cpu_sources.values()]
-        cuda = f"no CUDA kernels ({self.cuda_absent})"
+        left_out = f" ({self.left_out})" if self.left_out else ""
+        cuda = f"no CUDA kernels{left_out}"
         if self.nvcc:
             ptx = "".join(f" + PTX {arch}" for arch in self.ptx)
-            cuda = f"CUDA {self.cuda_version} for SM {' '.join(self.archs)}{ptx}"
+            cuda = f"CUDA {self.cuda_version} for SM {' '.join(self.archs)}{ptx}{left_out}"
         return f"CPU kernels ({', '.join(isas)}) with {self.cxx_name}; {cuda}"
 
     def macros(self):
-        """What bindings.cpp reports, and errors.cu tells users with another GPU."""
+        """What build_info() reports, and errors.cu tells users with another GPU."""
         archs = " ".join(f"{arch}+PTX" if arch in self.ptx else arch for arch in self.archs)
         strings = {"VERSION": self.version, "COMPILER": self.cxx_name, "CUDA": self.cuda_version, "ARCHS": archs}
+        strings["LEFT_OUT"] = self.left_out
         return [f'-DSPECDEC_{name}="{value}"' for name, value in strings.items()]
 
     def ninja_file(self):
@@ -244,7 +326,7 @@ class Build:
         isa_macros = [f"-DSPECDEC_HAVE_{isa.upper()}=1" for isa in self.isas]
         x86_macros = ["-DSPECDEC_X86=1", *isa_macros] if self.isas else []
         common = ["-Icsrc", *x86_macros]
-        python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include(), *self.macros()]
+        python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
         cuda_flags = [*NVCC_FLAGS, "$flags", "--threads", str(self.nvcc_threads)]
         if os.environ.get("CXX"):
             cuda_flags += ["-ccbin", self.cxx[0]]
@@ -263,18 +345,26 @@ class Build:
             rule("link", [*self.cxx, *link_flags, "$in", *link_libraries, "-o", "$out"]),
         ]
         if self.nvcc:
-            compile_cuda = [self.nvcc, *cuda_flags, *common, *self.macros()]
+            compile_cuda = [self.nvcc, *cuda_flags, *common]
             lines.append(rule("nvcc", [*compile_cuda, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], True))
-        for source, isa in self.cpu_sources.items():
-            flags = python if source in BINDINGS else X86_FLAGS.get(isa, [])
-            lines.append(f"build {self.folder}/{source}.o: cxx {source}\n  flags = {quote(flags)}\n")
-        for source in self.cuda_sources:
-            specific = any(part in source for part in SPECIFIC_TO_ARCH)
-            flags = (gencode if specific else gencode_from_oldest)(self.archs, self.ptx)
-            lines.append(f"build {self.folder}/{source}.o: nvcc {source}\n  flags = {quote(flags)}\n")
-        objects = [f"{self.folder}/{source}.o" for source in (*self.cpu_sources, *self.cuda_sources)]
+        for source in sorted((*self.cuda_sources, *self.cpu_sources), key=by_length):
+            if source in self.cuda_sources:
+                specific = any(part in source for part in SPECIFIC_TO_ARCH)
+                flags = (gencode if specific else gencode_from_oldest)(self.archs, self.ptx)
+            else:
+                flags = python if source in BINDINGS else X86_FLAGS.get(self.cpu_sources[source], [])
+            flags = [*flags, *(self.macros() if source in KNOW_THE_BUILD else [])]
+            compiler = "nvcc" if source in self.cuda_sources else "cxx"
+            lines.append(f"build {self.object_of(source)}: {compiler} {source}\n  flags = {quote(flags)}\n")
+        objects = [self.object_of(source) for source in (*self.cpu_sources, *self.cuda_sources)]
         lines.append(f"build {self.folder}/_C.so: link {' '.join(objects)}\n")
         return "\n".join(lines)
+
+    def object_of(self, source):
+        """Where a source's object goes. The bindings have one with CUDA and one without, and neither replaces the
+        other: a build that leaves CUDA out costs the next one nothing.
+        """
+        return f"{self.folder}/{source}{'.cuda' if self.nvcc and source in BINDINGS else ''}.o"
 
     def run(self, target):
         """Compile what has changed, and put the module at `target`."""
@@ -287,9 +377,16 @@ class Build:
         if subprocess.run(command).returncode != 0:
             raise SystemExit("specdec_ops: a compiler failed; its message is above.")
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.unlink(missing_ok=True)  # a process that has loaded the old module keeps it
-        shutil.copyfile(self.folder / "_C.so", target)
+        complete = target.with_suffix(".new")
+        shutil.copyfile(self.folder / "_C.so", complete)
+        complete.replace(target)  # at once; a process that has loaded the old module keeps it
         print(f"specdec_ops: built {self.describe()}")
+
+
+def by_length(source):
+    """A key by which what takes longest comes first."""
+    stem = Path(source).stem
+    return not source.endswith(".cu"), [not stem.startswith(start) for start in LONGEST_FIRST]
 
 
 def quote(arguments):
@@ -310,7 +407,8 @@ class NinjaBuild(build_ext):
 
     def build_extension(self, extension):
         os.chdir(ROOT)
-        Build(self.distribution.get_version()).run(Path(self.get_ext_fullpath(extension.name)).absolute())
+        target = Path(self.get_ext_fullpath(extension.name)).absolute()
+        Build(self.distribution.get_version(), ROOT / "specdec_ops" / target.name).run(target)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from . import acceptance_peers
 from .acceptance_cases import CHAIN_RULES, UNSAMPLED, AcceptCase
 from .attention import DTYPES, fill_random
 from .contestant import Contestant, Expected, compiled, unavailable
-from .machine import native
+from .reading import reader
 
 DISTINCT = 8  # requests of their own; larger batches repeat them in memory
 LIKELY = 64  # tokens of a row that share most of its probability
@@ -150,7 +150,7 @@ def contestants(inputs: Inputs, options) -> list[Contestant]:
 
     listed = [ours("auto", "specdec_ops")] + [ours(backend, f"specdec_ops {backend}") for backend in options.backends]
     if inputs.target.device.type == "cpu":
-        listed.append(read_control(inputs))
+        listed.append(reader().control(inputs.case.bytes))
     if inputs.target.device.type == "cuda" and inputs.case.rule == "token" and inputs.case.top_p == 1:
         listed.append(flashinfer_chain(inputs))
     return listed + [peer(inputs, name, form, options) for name, form in acceptance_peers.forms(inputs.case)]
@@ -195,19 +195,3 @@ def peer(inputs: Inputs, name: str, form, options) -> Contestant:
     if name.startswith("compiled"):
         form = compiled(form)
     return Contestant(name, "pytorch", lambda: form(inputs, noise))
-
-
-def read_control(inputs: Inputs) -> Contestant:
-    """A plain read of the rows that the accepted paths make necessary."""
-    module, threads, size = native(), torch.get_num_threads(), inputs.case.row_bytes
-    rows = {"target": inputs.target, "draft": inputs.draft}
-    addresses = [
-        rows[kind][request, node].data_ptr() for needed in rows_to_read(inputs) for kind, request, node in needed
-    ]
-    if module is None:
-        return unavailable("plain read", "control", "the compiled module is missing")
-
-    def read():
-        return [module.read_bytes(address, size, threads) for address in addresses]
-
-    return Contestant("plain read", "control", read)

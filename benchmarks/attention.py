@@ -21,6 +21,7 @@ from . import flashinfer_peers, xformers_peer
 from .cases import Case
 from .contestant import Contestant, Expected, allowed_error, compiled, largest_error, unavailable
 from .machine import native
+from .reading import reader
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -285,28 +286,6 @@ def one_query(inputs: Inputs) -> Contestant:
     return Contestant("sdpa q=1", "control", call, reads=(k, v))
 
 
-def plain_read(inputs: Inputs) -> Contestant:
-    """Nothing but reading the K and V that are visible to somebody, with all threads."""
-    case, caches = inputs.case, (inputs.k_cache, inputs.v_cache)
-    module = native()
-    parts = [cache[r, : context + case.nodes] for cache in caches for r, context in enumerate(case.contexts)]
-    if module is not None and hasattr(module, "read_bytes"):
-        if not case.ragged:
-            parts = caches
-        spans = [(part.data_ptr(), part.numel() * part.element_size()) for part in parts]
-
-        def call():
-            for address, size in spans:
-                module.read_bytes(address, size, torch.get_num_threads())
-    else:
-        words = [part.view(torch.float32) for part in parts]
-
-        def call():
-            return [part.sum() for part in words]
-
-    return Contestant("plain read", "control", call, reads=caches)
-
-
 def ours_paged(inputs: Inputs) -> Contestant:
     """The same call over pages of 64 slots in a scattered order, as serving engines keep them."""
     batch = inputs.case.batch
@@ -345,7 +324,7 @@ def contestants(inputs: Inputs, options) -> list[Contestant]:
     listed.append(Contestant("eager", "pytorch", lambda: eager(inputs), reads=(inputs.k_cache, inputs.v_cache)))
     if inputs.case.flex:
         listed.append(flex(inputs, options.flex_seconds))
-    listed.append(plain_read(inputs))
+    listed.append(reader().control(inputs.case.kv_bytes))
     if inputs.case.nodes > 1 and options.preset != "quick":
         listed.append(one_query(inputs))
     return listed

@@ -21,6 +21,7 @@ class Contestant:
         is timed, never checked, never a peer).
     to_result: brings what `call` returns to the form that the check expects.
     reads: the large tensors it reads, evicted before each cold call.
+    cold_call: what is called in place of `call` where the inputs are evicted before, if that is another way.
     before, after: run around each call, untimed.
     layout: how its K and V lie, where that is not as in the case. Ratios compare contestants of one layout only.
     graph: whether a CUDA graph can hold the call. One that plans on the host can't be captured and is timed in a loop.
@@ -32,6 +33,7 @@ class Contestant:
     call: Callable[[], Any]
     to_result: Callable[[Any], Any] = lambda result: result
     reads: Sequence[torch.Tensor] = ()
+    cold_call: Callable[[], Any] | None = None
     before: Callable[[], Any] | None = None
     after: Callable[[], Any] | None = None
     error: float | None = None

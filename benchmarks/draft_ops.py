@@ -11,8 +11,9 @@ import specdec_ops
 
 from .attention import DTYPES, fill_random
 from .contestant import Contestant, Expected, allowed_error, compiled, largest_error
-from .exit import EPS, read_control
+from .exit import EPS
 from .exit_cases import KvCase, MlpCase
+from .reading import reader
 
 SLOTS, FIRST_POSITION, THETA = 128, 1000, 5e5
 THRESHOLD = 0.4  # of improved MCSD's decision model
@@ -145,7 +146,7 @@ def propagators(inputs: Propagation, options) -> list[Contestant]:
         caches = inputs.caches()
         call = lambda form=form, caches=caches: form(inputs, caches)  # noqa: E731
         listed.append(Contestant(name, "pytorch", call, reads=(inputs.weights,)))
-    return [*listed, read_control([inputs.weights])] if inputs.hidden.device.type == "cpu" else listed
+    return [*listed, reader().control(inputs.case.bytes)] if inputs.hidden.device.type == "cpu" else listed
 
 
 # --- exit_mlp
@@ -206,4 +207,4 @@ def deciders(inputs: Decision, options) -> list[Contestant]:
     for name, form in forms:
         call = lambda form=form: form(inputs.features, layers)  # noqa: E731
         listed.append(Contestant(name, "pytorch", call, list, inputs.weights))
-    return [*listed, read_control(inputs.weights)] if inputs.features.device.type == "cpu" else listed
+    return [*listed, reader().control(inputs.case.bytes)] if inputs.features.device.type == "cpu" else listed

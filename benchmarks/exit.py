@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,9 +10,9 @@ import torch
 import specdec_ops
 
 from .attention import DTYPES, fill_random
-from .contestant import Contestant, Expected, allowed_error, compiled, largest_error, unavailable
+from .contestant import Contestant, Expected, allowed_error, compiled, largest_error
 from .exit_cases import ExitCase
-from .machine import native
+from .reading import reader
 
 EPS = 1e-6
 TOLERANCE = 0.01  # of a probability that a screened call gives: the op's default
@@ -30,11 +29,6 @@ class Inputs:
     norm_weight: torch.Tensor
     screen: specdec_ops.QuantizedHead | None = None
     bounds: specdec_ops.HeadBounds | None = None
-
-    @property
-    def reads(self) -> torch.Tensor:
-        """What must be read at least."""
-        return self.head if self.screen is None else self.screen.values
 
 
 @functools.lru_cache(maxsize=1)
@@ -173,17 +167,4 @@ def pytorch_forms(inputs: Inputs, to_result) -> list[Contestant]:
     listed = [
         Contestant(name, "pytorch", lambda form=form: form(inputs), to_result, (inputs.head,)) for name, form in forms
     ]
-    return [*listed, read_control([inputs.reads])] if inputs.head.device.type == "cpu" else listed
-
-
-def read_control(tensors: Sequence[torch.Tensor]) -> Contestant:
-    """A plain read of a head, or of other weights."""
-    module, threads = native(), torch.get_num_threads()
-    if module is None:
-        return unavailable("plain read", "control", "the compiled module is missing")
-
-    def call():
-        for tensor in tensors:
-            module.read_bytes(tensor.data_ptr(), tensor.nbytes, threads)
-
-    return Contestant("plain read", "control", call, reads=tensors)
+    return [*listed, reader().control(inputs.case.bytes)] if inputs.head.device.type == "cpu" else listed

@@ -19,7 +19,12 @@ from .results import Cell
 COLOURS = ("#1f5fa8", "#d1661b", "#3c8d40", "#8e4585", "#7a6a53", "#444444")
 FIGURES = (
     ("ratio", "ratio", "times faster than the fastest PyTorch form", True),
-    ("roof", "roof_percent", "% of the roof: max(plain read of K and V, FLOPs at the product's rate)", False),
+    (
+        "roof",
+        "roof_percent",
+        "% of the roof: the longer of a plain read of K and V and of the FLOPs at the best rate",
+        False,
+    ),
 )
 
 
@@ -81,10 +86,11 @@ def save(rows: list[dict], target: Path) -> list[Path]:
                 axes.yaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%gx"))
             else:
                 axes.set_ylim(0, 1.15 * max(100, *(y for points in lines.values() for _, y in points)))
-        machine = cells[0].first
+        machine, note = cells[0].first, results.roofs_note(rows)
         figure.suptitle(
             f"tree attention: {axis}\n{machine['machine']}, {machine['isa']}, {machine['threads']} threads, torch "
-            f"{machine['torch']}, commit {machine['commit']}, {machine['date']}: {machine['command']}",
+            f"{machine['torch']}, commit {machine['commit']}, {machine['date']}: {machine['command']}"
+            + (f"\n{note}" if note and value == "roof_percent" else ""),
             fontsize=9,
         )
         figure.tight_layout()

@@ -13,7 +13,7 @@ from .cases import Case
 from .contestant import PEERS, Contestant
 from .timing import Measurement, Timing, paired_ratio
 
-MACHINE_COLUMNS = ("date", "commit", "machine", "isa", "threads", "specdec_ops", "torch", "python", "command")
+MACHINE_COLUMNS = ("date", "commit", "machine", "isa", "threads", "specdec_ops", "torch", "python", "command", "roofs")
 NUMBERS = (
     *("heads", "kv_heads", "dim", "context", "batch", "nodes", "error", "p20_us", "p50_us", "p80_us", "ratio"),
     *("gbps", "gflops", "roof_us", "roof_percent", "gemm_percent", "read_percent"),
@@ -37,10 +37,10 @@ def fastest_peer(contestants: list[Contestant], timings: dict[str, Timing], layo
 def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Measurement, roofs, machine) -> list[dict]:
     """The lines of one cell. `roofs` is benchmarks.roofs.Roofs, `machine` the columns that never change."""
     timings = measured.timings
-    gemm = _gemm_rate(case, timings, roofs)
+    gemm, arithmetic = _arithmetic_rates(case, timings, roofs)
     read = timings.get("plain read")
     least = read.median if read else case.bytes / roofs.read
-    roof = max(least, case.flops / gemm if gemm else 0.0)
+    roof = max(least, case.flops / arithmetic if arithmetic else 0.0)
     shape = {
         **{"op": case.op, "model": case.model.name, "heads": case.model.heads, "kv_heads": case.model.kv_heads},
         **{"dim": case.model.dim, "dtype": case.dtype, "context": case.context, "batch": case.batch},
@@ -66,11 +66,17 @@ def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Meas
     return rows
 
 
-def _gemm_rate(case: Case, timings: dict[str, Timing], roofs) -> float:
-    """FLOP per second of a matrix product: of the one that ran in this cell, where one did."""
+def _arithmetic_rates(case: Case, timings: dict[str, Timing], roofs) -> tuple[float, float]:
+    """FLOP per second of PyTorch's matrix product, and of the faster of it and multiply-adds in registers.
+
+    Of those that ran in this cell, where they did.
+    """
     rate, size = roofs.gemm.get(case.dtype, (0.0, 0))
-    beside = timings.get("matrix product")
-    return 2 * size**3 / beside.median if beside else rate
+    loop = roofs.loops.get(case.dtype)
+    product, adds = timings.get("matrix product"), timings.get("multiply-adds")
+    gemm = 2 * size**3 / product.median if product else rate
+    peak = (loop.flops / adds.median if adds else loop.rate) if loop else 0.0
+    return gemm, max(gemm, peak)
 
 
 def _speed(case: Case, contestant: Contestant, timing: Timing) -> dict[str, Any]:
@@ -100,8 +106,9 @@ def read(path: Path) -> list[dict]:
         rows = list(csv.DictReader(file))
     if not rows or not {"op", "contestant", "p50_us"} <= rows[0].keys():
         raise ValueError(f"{Path(path).name} is not a result of benchmarks.run")
-    for row in rows:  # results from before other libraries took part
-        row.setdefault("best_peer", row.pop("best_pytorch", ""))
+    for row in rows:
+        row.setdefault("best_peer", row.pop("best_pytorch", ""))  # results from before other libraries took part
+        row.setdefault("roofs", "")  # from before the roofs were the fastest of several ways
     return [{k: float(v) if k in NUMBERS and v != "" else v for k, v in row.items()} for row in rows]
 
 
@@ -166,3 +173,10 @@ def cells(rows: list[dict]) -> list[Cell]:
 def geometric_mean(values: Iterable[float]) -> float:
     logs = [math.log(value) for value in values]
     return math.exp(sum(logs) / len(logs)) if logs else float("nan")
+
+
+def roofs_note(rows: list[dict]) -> str:
+    """What to say of results whose roofs were lower than they should be, or ""."""
+    if all(row["roofs"] for row in rows):
+        return ""
+    return "% read and % roof against a read in one stream a thread and PyTorch's product: lower than what is possible"

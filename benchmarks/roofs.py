@@ -1,9 +1,11 @@
-"""What this machine can do at best, measured in the same run: memory, and matrix products per dtype.
+"""What this machine can do at best, measured in the same run: memory, and arithmetic per dtype.
 
 A case can't be faster than reading its bytes or doing its arithmetic: roof = max(bytes / bandwidth, flops / rate).
-Inside a cell both are measured again beside the contestants (a plain read of the same K and V, and the product that was
-fastest here), because a shared machine changes from minute to minute; the figures of this module serve where those are
-absent. On a GPU the bandwidth is that of a copy, its reading and writing both counted, and no cell measures it again.
+Neither is the speed of one program: the bandwidth is that of the fastest way to read (reading.py), the rate the larger
+of PyTorch's square matrix product and of multiply-adds in registers, with the best instructions for the dtype. Inside a
+cell both are measured again beside the contestants, because a shared machine changes from minute to minute; the figures
+of this module serve where those are absent. On a GPU the bandwidth is that of a copy, its reading and writing both
+counted, and no cell measures it again.
 """
 
 from __future__ import annotations
@@ -16,25 +18,54 @@ import torch
 from .attention import DTYPES
 from .contestant import Contestant
 from .machine import native
+from .reading import Reader, reader
 
 SIZES = (512, 1024, 2048, 4096)
 GPU_SIZES = (4096, 8192)
-READ_BYTES = 256 << 20
 COPY_BYTES = 1 << 30
 GPU_REPEATS = 20
+# Instruction sets whose multiply-adds a dtype may use: float32's own, and for bfloat16 those that multiply pairs too.
+LOOPS = {"fp32": ("generic", "avx2", "avx512"), "fp16": ("generic", "avx2", "avx512")}
+LOOPS["bf16"] = (*LOOPS["fp32"], "avx512_bf16", "amx")
+LOOP_SECONDS = 2e-3
+
+
+@dataclass
+class Loop:
+    """Multiply-adds in registers: FLOP per second, the instruction set, and how many a call does."""
+
+    rate: float
+    isa: str
+    rounds: int = 1
+    flops: float = 0.0
 
 
 @dataclass
 class Roofs:
-    """read: bytes per second. gemm: dtype -> (FLOP per second, size of the square product). how: "read" or "copy"."""
+    """read: bytes per second. gemm: dtype -> (FLOP per second, size of the square product). how: "read" or "copy".
+
+    loops: dtype -> Loop. way: how was read.
+    """
 
     read: float
     gemm: dict[str, tuple[float, int]] = field(default_factory=dict)
     how: str = "read"
+    loops: dict[str, Loop] = field(default_factory=dict)
+    way: str = ""
 
-    def describe(self) -> str:
-        rates = ", ".join(f"{dtype} {rate / 1e9:,.0f} GFLOP/s (size {n})" for dtype, (rate, n) in self.gemm.items())
-        return f"{self.how} {self.read / 1e9:.1f} GB/s, from memory; matrix product {rates}"
+    def describe(self) -> list[str]:
+        way = f" ({self.way})" if self.way else ""
+        lines = [f"roof: {self.how} {self.read / 1e9:.1f} GB/s from memory{way}"]
+        for dtype, (rate, size) in self.gemm.items():
+            loop = self.loops.get(dtype)
+            also = f", multiply-adds in registers {loop.rate / 1e9:,.0f} ({loop.isa})" if loop else ""
+            lines.append(f"roof: {dtype} matrix product {rate / 1e9:,.0f} GFLOP/s (size {size}){also}")
+        return lines
+
+    @property
+    def columns(self) -> dict[str, str]:
+        """What the CSV says of them."""
+        return {"roofs": "; ".join([self.way or self.how, *(f"{d} {loop.isa}" for d, loop in self.loops.items())])}
 
 
 def best_seconds(call, device: str, repeats: int, prepare=None) -> float:
@@ -70,20 +101,21 @@ def copy_bandwidth(size: int = COPY_BYTES) -> float:
     return 2 * size / best_seconds(lambda: target.copy_(source), "cuda", GPU_REPEATS)
 
 
-def read_bandwidth(size: int = READ_BYTES, repeats: int = 4) -> float:
-    """Bytes per second of reading a buffer that is in no cache of the CPU."""
-    buffer = torch.ones(size // 4)
-    module, address, total = native(), buffer.data_ptr(), buffer.numel() * 4
-    evict, read = getattr(module, "evict_from_cache", None), getattr(module, "read_bytes", None)
-
-    def call():
-        return read(address, total, torch.get_num_threads()) if read is not None else buffer.sum()
-
-    def prepare():
-        if evict is not None:
-            evict(address, total)
-
-    return total / best_seconds(call, "cpu", repeats, prepare)
+def multiply_add_loop(dtype: str) -> Loop | None:
+    """The fastest instruction set for this dtype, or None without the compiled module."""
+    module, best = native(), None
+    for isa in LOOPS.get(dtype, ()) if module is not None else ():
+        rounds, threads = 1000, torch.get_num_threads()
+        flops = module.multiply_adds(isa, rounds, threads)
+        if flops == 0:
+            continue
+        seconds = best_seconds(lambda i=isa, r=rounds, t=threads: module.multiply_adds(i, r, t), "cpu", 3)
+        rounds = max(rounds, int(rounds * LOOP_SECONDS / seconds))
+        flops = module.multiply_adds(isa, rounds, threads)
+        seconds = best_seconds(lambda i=isa, r=rounds, t=threads: module.multiply_adds(i, r, t), "cpu", 5)
+        if best is None or flops / seconds > best.rate:
+            best = Loop(flops / seconds, isa, rounds, flops)
+    return best
 
 
 def gemm_operands(dtype: str, size: int, device: str) -> tuple[torch.Tensor, ...]:
@@ -106,12 +138,15 @@ def gemm_rate(dtype: str, device: str, sizes=SIZES, seconds: float = 1.5) -> tup
     return next((rate, size) for size, rate in rates.items() if rate >= 0.97 * top)
 
 
-def measure(device: str, dtypes, seconds: float = 1.5, sizes=SIZES, read_size: int = READ_BYTES) -> Roofs:
+def measure(device: str, dtypes, seconds: float = 1.5, sizes=SIZES, reads: Reader | None = None) -> Roofs:
     sizes = GPU_SIZES if device == "cuda" else sizes
-    gemm = {dtype: gemm_rate(dtype, device, sizes, seconds) for dtype in dtypes if dtype in DTYPES}
+    known = [dtype for dtype in dtypes if dtype in DTYPES]
+    gemm = {dtype: gemm_rate(dtype, device, sizes, seconds) for dtype in known}
     if device == "cuda":
         return Roofs(copy_bandwidth(), gemm, "copy")
-    return Roofs(read_bandwidth(read_size), gemm)
+    loops = {dtype: loop for dtype in known if (loop := multiply_add_loop(dtype)) is not None}
+    reads = reads or reader()
+    return Roofs(reads.bandwidth, gemm, "read", loops, reads.chosen.describe())
 
 
 def gemm_control(roofs: Roofs, dtype: str, device: str) -> Contestant | None:
@@ -120,3 +155,11 @@ def gemm_control(roofs: Roofs, dtype: str, device: str) -> Contestant | None:
         return None
     a, b, out = gemm_operands(dtype, roofs.gemm[dtype][1], device)
     return Contestant("matrix product", "control", lambda: torch.mm(a, b, out=out))
+
+
+def loop_control(roofs: Roofs, dtype: str) -> Contestant | None:
+    """The same of the multiply-adds."""
+    loop, threads = roofs.loops.get(dtype), torch.get_num_threads()
+    if loop is None:
+        return None
+    return Contestant("multiply-adds", "control", lambda: native().multiply_adds(loop.isa, loop.rounds, threads))

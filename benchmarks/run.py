@@ -30,14 +30,15 @@ PATIENCE_SECONDS = {"quick": 0.0, "standard": 15.0, "full": 30.0, "gpu-quick": 0
 FLEX_SECONDS = {"quick": 40.0, "standard": 120.0, "full": 300.0, "gpu-quick": 60.0, "gpu": 120.0}
 UNFINISHED = 75  # exit status: time was up, or the GPU failed; run again with --resume for the rest
 MOST_ATTEMPTS = 3  # at a cell that does not end
-GEMM_ROWS = 64  # query rows per KV head from which a matrix product runs beside the contestants
+GEMM_ROWS = 64  # query rows per KV head from which the roofs of arithmetic run beside the contestants
 
 
 def every_family(preset: str) -> list:
-    """The cases of all ops; FlexAttention's compilation comes last."""
-    return [case for family in (exit_cases, acceptance_cases) for case in family.PRESETS[preset]()] + [
-        *ATTENTION_PRESETS[preset]()
-    ]
+    """The cases of all ops: attention first, but last where FlexAttention is compiled, in what time is left."""
+    attention = ATTENTION_PRESETS[preset]()
+    others = [case for family in (exit_cases, acceptance_cases) for case in family.PRESETS[preset]()]
+    late = [case for case in attention if case.flex and preset == "quick"]
+    return [*(case for case in attention if case not in late), *others, *late]
 
 
 PRESETS = {preset: functools.partial(every_family, preset) for preset in ATTENTION_PRESETS}
@@ -107,7 +108,7 @@ class Runner:
         self.options, self.roofs, self.columns, self.clock = options, measured_roofs, columns, clock
         self.rows: list[dict] = []
         self.timer = CpuTimer()
-        self.gemm = {}  # dtype -> Contestant
+        self.arithmetic = {}  # dtype -> the roofs of arithmetic as contestants
         self.gpu_failed = False  # after an illegal access nothing runs on the GPU any more in this process
 
     def run(self, case: Case, modes: tuple[str, ...]) -> list[list[dict]]:
@@ -145,17 +146,18 @@ class Runner:
                 expected = op.expected(inputs)
                 group = [check(contestant, expected) for contestant in group]
             if case.op == "tree_attention" and case.nodes * case.model.group >= GEMM_ROWS:
-                group += self._gemm_control(case.dtype)
+                group += self._arithmetic_controls(case.dtype)
             groups.append(group)
         return groups
 
     def _left_out(self, contestant) -> bool:
         return bool(self.options.without and re.search(self.options.without, contestant.name))
 
-    def _gemm_control(self, dtype: str) -> list:
-        if dtype not in self.gemm:
-            self.gemm[dtype] = roofs.gemm_control(self.roofs, dtype, self.options.device)
-        return [self.gemm[dtype]] if self.gemm[dtype] is not None else []
+    def _arithmetic_controls(self, dtype: str) -> list:
+        if dtype not in self.arithmetic:
+            both = [roofs.gemm_control(self.roofs, dtype, self.options.device), roofs.loop_control(self.roofs, dtype)]
+            self.arithmetic[dtype] = [control for control in both if control is not None]
+        return self.arithmetic[dtype]
 
     def _measure(self, groups: list[list], mode: str) -> Measurement:
         if self.options.device == "cuda":
@@ -231,31 +233,53 @@ def select(options: argparse.Namespace) -> list[tuple[Case, tuple[str, ...]]]:
     return chosen
 
 
-def introduce(columns: dict[str, str], device: str) -> None:
+def introduce(columns: dict[str, str], device: str, cells: int, csv: Path) -> None:
     say(f"{columns['machine']}, {columns['isa']}, {columns['threads']} threads")
     say(f"specdec_ops {columns['specdec_ops']} (commit {columns['commit']}), torch {columns['torch']}")
     available = specdec_ops.backends("tree_attention", device)
     for backend, reason in available.items():
         say(f"tree_attention backend {backend}: {'yes' if reason is None else reason}")
+    say(f"{cells} cells follow, a line each: how many times faster than the fastest correct PyTorch form, the shape")
+    say(
+        "(model, dtype, context, batch, nodes of the tree, caches warm or cold), both medians, and the share of the roof,"
+    )
+    say("which is the least time that reading or arithmetic takes on this machine. More: benchmarks/README.md")
+    say(f"everything that is measured goes to {shown(csv)}")
+
+
+def shown(path: Path) -> str:
+    """A result's path from the root of the checkout; of one elsewhere only the name."""
+    path = path.resolve()
+    return str(path.relative_to(machine.ROOT)) if path.is_relative_to(machine.ROOT) else path.name
 
 
 def say(line: str = "") -> None:
     print(line, flush=True)
 
 
+def begin(case: Case, clock: Clock) -> None:
+    """What is being done, where that takes long; on a terminal always, in a line that the result replaces."""
+    text = f"[{clock.cells - clock.left + 1}/{clock.cells}] {case.label} ..."
+    if case.flex or getattr(case, "compiled", False):
+        say(f"{text} compiling PyTorch's form, which may take half a minute")
+    elif sys.stdout.isatty():
+        print(text, end="\r", flush=True)
+
+
 def progress(cell: results.Cell, clock: Clock) -> str:
-    """One line about a finished cell."""
+    """One line about a finished cell, the ratio first."""
     count, ours = f"[{clock.cells - clock.left}/{clock.cells}]", cell.ours
     if ours is None:
         return f"{count} {cell.label}: no time: {report.problem(cell)}"
-    text = f"{count} {cell.label}: {report.microseconds(ours['p50_us'])}"
-    if ours["ratio"] != "":
-        text += f", {ours['ratio']:.2f}x against {ours['best_peer']}"
-    if ours["gflops"] != "":
-        text += f", {ours['gflops']:.0f} GFLOP/s"
+    peer, text = cell.of(ours["best_peer"]), report.microseconds(ours["p50_us"])
+    ratio = f"{ours['ratio']:.2f}x" if ours["ratio"] != "" else "    "
+    if peer:
+        text += f" against {report.microseconds(peer['p50_us'])} of {ours['best_peer']}"
+    if ours["roof_percent"] != "":
+        text += f", {ours['roof_percent']:.0f}% of the roof"
     if cell.noisy:
         text += f" (others used {ours['others_percent']:.0f}%)"
-    return f"{text}; {ours['rounds']} rounds; {clock.eta()} left"
+    return f"{count} {ratio:>6} {cell.label}: {text}; {ours['rounds']} rounds, {clock.eta()} left"
 
 
 def attempt(case: Case, csv: Path) -> str:
@@ -277,6 +301,7 @@ def run_all(runner: Runner, chosen, csv: Path, limit: float | None = None, resum
             if limit is not None and time.perf_counter() - start > limit:
                 say("time is up")
                 return False
+            begin(case, runner.clock)
             reason = attempt(case, csv) if resume else ""
             for rows in runner.skip(case, modes, reason) if reason else runner.run(case, modes):
                 results.write(csv, rows, header=False)
@@ -311,7 +336,7 @@ def draw(rows: list[dict], target: Path) -> None:
         say("no plot: matplotlib is not installed")
         return
     for path in plot.save(rows, target):
-        say(f"plot: {path.name}")
+        say(f"plot: {shown(path)}")
 
 
 @torch.no_grad()
@@ -334,12 +359,15 @@ def main(arguments: list[str] | None = None) -> int:
     flex = any(case.flex for case, _ in chosen)
     clock = Clock(preset, sum(len(modes) for _, modes in chosen), asked.seconds, flex, asked.limit)
     columns = machine.describe(asked.device, sys.argv[1:] if arguments is None else arguments)
-    introduce(columns, asked.device)
+    introduce(columns, asked.device, clock.cells, csv)
     if asked.device == "cpu" and any("cold" in modes for _, modes in chosen):
         say(Evictor().how)
     dtypes = list(dict.fromkeys(case.dtype for case, _ in chosen if case.flops))
+    say("measuring what this machine can do at best (seconds)")
     measured_roofs = roofs.measure(asked.device, dtypes)
-    say(f"roofs: {measured_roofs.describe()}")
+    for line in measured_roofs.describe():
+        say(line)
+    columns |= measured_roofs.columns
 
     isas = tuple(filter(None, asked.isa.split(",")))
     backends = tuple(filter(None, asked.backends.split(",")))
@@ -350,7 +378,7 @@ def main(arguments: list[str] | None = None) -> int:
     complete = run_all(runner, chosen, csv, asked.limit, asked.resume)
     for line in report.summary(results.cells(runner.rows)):
         say(line)
-    say(f"lines: {csv.name}, in {'benchmarks/results/local' if asked.csv is None else 'the folder given'}")
+    say(f"all contestants of every cell: {shown(csv)}")
     if not asked.no_plot:
         draw(runner.rows, asked.plot or csv.with_suffix(".png"))
     if asked.device == "cpu" and not asked.op and not asked.filter:  # the acceptance rules; no clock is involved

@@ -4,12 +4,15 @@
 // no framework and is compiled without one. CPU calls release the interpreter lock.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <stdexcept>
 #include <string>
 #include <tuple>
 #include <utility>
 
 #include "bindings.h"
+#include "cpu/build_info.h"
 #include "cpu/instruments.h"
 #include "cpu/kernels.h"
 #include "specdec/params.h"
@@ -110,21 +113,33 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Compiled kernels of specdec_ops. Call them through the public ops.";
   m.def("build_info", [] {
     py::dict info;
-    info["version"] = SPECDEC_VERSION;
-    info["compiler"] = SPECDEC_COMPILER;
-    info["cuda"] = SPECDEC_CUDA;    // the toolkit's version, or "" when built without it
-    info["archs"] = SPECDEC_ARCHS;  // "8.0 9.0 ...", or ""
+    const BuildInfo built = build_info();
+    info["version"] = built.version;
+    info["compiler"] = built.compiler;
+    info["cuda"] = built.cuda;
+    info["archs"] = built.archs;
+    info["left_out"] = built.left_out;
     return info;
   });
   m.def("cpu_isa", &cpu_isa, "The instruction set that CPU kernels run with here.");
   m.def("set_cpu_isa", &set_cpu_isa, "Limits the instruction set; an empty name removes the limit.");
   m.def(
       "read_bytes",
-      [](Address address, size_t bytes, int threads) {
+      [](Address address, size_t bytes, int threads, int streams, int ahead, bool nearest) {
+        if (threads < 1 || streams < 1 || streams > kMostReadStreams || ahead < 0)
+          throw std::invalid_argument("read_bytes needs a thread, 1 to 16 streams and no negative distance");
         py::gil_scoped_release unlocked;
-        return read_bytes(pointer<void>(address), bytes, threads);
+        return read_bytes(pointer<void>(address), bytes, {threads, streams, ahead, nearest});
       },
-      "Reads a buffer once: the plain read that memory-bound kernels are judged against.");
+      "Reads a buffer once: the plain read that memory-bound kernels are judged against.", py::arg("address"),
+      py::arg("bytes"), py::arg("threads"), py::arg("streams") = 1, py::arg("ahead") = 0, py::arg("nearest") = false);
+  m.def(
+      "multiply_adds",
+      [](const std::string& isa, int64_t rounds, int threads) {
+        py::gil_scoped_release unlocked;
+        return multiply_adds(isa, rounds, std::max(threads, 1));
+      },
+      "Multiply-adds in registers; how many floating-point operations that was, 0 without that instruction set.");
   m.def(
       "evict_from_cache", [](Address address, size_t bytes) { return evict_from_cache(pointer<void>(address), bytes); },
       "Flushes a buffer from every cache; False where the processor can't.");

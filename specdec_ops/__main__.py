@@ -63,6 +63,7 @@ def print_versions() -> None:
         return
     info = module.build_info()
     cuda = f"CUDA {info['cuda']} for SM {info['archs']}" if info["cuda"] else "no CUDA kernels"
+    cuda += f" ({info['left_out']})" if info["left_out"] else ""
     stale = "" if info["version"] == __version__ else f"; built for version {info['version']}: build it again"
     print(f"compiled     {info['compiler']}; {cuda}{stale}")
     print(f"CPU kernels  {module.cpu_isa()}")

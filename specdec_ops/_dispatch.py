@@ -244,7 +244,7 @@ def _cuda_reason(op: str, device: torch.device) -> str | None:
     if module is None:
         return reason
     if not hasattr(module, f"{op}_cuda"):
-        return "the installed package was built without CUDA"
+        return f"the installed package was built without CUDA kernels: {module.build_info()['left_out']}"
     index = device.index if device.index is not None else torch.cuda.current_device()
     return module.cuda_device_error(index) or None
 

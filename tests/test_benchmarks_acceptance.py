@@ -7,6 +7,7 @@ from benchmarks import acceptance, acceptance_cases, acceptance_peers, results, 
 from benchmarks.contestant import check
 from benchmarks.peers import OPS
 from benchmarks.timing import CpuTimer
+from quick_reader import quick_reader  # noqa: F401
 
 RULES = (*acceptance_cases.CHAIN_RULES, *acceptance_cases.TREE_RULES)
 

@@ -9,6 +9,7 @@ from benchmarks import draft_ops, exit, exit_cases, results, roofs, targets
 from benchmarks.contestant import check, compiled
 from benchmarks.peers import OPS
 from benchmarks.timing import CpuTimer
+from quick_reader import quick_reader  # noqa: F401
 
 
 class Options:

@@ -98,7 +98,7 @@ def test_gencode(build):
 
 
 WRONG_VALUES = {
-    "SPECDEC_OPS_BUILD": [("gpu", r"^SPECDEC_OPS_BUILD must be auto, cuda or cpu, got 'gpu'\.$")],
+    "SPECDEC_OPS_BUILD": [("gpu", r"^SPECDEC_OPS_BUILD must be auto, native, cuda or cpu, got 'gpu'\.$")],
     "MAX_JOBS": [(text, r"^MAX_JOBS must be a positive integer, got '.*'\.$") for text in ("0", "-1", "many", "1.5")],
     "NVCC_THREADS": [("all", r"^NVCC_THREADS must be a positive integer, got 'all'\.$")],
     "CUDA_HOME": [("/nowhere", r"^CUDA_HOME=/nowhere has no bin/nvcc; correct it, or set SPECDEC_OPS_BUILD=cpu\.$")],
@@ -123,7 +123,7 @@ def test_wrong_value_ends_the_build_without_a_trace(tmp_path):
     environment = {**os.environ, "SPECDEC_OPS_BUILD": "both"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1] == "SPECDEC_OPS_BUILD must be auto, cuda or cpu, got 'both'."
+    assert done.stderr.strip().splitlines()[-1] == "SPECDEC_OPS_BUILD must be auto, native, cuda or cpu, got 'both'."
     assert "Traceback" not in done.stderr
 
 
@@ -143,15 +143,18 @@ def test_cuda_is_required_but_absent(build, monkeypatch):
 def test_auto_without_nvcc(build, monkeypatch):
     without_nvcc(build, monkeypatch)
     made = build.Build("0")
-    assert made.describe().endswith("no CUDA kernels (no nvcc was found)")
-    assert "nvcc" not in made.ninja_file() and "SPECDEC_WITH_CUDA" not in made.ninja_file()
+    assert made.describe().endswith(
+        "no CUDA kernels (no nvcc was found; install the CUDA toolkit and build again to add them)"
+    )
+    assert "rule nvcc" not in made.ninja_file() and "SPECDEC_WITH_CUDA" not in made.ninja_file()
 
 
 def test_cpu_ignores_the_toolkit(build, toolkit, monkeypatch):
     monkeypatch.setenv("SPECDEC_OPS_BUILD", "cpu")
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
     made = build.Build("0")
-    assert made.nvcc is None and made.describe().endswith("no CUDA kernels (SPECDEC_OPS_BUILD=cpu)")
+    assert made.nvcc is None
+    assert made.describe().endswith("no CUDA kernels (SPECDEC_OPS_BUILD was cpu; build again without it to add them)")
 
 
 def test_toolkit_is_used_without_a_gpu(build, toolkit, monkeypatch):
@@ -163,6 +166,114 @@ def test_toolkit_is_used_without_a_gpu(build, toolkit, monkeypatch):
     assert f"'{toolkit}/bin/nvcc'" in text and "'-L/cuda toolkit/lib'" in text
     assert "--threads 3" in text and "-lcudart_static" in text and "-lcudart " not in text
     assert "build_topology.cu.o: nvcc csrc/cuda/build_topology.cu" in text
+
+
+# --- native: what this machine can run
+
+
+@pytest.fixture
+def native(build, toolkit, monkeypatch):
+    """Makes a native build on a machine with these GPUs, over a module that says this of itself."""
+    monkeypatch.setenv("SPECDEC_OPS_BUILD", "native")
+    monkeypatch.setattr(build.Build, "usable_isas", lambda self: ["avx2"])
+
+    def make(gpus=(), before=None):
+        monkeypatch.setattr(build, "gpus_here", lambda: list(gpus))
+        monkeypatch.setattr(build, "built_before", lambda module: before or {})
+        return build.Build("0", Path("module"))
+
+    return make
+
+
+def test_native_without_a_gpu_compiles_nothing_for_one(native):
+    made = native()
+    assert made.nvcc is None and "nvcc" not in made.ninja_file() and "SPECDEC_WITH_CUDA" not in made.ninja_file()
+    assert made.left_out == "SPECDEC_OPS_BUILD was native and no GPU was found; `make build` adds them"
+    assert f"no CUDA kernels ({made.left_out})" in made.describe()
+
+
+def test_native_compiles_for_the_gpus_that_are_there(native):
+    made = native(["9.0", "12.0"])
+    assert (made.archs, made.ptx) == (["9.0", "12.0"], [])
+    assert made.left_out == "SPECDEC_OPS_BUILD was native; `make build` adds those of other GPUs"
+
+
+def test_native_keeps_the_cuda_kernels_of_an_earlier_build(native):
+    full = {"cuda": "12.8", "archs": "8.0 9.0 12.0+PTX", "left_out": ""}
+    for gpus in ([], ["9.0"], ["8.6"]):
+        made = native(gpus, full)
+        assert (made.archs, made.ptx, made.left_out) == (["8.0", "9.0", "12.0"], ["12.0"], "")
+    one = {"cuda": "12.8", "archs": "9.0", "left_out": "for a reason"}
+    assert native(["10.0"], one).archs == ["9.0", "10.0"] and native([], one).left_out == "for a reason"
+
+
+def test_native_does_not_lose_cuda_kernels_that_it_cannot_build(build, native, monkeypatch):
+    monkeypatch.delenv("CUDA_HOME")
+    without_nvcc(build, monkeypatch)
+    with pytest.raises(SystemExit, match=r"^The module here has CUDA kernels, and no nvcc was found .*without them\.$"):
+        native([], {"cuda": "12.8", "archs": "9.0"})
+    assert native(["9.0"]).left_out == "no nvcc was found; install the CUDA toolkit and build again to add them"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "kept", "archs"),
+    [
+        (["9.0"], "", "9.0"),
+        (["8.0", "8.6"], "", "8.0"),  # machine code runs on later processors of its generation
+        (["8.6"], "8.0", "8.0"),
+        (["8.0"], "8.6", "8.6 8.0"),
+        (["10.1"], "", "10.0+PTX"),  # one that this nvcc does not know yet
+        (["9.0"], "9.0a 12.0+PTX", "9.0a 12.0+PTX"),
+        (["10.3"], "10.0a", "10.0a 10.3"),
+        (["12.1"], "12.0f", "12.0f"),
+        (["5.0"], "", ""),
+    ],
+)
+def test_native_archs(build, gpus, kept, archs):
+    assert build.native_archs(gpus, kept, KNOWN | {"8.6"}) == archs
+
+
+def test_gpus_here(build, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    script(tmp_path / "nvidia-smi", "printf '12.0\\n9.0\\n9.0\\n'")
+    assert build.gpus_here() == ["9.0", "12.0"]
+    script(tmp_path / "nvidia-smi", "echo 'NVIDIA-SMI has failed: 12.0'")
+    assert build.gpus_here() == []
+    script(tmp_path / "nvidia-smi", "echo 9.0; exit 9")
+    assert build.gpus_here() == []
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert build.gpus_here() == []
+
+
+def test_a_module_says_what_it_holds(build, tmp_path):
+    from specdec_ops import _C
+
+    assert build.built_before(Path(_C.__file__)) == _C.build_info()
+    broken = tmp_path / Path(_C.__file__).name
+    assert build.built_before(broken) == {}
+    broken.write_text("half a module")
+    assert build.built_before(broken) == {}
+
+
+def test_builds_with_and_without_cuda_share_all_but_the_bindings(native):
+    """Going from one to the other and back compiles what is missing and nothing twice."""
+
+    def objects(made):
+        """What is compiled, with its options."""
+        edges = [text.partition(": ") for text in made.ninja_file().split("build ")[1:]]
+        return {name: rest for name, _, rest in edges if not name.endswith("_C.so")}
+
+    without, with_cuda = objects(native()), objects(native(["9.0"]))
+    shared = without.keys() & with_cuda.keys()
+    changed = [name for name in shared if without[name] != with_cuda[name]]
+    assert len(changed) == 1 and changed[0].endswith("build_info.cpp.o")
+    assert all("bindings" in name for name in without.keys() - shared)
+    assert all("bindings" in name or "/cuda/" in name for name in with_cuda.keys() - shared)
+
+
+def test_what_takes_longest_is_compiled_first(build):
+    some = ["csrc/cpu/isa.cpp", "csrc/bindings.cpp", "csrc/cpu/exit_tile_generic.cpp", "csrc/cuda/sample.cu"]
+    assert sorted(some, key=build.by_length) == [some[3], some[2], some[1], some[0]]
 
 
 def test_old_toolkit(build, toolkit):

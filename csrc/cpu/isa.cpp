@@ -82,6 +82,8 @@ Isa& selected() {
 
 Isa current_isa() { return selected(); }
 
+bool has_isa(Isa isa) { return limited(isa) == isa; }
+
 bool may_use_vnni() {
 #ifdef SPECDEC_HAVE_AVX512_VNNI
   static const bool has = __builtin_cpu_supports("avx512vnni");

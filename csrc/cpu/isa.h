@@ -12,6 +12,9 @@ enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 Isa current_isa();
 const char* isa_name(Isa isa);
 
+// Whether it was compiled in and this processor has it, whatever limit is set.
+bool has_isa(Isa isa);
+
 // Whether the int8 dot products of AVX-512 may be used: some processors of kAvx512 have them, all later ones do.
 bool may_use_vnni();
 

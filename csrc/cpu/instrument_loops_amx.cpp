@@ -1,0 +1,2 @@
+#define SPECDEC_ISA amx
+#include "cpu/instrument_loops.h"

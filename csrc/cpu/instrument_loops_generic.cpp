@@ -1,0 +1,2 @@
+#define SPECDEC_ISA generic
+#include "cpu/instrument_loops.h"
