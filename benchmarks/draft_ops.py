@@ -9,6 +9,7 @@ import torch
 
 import specdec_ops
 
+from . import rounding
 from .attention import DTYPES, fill_random
 from .contestant import Contestant, Expected, allowed_error, compiled, largest_error
 from .exit import EPS
@@ -17,12 +18,6 @@ from .reading import reader
 
 SLOTS, FIRST_POSITION, THETA = 128, 1000, 5e5
 THRESHOLD = 0.4  # of improved MCSD's decision model
-
-
-def exact_or_rounded(exact: list[torch.Tensor], plain: list[torch.Tensor], dtype: torch.dtype) -> list[float]:
-    """What errors are allowed, where PyTorch gives `plain`."""
-    errors = [largest_error(*both) for both in zip(plain, exact, strict=True)]
-    return [allowed_error(*both, dtype) for both in zip(exact, errors, strict=True)]
 
 
 # --- kv_propagate
@@ -133,7 +128,26 @@ def expected_propagation(inputs: Propagation) -> Expected:
         backend="torch",
     )
     plain = take(layer_by_layer(inputs, inputs.caches()))
-    return Expected(take, take(exact), exact_or_rounded(take(exact), plain, inputs.hidden.dtype))
+    errors = [largest_error(*both) for both in zip(plain, take(exact), strict=True)]
+    bounds = [propagation_bound(inputs, layer) for layer in chosen]
+    return Expected(take, take(exact), [allowed_error(*each) for each in zip(take(exact), errors, bounds, strict=True)])
+
+
+def propagation_bound(inputs: Propagation, layer: int) -> torch.Tensor:
+    """[K and V, rows, kv_heads, head_dim] of one layer. The keys are turned after they were rounded."""
+    hidden, dtype, width = inputs.hidden.double(), inputs.hidden.dtype, inputs.case.model.dim
+    y = hidden * torch.rsqrt(hidden.square().mean(1, keepdim=True) + EPS) * inputs.norms[layer].double()
+    totals = [y @ weight.double().T for weight in inputs.weights[layer]]
+    weights = inputs.weights[layer]
+    errors = [rounding.product(y, weight, total, dtype) for weight, total in zip(weights, totals, strict=True)]
+    (k, v), (k_error, v_error) = ([part.unflatten(1, (-1, width)) for part in parts] for parts in (totals, errors))
+    cosines, sines = (table[inputs.positions].double()[:, None] for table in inputs.tables)
+    (first, second), (error_first, error_second) = k.chunk(2, dim=-1), k_error.chunk(2, dim=-1)
+    turned = [
+        rounding.rotated(first, second, cosines, sines, error_first, error_second, dtype),
+        rounding.rotated(second, first, cosines, sines, error_second, error_first, dtype),
+    ]
+    return torch.stack([torch.cat(turned, -1), v_error + rounding.ROUNDOFF[dtype] * v.abs()])
 
 
 def propagators(inputs: Propagation, options) -> list[Contestant]:
@@ -193,8 +207,10 @@ def expected_decision(inputs: Decision) -> Expected:
     layers = [(weight.double(), bias) for weight, bias in inputs.layers]
     exact = list(specdec_ops.exit_mlp(inputs.features.double(), layers, THRESHOLD, backend="torch"))
     cast = [(weight, bias.to(weight.dtype)) for weight, bias in inputs.layers]
-    score, _ = linear_layers(inputs.features, cast)
-    return Expected(list, exact, [*exact_or_rounded(exact[:1], [score], inputs.features.dtype), 0.0])
+    plain, _ = linear_layers(inputs.features, cast)
+    score, bound = rounding.decision_score(inputs.features, inputs.layers, inputs.features.dtype)
+    near = ((score - THRESHOLD).abs() <= bound).any()  # rounding may decide it either way
+    return Expected(list, exact, [allowed_error(exact[0], largest_error(plain, exact[0]), bound), float(near)])
 
 
 def deciders(inputs: Decision, options) -> list[Contestant]:

@@ -9,6 +9,7 @@ import torch
 
 import specdec_ops
 
+from . import rounding
 from .attention import DTYPES, fill_random
 from .contestant import Contestant, Expected, allowed_error, compiled, largest_error
 from .exit_cases import ExitCase
@@ -115,24 +116,30 @@ def best(values: torch.Tensor, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def expected(inputs: Inputs) -> Expected:
-    """Probability and log-sum-exp; with a screen probability and, in place of the token, its exact logit."""
+    """Probability, the exact logit of the chosen token in place of the token and, without a screen, log-sum-exp."""
     rows = sorted({0, inputs.case.rows - 1})[:CHECKED]
     x = inputs.hidden[rows].double()
     x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + EPS) * inputs.norm_weight.double()
-    logits = torch.cat([x @ piece.double().T for piece in inputs.head.split(PIECE)], 1)
+    dtype, pieces = DTYPES[inputs.case.dtype], inputs.head.split(PIECE)
+    logits = [x @ piece.double().T for piece in pieces]
+    errors = [rounding.product(x, *both, dtype) for both in zip(pieces, logits, strict=True)]
+    logits, errors = torch.cat(logits, 1), torch.cat(errors, 1)
     greatest, total = logits.max(1).values, logits.logsumexp(1)
-    exact = [(greatest - total).exp(), total if inputs.screen is None else greatest]
+    exact = [(greatest - total).exp(), greatest, total]
+    count = 2 if inputs.screen is not None else 3
 
     def take(result) -> list[torch.Tensor]:
         max_prob, logsumexp, token = (figure[rows] for figure in result)
-        return [max_prob, logsumexp if inputs.screen is None else logits.gather(1, token.long()[:, None])[:, 0]]
+        token = token.long().clamp(0, inputs.case.vocab - 1)[:, None]
+        return [max_prob, logits.gather(1, token)[:, 0], logsumexp][:count]
 
-    errors = [largest_error(*both) for both in zip(take(eager(inputs)), exact, strict=True)]
-    dtype = DTYPES[inputs.case.dtype]  # a row or two may happen to be exact in PyTorch
-    allowed = [allowed_error(*both, dtype) for both in zip(exact, errors, strict=True)]
+    plain = [largest_error(*both) for both in zip(take(eager(inputs)), exact[:count], strict=True)]
+    max_prob, lse, chosen = rounding.exit_figures(logits, errors)
+    bounds = [max_prob, chosen, lse][:count]
+    allowed = [allowed_error(*each) for each in zip(exact[:count], plain, bounds, strict=True)]
     if inputs.screen is not None:
         allowed[0] += TOLERANCE
-    return Expected(take, exact, allowed)
+    return Expected(take, exact[:count], allowed)
 
 
 def expected_exits(inputs: Inputs) -> Expected:

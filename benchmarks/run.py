@@ -240,10 +240,8 @@ def introduce(columns: dict[str, str], device: str, cells: int, csv: Path) -> No
     for backend, reason in available.items():
         say(f"tree_attention backend {backend}: {'yes' if reason is None else reason}")
     say(f"{cells} cells follow, a line each: how many times faster than the fastest correct PyTorch form, the shape")
-    say(
-        "(model, dtype, context, batch, nodes of the tree, caches warm or cold), both medians, and the share of the roof,"
-    )
-    say("which is the least time that reading or arithmetic takes on this machine. More: benchmarks/README.md")
+    say("(model, dtype, context, batch, nodes of the tree, caches warm or cold), both medians, the share of the roof:")
+    say("the least time that reading or arithmetic takes on this machine. More: benchmarks/README.md")
     say(f"everything that is measured goes to {shown(csv)}")
 
 

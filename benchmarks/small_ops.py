@@ -8,6 +8,7 @@ import torch
 
 import specdec_ops
 
+from . import rounding
 from .attention import DTYPES, fill_random
 from .cases import Case
 from .contestant import Contestant, Expected, allowed_error, largest_error
@@ -50,8 +51,8 @@ def expected_states(states: States) -> Expected:
         )
     )
     errors = [largest_error(*both) for both in zip(eager_merge(*states.all), exact, strict=True)]
-    dtypes = (states.out_a.dtype, torch.float32)
-    return Expected(list, exact, [allowed_error(*each) for each in zip(exact, errors, dtypes, strict=True)])
+    bounds = rounding.merged_states(*states.all, states.out_a.dtype)
+    return Expected(list, exact, [allowed_error(*each) for each in zip(exact, errors, bounds, strict=True)])
 
 
 def merge_contestants(states: States, options) -> list[Contestant]:
