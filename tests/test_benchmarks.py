@@ -1,7 +1,10 @@
 """The benchmark harness at toy size: every op runs, wrong results get no time, files are written and read back."""
 
 import dataclasses
+import functools
 import importlib.util
+import itertools
+import operator
 import time
 
 import pytest
@@ -23,6 +26,7 @@ from benchmarks import (
 )
 from benchmarks.contestant import Contestant, check
 from quick_reader import quick_reader  # noqa: F401
+from specdec_ops import _C
 
 COLUMNS = {"machine": "a machine", "isa": "an ISA", "threads": "1", "torch": "2", "commit": "abc", "date": "today"}
 COLUMNS |= {"specdec_ops": "0", "python": "3", "command": "python -m benchmarks.run"}
@@ -243,3 +247,84 @@ def test_time_limit_passes_through_handlers_of_exceptions():
 def test_no_time_for_flex_is_said():
     contestant = attention.flex(attention.make_inputs(cases.toy()), seconds=1)
     assert contestant.problem == "no time left to compile it in this preset"
+
+
+# --- roofs
+
+
+def test_each_way_reads_every_byte():
+    """The exclusive or of all words, whatever the streams, the threads and the size."""
+    words = torch.randint(-(2**62), 2**62, (12_345,), generator=torch.Generator().manual_seed(1))
+    for count in (0, 1, 31, 32, 1000, len(words)):
+        want = functools.reduce(operator.xor, words[:count].tolist(), 0) % 2**64
+        for threads, streams, (ahead, nearest) in itertools.product((1, 3), reading.STREAMS, reading.PREFETCHES):
+            assert _C.read_bytes(words.data_ptr(), 8 * count, threads, streams, ahead, nearest) == want
+    with pytest.raises(ValueError, match="1 to 16 streams"):
+        _C.read_bytes(words.data_ptr(), 8, 1, 17)
+
+
+def test_the_read_roof_is_the_fastest_of_the_ways(monkeypatch):
+    """A processor that reads fastest in four streams with a prefetch, on huge pages, with half of its threads."""
+    best = reading.Way(2, 4, 1024, True, True)
+
+    def seconds(self, offset, size, way):
+        assert offset >= 0 and offset + size <= self.size
+        differs = sum(getattr(way, name) != getattr(best, name) for name in ("threads", "streams", "ahead", "huge"))
+        clock[0] += size / 1e9 * (1 + differs)
+
+    clock = [0.0]
+    monkeypatch.setattr(reading.Reader, "read_at", seconds)
+    monkeypatch.setattr(reading.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 4)
+    found = reading.Reader(size=1 << 16, seconds=1e-6)
+    assert (found.chosen.threads, found.chosen.streams, found.chosen.ahead, found.chosen.huge) == (2, 4, 1024, True)
+    assert found.bandwidth == pytest.approx(1e9)
+    assert found.way_for(1 << 40) is found.chosen and list(found.buffers) == [True]
+
+
+def test_a_read_of_more_than_the_buffer_goes_over_it_again(monkeypatch):
+    found = reading.Reader(size=1 << 12, seconds=0.0)
+    seen = []
+    monkeypatch.setattr(found, "read_at", lambda offset, size, way: seen.append((offset, size)))
+    found.read(10_000, found.chosen)
+    assert seen == [(0, 4096), (0, 4096), (0, 1808)]
+
+
+def test_no_kernel_can_beat_the_roof_of_arithmetic():
+    """Multiply-adds: each instruction set that is there counts what it does, and a dtype has the fastest of its own."""
+    counts = {isa: _C.multiply_adds(isa, 100, 2) for isa in roofs.LOOPS["bf16"]}
+    lanes = {"generic": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 32}
+    for isa, count in counts.items():
+        assert count in ((0, 2 * 100 * 4 * 2 * 16 * 16 * 32) if isa == "amx" else (0, 2 * 100 * 12 * 2 * lanes[isa]))
+    assert counts["generic"] > 0 and _C.multiply_adds("sse9", 100, 1) == 0
+    loop = roofs.multiply_add_loop("fp32")
+    assert loop.rate > 0 and counts[loop.isa] > 0 and loop.isa in roofs.LOOPS["fp32"]
+
+
+def test_the_roof_is_the_longer_of_the_best_read_and_the_best_arithmetic():
+    case = cases.attention(cases.Model("m", 4, 2, 16), 100, cases.TreeShape("t", cases.chain(8)), "fp32")
+    known = roofs.Roofs(1e9, {"fp32": (1e9, 10)}, loops={"fp32": roofs.Loop(4e9, "avx2", 1, 1e6)})
+    ours = [Contestant("specdec_ops", "ours", list)]
+
+    def row(**seconds):
+        timings = {name.replace("_", " "): timing.Timing([value]) for name, value in seconds.items()}
+        timings |= {"specdec_ops": timing.Timing([1e-3])}
+        return results.rows_of(case, "warm", ours, timing.Measurement(timings), known, {})[0]
+
+    assert row()["roof_us"] == pytest.approx(1e6 * max(case.bytes / 1e9, case.flops / 4e9))
+    assert row()["gemm_percent"] == pytest.approx(100 * case.flops / 1e-3 / 1e9)
+    assert row(plain_read=5e-4)["roof_us"] == pytest.approx(500) and row(plain_read=5e-4)["read_percent"] == 50
+    beside = row(plain_read=1e-9, **{"matrix product": 2e3 / 8e9, "multiply-adds": 1e6 / 2e9})  # 8 and 2 GFLOP/s
+    assert beside["roof_us"] == pytest.approx(1e6 * case.flops / 8e9)
+
+
+def test_older_results_are_marked(tmp_path, toy_roofs):
+    """Their roofs were lower than what is possible."""
+    rows = run_toys(toy_roofs, [cases.toy()])
+    path = tmp_path / "old.csv"
+    results.write(path, [row | {"roofs": "a way"} for row in rows], header=True)
+    assert results.roofs_note(results.read(path)) == ""
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(line.rpartition(",")[0] for line in lines) + "\n")  # without the last column
+    assert "lower than what is possible" in results.roofs_note(results.read(path))
+    assert results.roofs_note(results.read(path)) in report.summary(results.cells(results.read(path)))
