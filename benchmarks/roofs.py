@@ -27,7 +27,7 @@ GPU_REPEATS = 20
 # Instruction sets whose multiply-adds a dtype may use: float32's own, and for bfloat16 those that multiply pairs too.
 LOOPS = {"fp32": ("generic", "avx2", "avx512"), "fp16": ("generic", "avx2", "avx512")}
 LOOPS["bf16"] = (*LOOPS["fp32"], "avx512_bf16", "amx")
-LOOP_SECONDS = 2e-3
+LOOP_ROUNDS, LOOP_SECONDS, LOOP_REPEATS = 50_000, 2e-3, 20  # at least so many rounds, or so long
 
 
 @dataclass
@@ -105,14 +105,13 @@ def multiply_add_loop(dtype: str) -> Loop | None:
     """The fastest instruction set for this dtype, or None without the compiled module."""
     module, best = native(), None
     for isa in LOOPS.get(dtype, ()) if module is not None else ():
-        rounds, threads = 1000, torch.get_num_threads()
-        flops = module.multiply_adds(isa, rounds, threads)
-        if flops == 0:
+        rounds, threads = LOOP_ROUNDS, torch.get_num_threads()
+        if module.multiply_adds(isa, 1, 1) == 0:
             continue
         seconds = best_seconds(lambda i=isa, r=rounds, t=threads: module.multiply_adds(i, r, t), "cpu", 3)
         rounds = max(rounds, int(rounds * LOOP_SECONDS / seconds))
         flops = module.multiply_adds(isa, rounds, threads)
-        seconds = best_seconds(lambda i=isa, r=rounds, t=threads: module.multiply_adds(i, r, t), "cpu", 5)
+        seconds = best_seconds(lambda i=isa, r=rounds, t=threads: module.multiply_adds(i, r, t), "cpu", LOOP_REPEATS)
         if best is None or flops / seconds > best.rate:
             best = Loop(flops / seconds, isa, rounds, flops)
     return best

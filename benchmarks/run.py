@@ -237,8 +237,10 @@ def introduce(columns: dict[str, str], device: str, cells: int, csv: Path) -> No
     say(f"{columns['machine']}, {columns['isa']}, {columns['threads']} threads")
     say(f"specdec_ops {columns['specdec_ops']} (commit {columns['commit']}), torch {columns['torch']}")
     available = specdec_ops.backends("tree_attention", device)
-    for backend, reason in available.items():
-        say(f"tree_attention backend {backend}: {'yes' if reason is None else reason}")
+    works = [backend for backend, reason in available.items() if reason is None]
+    say(f"backends of specdec_ops on {device}: {', '.join(works)}; it takes the first one")
+    if device not in works:  # the kernels that were compiled for it
+        say(f"backend {device}: {available[device]}")
     say(f"{cells} cells follow, a line each: how many times faster than the fastest correct PyTorch form, the shape")
     say("(model, dtype, context, batch, nodes of the tree, caches warm or cold), both medians, the share of the roof:")
     say("the least time that reading or arithmetic takes on this machine. More: benchmarks/README.md")
