@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -336,3 +337,48 @@ def test_other_systems(build, monkeypatch):
     monkeypatch.setattr(build.sys, "platform", "win32")
     with pytest.raises(SystemExit, match=r"^specdec_ops builds on Linux only, not on win32\.$"):
         build.Build("0")
+
+
+# --- make
+
+
+@pytest.fixture
+def make(tmp_path, monkeypatch):
+    """Runs make in a folder whose Python notes what it is called with, and how it is to build."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    note = 'echo "${SPECDEC_OPS_BUILD:-auto} $*" >> calls'
+    script(tmp_path / ".venv" / "bin" / "python", note)
+    (tmp_path / ".venv" / "tools").touch()
+    for name in ("SPECDEC_OPS_BUILD", "MAKEFLAGS", "MAKELEVEL"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(*targets, **environment):
+        (tmp_path / "calls").write_text("")
+        subprocess.run(["make", *targets], cwd=tmp_path, env=os.environ | environment, check=True, capture_output=True)
+        return [line for line in (tmp_path / "calls").read_text().splitlines() if "urllib" not in line]
+
+    return run
+
+
+BUILD = "setup.py --quiet build_ext --inplace"
+
+
+def test_make_bench_builds_natively_and_make_build_everything(make):
+    """In any order, together or not; and what only tests need is not installed before the benchmarks."""
+    calls = make("bench")
+    assert {call.split()[0] for call in calls} == {"native"}
+    assert [call for call in calls if "pip install" in call] == [call for call in calls if call.endswith(".[bench]")]
+    assert calls[0] == f"native {BUILD}" and calls[-2:] == [f"native {BUILD}", "native -m benchmarks.run --quick"]
+    assert make("bench") == [f"native {BUILD}", "native -m benchmarks.run --quick"]
+    calls = make("build")
+    assert {call.split()[0] for call in calls} == {"auto"} and calls[-1] == f"auto {BUILD}"
+    assert any(call.endswith(".[dev]") for call in calls)
+    assert make("build") == [f"auto {BUILD}"]
+    assert make("-j4", "bench", "build") == [f"native {BUILD}", "native -m benchmarks.run --quick", f"auto {BUILD}"]
+    assert make("bench", SPECDEC_OPS_BUILD="cpu")[0] == f"cpu {BUILD}"
+
+
+def test_make_build_needs_nothing_again_for_bench(make):
+    make("build")
+    assert make("bench") == [f"native {BUILD}", "native -m benchmarks.run --quick"]

@@ -14,7 +14,8 @@ from specdec_ops import _loader
 
 MODULE, REASON = _loader.load()
 if MODULE is None or not MODULE.build_info()["cuda"]:
-    pytest.skip(REASON or "the compiled module has no CUDA kernels: it was built without nvcc", allow_module_level=True)
+    reason = REASON or f"the compiled module has no CUDA kernels: {MODULE.build_info()['left_out']}"
+    pytest.skip(reason, allow_module_level=True)
 
 ARCHS = MODULE.build_info()["archs"].split()
 ROOT = Path(__file__).parent.parent
