@@ -14,6 +14,7 @@ import torch
 
 from . import _loader
 from ._checks import KERNEL_DTYPES, describe_dtype
+from ._shield import shielded
 
 BACKENDS = ("cuda", "triton", "cpu", "torch")
 ENVIRONMENT = "SPECDEC_OPS_BACKEND"
@@ -131,8 +132,13 @@ def resolve(
     key += (cache_dtype, aligned)
     found = _resolved.get(key)
     if found is None:
-        found = _resolved[key] = _load(op, _choose(op, backend, tensor, cache_dtype, aligned))
+        found = _nothing if tensor.is_meta else _load(op, _choose(op, backend, tensor, cache_dtype, aligned))
+        _resolved[key] = found
     return found
+
+
+def _nothing(*_) -> None:
+    """The implementation for tensors without memory: their shapes are all there is of them."""
 
 
 def _is_aligned(*tensors: torch.Tensor) -> bool:
@@ -265,4 +271,5 @@ _REASONS = {"cpu": _cpu_reason, "cuda": _cuda_reason, "triton": _triton_reason}
 @functools.cache
 def _load(op: str, backend: str) -> Callable:
     module, function = IMPLEMENTATIONS[op][backend].split(":")
-    return getattr(importlib.import_module(module), function)
+    implementation = getattr(importlib.import_module(module), function)
+    return shielded(implementation) if backend == "torch" else implementation

@@ -15,8 +15,9 @@ _LIBRARY = torch.library.Library("specdec_ops", "DEF")
 _NAMESPACE = torch.ops.specdec_ops
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))  # a parameter differs in its name alone
 
-# A private name, so a PyTorch that drops it only costs the short cut.
+# Private names, so a PyTorch that drops one only costs the short cut.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_transforms = getattr(torch._C._functorch, "maybe_current_level", lambda: 1)  # vmap and the like hide what a tensor is
 
 
 def short_cut(*tensors: torch.Tensor | None) -> bool:
@@ -24,8 +25,8 @@ def short_cut(*tensors: torch.Tensor | None) -> bool:
     return (
         not torch.compiler.is_compiling()
         and not _dispatch_modes()
+        and _transforms() is None
         and _PLAIN.issuperset(map(type, tensors))
-        and not tensors[0].is_meta
     )
 
 

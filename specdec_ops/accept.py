@@ -432,4 +432,4 @@ def _num_nodes(op: str, num_steps, steps: int, batch: int, target: torch.Tensor)
 
 @functools.lru_cache(maxsize=256)
 def _constant(value: int) -> torch.Tensor:
-    return torch.full((1,), value, dtype=torch.int32)
+    return torch.full((1,), value, dtype=torch.int32, device="cpu")

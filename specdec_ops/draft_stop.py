@@ -223,10 +223,10 @@ class AdaptiveThreshold:
         if not is_int(max_drafted):
             raise TypeError(wrong(op, "max_drafted", "an int", max_drafted))
         drafted = num_drafted > 0
-        share = num_accepted / num_drafted.clamp_min(1)
+        share = num_accepted.float() / num_drafted.clamp_min(1)
         mean = self._memory * self.accepted_share + (1 - self._memory) * share
-        down = torch.where(num_drafted >= max_drafted, 0.0, -self._step)
-        wanted = self.threshold + torch.where(mean < self._target, self._step, down)
+        down = self.threshold.where(num_drafted >= max_drafted, self.threshold - self._step)
+        wanted = torch.where(mean < self._target, self.threshold + self._step, down)
         moved = self._inertia * self.threshold + (1 - self._inertia) * wanted
         self.accepted_share.copy_(torch.where(drafted, mean, self.accepted_share))
         return self.threshold.copy_(torch.where(drafted, moved, self.threshold))

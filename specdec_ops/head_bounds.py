@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
 
 from ._checks import KERNEL_DTYPES, is_int, wrong
+from ._shield import shielded
 from .quantized_head import QuantizedHead, up
 
 MAX_PARTS = 16
@@ -32,6 +34,7 @@ class HeadBounds:
         return f"<HeadBounds of {self.ends[-1]} entries in {len(self.ends)} parts on {self.norms_after.device}>"
 
 
+@functools.partial(shielded, without_gradients=torch.no_grad)
 def bound_head(head: torch.Tensor | QuantizedHead, ends: Sequence[int] | None = None) -> HeadBounds:
     """Bound the logits of the unread entries of a head, for `early_exit(..., bounds=...)`. Once, after loading.
 

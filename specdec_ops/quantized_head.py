@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 import torch
 
 from ._checks import KERNEL_DTYPES, wrong
+from ._shield import shielded
 
 _GRAM_COLUMNS = 1024  # the errors' products are formed for this many columns: all would take dim / 1024 times as long
 
@@ -55,6 +57,7 @@ class QuantizedHead:
         return f"<QuantizedHead of {self.vocab} x {self.dim} on {self.values.device}, {self.nbytes / 1e6:.1f} MB>"
 
 
+@functools.partial(shielded, without_gradients=torch.no_grad)
 def quantize_head(head: torch.Tensor) -> QuantizedHead:
     """Make the int8 copy of a head: each row's largest magnitude becomes 127. Once, after loading the weights.
 

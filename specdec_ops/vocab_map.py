@@ -19,7 +19,7 @@ class VocabMap:
 
     Args:
         draft_to_target: int32 or int64 `[draft_vocab]`: the target id of every draft entry, all different. A list or an
-            array will do. (EAGLE-3's `d2t` holds differences: pass `d2t + torch.arange(len(d2t))`.)
+            array will do, and goes to the CPU. (EAGLE-3's `d2t` holds differences: pass `d2t + torch.arange(len(d2t))`.)
         vocab: entries of a row of target logits.
 
     Raises:
@@ -35,7 +35,9 @@ class VocabMap:
     """int32 [vocab]: the draft entry of a target token, or -1."""
 
     def __init__(self, draft_to_target: torch.Tensor | Sequence[int], vocab: int) -> None:
-        ids = torch.as_tensor(draft_to_target)
+        ids = draft_to_target
+        if not isinstance(ids, torch.Tensor):
+            ids = torch.as_tensor(ids, device="cpu")
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(wrong("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids))
         if ids.dim() != 1 or ids.shape[0] < 1:

@@ -25,7 +25,7 @@ PUBLIC = [
 OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
 OPS += ["early_exit", "quantized_head", "head_bounds", "draft_stop", "layer_cache", "kv"]
 PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_library_kv"]
-PLUMBING += ["_dispatch"]
+PLUMBING += ["_dispatch", "_shield"]
 ACCEPT_KERNELS = [".accept_kernels", ".accept_traversal_kernel", ".accept_lossy_kernels"]
 
 # What a file may import besides the standard library, by the longest key that starts its path. Names without a dot in
@@ -44,7 +44,8 @@ MAY_IMPORT = {
     "specdec_ops/_alloc.py": ["torch"],
     "specdec_ops/_checks.py": ["torch"],
     "specdec_ops/_accept_checks.py": ["torch", "._checks", ".topology", ".vocab_map"],
-    "specdec_ops/_dispatch.py": ["torch", "._loader", "._checks"],
+    "specdec_ops/_dispatch.py": ["torch", "._loader", "._checks", "._shield"],
+    "specdec_ops/_shield.py": ["torch"],
     "specdec_ops/_library.py": ["torch", "._dispatch", "._alloc", "._checks"],
     "specdec_ops/compat/": ["torch", ".", "._checks", "._accept_checks", "._chains", "._links", ".reference"],
     "specdec_ops/reference/accept.py": ["torch", ".noise", ".sample", ".accept_rules"],

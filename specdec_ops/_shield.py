@@ -1,0 +1,100 @@
+"""What surrounds a call must not change its result: the one context in which PyTorch code of this package computes.
+
+Compiled and Triton kernels get addresses and numbers, so nothing around a call reaches them. The definitions
+(backend="torch") are PyTorch code, and PyTorch lets a program change what such code means: autocast multiplies in 16
+bits, matmul precision does so inside of a float32 product, the default dtype decides what a float is, the default
+device where a tensor is made, a function mode anything. `_dispatch` shields each definition when it loads it; calls of
+other backends pay nothing. So is what makes the tensors of a head, once.
+
+Two of these are the process's, not the thread's: the default dtype, and the precision of matrix products. Where they
+are not what PyTorch starts with, the first shielded call sets them back and the last one to end restores them.
+"""
+
+import contextlib
+import functools
+import threading
+
+import torch
+
+_PRODUCTS = ("mkldnn", "cuda")  # whose float32 products may be told to use 16 or 19 bits
+_AUTOCAST = ("cpu", "cuda")
+
+
+def shielded(function, without_gradients=torch.inference_mode):
+    """`function` with the same result whatever surrounds the call.
+
+    Args:
+        function: what to call.
+        without_gradients: how it records none. In inference mode it may write to the caller's inference tensors; what
+            makes tensors that stay takes `torch.no_grad`, since an inference tensor refuses later uses.
+    """
+
+    @functools.wraps(function)
+    def call(*arguments, **options):
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch._C.DisableTorchFunction())  # the default device is a function mode
+            stack.enter_context(without_gradients())
+            for device in _AUTOCAST:
+                if torch.is_autocast_enabled(device):
+                    stack.enter_context(torch.autocast(device, enabled=False))
+            stack.enter_context(_PROCESS)
+            return function(*arguments, **options)
+
+    return call
+
+
+class _Process:
+    """The process's settings while at least one shielded call runs, in whichever thread."""
+
+    def __init__(self):
+        self._lock, self._calls, self._restore = threading.Lock(), 0, []
+
+    def __enter__(self):
+        with self._lock:
+            self._calls += 1
+            if self._calls == 1 and torch.get_default_dtype() != torch.float32:
+                self._restore.append(functools.partial(torch.set_default_dtype, torch.get_default_dtype()))
+                torch.set_default_dtype(torch.float32)
+            if self._calls == 1 and not _exact_products():
+                self._restore.append(_make_products_exact())
+
+    def __exit__(self, *_):
+        with self._lock:
+            self._calls -= 1
+            while self._calls == 0 and self._restore:
+                self._restore.pop()()
+
+
+_PROCESS = _Process()
+
+
+if hasattr(torch._C, "_get_fp32_precision_getter"):  # PyTorch 2.9: a setting per library, which may be inherited
+
+    def _exact_products() -> bool:
+        return all(_precision(library) in ("ieee", "none") for library in _PRODUCTS)
+
+    def _precision(library: str) -> str:
+        return torch._C._get_fp32_precision_getter(library, "matmul")
+
+    def _make_products_exact():
+        before = [_precision(library) for library in _PRODUCTS]
+        for library in _PRODUCTS:
+            torch._C._set_fp32_precision_setter(library, "matmul", "ieee")
+
+        def restore():
+            for library, precision in zip(_PRODUCTS, before, strict=True):
+                torch._C._set_fp32_precision_setter(library, "matmul", "none")
+                if _precision(library) != precision:  # it was set here, not inherited
+                    torch._C._set_fp32_precision_setter(library, "matmul", precision)
+
+        return restore
+
+else:
+
+    def _exact_products() -> bool:
+        return torch.get_float32_matmul_precision() == "highest"
+
+    def _make_products_exact():
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
+        return functools.partial(torch.set_float32_matmul_precision, before)

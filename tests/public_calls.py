@@ -1,0 +1,231 @@
+"""One small valid call of every public function, for tests that change one thing about it and look at what happens.
+
+A new function gets an entry in CALLS. Inputs are made once; a call that writes to one of its arguments copies it.
+"""
+
+import dataclasses
+import itertools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+import specdec_ops
+from specdec_ops import (
+    AdaptiveThreshold,
+    LayerCache,
+    Topology,
+    Tree,
+    VocabMap,
+    bound_head,
+    dlpack,
+    early_exit,
+    exit_confidence,
+    kv_propagate,
+    quantize_head,
+    tree_attention,
+)
+
+BATCH, VOCAB, DIM = 2, 96, 32
+TREE = Tree.from_branching((2, 1), root=True)
+NODES = len(TREE)
+
+
+class Call(NamedTuple):
+    """op: its name in `specdec_ops.backends`, or None: it has no backends."""
+
+    function: Callable
+    op: str | None
+    arguments: dict
+
+
+def random(*shape, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator("cpu").manual_seed(seed + sum(shape))
+    return torch.randn(*shape, generator=generator, dtype=torch.float32, device="cpu")
+
+
+def int32(*values) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32, device="cpu")
+
+
+def _acceptance() -> dict[str, Call]:
+    draft = 2 * random(BATCH, NODES, VOCAB)
+    target = draft + 0.5 * random(BATCH, NODES, VOCAB, seed=1)
+    noise = {"seeds": torch.tensor([7, 2**40]), "positions": int32(3, 70)}
+    above = draft[:, TREE.parents.clip(min=0)]
+    tokens = (above + random(BATCH, NODES, VOCAB, seed=2)).argmax(dim=-1).int()
+    law = {"temperature": torch.tensor([0.7, 1.3]), "top_k": int32(50, 0), "top_p": 0.9}
+    tree = {"target_logits": target, "draft_tokens": tokens, "topology": TREE.to("cpu"), "eos": 5, "max_depth": 3}
+    drawing = {**tree, **noise, **law}
+    drafted = {**drawing, "draft_logits": draft}
+    reduced = {"draft_logits": draft[:, :, :64].contiguous(), "vocab_map": VocabMap(torch.arange(20, 84), VOCAB)}
+    chain = {name: value for name, value in drafted.items() if name not in ("topology", "max_depth")}
+    chain |= {"draft_tokens": tokens[:, 1:], "draft_logits": draft[:, 1:], "num_steps": int32(4, 2)}
+    greedy = {"target": target, **{name: tree[name] for name in ("draft_tokens", "topology", "eos", "max_depth")}}
+    parents = int32(*[list(range(NODES))] * BATCH)
+    return {
+        "greedy_accept": Call(specdec_ops.greedy_accept, "accept", greedy),
+        "match_accept": Call(specdec_ops.match_accept, "accept", drawing),
+        "chain_accept": Call(specdec_ops.chain_accept, "accept", chain),
+        "chain_accept block": Call(specdec_ops.chain_accept, "accept", {**chain, "rule": "block"}),
+        "tree_accept": Call(specdec_ops.tree_accept, "accept", {**drafted, "draft_top_k": 60}),
+        "tree_accept traversal": Call(specdec_ops.tree_accept, "accept", {**drafted, "rule": "traversal", **reduced}),
+        "tree_accept coin": Call(specdec_ops.tree_accept, "accept", {**drawing, "rule": "coin"}),
+        "tree_accept kseq": Call(specdec_ops.tree_accept, "accept", {**drafted, "rule": "kseq"}),
+        "typical_accept": Call(specdec_ops.typical_accept, "accept", drawing),
+        "longest_path_accept": Call(specdec_ops.longest_path_accept, "accept", {**drafted, "width": 2}),
+        "sample_tokens": Call(specdec_ops.sample_tokens, "sample", {"logits": target[:, 0], **noise, **law}),
+        "sample_children": Call(
+            specdec_ops.sample_children,
+            "sample",
+            {"draft_logits": draft, "count": 3, "parents": parents, "first_parent": 0, **noise, **law},
+        ),
+    }
+
+
+def _attention() -> dict[str, Call]:
+    topology = Topology.from_trees([TREE, TREE[:3]])
+    caches = random(2, 2 * BATCH * 8, 4, 2, 64)  # pages of 4 slots
+    dense = {
+        "q": random(BATCH, NODES, 4, 64),
+        "k_cache": caches[0].view(2 * BATCH, 32, 2, 64)[:BATCH],
+        "v_cache": caches[1].view(2 * BATCH, 32, 2, 64)[:BATCH],
+        "topology": topology,
+        "context_lens": int32(20, 9),
+        "return_lse": True,
+    }
+    paged = {
+        **{**dense, "q": dense["q"][:, :2], "k_cache": caches[0], "v_cache": caches[1]},
+        "page_table": torch.randperm(32, generator=torch.Generator().manual_seed(0)).int().view(BATCH, 16),
+        **{"query_start": int32(3, 1), "window": 12, "softcap": 9.0, "sinks": random(4), "num_splits": 2},
+        **{"alibi_slopes": random(4).abs(), "k_scale": 0.9, "v_scale": 1.1},
+    }
+    odd = {**dense, **{name: dense[name][..., :40] for name in ("q", "k_cache", "v_cache")}}
+    state = [random(3, 4, 64), random(3, 4), random(3, 4, 64, seed=1), random(3, 4, seed=1)]
+    parents = int32(TREE.parents.tolist(), [-1, 0, 1, 0, 3])
+    return {
+        "tree_attention": Call(tree_attention, "tree_attention", dense),
+        "tree_attention paged": Call(tree_attention, "tree_attention", paged),
+        "tree_attention odd": Call(tree_attention, None, odd),  # a dim that kernels don't have: the definition runs
+        "merge_states": Call(
+            specdec_ops.merge_states,
+            "merge_states",
+            dict(zip(("out_a", "lse_a", "out_b", "lse_b"), state)),  # noqa: B905
+        ),
+        "build_topology": Call(
+            specdec_ops.build_topology, "build_topology", {"parents": parents, "num_nodes": int32(5, 4)}
+        ),
+    }
+
+
+def _exits() -> dict[str, Call]:
+    hidden, head = random(6, DIM), random(VOCAB, DIM)
+    options = {
+        "norm_weight": random(DIM).abs(),
+        "bias": random(VOCAB),
+        "temperature": torch.linspace(0.5, 1.5, 6),
+        "top_k": 3,
+    }
+    arguments = {"hidden": hidden, "head": head, **options}
+    quantised, bounds = quantize_head(head), bound_head(head, [20, VOCAB])
+    sizes = (DIM, 24, 1)
+    layers = [(random(o, i), random(o)) for i, o in itertools.pairwise(sizes)]
+    weights = [(random(DIM).abs(), random(128, DIM), random(128, DIM, seed=1)) for _ in range(2)]
+    propagate = {"hidden": hidden, "layers": weights, "positions": int32(*range(6)), "slots": int32(*range(6))}
+    caches = [torch.zeros(BATCH * 4, 4, 2, 64) for _ in range(2)]
+    propagate |= {"k_caches": caches, "v_caches": caches, "rope": 10_000.0, "requests": int32(0, 1, 0, 1, 1, 0)}
+    propagate |= {"page_table": torch.arange(8, dtype=torch.int32).view(BATCH, 4)}
+    return {
+        "exit_confidence": Call(exit_confidence, "exit_confidence", arguments),
+        "exit_confidence int8": Call(exit_confidence, "exit_confidence", {**arguments, "head": quantised}),
+        "exit_confidence screen": Call(exit_confidence, "screened_exit", {**arguments, "screen": quantised}),
+        "early_exit": Call(early_exit, "exit_confidence", {**arguments, "threshold": 0.2}),
+        "early_exit bounds": Call(early_exit, "bounded_exit", {**arguments, "threshold": 0.2, "bounds": bounds}),
+        "exit_mlp": Call(specdec_ops.exit_mlp, "exit_mlp", {"features": hidden, "layers": layers}),
+        "kv_propagate": Call(_propagated, "kv_propagate", propagate),
+    }
+
+
+def _propagated(hidden, layers, positions, slots, k_caches, v_caches, **options):
+    """kv_propagate into copies of the caches."""
+    copies = [[cache.clone() for cache in caches] for caches in (k_caches, v_caches)]
+    kv_propagate(hidden, layers, positions, slots, *copies, **options)
+    return copies
+
+
+def _others() -> dict[str, Call]:
+    """What makes, moves and keeps tensors: none of it is to take its device or dtype from the surroundings."""
+    head = random(VOCAB, DIM)
+    confidence = exit_confidence(random(6, DIM), head, top_k=10)
+    topology = Topology.from_trees([TREE, TREE[:3]])
+    arrays = {
+        name: value.numpy() if isinstance(value, torch.Tensor) else value
+        for name, value in _attention()["tree_attention"].arguments.items()
+    }
+    first = arrays.pop("q")
+    return {
+        "quantize_head": Call(quantize_head, None, {"head": head}),
+        "bound_head": Call(bound_head, None, {"head": head, "ends": [20, VOCAB]}),
+        "VocabMap": Call(VocabMap, None, {"draft_to_target": [4, 1, 7], "vocab": 9}),
+        "entropy_stop": Call(
+            specdec_ops.entropy_stop, None, {"entropy": confidence.entropy, "threshold": 0.4, "gamma": 0.2}
+        ),
+        "exit_features": Call(specdec_ops.exit_features, None, {"confidence": confidence}),
+        "AdaptiveThreshold": Call(
+            _adapted,
+            None,
+            {"requests": 3, "num_accepted": int32(1, 2, 0), "num_drafted": int32(3, 2, 0), "max_drafted": 3},
+        ),
+        "Tree.to": Call(TREE.to, None, {"device": "cpu", "batch": 2}),
+        "Topology.position_ids": Call(topology.position_ids, None, {"context_lens": 7}),
+        "Topology.truncate": Call(topology.truncate, None, {"depth": 1}),
+        "Topology[:n]": Call(lambda stop: topology[:stop], None, {"stop": 2}),
+        "Tree.position_ids": Call(
+            lambda context_len: torch.from_numpy(TREE.position_ids(context_len)), None, {"context_len": 7}
+        ),
+        "LayerCache": Call(_decoded, None, {"slots": 16, "kv_heads": 2, "head_dim": 64, "dim": 128, "batch": 2}),
+        "dlpack.tree_attention": Call(
+            lambda **options: list(map(torch.from_numpy, dlpack.tree_attention(first, **options))), None, arrays
+        ),
+    }
+
+
+def _adapted(requests, num_accepted, num_drafted, max_drafted):
+    rule = AdaptiveThreshold(requests)
+    rule.update(num_accepted, num_drafted, max_drafted)
+    return rule.update(num_accepted, num_drafted, max_drafted), rule.accepted_share
+
+
+def _decoded(slots, kv_heads, head_dim, dim, batch):
+    """Two tokens of each request, a tree behind them, of which a path stays."""
+    cache, results = LayerCache((1, 2), slots, kv_heads, head_dim, dim, batch=batch), []
+    for count, parents, groups in ((2, None, 2), (1, None, 1), (3, int32(*[-1, 0, 0] * batch), 2)):
+        cache.append(random(count * batch, dim), parents)
+        for group in range(groups):
+            run = cache.run(group)
+            rows = run.hidden.view(-1, kv_heads, head_dim)
+            out = cache.attend(run, group, rows, rows, rows)
+            results += [cache.finish(run, out.flatten(1)), run.positions]
+    cache.commit(int32(*[[0, 2, -1]] * batch))
+    cache.crop(3)
+    return [*results, cache.pending(1)[1].clone(), torch.tensor(cache.lengths, device="cpu")]
+
+
+CALLS = {**_acceptance(), **_attention(), **_exits(), **_others()}
+
+
+def run(name: str, **changes) -> list[torch.Tensor]:
+    """The tensors of the result of a call with these arguments changed."""
+    call = CALLS[name]
+    return tensors_of(call.function(**{**call.arguments, **changes}))
+
+
+def tensors_of(result) -> list[torch.Tensor]:
+    """All tensors of a result, in order."""
+    if isinstance(result, torch.Tensor):
+        return [result]
+    if dataclasses.is_dataclass(result):
+        result = [getattr(result, field.name) for field in dataclasses.fields(result)]
+    if isinstance(result, list | tuple):
+        return [tensor for part in result for tensor in tensors_of(part)]
+    return []
