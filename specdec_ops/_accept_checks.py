@@ -6,7 +6,20 @@ number with None, or the number's neutral value with a tensor.
 
 import torch
 
-from ._checks import KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
+from ._checks import (
+    INT32_MAX,
+    KERNEL_DTYPES,
+    as_int32,
+    as_int64,
+    describe_dtype,
+    is_int,
+    is_number,
+    wrong,
+    wrong_batch,
+    wrong_device,
+    wrong_grad,
+    wrong_strides,
+)
 from .topology import Topology
 from .vocab_map import VocabMap
 
@@ -15,7 +28,6 @@ MAX_NODES = 65_535
 MAX_DRAWS = 65_535
 MAX_EOS = 8
 _LOGIT_DTYPES = (*KERNEL_DTYPES, torch.float64)
-_INT32_MAX = 2**31 - 1
 _FLOAT_MAX = 3.4028234663852886e38
 
 
@@ -24,8 +36,9 @@ def check_logits(op: str, name: str, layout: str, value) -> tuple:
     if not isinstance(value, torch.Tensor) or value.dtype not in _LOGIT_DTYPES:
         raise TypeError(wrong(op, name, f"float32, bfloat16 or float16 {layout}", value))
     shape = value.shape
-    if len(shape) != layout.count(",") + 1 or shape[-1] < 1:
-        raise ValueError(wrong(op, name, f"{layout} with a vocab of at least 1", value))
+    if len(shape) != layout.count(",") + 1 or not 0 < shape[-1] <= INT32_MAX or shape[0] > INT32_MAX:
+        must = "a vocab of at least 1" if len(shape) != layout.count(",") + 1 or not shape[-1] else "sizes below 2**31"
+        raise ValueError(wrong(op, name, f"{layout} with {must}", value))
     if value.stride(-1) != 1 and shape[-1] > 1:
         raise ValueError(wrong_strides(op, name, "contiguous in its last dimension", value))
     if value.requires_grad and torch.is_grad_enabled():
@@ -42,15 +55,14 @@ def check_target(op: str, value, layout: str = "[batch, nodes, vocab]", name: st
 
 
 def check_ids(op: str, name: str, value, batch: int, columns: int, device) -> torch.Tensor:
-    """Token ids int32 [batch, columns]; int64 ones are converted, and ids that int32 can't hold stay invalid."""
-    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int32, torch.int64):
-        raise TypeError(wrong(op, name, f"int32 or int64 [{batch}, {columns}]", value))
+    """Token ids, or nodes, int32 [batch, columns]; ids that int32 can't hold stay invalid."""
+    if not isinstance(value, torch.Tensor) or value.dtype != torch.int32:
+        value = as_int32(op, name, f"[{batch}, {columns}]", value)
     if value.shape != (batch, columns):
-        raise ValueError(wrong(op, name, f"int32 or int64 [{batch}, {columns}]", value))
+        sentence = wrong(op, name, f"int32 or int64 [{batch}, {columns}]", value)
+        raise ValueError(f"{sentence}; each is of one row of logits")
     if value.device != device:
         raise ValueError(wrong_device(op, name, device, value))
-    if value.dtype == torch.int64:
-        value = value.clamp(-_INT32_MAX, _INT32_MAX).to(torch.int32)
     return value if value.is_contiguous() else value.contiguous()
 
 
@@ -62,7 +74,7 @@ def check_links(op: str, topology, batch: int, nodes: int, device) -> tuple[torc
     trees, room = first_child.shape
     counts = num_nodes.shape[0]
     if (trees != batch and trees != 1) or (counts != batch and counts != 1):
-        raise ValueError(f"specdec_ops.{op}: topology must have a batch of {batch} or 1, got {max(trees, counts)}")
+        raise ValueError(wrong_batch(op, batch, max(trees, counts)))
     if room < nodes:
         raise ValueError(f"specdec_ops.{op}: topology must have room for the {nodes} nodes of a request, got {room}")
     if first_child.device != device:
@@ -146,15 +158,15 @@ def check_noise(op: str, seeds, positions, batch: int, device) -> tuple:
         seeds = (0, check_per_request(op, "seeds", seeds, torch.int64, batch, device))
     elif not is_int(seeds):
         raise TypeError(wrong(op, "seeds", "an int or int64 [batch]", seeds))
-    elif not -(2**63) <= seeds < 2**63:
+    elif not -(2**63) <= seeds < 2**64:
         raise ValueError(wrong(op, "seeds", "an int of 64 bits", seeds))
     else:
-        seeds = (seeds, None)
+        seeds = (seeds if seeds < 2**63 else seeds - 2**64, None)
     if isinstance(positions, torch.Tensor):
         return (*seeds, 0, check_per_request(op, "positions", positions, torch.int32, batch, device))
     if not is_int(positions):
         raise TypeError(wrong(op, "positions", "an int or int32 [batch]", positions))
-    if not 0 <= positions <= _INT32_MAX:
+    if not 0 <= positions <= INT32_MAX:
         raise ValueError(wrong(op, "positions", "an int from 0 to 2**31 - 1", positions))
     return (*seeds, positions, None)
 
@@ -166,7 +178,7 @@ def check_eos(op: str, eos) -> tuple:
     ids = (eos,) if is_int(eos) else eos
     if not isinstance(ids, tuple | list) or not all([is_int(token) for token in ids]):
         raise TypeError(wrong(op, "eos", f"None, an int or up to {MAX_EOS} ints", eos))
-    if len(ids) > MAX_EOS or not all([0 <= token <= _INT32_MAX for token in ids]):
+    if len(ids) > MAX_EOS or not all([0 <= token <= INT32_MAX for token in ids]):
         must = f"None, an int or up to {MAX_EOS} ints, each from 0 to 2**31 - 1"
         raise ValueError(f"specdec_ops.{op}: eos must be {must}, got {eos}")
     return tuple(ids)
@@ -190,11 +202,17 @@ def check_fraction(op: str, name: str, value) -> None:
 
 
 def check_per_request(op: str, name: str, value, dtype: torch.dtype, batch: int, device) -> torch.Tensor:
-    """A tensor [batch] of this dtype, contiguous."""
+    """A tensor [batch] of this dtype, contiguous. Other integers are converted; one without dimensions is for all."""
     if value.dtype != dtype:
-        raise TypeError(wrong(op, name, f"{str(dtype)[6:]} [{batch}] if it is a tensor", value))
+        layout = f"[{batch}] if it is a tensor"
+        if dtype == torch.float32:
+            raise TypeError(wrong(op, name, f"float32 {layout}", value))
+        value = (as_int32 if dtype == torch.int32 else as_int64)(op, name, layout, value)
     if value.shape != (batch,):
-        raise ValueError(wrong(op, name, f"{str(dtype)[6:]} [{batch}] if it is a tensor", value))
+        if value.dim() != 0:
+            names = "int32 or int64" if dtype == torch.int32 else describe_dtype(dtype)
+            raise ValueError(wrong(op, name, f"{names} [{batch}] if it is a tensor", value))
+        value = value.expand(batch)
     if value.device != device:
         raise ValueError(wrong_device(op, name, device, value))
     return value if value.is_contiguous() else value.contiguous()
@@ -203,9 +221,9 @@ def check_per_request(op: str, name: str, value, dtype: torch.dtype, batch: int,
 def check_written(op: str, name: str, value, shape: tuple, device, dtype: torch.dtype = torch.int32) -> None:
     """Check a tensor that the op is to write into."""
     if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-        raise TypeError(wrong(op, name, f"{str(dtype)[6:]} {list(shape)}", value))
+        raise TypeError(wrong(op, name, f"{describe_dtype(dtype)} {list(shape)}", value))
     if value.shape != shape:
-        raise ValueError(wrong(op, name, f"{str(dtype)[6:]} {list(shape)}", value))
+        raise ValueError(wrong(op, name, f"{describe_dtype(dtype)} {list(shape)}", value))
     if value.device != device:
         raise ValueError(wrong_device(op, name, device, value))
     if not value.is_contiguous():
@@ -227,7 +245,7 @@ def _top_k(op: str, name: str, value, batch: int, device) -> tuple:
         return 0, check_per_request(op, name, value, torch.int32, batch, device)
     if not is_int(value):
         raise TypeError(wrong(op, name, "an int or int32 [batch]", value))
-    if not 0 <= value <= _INT32_MAX:
+    if not 0 <= value <= INT32_MAX:
         raise ValueError(wrong(op, name, "an int from 0 (off) to 2**31 - 1", value))
     return value, None
 

@@ -1,26 +1,36 @@
 """The wording of argument errors: one sentence with the op, the argument, what it must be and what it was.
 
 The ops test and raise; this module only builds text, so that a correct call pays for comparisons alone and so that
-torch.compile can trace through the checks.
+torch.compile can trace through the checks. It also converts the integers that other libraries hand over.
 """
 
+import numpy as np
 import torch
 
+from .tree import Tree
+
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+INT32_MAX = 2**31 - 1
+_SHORT = 60  # characters of a list that is worth repeating
+_SHORTER_INTS = (torch.int32, torch.uint32)
 
 
 def describe(value) -> str:
-    """`float32 [2, 3]` for a tensor, the value itself for a number or a string, else the name of its type.
-
-    For an array of another framework also where the ops are that take it.
-    """
+    """`float32 [2, 3]` for a tensor, the value itself for a number or a string, else its type, and what would help."""
     if isinstance(value, torch.Tensor):
-        return f"{str(value.dtype).removeprefix('torch.')} {list(value.shape)}"
-    if value is None or isinstance(value, bool | int | float | str):
+        return f"{describe_dtype(value.dtype)} {list(value.shape)}"
+    if value is None or type(value) in (bool, int, float, str):
         return repr(value)
-    if hasattr(value, "__dlpack__"):
-        return f"{type(value).__name__} (the ops of specdec_ops.dlpack take arrays)"
-    return type(value).__name__
+    name = type(value).__name__
+    if isinstance(value, np.generic):
+        return f"numpy.{name}({value}), of which int() or float() makes a number"
+    if isinstance(value, np.ndarray):
+        return f"ndarray {value.dtype} {list(value.shape)}; use torch.from_numpy, or specdec_ops.dlpack"
+    if isinstance(value, Tree):
+        return "Tree, of which tree.to(device) makes a Topology, once for all calls"
+    if type(value) in (list, tuple) and len(repr(value)) <= _SHORT:
+        return f"{name} {value!r}"
+    return f"{name}; use torch.from_dlpack, or specdec_ops.dlpack" if hasattr(value, "__dlpack__") else name
 
 
 def describe_dtype(dtype: torch.dtype) -> str:
@@ -43,6 +53,12 @@ def wrong_device(op: str, name: str, device: torch.device, value: torch.Tensor) 
     return f"specdec_ops.{op}: {name} must be on {device}, got a tensor on {value.device}"
 
 
+def wrong_batch(op: str, batch: int, got: int) -> str:
+    """The same sentence for a topology of another batch."""
+    must = "1" if batch == 1 else f"{batch} or 1"
+    return f"specdec_ops.{op}: topology must have a batch of {must}, got {got}"
+
+
 def wrong_grad(op: str) -> str:
     """What to say of an input that requires grad: a missing gradient must not go unnoticed."""
     return (
@@ -59,3 +75,23 @@ def is_int(value) -> bool:
 def is_number(value) -> bool:
     """True for an int or a float, not for a bool or a tensor (reading one would wait for the device)."""
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def as_int32(op: str, name: str, layout: str, value) -> torch.Tensor:
+    """What is not an int32 tensor as one: int64 is converted on its device.
+
+    Numbers that int32 can't hold become the nearest that it can, which every op treats as it treats others that are out
+    of range.
+    """
+    if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int32, torch.int64):
+        raise TypeError(wrong(op, name, f"int32 or int64 {layout}", value))
+    return value if value.dtype == torch.int32 else value.clamp(-INT32_MAX - 1, INT32_MAX).to(torch.int32)
+
+
+def as_int64(op: str, name: str, layout: str, value: torch.Tensor) -> torch.Tensor:
+    """The same for seeds: 64 bits, whatever their sign; shorter integers are converted."""
+    if value.dtype == torch.uint64:
+        return value.view(torch.int64)
+    if value.dtype not in _SHORTER_INTS:
+        raise TypeError(wrong(op, name, f"int64, uint64, int32 or uint32 {layout}", value))
+    return value.to(torch.int64)

@@ -29,12 +29,14 @@ _RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sampling.Children, Conf
 
 
 def to_torch(value, name: str = "an argument"):
-    """A tensor on the memory of an array; anything that is not an array is returned as it is.
+    """A tensor on the memory of an array; a NumPy number as Python's; anything else is returned as it is.
 
     Raises:
         TypeError: the array's framework can't export it, for instance for its dtype.
     """
-    if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__") or np.isscalar(value):
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
         return value
     try:
         if isinstance(value, np.ndarray) and not value.flags.writeable:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from . import _library_exit
-from ._checks import KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
+from ._checks import INT32_MAX, KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
 from .early_exit import Confidence
 
 FEATURES = 11
@@ -54,6 +54,8 @@ def exit_mlp(
         raise TypeError(wrong(op, "features", "float32, bfloat16 or float16 [rows, inputs]", features))
     if features.dim() != 2 or features.shape[1] < 1:
         raise ValueError(wrong(op, "features", "[rows, inputs] with at least one input", features))
+    if max(features.shape) > INT32_MAX:
+        raise ValueError(wrong(op, "features", "of sizes below 2**31", features))
     if features.stride(1) != 1 and features.shape[1] > 1:
         raise ValueError(wrong_strides(op, "features", "contiguous in its last dimension", features))
     if not is_number(threshold):
@@ -186,8 +188,8 @@ class AdaptiveThreshold:
         op = "AdaptiveThreshold"
         if not is_int(requests):
             raise TypeError(wrong(op, "requests", "an int", requests))
-        if requests < 0:
-            raise ValueError(wrong(op, "requests", "at least 0", requests))
+        if not 0 <= requests <= INT32_MAX:
+            raise ValueError(wrong(op, "requests", "from 0 to 2**31 - 1", requests))
         for name, value in (
             *(("start", start), ("target", target), ("step", step), ("memory", memory), ("inertia", inertia)),
         ):
@@ -222,6 +224,8 @@ class AdaptiveThreshold:
                 raise ValueError(wrong(op, name, f"int32 or int64 {list(shape)}", value))
         if not is_int(max_drafted):
             raise TypeError(wrong(op, "max_drafted", "an int", max_drafted))
+        if not 0 <= max_drafted <= INT32_MAX:
+            raise ValueError(wrong(op, "max_drafted", "from 0 to 2**31 - 1", max_drafted))
         drafted = num_drafted > 0
         share = num_accepted.float() / num_drafted.clamp_min(1)
         mean = self._memory * self.accepted_share + (1 - self._memory) * share

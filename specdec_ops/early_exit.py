@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from . import _library_exit
-from ._checks import KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
+from ._checks import INT32_MAX, KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
 from .head_bounds import HeadBounds
 from .quantized_head import QuantizedHead
 from .vocab_map import VocabMap
@@ -215,9 +215,12 @@ def check_arguments(op: str, hidden, head, norm_weight, norm_eps, bias, temperat
         raise ValueError(wrong_strides(op, "hidden", "contiguous in its last dimension", hidden))
     if hidden.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(wrong_grad(op))
-    dim = hidden.shape[1]
+    rows, dim = hidden.shape
     head, scales = check_head(op, head, dim, hidden)
     vocab = head.shape[0]
+    if not rows <= INT32_MAX >= dim or vocab > INT32_MAX:
+        name, value = ("head", head) if vocab > INT32_MAX else ("hidden", hidden)
+        raise ValueError(wrong(op, name, "of sizes below 2**31", value))
     if norm_weight is not None:
         check_vector(op, "norm_weight", norm_weight, dim, (hidden.dtype, torch.float32), hidden.device)
     if not is_number(norm_eps) or norm_eps < 0:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from . import _library_kv
-from ._checks import KERNEL_DTYPES, is_number, wrong, wrong_device, wrong_grad, wrong_strides
+from ._checks import INT32_MAX, KERNEL_DTYPES, as_int32, is_number, wrong, wrong_device, wrong_grad, wrong_strides
 
 _OP = "kv_propagate"
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -72,12 +72,12 @@ def kv_propagate(
     if hidden.stride(1) != 1 and hidden.shape[1] > 1:
         raise ValueError(wrong_strides(_OP, "hidden", "contiguous in its last dimension", hidden))
     rows = hidden.shape[0]
+    page_table = _check_page_table(hidden, page_table)
     _check_caches(hidden, k_caches, v_caches, page_table)
     norms, keys, values = _layers(hidden, layers, k_caches)
-    _check_ids("positions", positions, rows, hidden)
-    _check_ids("slots", slots, rows, hidden)
+    positions, slots = _check_ids("positions", positions, rows, hidden), _check_ids("slots", slots, rows, hidden)
     if requests is not None:
-        _check_ids("requests", requests, rows, hidden)
+        requests = _check_ids("requests", requests, rows, hidden)
     elif page_table is None and len(k_caches[0]) != 1:
         raise ValueError(f"specdec_ops.{_OP}: requests must be given with a batch of {len(k_caches[0])}, got None")
     if not is_number(norm_eps) or norm_eps < 0:
@@ -145,8 +145,29 @@ def _check_caches(hidden, k_caches, v_caches, page_table) -> None:
                 raise ValueError(wrong(_OP, f"{name}[{index}]", must, cache))
             if cache.stride(3) != 1 and cache.shape[3] > 1:
                 raise ValueError(wrong_strides(_OP, f"{name}[{index}]", "contiguous in its last dimension", cache))
-    if page_table is not None:
-        _check_tensor("page_table", page_table, "[batch, max_pages]", 2, (torch.int32,), hidden)
+    capacity = (1,) if page_table is None else (len(page_table), page_table.shape[1] * k_caches[0].shape[1])
+    if max(*capacity, *hidden.shape, *k_caches[0].shape) > INT32_MAX:
+        _refuse_sizes(hidden, k_caches[0], page_table)
+
+
+def _refuse_sizes(hidden, cache, page_table) -> None:
+    for name, tensor in (("hidden", hidden), ("k_caches[0]", cache)):
+        if max(tensor.shape) > INT32_MAX:
+            raise ValueError(wrong(_OP, name, "of sizes below 2**31", tensor))
+    must = f"[batch, max_pages] of fewer than 2**31 requests and slots, {cache.shape[1]} to a page"
+    raise ValueError(wrong(_OP, "page_table", must, page_table))
+
+
+def _check_page_table(hidden, page_table):
+    if page_table is None:
+        return None
+    page_table = page_table if _is_int32(page_table) else as_int32(_OP, "page_table", "[batch, max_pages]", page_table)
+    _check_tensor("page_table", page_table, "[batch, max_pages]", 2, (torch.int32,), hidden)
+    return page_table
+
+
+def _is_int32(value) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype == torch.int32
 
 
 def _layers(hidden, layers, caches) -> tuple[list, list, list]:
@@ -174,10 +195,12 @@ def _layers(hidden, layers, caches) -> tuple[list, list, list]:
     return [] if norms[0] is None else norms, keys, values
 
 
-def _check_ids(name: str, ids, rows: int, hidden) -> None:
+def _check_ids(name: str, ids, rows: int, hidden) -> torch.Tensor:
+    ids = ids if _is_int32(ids) else as_int32(_OP, name, f"[{rows}]", ids)
     _check_tensor(name, ids, f"[{rows}]", 1, (torch.int32,), hidden)
     if ids.shape != (rows,):
-        raise ValueError(wrong(_OP, name, f"int32 [{rows}]", ids))
+        raise ValueError(wrong(_OP, name, f"int32 or int64 [{rows}]", ids))
+    return ids
 
 
 def _check_tensor(name: str, value, layout: str, dims: int, dtypes: tuple, hidden) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from . import _alloc
-from ._checks import is_int, wrong, wrong_device
+from ._checks import INT32_MAX, as_int32, is_int, wrong, wrong_device
 from ._layer_checks import OP as _OP
 from ._layer_checks import ascending, check_heads, check_options, check_rows, counts_of, index_of, items_of
 from ._layer_state import State, kept
@@ -126,8 +126,8 @@ class LayerCache:
         for name, size in sizes.items():
             if not is_int(size):
                 raise TypeError(wrong(_OP, name, "an int", size))
-            if size < 1:
-                raise ValueError(wrong(_OP, name, "at least 1", size))
+            if not 1 <= size <= INT32_MAX:
+                raise ValueError(wrong(_OP, name, "at least 1" if size < 1 else "below 2**31", size))
         self.exits = tuple(items_of("exits", "ascending ints", exits))
         if not self.exits or not all(map(is_int, self.exits)) or not ascending(self.exits, least=1):
             raise ValueError(f"specdec_ops.{_OP}: exits must be ascending ints from 1 on, got {self.exits}")
@@ -190,9 +190,9 @@ class LayerCache:
 
         Args:
             rows: `[rows, dim]`, the rows of all requests one after another.
-            parents: int32 `[rows]` on the same device: the parent of each row among the nodes of its request's tree, -1
-                for the context's last token. Node numbers start at 0 with the first level and go on from level to
-                level. A parent that is not an earlier node counts as -1. None: the tokens follow each other.
+            parents: int32 or int64 `[rows]` on the same device: the parent of each row among the nodes of its request's
+                tree, -1 for the context's last token. Node numbers start at 0 with the first level and go on from level
+                to level. A parent that is not an earlier node counts as -1. None: the tokens follow each other.
             counts: rows per request; None: the same number for each.
 
         Raises:
@@ -202,10 +202,9 @@ class LayerCache:
         check_rows("rows", rows, None, self._hidden)
         counts = counts_of(counts, rows.shape[0], self.batch)
         if parents is not None:
-            if not isinstance(parents, torch.Tensor) or parents.dtype != torch.int32:
-                raise TypeError(wrong(_OP, "parents", f"int32 [{len(rows)}]", parents))
+            parents = as_int32(_OP, "parents", f"[{len(rows)}]", parents)
             if parents.shape != (len(rows),):
-                raise ValueError(wrong(_OP, "parents", f"int32 [{len(rows)}]", parents))
+                raise ValueError(wrong(_OP, "parents", f"int32 or int64 [{len(rows)}]", parents))
             if parents.device != self.device:
                 raise ValueError(wrong_device(_OP, "parents", self.device, parents))
         state = self._state.append(counts, tree=parents is not None)

@@ -11,13 +11,14 @@ from ._accept_checks import (
     MAX_DRAWS,
     MAX_NODES,
     check_count,
+    check_ids,
     check_law,
     check_logits,
     check_noise,
     check_vocab_map,
     check_written,
 )
-from ._checks import wrong, wrong_device, wrong_strides
+from ._checks import wrong
 from .vocab_map import VocabMap
 
 
@@ -150,8 +151,11 @@ def sample_children(
     if type(replacement) is not bool:
         raise TypeError(wrong(op, "replacement", "a bool", replacement))
     if parents is not None:
-        parents = _check_parents(op, parents, batch, rows, device)
+        parents = check_ids(op, "parents", parents, batch, rows, device)
     check_count(op, "first_parent", first_parent, 0, MAX_NODES)
+    if rows > MAX_NODES + 1 - first_parent:
+        must = f"of at most {MAX_NODES + 1 - first_parent} rows per request, first_parent being {first_parent}"
+        raise ValueError(wrong(op, "draft_logits", must, draft_logits))
     draft_to_target = None
     if vocab_map is not None:
         check_vocab_map(op, vocab_map, device)
@@ -172,15 +176,3 @@ def sample_children(
     check_written(op, "out.status", out.status, (batch,), device)
     _library_accept.sample(arguments, True, backend, (out.tokens, out.logprobs, out.logsumexp, out.status))
     return out
-
-
-def _check_parents(op: str, parents, batch: int, rows: int, device) -> torch.Tensor:
-    if not isinstance(parents, torch.Tensor) or parents.dtype != torch.int32:
-        raise TypeError(wrong(op, "parents", f"int32 [{batch}, {rows}]", parents))
-    if parents.shape != (batch, rows):
-        raise ValueError(wrong(op, "parents", f"int32 [{batch}, {rows}]", parents))
-    if parents.device != device:
-        raise ValueError(wrong_device(op, "parents", device, parents))
-    if not parents.is_contiguous():
-        raise ValueError(wrong_strides(op, "parents", "contiguous", parents))
-    return parents

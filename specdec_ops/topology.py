@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from . import _alloc, _library
-from ._checks import is_int, wrong, wrong_device, wrong_strides
-from .tree import Tree
+from ._checks import INT32_MAX, as_int32, is_int, wrong, wrong_device, wrong_strides
+from .tree import MAX_NODES, Tree
 
 STATUS_PARENT_OUT_OF_RANGE = 1
 """A parent below -1, or not below num_nodes. The node became a root."""
@@ -104,12 +104,20 @@ class Topology:
     def position_ids(self, context_lens: torch.Tensor | int) -> torch.Tensor:
         """The position of every node, int32 [batch, nodes]: `context_lens + depths`, and -1 where no node is.
 
+        A table of positions, such as `torch.nn.Embedding`, refuses -1: ask it for `position_ids(...).clamp(min=0)`.
+        What it gives for nodes that do not exist is not looked at.
+
         Args:
             context_lens: int32 or int64 [batch], on this device; or one int for all requests.
+
+        Raises:
+            TypeError, ValueError: context_lens is an int and too large, or neither.
         """
-        first = context_lens.unsqueeze(-1) if isinstance(context_lens, torch.Tensor) else context_lens
-        positions = self.depths + first
-        return torch.where(self._exists(), positions, -1).to(torch.int32)
+        if isinstance(context_lens, torch.Tensor):
+            first = as_int32("Topology.position_ids", "context_lens", "[batch] or an int", context_lens).unsqueeze(-1)
+        else:
+            first = _int_up_to("Topology.position_ids", "context_lens", context_lens, INT32_MAX - self.nodes)
+        return torch.where(self._exists(), self.depths + first, -1)
 
     def __getitem__(self, part: slice) -> Topology:
         """`topology[:n]`: at most the first n nodes of every request.
@@ -117,13 +125,14 @@ class Topology:
         Shares every tensor but `num_nodes` (and packed `offsets`, which follow it); `nodes` stays the room there is.
         n is an int, or an integer tensor [batch] or [1] on this device.
         """
-        if not isinstance(part, slice) or not isinstance(part.stop, int | torch.Tensor | None):
+        if not isinstance(part, slice) or not (isinstance(part.stop, torch.Tensor | None) or is_int(part.stop)):
             raise TypeError(wrong("Topology", "the index", "a slice [:n] with an int or a tensor", part))
         if part.start not in (None, 0) or part.step not in (None, 1) or (is_int(part.stop) and part.stop < 0):
             raise ValueError(f"specdec_ops.Topology: a slice must be [:n] with n of 0 or more, got {part}")
         if part.stop is None:
             return self
-        return self._with_num_nodes(self.num_nodes.clamp(max=part.stop).clamp(min=0).to(torch.int32))
+        most = part.stop if isinstance(part.stop, torch.Tensor) else min(part.stop, INT32_MAX)
+        return self._with_num_nodes(self.num_nodes.clamp(max=most).clamp(min=0).to(torch.int32))
 
     def truncate(self, depth: int | torch.Tensor) -> Topology:
         """The leading nodes before the first one deeper than `depth`: in level order, all nodes of depth <= `depth`.
@@ -131,7 +140,12 @@ class Topology:
         Shares tensors as slicing does. `depth` is an int, or an integer tensor [batch] or [1] on this device, as a
         decision to stop drafting gives it.
         """
-        limit = depth.unsqueeze(-1) if isinstance(depth, torch.Tensor) else depth
+        if isinstance(depth, torch.Tensor):
+            limit = as_int32("Topology.truncate", "depth", "[batch] or an int", depth).unsqueeze(-1)
+        elif is_int(depth):
+            limit = max(-1, min(depth, INT32_MAX))
+        else:
+            raise TypeError(wrong("Topology.truncate", "depth", "an int, or int32 or int64 [batch]", depth))
         kept = (self._exists() & (self.depths <= limit)).to(torch.int32)
         return self._with_num_nodes(kept.cumprod(dim=-1).sum(dim=-1).to(torch.int32))
 
@@ -161,6 +175,14 @@ class Topology:
         return Topology(*tensors, num_nodes, status, offsets)
 
 
+def _int_up_to(op: str, name: str, value, high: int) -> int:
+    if not is_int(value):
+        raise TypeError(wrong(op, name, "an int, or int32 or int64 [batch]", value))
+    if not 0 <= value <= high:
+        raise ValueError(wrong(op, name, f"from 0 to {high}", value))
+    return value
+
+
 def build_topology(
     parents: torch.Tensor, num_nodes: torch.Tensor | None = None, *, out: Topology | None = None, backend: str = "auto"
 ) -> Topology:
@@ -170,9 +192,9 @@ def build_topology(
     request's `status` says so. Other requests are untouched. Nothing waits for the device.
 
     Args:
-        parents: int32 [batch, nodes]: for every node an earlier node of the same request, or -1 for a root. Entries
-            from `num_nodes` on are ignored.
-        num_nodes: int32 [batch], on the same device; None: every request uses all nodes.
+        parents: int32 or int64 [batch, nodes]: for every node an earlier node of the same request, or -1 for a root.
+            Entries from `num_nodes` on are ignored.
+        num_nodes: int32 or int64 [batch], on the same device; None: every request uses all nodes.
         out: a Topology of the same sizes to write into, not itself made of `parents`; its `offsets` are left alone.
         backend: "auto", "cuda", "triton", "cpu" or "torch".
 
@@ -181,26 +203,36 @@ def build_topology(
         depth 0 and an empty ancestor set.
 
     Raises:
-        TypeError: parents or num_nodes are not int32 tensors, or out is not a Topology.
+        TypeError: parents or num_nodes are not integer tensors, or out is not a Topology.
         ValueError: a shape or device does not fit, or the backend's name is unknown.
         RuntimeError: the named backend is not available.
     """
     if not isinstance(parents, torch.Tensor) or parents.dtype != torch.int32:
-        raise TypeError(wrong("build_topology", "parents", "an int32 tensor [batch, nodes]", parents))
+        parents = as_int32("build_topology", "parents", "[batch, nodes]", parents)
     if parents.dim() != 2:
-        raise ValueError(wrong("build_topology", "parents", "int32 [batch, nodes]", parents))
+        raise ValueError(wrong("build_topology", "parents", "int32 or int64 [batch, nodes]", parents))
     batch, nodes = parents.shape
+    if batch > INT32_MAX or nodes > MAX_NODES:
+        raise ValueError(
+            wrong("build_topology", "parents", f"of at most 2**31 - 1 trees of {MAX_NODES} nodes", parents)
+        )
     if num_nodes is None:
         num_nodes = _alloc.empty((batch,), torch.int32, parents.device).fill_(nodes)
-    elif not isinstance(num_nodes, torch.Tensor) or num_nodes.dtype != torch.int32:
-        raise TypeError(wrong("build_topology", "num_nodes", f"an int32 tensor [{batch}]", num_nodes))
-    elif num_nodes.shape != (batch,):
-        raise ValueError(wrong("build_topology", "num_nodes", f"int32 [{batch}]", num_nodes))
-    elif num_nodes.device != parents.device:
-        raise ValueError(wrong_device("build_topology", "num_nodes", parents.device, num_nodes))
+    else:
+        num_nodes = _check_num_nodes(num_nodes, batch, parents.device)
     written = None if out is None else _written(out, parents)
     built = _library.build_topology(parents.contiguous(), num_nodes.contiguous(), backend, written)
     return Topology(*built) if out is None else out
+
+
+def _check_num_nodes(num_nodes, batch: int, device) -> torch.Tensor:
+    if not isinstance(num_nodes, torch.Tensor) or num_nodes.dtype != torch.int32:
+        num_nodes = as_int32("build_topology", "num_nodes", f"[{batch}]", num_nodes)
+    if num_nodes.shape != (batch,):
+        raise ValueError(wrong("build_topology", "num_nodes", f"int32 or int64 [{batch}]", num_nodes))
+    if num_nodes.device != device:
+        raise ValueError(wrong_device("build_topology", "num_nodes", device, num_nodes))
+    return num_nodes
 
 
 def _written(out: Topology, parents: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -8,6 +8,7 @@ part too. Only NumPy is needed here; `Tree.to` makes the device tensors that the
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +17,11 @@ import numpy as np
 if TYPE_CHECKING:
     from .topology import Topology
 
+MAX_NODES = 2**20
+"""Of a tree, whose ancestor sets would take 128 GiB."""
 MAX_DRAWN_LINES = 48
 MAX_DRAWN_COLUMNS = 110
+_MAX_BATCH = 2**20
 
 
 class Tree:
@@ -60,6 +64,7 @@ class Tree:
             root: put the last committed token in front as node 0, the parent of the first level (45 nodes above).
         """
         branching = [_positive("from_branching", "branching", width) for width in branching]
+        _positive("from_branching", "nodes", sum(itertools.accumulate(branching, int.__mul__)), 0, MAX_NODES)
         levels = []
         size, start, previous = 1, 0, np.full(1, -1, np.int64)
         for width in branching:
@@ -103,7 +108,7 @@ class Tree:
     @classmethod
     def chain(cls, nodes: int) -> Tree:
         """A single path of `nodes` nodes: node n follows node n - 1."""
-        return cls._trusted(np.arange(-1, _positive("chain", "nodes", nodes, least=0) - 1))
+        return cls._trusted(np.arange(-1, _positive("chain", "nodes", nodes, 0, MAX_NODES) - 1))
 
     @classmethod
     def fork(cls, width: int, depth: int, *, root: bool = False) -> Tree:
@@ -119,7 +124,7 @@ class Tree:
             root: put the last committed token in front as node 0, which makes the tree one deeper.
         """
         width = _positive("fork", "width", width)
-        nodes = width * (_positive("fork", "depth", depth, least=0) + 1)
+        nodes = _positive("fork", "nodes", width * (_positive("fork", "depth", depth, least=0) + 1), 1, MAX_NODES)
         return cls._with_root(np.maximum(np.arange(nodes) - width, -1), root)
 
     @classmethod
@@ -250,6 +255,7 @@ class Tree:
 
     def position_ids(self, context_len: int) -> np.ndarray:
         """int32 [nodes]: the position of each node after `context_len` committed tokens, `context_len + depths`."""
+        context_len = _positive("position_ids", "context_len", context_len, 0, 2**31 - 1 - len(self))
         return (self.depths + np.int32(context_len)).astype(np.int32)
 
     # ---- leading parts
@@ -281,7 +287,8 @@ class Tree:
             ValueError: the tree is not level-ordered, so that those nodes are not a leading part.
         """
         self._need_level_order("truncate")
-        return self[: int(np.searchsorted(self.depths, _positive("truncate", "depth", depth, least=-1), side="right"))]
+        depth = min(_positive("truncate", "depth", depth, least=-1), MAX_NODES)
+        return self[: int(np.searchsorted(self.depths, depth, side="right"))]
 
     def _need_level_order(self, what: str) -> None:
         if not self.is_level_ordered:
@@ -302,7 +309,7 @@ class Tree:
         """
         from .topology import Topology  # torch is imported only when device tensors are asked for
 
-        return Topology.from_trees([self] * _positive("to", "batch", batch), device)
+        return Topology.from_trees([self] * _positive("to", "batch", batch, 1, _MAX_BATCH), device)
 
     # ---- identity
 
@@ -401,11 +408,14 @@ def _frozen(array: np.ndarray) -> np.ndarray:
     return array
 
 
-def _positive(function: str, name: str, value: int, least: int = 1) -> int:
-    value = int(value)
+def _positive(function: str, name: str, value: int, least: int = 1, most: int | None = None) -> int:
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"specdec_ops.Tree.{function}: {name} must be an int, got {value!r}")
     if value < least:
         raise ValueError(f"specdec_ops.Tree.{function}: {name} must be at least {least}, got {value}")
-    return value
+    if most is not None and value > most:
+        raise ValueError(f"specdec_ops.Tree.{function}: {name} must be at most {most}, got {value}")
+    return int(value)
 
 
 def _check_parents(parents: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -416,6 +426,8 @@ def _check_parents(parents: Sequence[int] | np.ndarray) -> np.ndarray:
         raise TypeError(f"specdec_ops.Tree: parents must be integers, got {array.dtype}")
     if array.ndim != 1:
         raise ValueError(f"specdec_ops.Tree: parents must be one-dimensional [nodes], got {list(array.shape)}")
+    if array.size > MAX_NODES:
+        raise ValueError(f"specdec_ops.Tree: parents must be of at most {MAX_NODES} nodes, got {array.size}")
     nodes = np.arange(array.size)
     bad = np.flatnonzero((array < -1) | (array >= nodes))
     if bad.size:

@@ -5,10 +5,22 @@ from typing import NamedTuple
 import torch
 
 from . import _library
-from ._checks import KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
+from ._checks import (
+    INT32_MAX,
+    KERNEL_DTYPES,
+    as_int32,
+    is_int,
+    is_number,
+    wrong,
+    wrong_batch,
+    wrong_device,
+    wrong_grad,
+    wrong_strides,
+)
 from .topology import Topology
 
 MAX_SPLITS = 256
+_BEYOND_ALL_NODES = 2**30  # a first node from which on there are none, and to which kernels may add a row
 _QUERY_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
@@ -102,7 +114,7 @@ def tree_attention(
     batch, heads, dim, packed = _check_queries(q, topology)
     _check_caches(q, k_cache, v_cache, page_table, batch, heads, dim)
     if page_table is not None:
-        _check_page_table(page_table, batch, q)
+        page_table = _check_page_table(page_table, batch, q)
     _check_no_grad("tree_attention", q, k_cache, v_cache)
     if topology is None:
         ancestors = depths = num_nodes = offsets = None
@@ -116,6 +128,7 @@ def tree_attention(
         query_starts = None
         if not is_int(query_start) or query_start < 0:
             raise _argument_error("query_start", "an int of at least 0 or int32 [batch]", query_start, is_int)
+        query_start = min(query_start, _BEYOND_ALL_NODES)
     if window is not None and (not is_int(window) or window < 1):
         raise _argument_error("window", "None or an int of at least 1", window, is_int)
     if num_splits is not None and (not is_int(num_splits) or not 1 <= num_splits <= MAX_SPLITS):
@@ -142,7 +155,7 @@ def tree_attention(
         query_starts,
         query_start,
         scale,
-        window or 0,
+        min(window or 0, INT32_MAX),
         softcap or 0.0,
         sinks,
         alibi_slopes,
@@ -192,6 +205,8 @@ def merge_states(
     if out_a.dim() < 2:
         raise ValueError(wrong(op, "out_a", "float32, bfloat16 or float16 [..., heads, dim]", out_a))
     shape = out_a.shape
+    if shape[-1] > INT32_MAX:
+        raise ValueError(wrong(op, "out_a", "of a dim below 2**31", out_a))
     _check_like(op, "out_a", out_a, out_a, shape)
     _check_like(op, "out_b", out_b, out_a, shape)
     _check_like(op, "lse_a", lse_a, out_a, shape[:-1], torch.float32)
@@ -256,7 +271,10 @@ def _check_caches(q, k_cache, v_cache, page_table, batch: int, heads: int, dim: 
     if cache_dim != dim:
         raise ValueError(wrong(op, "k_cache", f"{layout} with q's dim of {dim}", k_cache))
     if kv_heads == 0 or heads % kv_heads != 0:
-        raise ValueError(wrong(op, "k_cache", f"of a number of kv_heads that divides the {heads} heads of q", k_cache))
+        must = f"of a number of kv_heads that divides the {heads} heads of q"
+        raise ValueError(wrong(op, "k_cache", must, k_cache) + _head_major(q, k_cache, layout))
+    if q.numel() > INT32_MAX or k_cache.numel() > INT32_MAX:
+        _check_sizes(q, k_cache)
     if page_table is None:
         if requests != batch:
             raise ValueError(wrong(op, "k_cache", f"{layout} with a batch of {batch} like q", k_cache))
@@ -264,30 +282,48 @@ def _check_caches(q, k_cache, v_cache, page_table, batch: int, heads: int, dim: 
         raise ValueError(wrong(op, "k_cache", f"{layout} with a page_size above 0", k_cache))
 
 
-def _check_page_table(page_table, batch: int, q) -> None:
-    _check_int32("page_table", page_table, "[batch, max_pages]", q)
+def _head_major(q, k_cache, layout: str) -> str:
+    """What to try where heads stand before rows and slots, as PyTorch's own attention has them."""
+    heads = k_cache.shape[1]
+    if heads and k_cache.shape[2] and (q.shape[-2] % heads == 0 or q.shape[-3] % heads == 0):
+        return f"; the layout is {layout}, to which .transpose(1, 2) brings heads that come before slots or queries"
+    return ""
+
+
+def _check_sizes(q, k_cache) -> None:
+    for name, tensor in (("q", q), ("k_cache", k_cache)):
+        if max(tensor.shape) > INT32_MAX:
+            raise ValueError(wrong("tree_attention", name, "of sizes below 2**31", tensor))
+
+
+def _check_page_table(page_table, batch: int, q) -> torch.Tensor:
+    page_table = _check_int32("page_table", page_table, "[batch, max_pages]", q)
     if page_table.dim() != 2 or page_table.shape[0] != batch:
-        raise ValueError(wrong("tree_attention", "page_table", f"int32 [{batch}, max_pages]", page_table))
+        raise ValueError(wrong("tree_attention", "page_table", f"int32 or int64 [{batch}, max_pages]", page_table))
     if page_table.stride()[1] != 1 and page_table.shape[1] > 1:
         raise ValueError(wrong_strides("tree_attention", "page_table", "contiguous in its last dimension", page_table))
+    return page_table
 
 
-def _check_int32(name: str, value, layout: str, q) -> None:
+def _check_int32(name: str, value, layout: str, q) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.int32:
-        raise TypeError(wrong("tree_attention", name, f"int32 {layout}", value))
+        value = as_int32("tree_attention", name, layout, value)
     if value.device != q.device:
         raise ValueError(wrong_device("tree_attention", name, q.device, value))
+    return value
 
 
 def _per_request(name: str, value, batch: int, q) -> torch.Tensor:
     """An int32 [batch] argument as a tensor; an int counts for every request."""
     if is_int(value):
-        if value < 0:
-            raise ValueError(wrong("tree_attention", name, "at least 0", value))
+        if not 0 <= value <= INT32_MAX:
+            raise ValueError(wrong("tree_attention", name, "from 0 to 2**31 - 1", value))
         return torch.full((batch,), value, dtype=torch.int32, device=q.device)
-    _check_int32(name, value, "[batch] or an int", q)
+    value = _check_int32(name, value, "[batch] or an int", q)
     if value.dim() != 1 or value.shape[0] != batch:
-        raise ValueError(wrong("tree_attention", name, f"int32 [{batch}] or an int", value))
+        if value.dim() != 0:
+            raise ValueError(wrong("tree_attention", name, f"int32 or int64 [{batch}] or an int", value))
+        value = value.expand(batch).contiguous()
     if not value.is_contiguous():
         raise ValueError(wrong_strides("tree_attention", name, "contiguous", value))
     return value
@@ -298,9 +334,7 @@ def _topology_tensors(topology: Topology, batch: int, q) -> tuple[torch.Tensor, 
     ancestors, depths, num_nodes = topology.ancestors, topology.depths, topology.num_nodes
     trees, counts = ancestors.shape[0], num_nodes.shape[0]
     if (trees != batch and trees != 1) or (counts != batch and counts != 1):
-        raise ValueError(
-            f"specdec_ops.tree_attention: topology must have a batch of {batch} or 1, got {max(trees, counts)}"
-        )
+        raise ValueError(wrong_batch("tree_attention", batch, max(trees, counts)))
     if ancestors.device != q.device:
         raise ValueError(wrong_device("tree_attention", "topology", q.device, ancestors))
     if trees != counts:  # one shared tree, cut to another size for every request

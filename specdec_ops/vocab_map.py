@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ._checks import is_int, wrong
+from ._checks import INT32_MAX, is_int, wrong
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False, init=False)
@@ -19,7 +19,7 @@ class VocabMap:
 
     Args:
         draft_to_target: int32 or int64 `[draft_vocab]`: the target id of every draft entry, all different. A list or an
-            array will do, and goes to the CPU. (EAGLE-3's `d2t` holds differences: pass `d2t + torch.arange(len(d2t))`.)
+            array will do; it goes to the CPU. (EAGLE-3's `d2t` holds differences: pass `d2t + torch.arange(len(d2t))`.)
         vocab: entries of a row of target logits.
 
     Raises:
@@ -37,13 +37,18 @@ class VocabMap:
     def __init__(self, draft_to_target: torch.Tensor | Sequence[int], vocab: int) -> None:
         ids = draft_to_target
         if not isinstance(ids, torch.Tensor):
-            ids = torch.as_tensor(ids, device="cpu")
+            try:
+                ids = torch.as_tensor(ids, device="cpu")
+            except (RuntimeError, TypeError, ValueError) as error:
+                raise TypeError(wrong("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids)) from error
         if ids.dtype not in (torch.int32, torch.int64):
             raise TypeError(wrong("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids))
         if ids.dim() != 1 or ids.shape[0] < 1:
             raise ValueError(wrong("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids))
         if not is_int(vocab):
             raise TypeError(wrong("VocabMap", "vocab", "an int", vocab))
+        if not 1 <= vocab <= INT32_MAX:
+            raise ValueError(wrong("VocabMap", "vocab", "from 1 to 2**31 - 1", vocab))
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab:
             must = f"of ids from 0 to {vocab - 1}"

@@ -102,11 +102,22 @@ def test_another_framework(monkeypatch):
 
 
 def test_what_can_not_be_shared():
-    """Strings, for instance; and checks name NumPy's default int64."""
+    """Strings, for instance."""
     with pytest.raises(TypeError, match="q can't be shared through DLPack"):
         dlpack.tree_attention(np.array(["a"]), *ARRAYS[1:], CASE.topology, LENGTHS)
-    with pytest.raises(TypeError, match=r"context_lens must be int32 \[batch\] or an int, got int64 \[2\]"):
-        dlpack.tree_attention(*ARRAYS, Tree.chain(2).to(), LENGTHS.astype(np.int64), **OPTIONS)
+
+
+def test_numpy_integers():
+    """Its default int64, and its numbers."""
+    wanted = dlpack.tree_attention(*ARRAYS, CASE.topology, LENGTHS, **OPTIONS)
+    got = dlpack.tree_attention(*ARRAYS, CASE.topology, LENGTHS.astype(np.int64), **OPTIONS)
+    np.testing.assert_array_equal(got, wanted)
+    logits = np.random.default_rng(0).normal(size=(2, 9)).astype(np.float32)
+    wanted = dlpack.sample_tokens(logits, seeds=2**64 - 1, positions=3, temperature=0.5, top_k=4)
+    got = dlpack.sample_tokens(
+        logits, seeds=np.uint64(2**64 - 1), positions=np.int64(3), temperature=np.float64(0.5), top_k=np.array(4)
+    )
+    np.testing.assert_array_equal(got, wanted)
 
 
 def test_acceptance():

@@ -65,18 +65,30 @@ def strided(tensor):
         ({"k_cache": K[:1], "v_cache": V[:1]}, ValueError, "with a batch of 2 like q, got float32 [1, 14, 2, 64]"),
         ({"k_cache": K.to(META)}, ValueError, "k_cache must be on cpu, got a tensor on meta"),
         ({"topology": "chain"}, TypeError, "topology must be a specdec_ops.Topology or None, got 'chain'"),
-        ({"topology": Tree.chain(3)}, TypeError, "topology must be a specdec_ops.Topology or None, got Tree"),
+        (
+            {"topology": Tree.chain(3)},
+            TypeError,
+            "topology must be a specdec_ops.Topology or None, got Tree, of which tree.to(device) makes a Topology",
+        ),
         ({"topology": Tree.chain(3).to(batch=3)}, ValueError, "topology must have a batch of 2 or 1, got 3"),
         ({"topology": TOPOLOGY.to(META)}, ValueError, "topology must be on cpu, got a tensor on meta"),
-        ({"context_lens": LENGTHS.long()}, TypeError, "context_lens must be int32 [batch] or an int, got int64 [2]"),
-        ({"context_lens": [4, 9]}, TypeError, "context_lens must be int32 [batch] or an int, got list"),
-        ({"context_lens": LENGTHS[:1]}, ValueError, "context_lens must be int32 [2] or an int, got int32 [1]"),
+        (
+            {"context_lens": LENGTHS.half()},
+            TypeError,
+            "context_lens must be int32 or int64 [batch] or an int, got float1",
+        ),
+        ({"context_lens": [4, 9]}, TypeError, "context_lens must be int32 or int64 [batch] or an int, got list [4, 9]"),
+        ({"context_lens": LENGTHS[:1]}, ValueError, "context_lens must be int32 or int64 [2] or an int, got int32 [1]"),
         ({"context_lens": LENGTHS.repeat(2)[::2]}, ValueError, "context_lens must be contiguous, got int32 [2] with"),
-        ({"context_lens": -1}, ValueError, "context_lens must be at least 0, got -1"),
+        ({"context_lens": -1}, ValueError, "context_lens must be from 0 to 2**31 - 1, got -1"),
         ({"context_lens": LENGTHS.to(META)}, ValueError, "context_lens must be on cpu, got a tensor on meta"),
         ({"query_start": 1.5}, TypeError, "query_start must be an int of at least 0 or int32 [batch], got 1.5"),
         ({"query_start": -1}, ValueError, "query_start must be an int of at least 0 or int32 [batch], got -1"),
-        ({"query_start": LENGTHS.long()}, TypeError, "query_start must be int32 [batch] or an int, got int64 [2]"),
+        (
+            {"query_start": LENGTHS.short()},
+            TypeError,
+            "query_start must be int32 or int64 [batch] or an int, got int16 [2]",
+        ),
         ({"scale": torch.tensor(0.1)}, TypeError, "scale must be a number or None, got float32 []"),
         ({"k_scale": torch.ones(2)}, TypeError, "k_scale must be a number or None, got float32 [2]"),
         ({"v_scale": "1"}, TypeError, "v_scale must be a number or None, got '1'"),
@@ -135,16 +147,16 @@ TABLE = PAGED.options["page_table"]
 @pytest.mark.parametrize(
     ("table", "kind", "message"),
     [
-        (TABLE.long(), TypeError, "page_table must be int32 [batch, max_pages], got int64 [2, 4]"),
-        (TABLE[:1], ValueError, "page_table must be int32 [2, max_pages], got int32 [1, 4]"),
-        (TABLE[0], ValueError, "page_table must be int32 [2, max_pages], got int32 [4]"),
+        (TABLE.float(), TypeError, "page_table must be int32 or int64 [batch, max_pages], got float32 [2, 4]"),
+        (TABLE[:1], ValueError, "page_table must be int32 or int64 [2, max_pages], got int32 [1, 4]"),
+        (TABLE[0], ValueError, "page_table must be int32 or int64 [2, max_pages], got int32 [4]"),
         (
             TABLE[:, ::2],
             ValueError,
             "page_table must be contiguous in its last dimension, got int32 [2, 2] with strides",
         ),
         (TABLE.to(META), ValueError, "page_table must be on cpu, got a tensor on meta"),
-        (TABLE.tolist(), TypeError, "page_table must be int32 [batch, max_pages], got list"),
+        (TABLE.tolist(), TypeError, "page_table must be int32 or int64 [batch, max_pages], got list"),
     ],
     ids=range(6),
 )
@@ -229,5 +241,5 @@ def test_merge_states_out():
 def test_packed_topology_needs_as_many_offsets():
     """context_lens must fit the offsets."""
     topology = Topology.from_trees([Tree.chain(2)] * 3, packed=True)
-    with pytest.raises(ValueError, match=re.escape("context_lens must be int32 [3] or an int, got int32 [2]")):
+    with pytest.raises(ValueError, match=re.escape("context_lens must be int32 or int64 [3] or an int, got int32 [2]")):
         tree_attention(torch.zeros(6, 4, 64), torch.zeros(3, 14, 2, 64), torch.zeros(3, 14, 2, 64), topology, LENGTHS)

@@ -254,8 +254,8 @@ def swapped(layer, part, value):
             {"layers": swapped(0, 2, torch.zeros(32, DIM).half())},
             r"layers\[0\]\[2\] must be float32 \[32, 48\], got float16",
         ),
-        ({"positions": torch.zeros(2)}, r"positions must be int32 \[2\], got float32 \[2\]"),
-        ({"slots": ids([1], "cpu")}, r"slots must be int32 \[2\], got int32 \[1\]"),
+        ({"positions": torch.zeros(2)}, r"positions must be int32 or int64 \[2\], got float32 \[2\]"),
+        ({"slots": ids([1], "cpu")}, r"slots must be int32 or int64 \[2\], got int32 \[1\]"),
         ({"k_caches": []}, "k_caches and v_caches must be of one length of at least 1, got 0, 3"),
         (
             {"v_caches": caches(torch.float32, "cpu", 1, 5)},
@@ -265,7 +265,7 @@ def swapped(layer, part, value):
         ({"rope": (torch.ones(4, 9), torch.ones(4, 9))}, r"rope\[0\] must be two tables .* of at most 8 pairs"),
         ({"rope": "yes"}, r"rope must be \(cos, sin\), a number or None, got 'yes'"),
         ({"norm_eps": -1}, "norm_eps must be a number of at least 0, got -1"),
-        ({"page_table": torch.zeros(1, 2)}, r"page_table must be int32 \[batch, max_pages\], got float32"),
+        ({"page_table": torch.zeros(1, 2)}, r"page_table must be int32 or int64 \[batch, max_pages\], got float32"),
         (
             {"k_caches": caches(torch.float32, "cpu", 2, 4), "v_caches": caches(torch.float32, "cpu", 2, 4)},
             "requests must be given with a batch of 2, got None",

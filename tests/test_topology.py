@@ -231,15 +231,15 @@ def test_position_ids():
 @pytest.mark.parametrize(
     ("error", "arguments", "options", "message"),
     [
-        (TypeError, ([[-1]],), {}, r"parents must be an int32 tensor \[batch, nodes\], got list"),
-        (TypeError, (torch.zeros(1, 2),), {}, r"parents must be an int32 tensor .*, got float32 \[1, 2\]"),
-        (ValueError, (torch.zeros(2).int(),), {}, r"parents must be int32 \[batch, nodes\], got int32 \[2\]"),
-        (TypeError, (torch.zeros(1, 2).int(), 2), {}, r"num_nodes must be an int32 tensor \[1\], got 2"),
+        (TypeError, ([[-1]],), {}, r"parents must be int32 or int64 \[batch, nodes\], got list"),
+        (TypeError, (torch.zeros(1, 2),), {}, r"parents must be int32 or int64 .*, got float32 \[1, 2\]"),
+        (ValueError, (torch.zeros(2).int(),), {}, r"parents must be int32 or int64 \[batch, nodes\], got int32 \[2\]"),
+        (TypeError, (torch.zeros(1, 2).int(), 2), {}, r"num_nodes must be int32 or int64 \[1\], got 2"),
         (
             ValueError,
             (torch.zeros(1, 2).int(), torch.zeros(2).int()),
             {},
-            r"num_nodes must be int32 \[1\], got int32 \[2\]",
+            r"num_nodes must be int32 or int64 \[1\], got int32 \[2\]",
         ),
         (ValueError, (torch.zeros(1, 2).int(),), {"backend": "best"}, r"backend must be one of auto, .*, got 'best'"),
         (TypeError, (torch.zeros(1, 2).int(),), {"out": 3}, r"out must be a Topology, got 3"),
