@@ -99,9 +99,11 @@ def test_the_table_is_complete():
         assert given | hints <= set(INTEGERS.get(name, ())), name
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("backend", ["cpu", "torch", "triton"])
 def test_what_great_integers_mean(backend):
     """Where they are taken, they mean what they say."""
+    if why := specdec_ops.backends("tree_attention")[backend]:
+        pytest.skip(why)
     attention = {"backend": backend}
     everything = run("tree_attention", **attention)
     for window in (2**31 - 1, 2**31, 2**64):
@@ -149,7 +151,10 @@ def test_sizes(name):
 
 def test_sizes_of_vocabularies():
     """Rows are contiguous, so such a row takes memory; it is only reserved, since nothing looks at it."""
-    row = torch.empty(1, 2**31, dtype=torch.float16)
+    try:
+        row = torch.empty(1, 2**31, dtype=torch.float16)
+    except RuntimeError:
+        pytest.skip("this machine does not reserve 4 GiB")
     text = one_sentence(specdec_ops.sample_tokens, row, seeds=0, positions=0)
     assert "logits must be [rows, vocab] with sizes below 2**31, got float16 [1, 2147483648]" in text
     text = one_sentence(specdec_ops.greedy_accept, row[None], torch.zeros(1, 1).int(), Tree.chain(1).to("cpu"))
@@ -164,10 +169,8 @@ def test_slots_of_kv_propagate():
     """Pages times their size."""
     table = torch.zeros(2, 1, dtype=torch.int32).expand(2, 2**29)
     text = one_sentence(run, "kv_propagate", page_table=table)
-    assert (
-        "page_table must be [batch, max_pages] of fewer than 2**31 requests and slots, 4 to a page, got int32 [2, 536870912]"
-        in text
-    )
+    must = "[batch, max_pages] of fewer than 2**31 requests and slots, 4 to a page"
+    assert f"page_table must be {must}, got int32 [2, 536870912]" in text
 
 
 def test_trees():
