@@ -146,13 +146,13 @@ def match_accept(
             siblings it is in.
         topology: the trees, of batch 1 or that of target_logits, with room for its nodes. Node 0 is the last committed
             token.
-        seeds: int64 `[batch]`, or an int for all requests. All noise of a request is a function of its seed and of
-            positions; requests with equal seeds and equal inputs get equal results.
-        positions: int32 `[batch]`, or an int: the absolute position of node 0 (the number of tokens before it). It must
-            grow from round to round, as it does, so that no noise is used twice.
+        seeds: int64 `[batch]` (uint64, int32 or uint32 too), or an int for all requests. All noise of a request is a
+            function of its seed and of positions; requests with equal seeds and equal inputs get equal results.
+        positions: int32 or int64 `[batch]`, or an int: the absolute position of node 0 (the number of tokens before
+            it). It must grow from round to round, as it does, so that no noise is used twice.
         temperature: float32 `[batch]` or a number of at least 0. At 0 a request is greedy. Values on the device are not
             checked.
-        top_k: int32 `[batch]` or an int: keep the k most likely tokens; 0 is off.
+        top_k: int32 or int64 `[batch]` or an int: keep the k most likely tokens; 0 is off.
         top_p: float32 `[batch]` or a number: of these, keep the most likely ones that together have at least this
             share, and at least one; 1 is off. Among equal logits the lowest ids are kept.
         eos: up to 8 ids that end a sequence: nothing after one is accepted, and next_token is -1.
@@ -215,7 +215,7 @@ def chain_accept(
             is 0.
         rule: "token": each token is tested alone (Leviathan et al., 2023; Chen et al., 2023). "block": the same law
             with more tokens accepted, by looking at all of them before deciding (block verification, Sun et al., 2024).
-        num_steps: int32 `[batch]` or an int: how many leading steps exist; all by default.
+        num_steps: int32 or int64 `[batch]` or an int: how many leading steps exist; all by default.
         seeds: see match_accept, as for positions, temperature, top_k, top_p, eos, out and backend.
         positions: the absolute position of the last committed token, which is the one before draft_tokens.
         temperature: of the target.

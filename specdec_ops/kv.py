@@ -43,10 +43,10 @@ def kv_propagate(
         layers: per skipped layer `(norm_weight, k_weight, v_weight)`: the RMSNorm before its attention `[dim]` in
             hidden's dtype or float32, and the projections `[kv_heads * head_dim, dim]` in hidden's dtype, contiguous.
             norm_weight is None in all layers or in none: None means no norm.
-        positions: int32 `[rows]`, for the rotation.
-        slots: int32 `[rows]`: where each row goes in its request's cache, no two rows of a request to the same one. A
-            row with a slot of -1 is padding. Rows whose slot, request, page or (with tables) position does not exist
-            are not stored either: values on the device are not checked.
+        positions: int32 or int64 `[rows]`, for the rotation.
+        slots: int32 or int64 `[rows]`: where each row goes in its request's cache, no two rows of a request to the same
+            one. A row with a slot of -1 is padding. Rows whose slot, request, page or (with tables) position does not
+            exist are not stored either: values on the device are not checked.
         k_caches: per skipped layer, in hidden's dtype, `[batch, slots, kv_heads, head_dim]`, or
             `[pages, page_size, kv_heads, head_dim]` with `page_table`. All of one shape. Any strides with a contiguous
             last dimension.
@@ -58,8 +58,8 @@ def kv_propagate(
         interleaved: which elements form pair i: `2 i` and `2 i + 1` (GPT-J, Llama's original code), or, by default, `i`
             and `pairs + i` (rotate-half: Hugging Face, GPT-NeoX).
         norm_eps: added to the mean square.
-        requests: int32 `[rows]`: the request of each row, ragged as it may be. None: all are of request 0.
-        page_table: int32 `[batch, max_pages]`: slot j of request b is in page `page_table[b, j // page_size]`.
+        requests: int32 or int64 `[rows]`: the request of each row, ragged as it may be. None: all are of request 0.
+        page_table: int32 or int64 `[batch, max_pages]`: slot j of request b is in page `page_table[b, j // page_size]`.
         backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("kv_propagate")`. float64 runs
             with torch.
 

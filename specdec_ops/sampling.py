@@ -58,10 +58,10 @@ def sample_tokens(
     Args:
         logits: float32, bfloat16 or float16 `[rows, vocab]`, any strides with a contiguous last dimension. float64 runs
             with the torch backend.
-        seeds: int64 `[rows]`, or an int for all rows.
-        positions: int32 `[rows]`, or an int: the absolute position of the token to be drawn.
+        seeds: int64 `[rows]` (uint64, int32 or uint32 too), or an int for all rows.
+        positions: int32 or int64 `[rows]`, or an int: the absolute position of the token to be drawn.
         temperature: float32 `[rows]` or a number of at least 0; at 0 the row's argmax, the lowest id among equals.
-        top_k: int32 `[rows]` or an int: keep the k most likely tokens; 0 is off.
+        top_k: int32 or int64 `[rows]` or an int: keep the k most likely tokens; 0 is off.
         top_p: float32 `[rows]` or a number: of these, keep the most likely ones that together have at least this share,
             and at least one; 1 is off.
         out: int32 `[rows]`, contiguous: where to write.
@@ -118,15 +118,15 @@ def sample_children(
             with a contiguous last dimension: one row for each node that is to have children.
         count: children per row, from 1.
         replacement: whether a row's children may repeat. Without, all of them come from one race, in order of finish.
-        seeds: int64 `[batch]`, or an int for all requests: those that acceptance gets.
-        positions: int32 `[batch]`, or an int: the absolute position of node 0, as acceptance gets it. Not that of the
-            row.
-        parents: int32 `[batch, rows]`: the node whose children each row draws. Nodes of one round must get different
-            noise, so no node may be drawn for twice.
+        seeds: int64 `[batch]` (uint64, int32 or uint32 too), or an int for all requests: those that acceptance gets.
+        positions: int32 or int64 `[batch]`, or an int: the absolute position of node 0, as acceptance gets it. Not that
+            of the row.
+        parents: int32 or int64 `[batch, rows]`: the node whose children each row draws. Nodes of one round must get
+            different noise, so no node may be drawn for twice.
         first_parent: where parents is None, row r is node `first_parent + r`.
         temperature: float32 `[batch]` or a number of at least 0. At 0 the most likely tokens in order (with
             replacement: the argmax each time).
-        top_k: int32 `[batch]` or an int: keep the k most likely tokens; 0 is off.
+        top_k: int32 or int64 `[batch]` or an int: keep the k most likely tokens; 0 is off.
         top_p: float32 `[batch]` or a number: of these, keep the most likely ones that together have at least this
             share, and at least one; 1 is off.
         vocab_map: the tokens that the entries of draft_logits stand for.

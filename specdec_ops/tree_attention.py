@@ -77,10 +77,10 @@ def tree_attention(
         v_cache: of the same shape and dtype as k_cache.
         topology: the trees, with batch 1 for one tree shared by all requests. None: no tree, every row sees exactly the
             context (cross-attention) and stands at position `context_lens[b]`.
-        context_lens: int32 `[batch]`, the slots in use before the tree; or an int for all requests.
-        page_table: int32 `[batch, max_pages]`: slot j of request b is in page `page_table[b, j // page_size]`.
-        query_start: the node of row 0: an int, or int32 `[batch]`. For a draft that grows level by level, where only
-            the newest nodes ask.
+        context_lens: int32 or int64 `[batch]`, the slots in use before the tree; or an int for all requests.
+        page_table: int32 or int64 `[batch, max_pages]`: slot j of request b is in page `page_table[b, j // page_size]`.
+        query_start: the node of row 0: an int, or int32 or int64 `[batch]`. For a draft that grows level by level,
+            where only the newest nodes ask.
         scale: multiplies q . k; `dim ** -0.5` by default.
         window: a row sees positions p with `0 <= its own position - p < window`. Counted by depth, so that siblings see
             the same context.
