@@ -19,6 +19,7 @@ from ._checks import (
     wrong_device,
     wrong_grad,
     wrong_strides,
+    wrong_topology,
 )
 from .topology import Topology
 from .vocab_map import VocabMap
@@ -60,7 +61,7 @@ def check_ids(op: str, name: str, value, batch: int, columns: int, device) -> to
         value = as_int32(op, name, f"[{batch}, {columns}]", value)
     if value.shape != (batch, columns):
         sentence = wrong(op, name, f"int32 or int64 [{batch}, {columns}]", value)
-        raise ValueError(f"{sentence}; each is of one row of logits")
+        raise ValueError(f"{sentence}; there is one for each row of logits")
     if value.device != device:
         raise ValueError(wrong_device(op, name, device, value))
     return value if value.is_contiguous() else value.contiguous()
@@ -69,7 +70,7 @@ def check_ids(op: str, name: str, value, batch: int, columns: int, device) -> to
 def check_links(op: str, topology, batch: int, nodes: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """The topology's first_child, next_sibling [batch or 1, nodes] and num_nodes [batch or 1], of one batch size."""
     if not isinstance(topology, Topology):
-        raise TypeError(wrong(op, "topology", "a specdec_ops.Topology", topology))
+        raise TypeError(wrong_topology(op, "a specdec_ops.Topology", topology))
     first_child, next_sibling, num_nodes = topology.first_child, topology.next_sibling, topology.num_nodes
     trees, room = first_child.shape
     counts = num_nodes.shape[0]
@@ -165,7 +166,7 @@ def check_noise(op: str, seeds, positions, batch: int, device) -> tuple:
     if isinstance(positions, torch.Tensor):
         return (*seeds, 0, check_per_request(op, "positions", positions, torch.int32, batch, device))
     if not is_int(positions):
-        raise TypeError(wrong(op, "positions", "an int or int32 [batch]", positions))
+        raise TypeError(wrong(op, "positions", "an int, or int32 or int64 [batch]", positions))
     if not 0 <= positions <= INT32_MAX:
         raise ValueError(wrong(op, "positions", "an int from 0 to 2**31 - 1", positions))
     return (*seeds, positions, None)
@@ -177,7 +178,8 @@ def check_eos(op: str, eos) -> tuple:
         return ()
     ids = (eos,) if is_int(eos) else eos
     if not isinstance(ids, tuple | list) or not all([is_int(token) for token in ids]):
-        raise TypeError(wrong(op, "eos", f"None, an int or up to {MAX_EOS} ints", eos))
+        how = "; its tolist() has them" if isinstance(eos, torch.Tensor) else ""
+        raise TypeError(wrong(op, "eos", f"None, an int or up to {MAX_EOS} ints", eos) + how)
     if len(ids) > MAX_EOS or not all([0 <= token <= INT32_MAX for token in ids]):
         must = f"None, an int or up to {MAX_EOS} ints, each from 0 to 2**31 - 1"
         raise ValueError(f"specdec_ops.{op}: eos must be {must}, got {eos}")
@@ -244,7 +246,7 @@ def _top_k(op: str, name: str, value, batch: int, device) -> tuple:
     if isinstance(value, torch.Tensor):
         return 0, check_per_request(op, name, value, torch.int32, batch, device)
     if not is_int(value):
-        raise TypeError(wrong(op, name, "an int or int32 [batch]", value))
+        raise TypeError(wrong(op, name, "an int, or int32 or int64 [batch]", value))
     if not 0 <= value <= INT32_MAX:
         raise ValueError(wrong(op, name, "an int from 0 (off) to 2**31 - 1", value))
     return value, None

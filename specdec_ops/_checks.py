@@ -7,8 +7,6 @@ torch.compile can trace through the checks. It also converts the integers that o
 import numpy as np
 import torch
 
-from .tree import Tree
-
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32_MAX = 2**31 - 1
 _SHORT = 60  # characters of a list that is worth repeating
@@ -16,7 +14,7 @@ _SHORTER_INTS = (torch.int32, torch.uint32)
 
 
 def describe(value) -> str:
-    """`float32 [2, 3]` for a tensor, the value itself for a number or a string, else its type, and what would help."""
+    """`float32 [2, 3]` for a tensor, the value itself for a number, a string or a short list, else its type."""
     if isinstance(value, torch.Tensor):
         return f"{describe_dtype(value.dtype)} {list(value.shape)}"
     if value is None or type(value) in (bool, int, float, str):
@@ -25,12 +23,10 @@ def describe(value) -> str:
     if isinstance(value, np.generic):
         return f"numpy.{name}({value}), of which int() or float() makes a number"
     if isinstance(value, np.ndarray):
-        return f"ndarray {value.dtype} {list(value.shape)}; use torch.from_numpy, or specdec_ops.dlpack"
-    if isinstance(value, Tree):
-        return "Tree, of which tree.to(device) makes a Topology, once for all calls"
+        return f"ndarray {value.dtype} {list(value.shape)}"
     if type(value) in (list, tuple) and len(repr(value)) <= _SHORT:
         return f"{name} {value!r}"
-    return f"{name}; use torch.from_dlpack, or specdec_ops.dlpack" if hasattr(value, "__dlpack__") else name
+    return name
 
 
 def describe_dtype(dtype: torch.dtype) -> str:
@@ -39,8 +35,13 @@ def describe_dtype(dtype: torch.dtype) -> str:
 
 
 def wrong(op: str, name: str, must: str, value) -> str:
-    """The uniform sentence."""
-    return f"specdec_ops.{op}: {name} must be {must}, got {describe(value)}"
+    """The uniform sentence, and what would help where something like a tensor stands for one."""
+    sentence = f"specdec_ops.{op}: {name} must be {must}, got {describe(value)}"
+    if isinstance(value, torch.nn.Module):
+        return f"{sentence}, a module; its weight may be meant"
+    if "32" in must and hasattr(value, "__dlpack__") and not isinstance(value, torch.Tensor | np.generic):
+        return f"{sentence}; torch.from_dlpack makes a tensor of it, and specdec_ops.dlpack takes it"
+    return sentence
 
 
 def wrong_strides(op: str, name: str, must: str, value: torch.Tensor) -> str:
@@ -51,6 +52,13 @@ def wrong_strides(op: str, name: str, must: str, value: torch.Tensor) -> str:
 def wrong_device(op: str, name: str, device: torch.device, value: torch.Tensor) -> str:
     """The same sentence for a tensor that lies elsewhere than the op's first argument."""
     return f"specdec_ops.{op}: {name} must be on {device}, got a tensor on {value.device}"
+
+
+def wrong_topology(op: str, must: str, value) -> str:
+    """The same sentence for what is no topology, and how to come by one."""
+    got = describe(value) if isinstance(value, torch.Tensor | str | None) else type(value).__name__
+    how = "tree.to(device) makes one of a Tree, once for all calls, and build_topology of parents on the device"
+    return f"specdec_ops.{op}: topology must be {must}, got {got}; {how}"
 
 
 def wrong_batch(op: str, batch: int, got: int) -> str:

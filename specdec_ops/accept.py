@@ -238,7 +238,7 @@ def chain_accept(
         TypeError, ValueError, RuntimeError: as in match_accept.
     """
     op = "chain_accept"
-    if rule not in _CHAIN_RULES:
+    if not isinstance(rule, str) or rule not in _CHAIN_RULES:
         raise ValueError(wrong(op, "rule", "'token' or 'block'", rule))
     layout = "[batch, steps + 1, vocab]"
     batch, nodes, vocab = check_target(op, target_logits, layout)
@@ -380,11 +380,11 @@ def accepted(op: str, arguments: tuple, most: int, max_depth: int | None, out, b
 
 def _check_rule(op: str, rule, replacement, draft_rows, draft_logits) -> bool:
     """Check the options that say what kind of draft it is; return whether rows belong to the children."""
-    if rule not in _TREE_RULES:
+    if not isinstance(rule, str) or rule not in _TREE_RULES:
         raise ValueError(wrong(op, "rule", "'recursive', 'traversal', 'coin' or 'kseq'", rule))
     if type(replacement) is not bool:
         raise TypeError(wrong(op, "replacement", "a bool", replacement))
-    if draft_rows != "parent" and draft_rows != "child":
+    if not isinstance(draft_rows, str) or draft_rows not in ("parent", "child"):
         raise ValueError(wrong(op, "draft_rows", "'parent' or 'child'", draft_rows))
     if draft_logits is None:
         if rule == "kseq":
@@ -421,7 +421,7 @@ def _num_nodes(op: str, num_steps, steps: int, batch: int, target: torch.Tensor)
     if num_steps is None:
         num_steps = steps
     elif not is_int(num_steps):
-        raise TypeError(wrong(op, "num_steps", "None, an int or int32 [batch]", num_steps))
+        raise TypeError(wrong(op, "num_steps", "None, an int, or int32 or int64 [batch]", num_steps))
     elif not 0 <= num_steps <= steps:
         raise ValueError(wrong(op, "num_steps", f"an int from 0 to {steps}", num_steps))
     device = target.device

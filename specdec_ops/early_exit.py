@@ -178,9 +178,9 @@ def early_exit(
     op = "early_exit"
     arguments = check_arguments(op, hidden, head, norm_weight, norm_eps, bias, temperature, vocab_map)
     check_top_k(op, top_k)
-    if measure not in MEASURES:
+    if not isinstance(measure, str) or measure not in MEASURES:
         raise ValueError(wrong(op, "measure", "'max_prob', 'margin' or 'entropy'", measure))
-    if level not in LEVELS:
+    if not isinstance(level, str) or level not in LEVELS:
         raise ValueError(wrong(op, "level", "'row', 'any' or 'all'", level))
     limit = per_row(op, "threshold", threshold, hidden)
     screening = check_screen(op, screen, tolerance, hidden, head)
@@ -252,7 +252,8 @@ def check_head(op: str, head, dim: int, hidden: torch.Tensor) -> tuple[torch.Ten
     elif head.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(wrong_grad(op))
     if head.dim() != 2 or head.shape[1] != dim or head.shape[0] < 1:
-        raise ValueError(wrong(op, "head", f"[vocab, {dim}] with a vocab of at least 1", head))
+        how = "; head.T.contiguous() fits" if head.dim() == 2 and head.shape[0] == dim else ""
+        raise ValueError(wrong(op, "head", f"[vocab, {dim}] with a vocab of at least 1", head) + how)
     if not head.is_contiguous():
         raise ValueError(wrong_strides(op, "head", "contiguous", head))
     if head.device != hidden.device:
@@ -302,6 +303,8 @@ def check_vector(op: str, name: str, value, length: int, dtypes: tuple, device) 
         raise ValueError(wrong_strides(op, name, "contiguous", value))
     if value.device != device:
         raise ValueError(wrong_device(op, name, device, value))
+    if value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(wrong_grad(op))
 
 
 def per_row(op: str, name: str, value, hidden: torch.Tensor) -> tuple[float, torch.Tensor | None]:
@@ -310,6 +313,8 @@ def per_row(op: str, name: str, value, hidden: torch.Tensor) -> tuple[float, tor
         return float(value), None
     if not isinstance(value, torch.Tensor):
         raise TypeError(wrong(op, name, f"a number or float32 [{hidden.shape[0]}]", value))
+    if value.dim() == 0:
+        value = value.expand(hidden.shape[0]).contiguous()
     check_vector(op, name, value, hidden.shape[0], (torch.float32,), hidden.device)
     return 0.0, value
 

@@ -67,6 +67,8 @@ def bound_head(head: torch.Tensor | QuantizedHead, ends: Sequence[int] | None = 
         raise TypeError(wrong(op, "head", "float32, bfloat16 or float16 [vocab, dim], or a QuantizedHead", head))
     elif head.dim() != 2 or 0 in head.shape:
         raise ValueError(wrong(op, "head", "[vocab, dim] with at least one of each", head))
+    elif head.is_meta:
+        raise ValueError("specdec_ops.bound_head: head must be of values, got a tensor on meta")
     elif not head.isfinite().all():
         raise ValueError("specdec_ops.bound_head: head must be finite, got NaN or infinity in it")
     else:

@@ -7,7 +7,17 @@ from collections.abc import Sequence
 import torch
 
 from . import _library_kv
-from ._checks import INT32_MAX, KERNEL_DTYPES, as_int32, is_number, wrong, wrong_device, wrong_grad, wrong_strides
+from ._checks import (
+    INT32_MAX,
+    KERNEL_DTYPES,
+    as_int32,
+    describe_dtype,
+    is_number,
+    wrong,
+    wrong_device,
+    wrong_grad,
+    wrong_strides,
+)
 
 _OP = "kv_propagate"
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -131,6 +141,9 @@ def _angles(hidden, rope, positions, slots, head_dim: int):
 
 
 def _check_caches(hidden, k_caches, v_caches, page_table) -> None:
+    for name, caches in (("k_caches", k_caches), ("v_caches", v_caches)):
+        if not isinstance(caches, list | tuple | Sequence | torch.Tensor):
+            raise TypeError(wrong(_OP, name, "a sequence of tensors", caches))
     if len(k_caches) == 0 or len(v_caches) != len(k_caches):
         must = "of one length of at least 1"
         raise ValueError(
@@ -172,10 +185,14 @@ def _is_int32(value) -> bool:
 
 def _layers(hidden, layers, caches) -> tuple[list, list, list]:
     """The norms (none, or one per layer) and projections of the layers."""
+    if not isinstance(layers, list | tuple | Sequence):
+        raise TypeError(wrong(_OP, "layers", "a sequence of (norm_weight, k_weight, v_weight)", layers))
     if len(layers) != len(caches):
         raise ValueError(f"specdec_ops.{_OP}: layers must be {len(caches)}, one per cache, got {len(layers)}")
     dim, width = hidden.shape[1], caches[0].shape[2] * caches[0].shape[3]
     for index, layer in enumerate(layers):
+        if not isinstance(layer, list | tuple | Sequence):
+            raise TypeError(wrong(_OP, f"layers[{index}]", "(norm_weight, k_weight, v_weight)", layer))
         if len(layer) != 3:
             must = "(norm_weight, k_weight, v_weight)"
             raise ValueError(f"specdec_ops.{_OP}: layers[{index}] must be {must}, got {len(layer)} entries")
@@ -188,7 +205,12 @@ def _layers(hidden, layers, caches) -> tuple[list, list, list]:
             dtypes = (hidden.dtype, torch.float32) if part == 0 else (hidden.dtype,)
             _check_tensor(name, weight, str(list(shape)), len(shape), dtypes, hidden)
             if weight.shape != shape:
-                raise ValueError(wrong(_OP, name, str(list(shape)), weight))
+                _, slots, _, head_dim = caches[0].shape
+                how = (
+                    "; caches are [..., slots, kv_heads, head_dim], to which .transpose(1, 2) brings heads before slots"
+                )
+                sentence = wrong(_OP, name, str(list(shape)), weight)
+                raise ValueError(sentence + how if weight.shape[0] == slots * head_dim else sentence)
             if not weight.is_contiguous():
                 raise ValueError(wrong_strides(_OP, name, "contiguous", weight))
     norms, keys, values = (list(parts) for parts in zip(*layers, strict=True))
@@ -204,8 +226,8 @@ def _check_ids(name: str, ids, rows: int, hidden) -> torch.Tensor:
 
 
 def _check_tensor(name: str, value, layout: str, dims: int, dtypes: tuple, hidden) -> None:
-    names = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes if dtype != torch.float64))
-    must = f"{names or 'float64'} {layout}"
+    *names, last = dict.fromkeys(describe_dtype(dtype) for dtype in dtypes if dtype != torch.float64) or ("float64",)
+    must = f"{', '.join(names)} or {last} {layout}" if names else f"{last} {layout}"
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
         raise TypeError(wrong(_OP, name, must, value))
     if value.dim() != dims:

@@ -75,6 +75,8 @@ def quantize_head(head: torch.Tensor) -> QuantizedHead:
         raise TypeError(wrong("quantize_head", "head", "float32, bfloat16 or float16 [vocab, dim]", head))
     if head.dim() != 2 or 0 in head.shape:
         raise ValueError(wrong("quantize_head", "head", "[vocab, dim] with at least one of each", head))
+    if head.is_meta:
+        raise ValueError("specdec_ops.quantize_head: head must be of values, got a tensor on meta")
     values = _empty(head.shape, head.device)
     lists: tuple[list, list, list] = ([], [], [])
     gram = [0.0] * len(range(0, head.shape[1], _GRAM_COLUMNS))

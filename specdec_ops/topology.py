@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -60,8 +60,8 @@ class Topology:
             device: a torch device.
             packed: also make `offsets`, for queries that hold the nodes of all requests without padding.
         """
-        trees = list(trees)
-        if not trees or not all(isinstance(tree, Tree) for tree in trees):
+        trees = list(trees) if isinstance(trees, Iterable) and not isinstance(trees, Tree) else trees
+        if not isinstance(trees, list) or not trees or not all(isinstance(tree, Tree) for tree in trees):
             raise TypeError(wrong("Topology.from_trees", "trees", "a sequence of at least one specdec_ops.Tree", trees))
         sizes = np.array([len(tree) for tree in trees], np.int32)
         batch, nodes = len(trees), int(sizes.max())
@@ -208,6 +208,9 @@ def build_topology(
         RuntimeError: the named backend is not available.
     """
     if not isinstance(parents, torch.Tensor) or parents.dtype != torch.int32:
+        if isinstance(parents, Tree):
+            must = "int32 or int64 [batch, nodes]"
+            raise TypeError(f"{wrong('build_topology', 'parents', must, parents)}; tree.to(device) makes its Topology")
         parents = as_int32("build_topology", "parents", "[batch, nodes]", parents)
     if parents.dim() != 2:
         raise ValueError(wrong("build_topology", "parents", "int32 or int64 [batch, nodes]", parents))

@@ -63,6 +63,8 @@ class Tree:
             branching: children per node, level by level; each at least 1.
             root: put the last committed token in front as node 0, the parent of the first level (45 nodes above).
         """
+        if not isinstance(branching, Iterable):
+            raise TypeError(f"specdec_ops.Tree.from_branching: branching must be a sequence of ints, got {branching!r}")
         branching = [_positive("from_branching", "branching", width) for width in branching]
         _positive("from_branching", "nodes", sum(itertools.accumulate(branching, int.__mul__)), 0, MAX_NODES)
         levels = []
@@ -90,6 +92,9 @@ class Tree:
         Raises:
             ValueError: a path is empty, negative or repeated, or its prefix is missing.
         """
+        choices = list(choices) if isinstance(choices, Iterable) else [choices]
+        if not all(isinstance(choice, Iterable) for choice in choices):
+            raise TypeError(f"specdec_ops.Tree.from_paths: choices must be sequences of ranks, got {choices!r}")
         paths = (tuple(int(rank) for rank in choice) for choice in choices)
         ordered = sorted(paths, key=lambda path: (len(path), path))
         index: dict[tuple[int, ...], int] = {(): -1}

@@ -16,6 +16,7 @@ from ._checks import (
     wrong_device,
     wrong_grad,
     wrong_strides,
+    wrong_topology,
 )
 from .topology import Topology
 
@@ -127,7 +128,7 @@ def tree_attention(
     else:
         query_starts = None
         if not is_int(query_start) or query_start < 0:
-            raise _argument_error("query_start", "an int of at least 0 or int32 [batch]", query_start, is_int)
+            raise _argument_error("query_start", "an int of at least 0, or int32 or int64 [batch]", query_start, is_int)
         query_start = min(query_start, _BEYOND_ALL_NODES)
     if window is not None and (not is_int(window) or window < 1):
         raise _argument_error("window", "None or an int of at least 1", window, is_int)
@@ -234,7 +235,7 @@ def _check_queries(q, topology) -> tuple[int, int, int, bool]:
     if not isinstance(q, torch.Tensor) or q.dtype not in _QUERY_DTYPES:
         raise TypeError(wrong("tree_attention", "q", must, q))
     if topology is not None and not isinstance(topology, Topology):
-        raise TypeError(wrong("tree_attention", "topology", "a specdec_ops.Topology or None", topology))
+        raise TypeError(wrong_topology("tree_attention", "a specdec_ops.Topology or None", topology))
     if q.dim() == 4:
         batch, _, heads, dim = q.shape
         packed = False
@@ -277,15 +278,17 @@ def _check_caches(q, k_cache, v_cache, page_table, batch: int, heads: int, dim: 
         _check_sizes(q, k_cache)
     if page_table is None:
         if requests != batch:
-            raise ValueError(wrong(op, "k_cache", f"{layout} with a batch of {batch} like q", k_cache))
+            sentence = wrong(op, "k_cache", f"{layout} with a batch of {batch} like q", k_cache)
+            raise ValueError(f"{sentence}; a cache of pages takes a page_table")
     elif page_size == 0:
         raise ValueError(wrong(op, "k_cache", f"{layout} with a page_size above 0", k_cache))
 
 
 def _head_major(q, k_cache, layout: str) -> str:
     """What to try where heads stand before rows and slots, as PyTorch's own attention has them."""
-    heads = k_cache.shape[1]
-    if heads and k_cache.shape[2] and (q.shape[-2] % heads == 0 or q.shape[-3] % heads == 0):
+    _, second, third, _ = k_cache.shape
+    queries, heads = q.shape[-3:-1]
+    if (second and (heads % second == 0 or queries % second == 0)) or (third and queries % third == 0):
         return f"; the layout is {layout}, to which .transpose(1, 2) brings heads that come before slots or queries"
     return ""
 
@@ -356,6 +359,7 @@ def _check_per_head(name: str, value, heads: int, q) -> None:
         raise ValueError(wrong_strides("tree_attention", name, "contiguous", value))
     if value.device != q.device:
         raise ValueError(wrong_device("tree_attention", name, q.device, value))
+    _check_no_grad("tree_attention", value)
 
 
 def _scales(dim: int, scale, k_scale, v_scale) -> tuple[float, float]:

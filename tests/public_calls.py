@@ -3,6 +3,7 @@
 A new function gets an entry in CALLS. Inputs are made once; a call that writes to one of its arguments copies it.
 """
 
+import copy
 import dataclasses
 import itertools
 from collections.abc import Callable
@@ -139,7 +140,9 @@ def _exits() -> dict[str, Call]:
         "exit_confidence": Call(exit_confidence, "exit_confidence", arguments),
         "exit_confidence int8": Call(exit_confidence, "exit_confidence", {**arguments, "head": quantised}),
         "exit_confidence screen": Call(exit_confidence, "screened_exit", {**arguments, "screen": quantised}),
-        "early_exit": Call(early_exit, "exit_confidence", {**arguments, "threshold": 0.2}),
+        "early_exit": Call(
+            early_exit, "exit_confidence", {**arguments, "threshold": 0.2, "measure": "margin", "level": "any"}
+        ),
         "early_exit bounds": Call(early_exit, "bounded_exit", {**arguments, "threshold": 0.2, "bounds": bounds}),
         "exit_mlp": Call(specdec_ops.exit_mlp, "exit_mlp", {"features": hidden, "layers": layers}),
         "kv_propagate": Call(_propagated, "kv_propagate", propagate),
@@ -148,7 +151,7 @@ def _exits() -> dict[str, Call]:
 
 def _propagated(hidden, layers, positions, slots, k_caches, v_caches, **options):
     """kv_propagate into copies of the caches."""
-    copies = [[cache.clone() for cache in caches] for caches in (k_caches, v_caches)]
+    copies = [copy.deepcopy(caches) for caches in (k_caches, v_caches)]
     kv_propagate(hidden, layers, positions, slots, *copies, **options)
     return copies
 

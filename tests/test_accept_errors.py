@@ -105,7 +105,7 @@ def test_draft_tokens(op):
 @pytest.mark.parametrize("op", [op for op in ACCEPTS if op != "chain_accept"])
 def test_topology(op):
     """Type, batch, room, device."""
-    fails(op, TypeError, "topology must be a specdec_ops.Topology, got Tree, of which tree.to(device)", topology=TREE)
+    fails(op, TypeError, "topology must be a specdec_ops.Topology, got Tree; tree.to(device) makes one", topology=TREE)
     fails(op, TypeError, "topology must be a specdec_ops.Topology, got None", topology=None)
     three = Topology.from_trees([TREE] * 3)
     fails(op, ValueError, "topology must have a batch of 2 or 1, got 3", topology=three)
@@ -126,7 +126,7 @@ def test_law(op):
     fails(op, TypeError, f"{tensor}, got float64 [2]", temperature=ONES.double())
     fails(op, ValueError, f"{tensor}, got float32 [1]", temperature=ONES[:1])
     fails(op, ValueError, "temperature must be on cpu, got a tensor on meta", temperature=ONES.to(META))
-    fails(op, TypeError, "top_k must be an int or int32 [batch], got 2.0", top_k=2.0)
+    fails(op, TypeError, "top_k must be an int, or int32 or int64 [batch], got 2.0", top_k=2.0)
     fails(op, ValueError, "top_k must be an int from 0 (off) to 2**31 - 1, got -1", top_k=-1)
     fails(op, ValueError, "top_k must be an int from 0 (off) to 2**31 - 1, got 2147483648", top_k=2**31)
     fails(op, TypeError, "top_k must be int32 or int64 [2] if it is a tensor, got float32 [2]", top_k=ONES)
@@ -145,7 +145,7 @@ def test_noise(op):
     fails(op, TypeError, f"seeds must be {integers} [2] if it is a tensor, got float32 [2]", seeds=ONES)
     fails(op, ValueError, "seeds must be int64 [2] if it is a tensor, got int64 [1]", seeds=SEEDS[:1])
     fails(op, ValueError, "seeds must be on cpu, got a tensor on meta", seeds=SEEDS.to(META))
-    fails(op, TypeError, "positions must be an int or int32 [batch], got True", positions=True)
+    fails(op, TypeError, "positions must be an int, or int32 or int64 [batch], got True", positions=True)
     fails(op, ValueError, "positions must be an int from 0 to 2**31 - 1, got -1", positions=-1)
     fails(op, TypeError, "positions must be int32 or int64 [2] if it is a tensor, got float32 [2]", positions=ONES)
     with pytest.raises(TypeError, match="seeds"):
@@ -206,7 +206,7 @@ def test_chain():
     """Its rule and its lengths."""
     op = "chain_accept"
     fails(op, ValueError, "rule must be 'token' or 'block', got 'recursive'", rule="recursive")
-    fails(op, TypeError, "num_steps must be None, an int or int32 [batch], got 2.0", num_steps=2.0)
+    fails(op, TypeError, "num_steps must be None, an int, or int32 or int64 [batch], got 2.0", num_steps=2.0)
     fails(op, ValueError, "num_steps must be an int from 0 to 4, got 5", num_steps=5)
     fails(op, ValueError, "num_steps must be an int from 0 to 4, got -1", num_steps=-1)
     fails(op, TypeError, "num_steps must be int32 or int64 [2] if it is a tensor, got float32 [2]", num_steps=ONES)

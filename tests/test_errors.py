@@ -68,7 +68,7 @@ def strided(tensor):
         (
             {"topology": Tree.chain(3)},
             TypeError,
-            "topology must be a specdec_ops.Topology or None, got Tree, of which tree.to(device) makes a Topology",
+            "topology must be a specdec_ops.Topology or None, got Tree; tree.to(device) makes one of a Tree, once",
         ),
         ({"topology": Tree.chain(3).to(batch=3)}, ValueError, "topology must have a batch of 2 or 1, got 3"),
         ({"topology": TOPOLOGY.to(META)}, ValueError, "topology must be on cpu, got a tensor on meta"),
@@ -82,8 +82,16 @@ def strided(tensor):
         ({"context_lens": LENGTHS.repeat(2)[::2]}, ValueError, "context_lens must be contiguous, got int32 [2] with"),
         ({"context_lens": -1}, ValueError, "context_lens must be from 0 to 2**31 - 1, got -1"),
         ({"context_lens": LENGTHS.to(META)}, ValueError, "context_lens must be on cpu, got a tensor on meta"),
-        ({"query_start": 1.5}, TypeError, "query_start must be an int of at least 0 or int32 [batch], got 1.5"),
-        ({"query_start": -1}, ValueError, "query_start must be an int of at least 0 or int32 [batch], got -1"),
+        (
+            {"query_start": 1.5},
+            TypeError,
+            "query_start must be an int of at least 0, or int32 or int64 [batch], got 1.5",
+        ),
+        (
+            {"query_start": -1},
+            ValueError,
+            "query_start must be an int of at least 0, or int32 or int64 [batch], got -1",
+        ),
         (
             {"query_start": LENGTHS.short()},
             TypeError,

@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "specdec_ops/_native_kv.py": ["torch", "._native"],
     "specdec_ops/_native.py": ["torch", "._alloc", "._loader"],
     "specdec_ops/_alloc.py": ["torch"],
-    "specdec_ops/_checks.py": ["numpy", "torch", ".tree"],
+    "specdec_ops/_checks.py": ["numpy", "torch"],
     "specdec_ops/_accept_checks.py": ["torch", "._checks", ".topology", ".vocab_map"],
     "specdec_ops/_dispatch.py": ["torch", "._loader", "._checks", "._shield"],
     "specdec_ops/_shield.py": ["torch"],
