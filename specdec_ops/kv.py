@@ -142,7 +142,8 @@ def _angles(hidden, rope, positions, slots, head_dim: int):
 
 def _check_caches(hidden, k_caches, v_caches, page_table) -> None:
     for name, caches in (("k_caches", k_caches), ("v_caches", v_caches)):
-        if not isinstance(caches, list | tuple | Sequence | torch.Tensor):
+        stacked = isinstance(caches, torch.Tensor) and caches.dim() > 0
+        if not stacked and not isinstance(caches, list | tuple | Sequence):
             raise TypeError(wrong(_OP, name, "a sequence of tensors", caches))
     if len(k_caches) == 0 or len(v_caches) != len(k_caches):
         must = "of one length of at least 1"

@@ -6,6 +6,7 @@ A new function gets an entry in CALLS. Inputs are made once; a call that writes 
 import copy
 import dataclasses
 import itertools
+import types
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ from specdec_ops import (
     quantize_head,
     tree_attention,
 )
+from specdec_ops.compat import flashinfer, sgl_kernel, vllm
 
 BATCH, VOCAB, DIM = 2, 96, 32
 TREE = Tree.from_branching((2, 1), root=True)
@@ -193,6 +195,60 @@ def _others() -> dict[str, Call]:
     }
 
 
+def _compat() -> dict[str, Call]:
+    """Other frameworks' functions, whose arithmetic is PyTorch's."""
+    draft, target = (random(BATCH, NODES, VOCAB, seed=seed).softmax(-1) for seed in (3, 4))
+    tokens = draft.argmax(-1)
+    topology = TREE.to("cpu", BATCH)
+    links = {
+        "candidates": tokens,
+        "retrive_index": torch.arange(BATCH * NODES).view(BATCH, NODES),
+        "retrive_next_token": topology.first_child.long(),
+        "retrive_next_sibling": topology.next_sibling.long(),
+    }
+    coins = {
+        "uniform_samples": random(BATCH, NODES).sigmoid(),
+        "uniform_samples_for_final_sampling": random(BATCH).sigmoid(),
+        "target_probs": target,
+    }
+    chain = {"draft_probs": draft[:, 1:], "draft_token_ids": tokens[:, 1:].int(), "target_probs": target, "seed": 3}
+    flat = {"target_probs": target[:, 1:].flatten(0, 1), "draft_probs": draft[:, 1:].flatten(0, 1)}
+    flat |= {"draft_token_ids": tokens[:, 1:].flatten().int(), "num_draft_tokens": [4, 4], "max_spec_len": 4}
+    flat |= {"cu_num_draft_tokens": int32(4, 8), "bonus_token_ids": int32(1, 2)[:, None]}
+    return {
+        "sgl_kernel.tree_speculative_sampling_target_only": Call(
+            _written(sgl_kernel.tree_speculative_sampling_target_only), None, {**links, **coins}
+        ),
+        "sgl_kernel.verify_tree_greedy": Call(
+            _written(sgl_kernel.verify_tree_greedy), None, {**links, "target_predict": target.argmax(-1)}
+        ),
+        "flashinfer.chain_speculative_sampling": Call(
+            flashinfer.chain_speculative_sampling, None, {**chain, "offset": 2}
+        ),
+        "vllm.rejection_sample": Call(_rejected, None, flat),
+    }
+
+
+def _written(function):
+    """What one of sgl-kernel's functions writes."""
+
+    def call(**arguments):
+        outputs = [
+            torch.full(shape, -1, dtype=torch.int32, device="cpu") for shape in ((BATCH * NODES,), (BATCH, 4), (2,))
+        ]
+        function(*outputs, **arguments)
+        return outputs
+
+    return call
+
+
+def _rejected(**arguments):
+    """vLLM's function, whose seeds come from generators."""
+    generators = {request: torch.Generator("cpu").manual_seed(request) for request in range(BATCH)}
+    metadata = types.SimpleNamespace(all_greedy=False, all_random=True, temperature=None, generators=generators)
+    return vllm.rejection_sample(**arguments, sampling_metadata=metadata)
+
+
 def _adapted(requests, num_accepted, num_drafted, max_drafted):
     rule = AdaptiveThreshold(requests)
     rule.update(num_accepted, num_drafted, max_drafted)
@@ -214,7 +270,7 @@ def _decoded(slots, kv_heads, head_dim, dim, batch):
     return [*results, cache.pending(1)[1].clone(), torch.tensor(cache.lengths, device="cpu")]
 
 
-CALLS = {**_acceptance(), **_attention(), **_exits(), **_others()}
+CALLS = {**_acceptance(), **_attention(), **_exits(), **_others(), **_compat()}
 
 
 def run(name: str, **changes) -> list[torch.Tensor]:

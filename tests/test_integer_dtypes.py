@@ -19,7 +19,7 @@ ARGUMENTS = [
     (name, argument)
     for name, call in CALLS.items()
     for argument, value in call.arguments.items()
-    if isinstance(value, torch.Tensor) and value.dtype in INTEGERS
+    if isinstance(value, torch.Tensor) and value.dtype in INTEGERS and not name.startswith(("sgl", "flash", "vllm"))
 ]
 LOW, HIGH = -(2**31), 2**31 - 1
 

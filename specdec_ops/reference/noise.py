@@ -37,7 +37,7 @@ def philox(counter, key) -> tuple[torch.Tensor, ...]:
     Returns:
         Four int64 tensors of values in [0, 2^32).
     """
-    a, b, c, d = (_integers(word) & WORD for word in counter)
+    a, b, c, d = (_int64(word) & WORD for word in counter)
     keys = [word & WORD for word in key]
     for _ in range(ROUNDS):
         # The product of two 32-bit words wraps around in int64, but its 64 bits are right.
@@ -52,9 +52,9 @@ def philox(counter, key) -> tuple[torch.Tensor, ...]:
     return a, b, c, d
 
 
-def _integers(word) -> torch.Tensor:
-    """An int64 tensor. One that is one stays where it is: as_tensor would move it to the default device."""
-    return word.long() if isinstance(word, torch.Tensor) else torch.as_tensor(word, dtype=torch.int64)
+def _int64(word) -> torch.Tensor:
+    """An int on the CPU, whatever the default device: a number may join tensors of any device."""
+    return word.long() if isinstance(word, torch.Tensor) else torch.tensor(word, dtype=torch.int64, device="cpu")
 
 
 def words(count: int, seed: int, position: int, domain: int, detail: int, device=None) -> torch.Tensor:
