@@ -237,14 +237,16 @@ def _check_queries(q, topology) -> tuple[int, int, int, bool]:
     if topology is not None and not isinstance(topology, Topology):
         raise TypeError(wrong_topology("tree_attention", "a specdec_ops.Topology or None", topology))
     if q.dim() == 4:
-        batch, _, heads, dim = q.shape
+        batch, rows, heads, dim = q.shape
         packed = False
     elif q.dim() == 3 and topology is not None and topology.offsets is not None:
-        _, heads, dim = q.shape
+        rows, heads, dim = q.shape
         batch, packed = topology.offsets.shape[0] - 1, True
     else:
         must += ", or [tokens, heads, dim] with topology.offsets"
         raise ValueError(wrong("tree_attention", "q", must, q))
+    if rows > INT32_MAX or batch > INT32_MAX or heads > INT32_MAX:
+        raise _too_large("q", q)
     if q.stride()[-1] != 1 and dim != 1:
         raise ValueError(wrong_strides("tree_attention", "q", "contiguous in its last dimension", q))
     return batch, heads, dim, packed
@@ -274,8 +276,8 @@ def _check_caches(q, k_cache, v_cache, page_table, batch: int, heads: int, dim: 
     if kv_heads == 0 or heads % kv_heads != 0:
         must = f"of a number of kv_heads that divides the {heads} heads of q"
         raise ValueError(wrong(op, "k_cache", must, k_cache) + _head_major(q, k_cache, layout))
-    if q.numel() > INT32_MAX or k_cache.numel() > INT32_MAX:
-        _check_sizes(q, k_cache)
+    if requests > INT32_MAX or page_size > INT32_MAX:
+        raise _too_large("k_cache", k_cache)
     if page_table is None:
         if requests != batch:
             sentence = wrong(op, "k_cache", f"{layout} with a batch of {batch} like q", k_cache)
@@ -293,10 +295,8 @@ def _head_major(q, k_cache, layout: str) -> str:
     return ""
 
 
-def _check_sizes(q, k_cache) -> None:
-    for name, tensor in (("q", q), ("k_cache", k_cache)):
-        if max(tensor.shape) > INT32_MAX:
-            raise ValueError(wrong("tree_attention", name, "of sizes below 2**31", tensor))
+def _too_large(name: str, tensor) -> Exception:
+    return ValueError(wrong("tree_attention", name, "of sizes below 2**31", tensor))
 
 
 def _check_page_table(page_table, batch: int, q) -> torch.Tensor:

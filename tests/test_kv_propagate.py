@@ -245,7 +245,7 @@ def swapped(layer, part, value):
     [
         (
             {"hidden": torch.zeros(2, DIM, dtype=torch.int32)},
-            r"hidden must be float32 or bfloat16 or float16 \[rows, d",
+            r"hidden must be float32, bfloat16 or float16 \[rows, d",
         ),
         ({"layers": []}, "layers must be 3, one per cache, got 0"),
         ({"layers": swapped(1, 0, None)}, r"layers\[1\]\[0\] must be None in all layers or in none, got None"),
