@@ -24,11 +24,18 @@ ARGUMENTS = [
 LOW, HIGH = -(2**31), 2**31 - 1
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize(("name", "argument"), ARGUMENTS, ids=str)
-def test_the_other_dtype(name, argument, backend):
+def with_backends(arguments):
+    """Each with the options of two backends, where there are any."""
+    both = ({"backend": "auto"}, {"backend": "torch"})
+    found = [
+        (name, argument, options) for name, argument in arguments for options in (both if CALLS[name].op else ({},))
+    ]
+    return pytest.mark.parametrize(("name", "argument", "options"), found, ids=str)
+
+
+@with_backends(ARGUMENTS)
+def test_the_other_dtype(name, argument, options):
     """Of every integer tensor of every public function: the same bits."""
-    options = {"backend": backend} if CALLS[name].op else {}
     value = CALLS[name].arguments[argument]
     if argument == "seeds":
         value = value % 2**31
@@ -48,11 +55,9 @@ def test_every_argument_is_there():
 BEYOND = [(name, argument) for name, argument in ARGUMENTS if argument not in ("seeds", "num_accepted", "num_drafted")]
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize(("name", "argument"), BEYOND, ids=str)
-def test_beyond_int32(name, argument, backend):
+@with_backends(BEYOND)
+def test_beyond_int32(name, argument, options):
     """They do not wrap around: 2^32 + 3 is not 3."""
-    options = {"backend": backend} if CALLS[name].op else {}
     value = CALLS[name].arguments[argument].clone()
     for number, limit in ((2**32 + 3, HIGH), (2**63 - 1, HIGH), (-(2**32) + 3, LOW), (-(2**63), LOW)):
         given, saturated = value.long(), value.clone()
@@ -82,16 +87,13 @@ def test_unsigned_seeds(name):
     assert all(torch.equal(mine[:1], theirs[:1]) for mine, theirs in zip(first, wanted, strict=True))
 
 
-FOR_ALL = [
-    (name, argument) for name, argument in ARGUMENTS if argument in ("seeds", "positions", "top_k", "context_lens")
-]
+PER_REQUEST = ("seeds", "positions", "top_k", "context_lens")
+FOR_ALL = [(name, argument) for name, argument in ARGUMENTS if argument in PER_REQUEST and name != "kv_propagate"]
 
 
 @pytest.mark.parametrize(("name", "argument"), FOR_ALL, ids=str)
 def test_without_dimensions(name, argument):
     """Such a tensor counts for all requests, as an int does."""
-    if name in ("Topology.position_ids", "kv_propagate"):
-        pytest.skip("an int is not taken there")
     assert not differs(run(name, **{argument: torch.tensor(3)}), run(name, **{argument: 3}))
 
 
