@@ -195,7 +195,7 @@ def test_threads_of_the_caller_share_the_process_settings():
         raise ValueError("as asked")
 
     with default_dtype(torch.float64), products("medium"):
-        thread = threading.Thread(target=wait)
+        thread = threading.Thread(target=wait, daemon=True)
         thread.start()
         inside.wait()
         with pytest.raises(ValueError, match="as asked"):
