@@ -153,7 +153,9 @@ def test_at_the_top_level_arrays_are_refused_with_the_way_to_go(op):
     function = getattr(specdec_ops, op)
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     arguments = {p.name: np.zeros((2, 2, 2, 16), np.float32) for p in needed}
-    way = "" if op == "exit_features" else "; use torch.from_numpy, or specdec_ops.dlpack"  # it wants a record
+    way = (
+        "" if op == "exit_features" else "; torch.from_dlpack makes a tensor of it, and specdec_ops.dlpack takes it"
+    )  # it wants a record
     with pytest.raises(TypeError, match=rf"specdec_ops\.{op}: \w+ must be .*, got ndarray float32 [^;]*{way}$"):
         function(**arguments)
 
