@@ -44,6 +44,10 @@ struct RowOutput {
       }
   }
 
+  static SPECDEC_INLINE size_t place(int, int, int row, int d) {
+    return (size_t(d) / 32 * 2 + d % 2) * kTileFloats + row * 16 + d % 32 / 2;
+  }
+
   static SPECDEC_INLINE void read(const float* out, int, int, int, int d, Vec (&lines)[kWidth]) {
     const float* even = out + d / 32 * 2 * kTileFloats + d % 32 / 2;
     const __m512i order = _mm512_set_epi32(23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);

@@ -34,6 +34,8 @@ struct NarrowOutput {
     }
   }
 
+  static SPECDEC_INLINE size_t place(int dim, int, int row, int d) { return size_t(row) * dim + d; }
+
   static SPECDEC_INLINE void read(const float* out, int dim, int, int, int d, Vec (&lines)[kWidth]) {
     for (int r = 0; r < kWidth; r++) lines[r] = load(out + r * dim + d);
   }

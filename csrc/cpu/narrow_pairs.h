@@ -25,6 +25,10 @@ struct InterleavedOutput {
     NarrowOutput::merge(out, later, depth, vecs, j, a, b);
   }
 
+  static SPECDEC_INLINE size_t place(int dim, int, int row, int d) {
+    return size_t(row) * depth(dim) + d / 32 * 32 + d / 4 % 2 * 16 + d % 32 / 8 * 4 + d % 4;
+  }
+
   static SPECDEC_INLINE void read(const float* out, int dim, int, int, int d, Vec (&lines)[kWidth]) {
     // Quarters of four dims: 0, 2, 4, 6 in the first vector, 1, 3, 5, 7 in the second.
     const __m512i first_half = _mm512_set_epi32(23, 22, 21, 20, 7, 6, 5, 4, 19, 18, 17, 16, 3, 2, 1, 0);

@@ -59,6 +59,7 @@ static SPECDEC_INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
 static SPECDEC_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
 static SPECDEC_INLINE Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static SPECDEC_INLINE bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+static SPECDEC_INLINE bool any_nan(Vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 
 // Lanes of v where a < b, -inf elsewhere.
 static SPECDEC_INLINE Vec keep_where_less(Vec v, Vec a, Vec b) {
@@ -73,7 +74,7 @@ static SPECDEC_INLINE Vec keep_where_bit(Vec v, const uint64_t* words, int bit) 
   return _mm512_mask_blend_ps(__mmask16(low | (unsigned(high) << 8)), splat(-__builtin_inff()), v);
 }
 
-// 2^x for x <= 0 or a little above it; exactly 0 for -inf (scalef maps any significand and -inf to 0).
+// 2^x for x <= 0 or a little above it; exactly 0 for -inf (scalef maps any significand and -inf to 0), NaN for NaN.
 static SPECDEC_INLINE Vec exp2(Vec x) {
   const Vec n = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   return _mm512_scalef_ps(SPECDEC_EXP2_POLYNOMIAL((x - n)), n);
@@ -163,6 +164,7 @@ static SPECDEC_INLINE Vec splat(float x) { return _mm256_set1_ps(x); }
 static SPECDEC_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
 static SPECDEC_INLINE Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static SPECDEC_INLINE bool any_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
+static SPECDEC_INLINE bool any_nan(Vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
 
 static SPECDEC_INLINE Vec keep_where_less(Vec v, Vec a, Vec b) {
   return _mm256_blendv_ps(splat(-__builtin_inff()), v, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
@@ -178,11 +180,11 @@ static SPECDEC_INLINE Vec keep_where_bit(Vec v, const uint64_t* words, int bit) 
 }
 
 static SPECDEC_INLINE Vec exp2(Vec x) {
-  const Vec clamped = maximum(x, splat(-126.0f));
+  const Vec clamped = maximum(splat(-126.0f), x);  // of two, the second where one is NaN
   const Vec n = _mm256_round_ps(clamped, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
   const Vec p = SPECDEC_EXP2_POLYNOMIAL((clamped - n));
   const __m256i scaled = _mm256_add_epi32(_mm256_castps_si256(p), _mm256_slli_epi32(_mm256_cvtps_epi32(n), 23));
-  return _mm256_and_ps(_mm256_castsi256_ps(scaled), _mm256_cmp_ps(x, splat(-126.0f), _CMP_GE_OQ));
+  return _mm256_and_ps(_mm256_castsi256_ps(scaled), _mm256_cmp_ps(x, splat(-126.0f), _CMP_NLT_UQ));
 }
 static SPECDEC_INLINE Vec exp2_bf16(Vec x) { return exp2(x); }
 
@@ -264,6 +266,12 @@ static SPECDEC_INLINE bool any_above(Vec a, Vec b) {
   for (int i = 0; i < kWidth; i++) any |= above[i];
   return any != 0;
 }
+static SPECDEC_INLINE bool any_nan(Vec v) {
+  const VecInt nan = v != v;
+  int any = 0;
+  for (int i = 0; i < kWidth; i++) any |= nan[i];
+  return any != 0;
+}
 static SPECDEC_INLINE Vec keep_where_less(Vec v, Vec a, Vec b) { return a < b ? v : splat(-__builtin_inff()); }
 static SPECDEC_INLINE Vec keep_where_bit(Vec v, const uint64_t* words, int bit) {
   VecInt set;
@@ -288,13 +296,13 @@ static SPECDEC_INLINE Vec sums(const Vec (&v)[8]) {
   return total;
 }
 static SPECDEC_INLINE Vec exp2(Vec x) {
-  const Vec clamped = maximum(x, splat(-126.0f));
+  const Vec clamped = maximum(splat(-126.0f), x);  // of two, the second where one is NaN
   // Conversion rounds towards zero; the shift keeps it among positive numbers, where that is downwards.
   const VecInt n = __builtin_convertvector(clamped + 256.5f, VecInt) - 256;
   const Vec f = clamped - __builtin_convertvector(n, Vec);
   const Vec p = SPECDEC_EXP2_POLYNOMIAL(f);
   const VecInt scaled = (VecInt)p + (n << 23);
-  return (Vec)(scaled & (x >= splat(-126.0f)));
+  return (Vec)(scaled & ~(x < splat(-126.0f)));
 }
 static SPECDEC_INLINE Vec exp2_bf16(Vec x) { return exp2(x); }
 

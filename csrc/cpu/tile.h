@@ -60,6 +60,9 @@ struct ColumnOutput {
     }
   }
 
+  // Where one number lies.
+  static SPECDEC_INLINE size_t place(int, int vecs, int row, int d) { return size_t(d) * vecs * kWidth + row; }
+
   // Dims d .. d + kWidth of kWidth rows from row `first` of the block on.
   static SPECDEC_INLINE void read(const float* out, int, int width, int first, int d, Vec (&lines)[kWidth]) {
     SPECDEC_UNROLL

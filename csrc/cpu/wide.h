@@ -9,13 +9,18 @@
 // context carry no mask. Tiles that reach into the tree, past the window's edge or past the end are masked from the
 // ancestor words, and a row block skips tree tiles in which none of its rows sees anything.
 //
+// What a row does not see may be NaN or Inf. Its score is replaced, whatever it is, but its V is multiplied with a
+// weight of 0, and 0 * NaN is NaN. So V of the slots that some row may not see is looked at. A slot that is not finite
+// throughout is set aside: the tile has zeros in its place, and it is added, row by row, to those that see it.
+//
 // An Engine says how to multiply: it packs V, forms scores and weights, and accumulates outputs. The running maximum is
 // raised only when a score exceeds it by 2^8, so most tiles rescale nothing; weights then reach at most 2^8.
 #pragma once
 
 #include <new>
 
-#include "cpu/tile.h"
+#include "cpu/slots.h"
+#include "cpu/visibility.h"
 
 namespace specdec::SPECDEC_ISA {
 
@@ -84,23 +89,24 @@ class Wide {
  private:
   // Takes what the lane itself needs from the scratch, and moves `scratch` past it.
   Wide(const Lane& lane, float*& scratch, float* partial)
-      : lane_(lane), p_(*lane.params), dim_(lane.params->dim), rows_(round_up(lane.rows, kWidth)) {
-    group_ = p_.heads / p_.kv_heads;
+      : lane_(lane),
+        p_(*lane.params),
+        slots_(lane),
+        dim_(p_.dim),
+        rows_(round_up(lane.rows, kWidth)),
+        group_(p_.heads / p_.kv_heads),
+        q_(take(scratch, size_t(rows_) * Engine::query_depth(dim_))),
+        slope_(take(scratch, rows_)),
+        rows_see_(lane, take(scratch, rows_), reinterpret_cast<int32_t*>(take(scratch, rows_))) {
     out_ = partial;
     depth_out_ = Engine::Output::depth(dim_);
     max_ = out_ + size_t(rows_) * depth_out_;
     sum_ = max_ + rows_;
-    q_ = take(scratch, size_t(rows_) * Engine::query_depth(dim_));
-    depth_ = take(scratch, rows_);
-    slope_ = take(scratch, rows_);
-    node_ = reinterpret_cast<int32_t*>(take(scratch, rows_));
 
     // Scores are transformed (scaled, capped, biased) in a pass of their own only when a feature asks for it; else the
     // scale rides on the exponential's multiply-add, which needs it positive.
     transform_ = p_.softcap > 0 || p_.alibi_slopes || !(p_.scale > 0);
     exponent_scale_ = transform_ ? 1.0f : p_.scale * kLog2e;
-    ancestors_ = p_.ancestors ? p_.ancestors + topology_row() * p_.words : nullptr;
-    depths_ = p_.depths ? p_.depths + topology_row() : nullptr;
   }
 
   static float* take(float*& scratch, size_t floats) {
@@ -123,8 +129,6 @@ class Wide {
     s_ = take(scratch, size_t(Engine::kSpan) * kBlockRows);
     p_t_ = take(scratch, size_t(kTile) * kBlockRows * Engine::kWeightFloats);
   }
-
-  int64_t topology_row() const { return p_.topology_batch == 1 ? 0 : int64_t(lane_.request) * p_.nodes; }
 
   // The widest block of 2^n vectors that the remaining rows fill.
   static int block_vecs(int remaining) {
@@ -175,13 +179,9 @@ class Wide {
           for (int i = 0; i < kWidth && d + i < used; i++) store(block + size_t(d + i) * width + first, lines[i]);
         }
     }
-    for (int r = 0; r < rows_; r++) {
-      const int node = lane_.first_node + (lane_.first_row + min_of(r, lane_.rows - 1)) / group_;
-      node_[r] = node;
-      depth_[r] = depths_ ? float(depths_[node]) : 0.0f;
-      if (p_.alibi_slopes)
-        slope_[r] = p_.alibi_slopes[lane_.kv_head * group_ + (lane_.first_row + min_of(r, lane_.rows - 1)) % group_];
-    }
+    rows_see_.fill(rows_);
+    for (int r = 0; r < rows_ && p_.alibi_slopes; r++)
+      slope_[r] = p_.alibi_slopes[lane_.kv_head * group_ + (lane_.first_row + min_of(r, lane_.rows - 1)) % group_];
   }
 
   void clear() {
@@ -191,53 +191,8 @@ class Wide {
 
   // With a window, context slots before every row's window are never read. The result keeps the tiles' alignment.
   int first_visible(int begin) const {
-    if (p_.window == 0) return begin;
-    float lowest = depth_[0];
-    for (int r = 1; r < lane_.rows; r++) lowest = min_of(lowest, depth_[r]);
-    const int first = min_of(lane_.context_len + int(lowest) - p_.window + 1, lane_.context_len);
+    const int first = rows_see_.first_seen();
     return first <= begin ? begin : begin + (first - begin) / kTile * kTile;
-  }
-
-  template <class T>
-  static const T* slot_address(const TreeAttentionParams& p, const void* cache, int request, int64_t stride_batch,
-                               int64_t stride_slot, int slot) {
-    const T* base = static_cast<const T*>(cache);
-    if (!p.page_table) return base + request * stride_batch + slot * stride_slot;
-    const int page = p.page_table[request * p.page_table_stride + slot / p.page_size];
-    return base + page * stride_batch + (slot % p.page_size) * stride_slot;
-  }
-
-  const Element* k_at(int slot) const {
-    return slot_address<Element>(p_, p_.k_cache, lane_.request, p_.k_stride_batch, p_.k_stride_slot, slot) +
-           lane_.kv_head * p_.k_stride_head;
-  }
-  const Element* v_at(int slot) const {
-    return slot_address<Element>(p_, p_.v_cache, lane_.request, p_.v_stride_batch, p_.v_stride_slot, slot) +
-           lane_.kv_head * p_.v_stride_head;
-  }
-
-  // Sixteen slots as they lie, when all of them are there at one stride; else a copy, with zeros past the end.
-  void gather(int slot, int end, Group<Element>& k, Group<Element>& v, Element* k_copy, Element* v_copy) const {
-    const bool whole = slot + kGroupSlots <= end;
-    const bool run = !p_.page_table || slot % p_.page_size + kGroupSlots <= p_.page_size;
-    const bool even = (p_.k_stride_slot | p_.v_stride_slot) % Engine::kPairs == 0;
-    if (whole && run && even) {
-      k = {k_at(slot), p_.k_stride_slot};
-      v = {v_at(slot), p_.v_stride_slot};
-      return;
-    }
-    const size_t bytes = dim_ * sizeof(Element);
-    for (int i = 0; i < kGroupSlots; i++) {
-      if (slot + i < end) {
-        std::memcpy(k_copy + i * dim_, k_at(slot + i), bytes);
-        std::memcpy(v_copy + i * dim_, v_at(slot + i), bytes);
-      } else {
-        std::memset(k_copy + i * dim_, 0, bytes);
-        std::memset(v_copy + i * dim_, 0, bytes);
-      }
-    }
-    k = {k_copy, dim_};
-    v = {v_copy, dim_};
   }
 
   void tile(int begin, int end) {
@@ -246,16 +201,20 @@ class Wide {
     t.count = min_of(kTile, end - begin);
     t.padded = round_up(t.count, Engine::kStep);
     t.rows = lane_.rows;
-    t.masked = begin + t.count > lane_.context_len || t.padded > t.count || p_.window > 0;
+    const bool all_seen = begin >= rows_see_.all_see() && begin + t.count <= lane_.context_len;
+    t.masked = !all_seen || t.padded > t.count;
     for (int g = 0; g * kGroupSlots < round_up(t.padded, kGroupSlots); g++)
-      gather(begin + g * kGroupSlots, end, t.k[g], t.v[g], k_copy_ + size_t(g) * kGroupSlots * dim_,
-             v_copy_ + size_t(g) * kGroupSlots * dim_);
-    t.ahead = lane_.fetch_ahead ? ahead(begin + kTile) : Ahead{};
+      slots_.template gather<Engine::kPairs>(begin + g * kGroupSlots, end, t.k[g], t.v[g],
+                                             k_copy_ + size_t(g) * kGroupSlots * dim_, v_copy_of(g));
+    asides_ = 0;
+    if (!all_seen) set_aside(t);
+    t.ahead = lane_.fetch_ahead ? slots_.ahead(begin + kTile, kTile) : Ahead{};
     Engine::pack_keys(t, dim_, k_packed_);
     Engine::pack_values(t, dim_, v_packed_);
     for (int row = 0, vecs; row < lane_.rows; row += vecs * kWidth) {
       vecs = block_vecs(lane_.rows - row);
-      if (begin >= lane_.context_len && !anyone_sees(row, vecs, t)) continue;
+      const int rows = min_of(vecs * kWidth, lane_.rows - row);
+      if (begin >= lane_.context_len && !rows_see_.anyone_sees(row, rows, begin, t.count)) continue;
       if (vecs == 1) block<1>(row, t);
       if constexpr (Engine::kMaxVecs >= 2)
         if (vecs == 2) block<2>(row, t);
@@ -265,31 +224,54 @@ class Wide {
     }
   }
 
-  // The next tile, even if it is another chunk's: as a rule the same thread goes on with it.
-  Ahead ahead(int slot) const {
-    const int count = min_of(kTile, lane_.slots - slot);
-    if (count <= 0 || (p_.page_table && slot % p_.page_size + count > p_.page_size)) return Ahead{};
-    Ahead next;
-    next.k = reinterpret_cast<const char*>(k_at(slot));
-    next.v = reinterpret_cast<const char*>(v_at(slot));
-    next.k_stride = int64_t(p_.k_stride_slot * sizeof(Element));
-    next.v_stride = int64_t(p_.v_stride_slot * sizeof(Element));
-    next.slots = count;
-    next.bytes = int(dim_ * sizeof(Element));
-    return next;
+  Element* v_copy_of(int group) const { return v_copy_ + size_t(group) * kGroupSlots * dim_; }
+
+  // 0, or NaN when the row holds something that is not finite.
+  SPECDEC_INLINE Vec times_zero(const Group<Element>* groups, int i) const {
+    const Element* row = groups[i / kGroupSlots].base + i % kGroupSlots * groups[i / kGroupSlots].stride;
+    Vec sum = splat(0.0f);
+    for (int d = 0; d < dim_; d += kWidth) sum = fma(Storage::load_vec(row + d), splat(0.0f), sum);
+    return sum;
   }
 
-  bool anyone_sees(int row, int vecs, const Tile<Element, kTile>& t) const {
-    const int first = t.begin - lane_.context_len, last = first + t.count - 1;
-    const int rows = min_of(vecs * kWidth, lane_.rows - row);
-    for (int w = first / 64; w <= last / 64; w++) {
-      uint64_t range = ~uint64_t(0);
-      if (w == first / 64) range &= ~uint64_t(0) << (first % 64);
-      if (w == last / 64) range &= ~uint64_t(0) >> (63 - last % 64);
-      for (int r = 0; r < rows; r++)
-        if (ancestors_[int64_t(node_[row + r]) * p_.words + w] & range) return true;
+  // Looks at the slots that some row may not see: those at the window's edge, and the tree's.
+  void set_aside(Tile<Element, kTile>& t) {
+    const int edge = min_of(rows_see_.all_see() - t.begin, t.count), tree = max_of(lane_.context_len - t.begin, 0);
+    Vec sum = splat(0.0f);
+    for (int i = 0; i < edge; i++) sum = sum + times_zero(t.v, i);
+    for (int i = tree; i < t.count; i++) sum = sum + times_zero(t.v, i);
+    if (!any_nan(sum)) return;
+    for (int i = 0; i < t.count; i++) {
+      if ((i >= edge && i < tree) || !any_nan(times_zero(t.v, i))) continue;
+      Group<Element>& group = t.v[i / kGroupSlots];
+      Element* copy = v_copy_of(i / kGroupSlots);
+      for (int n = 0; n < kGroupSlots && group.base != copy; n++)
+        std::memcpy(copy + n * dim_, group.base + n * group.stride, dim_ * sizeof(Element));
+      group = {copy, dim_};
+      std::memset(copy + i % kGroupSlots * dim_, 0, dim_ * sizeof(Element));
+      aside_[asides_++] = i;
     }
-    return false;
+  }
+
+  // Adds the slots set aside in [from, to), whose scores are at hand, to the rows that see them.
+  template <int kVecs>
+  __attribute__((noinline)) void add_aside(int row, const Tile<Element, kTile>& t, int from, int to, float* out) {
+    alignas(64) float weights[kVecs * kWidth], values[kWidth];
+    for (int n = 0; n < asides_; n++) {
+      const int i = aside_[n], slot = t.begin + i;
+      if (i < from || i >= to) continue;
+      for (int j = 0; j < kVecs; j++) {
+        const Vec s = load(s_ + ((i - from) * kVecs + j) * kWidth), top = load(max_ + row + j * kWidth);
+        store(weights + j * kWidth, exp2(fma(s, splat(exponent_scale_), splat(0.0f) - top)));
+      }
+      for (int r = 0; r < min_of(kVecs * kWidth, lane_.rows - row); r++) {
+        if (!rows_see_.sees(row + r, slot)) continue;
+        for (int d = 0; d < dim_; d++) {
+          if (d % kWidth == 0) store(values, Storage::load_vec(slots_.v_at(slot) + d));
+          out[Engine::Output::place(dim_, kVecs, r, d)] += weights[r] * values[d % kWidth];
+        }
+      }
+    }
   }
 
   // Scores and weights are formed for kSpan slots at a time, which keeps them in the first-level cache; outputs are
@@ -304,13 +286,14 @@ class Wide {
       const int to = min_of(from + Engine::kSpan, t.padded);
       Engine::template scores<kVecs>(t, from, to, dim_, q, k_packed_, s_);
       if (transform_) transform<kVecs>(row, t, from, to);
-      if (t.masked) mask<kVecs>(row, t, from, to);
+      if (t.masked) rows_see_.template mask<kVecs>(s_, row, t.begin + from, t.count - from, to - from);
       if (rises<kVecs>(row, to - from)) {
         if (from > added) Engine::template accumulate<kVecs>(t, added, from, v_packed_, dim_, p_t_, out);
         added = from;
         raise_maximum<kVecs>(row);
       }
       weigh<kVecs>(row, to - from, p_t_ + Engine::weights_offset(from, kVecs));
+      if (asides_ > 0) add_aside<kVecs>(row, t, from, to, out);
     }
     Engine::template accumulate<kVecs>(t, added, t.padded, v_packed_, dim_, p_t_, out);
   }
@@ -331,55 +314,21 @@ class Wide {
     }
   }
 
-  // Depth-relative position of a slot: context slots count backwards from the root's position, nodes by their depth.
-  float relative_position(int slot) const {
-    const int node = slot - lane_.context_len;
-    return node < 0 ? float(node) : float(depths_[node]);
-  }
-
   template <int kVecs>
   void transform(int row, const Tile<Element, kTile>& t, int from, int to) {
     const Vec scale = splat(p_.scale);
     for (int i = from; i < min_of(to, t.count); i++) {
-      const Vec position = splat(p_.alibi_slopes ? relative_position(t.begin + i) : 0.0f);
+      const Vec position = splat(p_.alibi_slopes ? rows_see_.position(t.begin + i) : 0.0f);
       for (int j = 0; j < kVecs; j++) {
         float* at = s_ + ((i - from) * kVecs + j) * kWidth;
         Vec s = load(at) * scale;
         if (p_.softcap > 0) s = soft_cap(s, p_.softcap);
         if (p_.alibi_slopes) {
           const int r = row + j * kWidth;
-          s = s - load(slope_ + r) * (load(depth_ + r) - position);
+          s = s - load(slope_ + r) * (rows_see_.row_positions(r) - position);
         }
         store(at, s * splat(kLog2e));
       }
-    }
-  }
-
-  template <int kVecs>
-  void mask(int row, const Tile<Element, kTile>& t, int from, int to) {
-    alignas(64) uint64_t words[kVecs * kWidth];
-    int loaded = -1;
-    for (int i = from; i < to; i++) {
-      float* at = s_ + (i - from) * kVecs * kWidth;
-      const int slot = t.begin + i, node = slot - lane_.context_len;
-      if (i >= t.count) {
-        for (int j = 0; j < kVecs; j++) store(at + j * kWidth, splat(-__builtin_inff()));
-        continue;
-      }
-      if (p_.window > 0) {
-        const Vec position = splat(relative_position(slot)), window = splat(float(p_.window));
-        for (int j = 0; j < kVecs; j++) {
-          const Vec distance = load(depth_ + row + j * kWidth) - position;
-          store(at + j * kWidth, keep_where_less(load(at + j * kWidth), distance, window));
-        }
-      }
-      if (node < 0) continue;
-      if (node / 64 != loaded) {
-        loaded = node / 64;
-        for (int r = 0; r < kVecs * kWidth; r++) words[r] = ancestors_[int64_t(node_[row + r]) * p_.words + loaded];
-      }
-      for (int j = 0; j < kVecs; j++)
-        store(at + j * kWidth, keep_where_bit(load(at + j * kWidth), words + j * kWidth, node % 64));
     }
   }
 
@@ -460,16 +409,16 @@ class Wide {
 
   const Lane& lane_;
   const TreeAttentionParams& p_;
-  const int dim_, rows_;
-  int group_, depth_out_;
-  float *out_, *max_, *sum_;
-  float *q_, *depth_, *slope_, *k_packed_, *v_packed_, *s_, *p_t_;
-  int32_t* node_;
+  const LaneSlots<Element> slots_;
+  const int dim_, rows_, group_;
+  float *q_, *slope_;
+  Visibility rows_see_;
+  int depth_out_;
+  float *out_, *max_, *sum_, *k_packed_, *v_packed_, *s_, *p_t_;
   Element *k_copy_, *v_copy_;
-  const uint64_t* ancestors_;
-  const int32_t* depths_;
   bool transform_;
   float exponent_scale_;
+  int asides_, aside_[kTile];  // slots of the tile at hand
   alignas(64) float top_[kBlockRows];
 };
 

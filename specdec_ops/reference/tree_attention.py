@@ -1,8 +1,11 @@
 """The definition of tree_attention."""
 
+import itertools
+
 import torch
 
 MINUS_INFINITY = float("-inf")
+MOST_SLOTS = 2**30  # of a request: kernels count slots in 32 bits
 
 
 def tree_attention(
@@ -38,25 +41,25 @@ def tree_attention(
         lse.fill_(MINUS_INFINITY)
     compute = torch.promote_types(q.dtype, torch.float32)
 
+    if offsets is not None:
+        check_offsets(offsets, len(q))
     for request in range(context_lens.shape[0]):
-        # A tree given once serves every request.
-        context, tree_size, tree_depths, tree_ancestors = int(context_lens[request]), 0, None, None
-        if ancestors is not None:
-            tree = request if len(ancestors) > 1 else 0
-            tree_size, tree_depths, tree_ancestors = int(num_nodes[tree]), depths[tree], ancestors[tree]
-        check_length(request, context, tree_size, k_cache, page_table)
-
+        context = int(context_lens[request])
+        tree_size, tree_depths, tree_ancestors = tree_of(request, ancestors, depths, num_nodes)
         rows = request if offsets is None else slice(int(offsets[request]), int(offsets[request + 1]))
         q_rows, out_rows = q[rows], out[rows]
         first_node = query_start + (0 if query_starts is None else int(query_starts[request]))
         nodes = first_node + torch.arange(len(q_rows), device=q.device)
-        real = torch.ones_like(nodes, dtype=torch.bool) if ancestors is None else (nodes >= 0) & (nodes < tree_size)
+        real = rows_with_nodes(nodes, tree_size, tree_depths, packed=offsets is not None)
+        last_node = int(nodes[real][-1]) if ancestors is not None and real.any() else -1
+        check_length(request, context, last_node + 1, k_cache, page_table)
         visible, distance = visibility(nodes[real], context, tree_size, tree_depths, tree_ancestors, window)
 
-        keys = read_slots(k_cache, page_table, request, context + tree_size).to(compute)
-        values = read_slots(v_cache, page_table, request, context + tree_size).to(compute)
-        # A slot that no row sees may hold anything, even NaN: a node that is not drafted yet has no K and V.
-        values = values.masked_fill(~visible.any(dim=0)[:, None, None], 0.0)
+        # A slot that no row sees may hold anything, and so may its page's number: it is not read.
+        seen = visible.any(dim=0).nonzero()[:, 0]
+        visible, distance = visible[:, seen], distance[:, seen]
+        keys = read_slots(k_cache, page_table, request, seen).to(compute)
+        values = read_slots(v_cache, page_table, request, seen).to(compute)
 
         result, result_lse = attend(
             q_rows[real].to(compute), keys, values, visible, distance, scale, softcap, alibi_slopes, sinks
@@ -64,6 +67,22 @@ def tree_attention(
         out_rows[real] = (out_scale * result).to(out.dtype)
         if lse is not None:
             lse[rows][real] = result_lse.to(lse.dtype)
+
+
+def tree_of(request: int, ancestors, depths, num_nodes):
+    """How many nodes a request's tree has, their depths and ancestor words. A tree given once serves every request."""
+    if ancestors is None:
+        return 0, None, None
+    tree = request if len(ancestors) > 1 else 0
+    return min(max(int(num_nodes[tree]), 0), depths.shape[1]), depths[tree], ancestors[tree]
+
+
+def rows_with_nodes(nodes, tree_size: int, depths, packed: bool):
+    """Which of a request's rows have a node, bool [rows]. Packed rows beyond the room for nodes are padding."""
+    if depths is None:
+        return torch.ones_like(nodes, dtype=torch.bool)
+    inside = torch.arange(len(nodes), device=nodes.device) < len(depths)
+    return (nodes >= 0) & (nodes < tree_size) & (inside | (not packed))
 
 
 def visibility(nodes, context: int, tree_size: int, depths, ancestors, window: int):
@@ -110,7 +129,19 @@ def attend(queries, keys, values, visible, distance, scale, softcap, alibi_slope
         logits = torch.cat([scores, column], dim=-1)
     weights = torch.softmax(logits, dim=-1)[..., : scores.shape[-1]]
     weights = weights.masked_fill(~visible, 0.0)  # the softmax of a row that sees nothing is NaN
-    return torch.einsum("hrs,shd->rhd", weights, values), torch.logsumexp(logits, dim=-1).transpose(0, 1)
+    return weigh(weights, values, visible), torch.logsumexp(logits, dim=-1).transpose(0, 1)
+
+
+def weigh(weights, values, visible):
+    """Sums of values [slots, heads, dim] with weights [heads, rows, slots], over the slots that each row sees.
+
+    Where a value is not finite, a weight of 0 doesn't leave it out (0 * NaN is NaN): then every row adds its own slots.
+    """
+    if visible.all() or values.isfinite().all():
+        return torch.einsum("hrs,shd->rhd", weights, values)
+    return torch.stack(
+        [torch.einsum("hs,shd->hd", weights[:, row, own], values[own]) for row, own in enumerate(visible)]
+    )
 
 
 def unpack_bits(words, count: int):
@@ -119,26 +150,41 @@ def unpack_bits(words, count: int):
     return (words[:, columns // 64] >> (columns % 64)) & 1 == 1
 
 
-def check_length(request: int, context: int, tree_size: int, cache, page_table) -> None:
-    """Refuse a length that the cache can't hold."""
+def check_offsets(offsets, tokens: int) -> None:
+    """Refuse offsets of packed rows that go beyond them or back."""
+    ends = offsets.tolist()
+    for request, (begin, end) in enumerate(itertools.pairwise(ends)):
+        if not ends[0] == 0 <= begin <= end <= tokens:
+            raise ValueError(
+                f"specdec_ops.tree_attention: topology.offsets must rise from 0 to at most {tokens} rows, got {begin} "
+                f"and {end} at [{request}]"
+            )
+
+
+def check_length(request: int, context: int, nodes: int, cache, page_table) -> None:
+    """Refuse a context that, with the nodes up to the last row's, the cache can't hold."""
     capacity = cache.shape[1] if page_table is None else page_table.shape[1] * cache.shape[1]
-    if context < 0 or context + tree_size > capacity:
+    capacity = min(capacity, MOST_SLOTS)
+    which = f"specdec_ops.tree_attention: context_lens[{request}]"
+    if context < 0:
+        raise ValueError(f"{which} must not be negative, got {context}")
+    if context + nodes > capacity:
         raise ValueError(
-            f"specdec_ops.tree_attention: context_lens[{request}] must be between 0 and {capacity - tree_size} "
-            f"({capacity} slots, {tree_size} of them for the tree), got {context}"
+            f"{which} is {context} and with its tree it needs {context + nodes} slots, but the cache has {capacity}"
         )
 
 
-def read_slots(cache, page_table, request: int, count: int):
-    """The first `count` slots of a request: [slots, kv_heads, dim]."""
+def read_slots(cache, page_table, request: int, slots):
+    """These slots of a request: [slots, kv_heads, dim]."""
     if page_table is None:
-        return cache[request, :count]
+        return cache[request, slots]
     page_size = cache.shape[1]
-    slots = torch.arange(count, device=cache.device)
-    pages = page_table[request, slots // page_size].long()
-    if count > 0 and (int(pages.min()) < 0 or int(pages.max()) >= len(cache)):
+    numbers = slots // page_size
+    pages = page_table[request, numbers].long()
+    missing = ((pages < 0) | (pages >= len(cache))).nonzero()[:, 0]
+    if len(missing) > 0:
         raise ValueError(
-            f"specdec_ops.tree_attention: page_table[{request}] must name pages between 0 and {len(cache) - 1}, "
-            f"got {int(pages.min())} to {int(pages.max())}"
+            f"specdec_ops.tree_attention: page_table[{request}, {int(numbers[missing[0]])}] must be a page below "
+            f"{len(cache)}, got {int(pages[missing[0]])}"
         )
     return cache[pages, slots % page_size]
