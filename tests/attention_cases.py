@@ -245,7 +245,7 @@ def _attend(case, q, keys, values, visible, distance):
         sink = sinks.cpu().to(scores.dtype)[:, None, None].expand(heads, rows, 1)
         scores = torch.cat([scores, sink], dim=-1)
     lse = scores.logsumexp(-1).transpose(0, 1)
-    weights = scores.softmax(-1).nan_to_num(0.0)[..., : len(keys[0, 0])]
+    weights = scores.softmax(-1).masked_fill(~visible.any(1)[:, None], 0.0)[..., : len(keys[0, 0])]
     return (torch.matmul(weights.to(dtype), values) * (options.get("v_scale") or 1.0)).transpose(0, 1), lse
 
 

@@ -4,7 +4,8 @@ A state is (out, lse): the normalised output and the natural log of the softmax 
 its share of the joint denominator, exp(lse - joint lse): the merge that FlashAttention's partial results allow and
 FlashInfer's cascades are built on. One program owns ROWS rows (a row is one query and head) and reads and writes each
 byte once: 3 * dim * bytes + 12 per row, so the kernel is bound by memory and needs no shared memory at all.
-A side that has seen nothing (lse -inf) has weight 0 and its output is not looked at; two such sides give 0 and -inf.
+A side that has seen nothing (lse -inf) has weight 0 and its output is not looked at; two such sides give 0 and -inf. An
+lse of NaN or +inf makes the row NaN.
 """
 
 import contextlib
@@ -29,7 +30,8 @@ def merge_states_kernel(out_a, lse_a, out_b, lse_b, out, lse, rows, DIM: tl.cons
     weight_a = tl.exp2((a - safe) * 1.4426950408889634)
     weight_b = tl.exp2((b - safe) * 1.4426950408889634)
     total = weight_a + weight_b
-    inverse = tl.where(total > 0.0, 1.0 / total, 0.0)
+    total = tl.where((a < float("inf")) & (b < float("inf")), total, float("nan"))
+    inverse = tl.where(total != 0.0, 1.0 / total, 0.0)
 
     d = tl.arange(0, PADDED_DIM)
     at = row[:, None] * DIM + d[None, :]
@@ -38,7 +40,7 @@ def merge_states_kernel(out_a, lse_a, out_b, lse_b, out, lse, rows, DIM: tl.cons
     value_b = tl.load(out_b + at, mask=exists & (weight_b > 0.0)[:, None], other=0.0).to(tl.float32)
     merged = value_a * (weight_a * inverse)[:, None] + value_b * (weight_b * inverse)[:, None]
     tl.store(out + at, merged.to(out.dtype.element_ty), mask=exists)
-    joint = tl.where(total > 0.0, safe + tl.log2(total) * 0.6931471805599453, float("-inf"))
+    joint = tl.where(total != 0.0, safe + tl.log2(total) * 0.6931471805599453, float("-inf"))
     tl.store(lse + row, joint, mask=inside)
 
 

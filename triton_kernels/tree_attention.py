@@ -19,6 +19,8 @@ from .tree_attention_kernels import merge_parts_kernel, tree_attention_kernel
 MERGE_ROWS = 4
 SCRATCH_BYTES = 256 * 2**20
 LOG2E = 1.4426950408889634
+MOST_INT32 = 2**31 - 1
+MOST_SLOTS = 2**30  # of a request; slots are counted in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +96,8 @@ def tree_attention(
     None), and it has at most max_queries rows. sinks, alibi_slopes float32 [heads] or None. window, softcap: 0 turns
     them off. num_splits: parts per request, 0 lets each request's context length decide.
 
-    Lengths beyond the cache's capacity are clamped, so that nothing outside of it is read. Page ids are trusted.
+    Whatever the numbers on the device are, nothing outside of the tensors is read: lengths are clamped to the cache's
+    capacity, offsets to the rows of q, and a page that does not exist reads as zeros.
     """
     batch, (heads, dim), kv_heads = context_lens.shape[0], q.shape[-2:], k_cache.shape[2]
     if out.numel() == 0:
@@ -106,10 +109,11 @@ def tree_attention(
         return
     group = heads // kv_heads
     shape = block_shape(max_queries * group, dim, q.element_size(), _major(q.device), page_table is not None)
-    page_size = k_cache.shape[1]
+    page_size, pages = k_cache.shape[1], min(k_cache.shape[0], MOST_INT32)
     paging, capacity = 0, page_size
     if page_table is not None:
         paging, capacity = 1 if page_size % shape.slots == 0 else 2, page_table.shape[1] * page_size
+    capacity, page_size = min(capacity, MOST_SLOTS), min(page_size, MOST_INT32)
     parts = max_parts(kv_heads, capacity, window, num_splits, shape)
 
     requests, part_out, part_stats = batch, None, None
@@ -134,7 +138,7 @@ def tree_attention(
                 alibi_slopes, *q_strides, *out_strides, *k_cache.stride()[:3], *v_cache.stride()[:3],
                 _batch_stride(ancestors), node_stride, _batch_stride(depths), num_nodes_stride,
                 0 if page_table is None else page_table.stride(0),
-                first, batch, heads, max_queries, q.shape[0], nodes, words, capacity, page_size, query_start,
+                first, batch, heads, max_queries, q.shape[0], nodes, words, capacity, page_size, pages, query_start,
                 scale / softcap if softcap > 0.0 else scale * LOG2E, softcap * LOG2E, window, out_scale, num_splits,
                 parts, GROUP=group, DIM=dim, **dict(zip(("DIM0", "DIM1"), split_dim(dim, shape.rows), strict=True)),
                 BLOCK_M=shape.rows, PAGING=paging, SOFTCAP=softcap > 0.0, SPLIT=parts > 1,

@@ -7,13 +7,17 @@ ratio of heads (XQA packs its rows the same way), each byte of K and V is read o
 tree row lie together, which is what makes their ancestor words one cached line.
 
 The loop over slots has two phases, in the manner of FlashAttention-2's online softmax:
-  context  tiles of BLOCK_N slots that lie wholly inside the context. No mask is loaded and nothing is compared, unless
-           a window asks for it. Nearly all of the time is spent here. SGLang's `skip_prefix_custom_mask` showed what
-           masking this part costs.
-  tail     from the last whole context tile on: the rest of the context, then the nodes. Visibility is bit j % 64 of
-           ancestor word j // 64 of the row. Tiles stay aligned to the slots (so a tile stays inside a page), hence a
-           tile's 64 bits straddle two words; they are joined by a shift, with "word -1" (the context) all ones.
-           Nodes after the block's last row are nobody's ancestors: the loop ends there.
+  plain    tiles of BLOCK_N slots of the context that all rows see. No mask is loaded and nothing is compared. Nearly
+           all of the time is spent here. SGLang's `skip_prefix_custom_mask` showed what masking this part costs.
+  masked   with a window the tiles in which some row's window begins, then the tail: the rest of the context behind its
+           last whole tile, and the nodes. Visibility is bit j % 64 of ancestor word j // 64 of the row. Tiles stay
+           aligned to the slots (so a tile stays inside a page), hence a tile's 64 bits straddle two words; they are
+           joined by a shift, with the words before the first one (the context) all ones. Nodes after the block's last
+           row are nobody's ancestors: the loop ends there.
+
+What a row does not see may be NaN or Inf. Its score is replaced, whatever it is; but its value is multiplied by a
+weight of 0, and 0 * NaN is NaN. So masked tiles look at their values, and a program that has met such a one adds up all
+values once more, slot by slot, each for the rows that see it.
 
 Bytes moved, per request: K and V once per KV head and row block (row blocks of one KV head are neighbours in the grid,
 so the later ones read L2), q and out once, 8 bytes per row, 64 nodes and tail tile, and with S parts
@@ -41,7 +45,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # Arguments that change from call to call: no recompilation for a value that happens to be 1 or a multiple of 16.
 _VOLATILE = [
     "request_begin", "batch", "heads", "max_queries", "tokens", "nodes", "words", "capacity", "page_size",
-    "query_start", "window", "fixed_parts", "max_parts", "ancestors_batch_stride", "ancestors_node_stride",
+    "pages", "query_start", "window", "fixed_parts", "max_parts", "ancestors_batch_stride", "ancestors_node_stride",
     "depths_batch_stride", "num_nodes_stride", "page_table_stride",
 ]  # fmt: skip
 _VOLATILE_POINTERS = [
@@ -87,6 +91,87 @@ def _load(at, d, readable, CHECKED: tl.constexpr, PADDED: tl.constexpr, DIM: tl.
 
 
 @triton.jit
+def _scores(s, distance, slope, logit_scale, softcap, SOFTCAP: tl.constexpr):
+    """Products q . k to scores: scaled, capped, biased. Of a tile or of one slot."""
+    s = s * logit_scale  # LOG2E * scale, or scale / softcap when there is a soft cap of LOG2E * softcap
+    if SOFTCAP:
+        s = _tanh(s) * softcap
+    if slope is not None:
+        s -= slope * distance.to(tl.float32)
+    return s
+
+
+@triton.jit
+def _piece(at, d, exists, DIM: tl.constexpr):
+    """Columns `d` of one row of K or V, as float32."""
+    return tl.load(at + d, mask=d < tl.where(exists, DIM, 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dots(q_at, k_at, d, real, exists, DIM: tl.constexpr):
+    """Columns `d` of every row of q times those of one key. q is volatile, lest it stay in registers for all slots."""
+    at = q_at[:, None] + d[None, :]
+    q = tl.load(at, mask=real[:, None] & (d < DIM)[None, :], other=0.0, volatile=True).to(tl.float32)
+    return tl.sum(q * _piece(k_at, d, exists, DIM)[None, :], 1)
+
+
+@triton.jit
+def _sum_again(q_at, maximum, k_view, v_view, begin, end, lowest, context, position, real, row_words, slope, depth_row,
+               page_row, page_size, pages, logit_scale, softcap, window, request, DIM: tl.constexpr,
+               DIM0: tl.constexpr, DIM1: tl.constexpr, PAGING: tl.constexpr, WINDOW: tl.constexpr,
+               SOFTCAP: tl.constexpr):  # fmt: skip
+    """The sums of values over slots [begin, end), one slot at a time, so that none reaches a row that doesn't see it.
+
+    `maximum` is known already. Slow, and held apart from the loop over tiles, whose registers it would take.
+    """
+    k_cache, k_page, k_slot = k_view
+    v_cache, v_page, v_slot = v_view
+    d0 = tl.arange(0, DIM0)
+    acc0 = tl.zeros([q_at.shape[0], DIM0], tl.float32)
+    acc1 = 0.0
+    if DIM1 > 0:
+        d1 = DIM0 + tl.arange(0, DIM1)
+        acc1 = tl.zeros([q_at.shape[0], DIM1], tl.float32)
+    safe = tl.where(maximum == float("-inf"), 0.0, maximum)
+    for index in tl.range(tl.maximum(begin, lowest), end, num_stages=1):
+        slot = tl.zeros([], tl.int32) + index  # the interpreter's index is a Python int
+        exists = slot >= 0
+        page = request
+        place = slot
+        if PAGING > 0:
+            page = tl.load(page_row + slot // page_size)
+            place = slot % page_size
+            exists = (page >= 0) & (page < pages)
+        k_at = k_cache + page.to(tl.int64) * k_page + place.to(tl.int64) * k_slot
+        v_at = v_cache + page.to(tl.int64) * v_page + place.to(tl.int64) * v_slot
+        s = _dots(q_at, k_at, d0, real, exists, DIM)
+        if DIM1 > 0:
+            s += _dots(q_at, k_at, d1, real, exists, DIM)
+
+        node = slot - context + tl.zeros_like(position)
+        sees = real
+        if row_words is not None:
+            words = tl.load(row_words + (node >> 6), mask=real & (node >= 0), other=-1)
+            sees = sees & (((words >> (node & 63).to(tl.int64)) & 1) != 0)
+        distance = position - slot
+        if depth_row is not None:
+            distance -= tl.where(node >= 0, tl.load(depth_row + node, mask=node >= 0, other=0) - node, 0)
+        if WINDOW:
+            sees = sees & (distance >= 0) & (distance < window)
+        weight = tl.exp2(_scores(s, distance, slope, logit_scale, softcap, SOFTCAP) - safe)
+        acc0 += tl.where(sees[:, None], weight[:, None] * _piece(v_at, d0, exists, DIM)[None, :], 0.0)
+        if DIM1 > 0:
+            acc1 += tl.where(sees[:, None], weight[:, None] * _piece(v_at, d1, exists, DIM)[None, :], 0.0)
+    return acc0, acc1
+
+
+@triton.jit
+def _some_nonfinite(v):
+    """1 if there is a NaN or an Inf, else 0."""
+    return tl.max(tl.max(tl.where(tl.abs(v.to(tl.float32)) < float("inf"), 0, 1), 1), 0)
+
+
+@triton.jit
 def _request_rows(request, batch, max_queries, tokens, offsets, num_nodes, num_nodes_stride, nodes, query_start,
                   query_starts):  # fmt: skip
     """First row in q, rows that are the request's own, rows that it must write, first node, number of nodes."""
@@ -94,8 +179,8 @@ def _request_rows(request, batch, max_queries, tokens, offsets, num_nodes, num_n
     own = max_queries
     written = max_queries
     if offsets is not None:
-        row = tl.load(offsets + request)
-        own = tl.load(offsets + request + 1) - row
+        row = tl.minimum(tl.maximum(tl.load(offsets + request), 0), tokens)
+        own = tl.minimum(tl.maximum(tl.load(offsets + request + 1), row), tokens) - row
         # Rows of q after the last request are padding, and the last request's programs blank them.
         written = tl.where(request == batch - 1, tokens - row, own)
         first = row.to(tl.int64)
@@ -133,7 +218,7 @@ def _finish(acc0, acc1, maximum, total, head, sinks, real, out_scale, DIM1: tl.c
         if DIM1 > 0:
             acc1 = acc1 * scale[:, None]
         maximum = joined
-    some = real & (total > 0.0)
+    some = real & (total != 0.0)  # a NaN is something seen
     inverse = tl.where(some, out_scale / total, 0.0)
     acc0 = tl.where(some[:, None], acc0 * inverse[:, None], 0.0)
     if DIM1 > 0:
@@ -144,31 +229,46 @@ def _finish(acc0, acc1, maximum, total, head, sinks, real, out_scale, DIM1: tl.c
 
 @triton.jit
 def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limit, lowest, context, position, row_words,
-            words, slope, depth_row, page_row, page_size, logit_scale, softcap, window,
+            words, slope, depth_row, page_row, page_size, pages, logit_scale, softcap, window, edge, gap,
             request, real, DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr, BLOCK_N: tl.constexpr,
-            PAGING: tl.constexpr, TAIL: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+            PAGING: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
             WIDEN: tl.constexpr):  # fmt: skip
-    """Online softmax over the tiles that start in [begin, end). TAIL: mask by ancestor words, and stop at `limit`."""
+    """Online softmax over the tiles that start in [begin, end). A page that does not exist reads as zeros.
+
+    MASKED: what is visible is asked for every slot, up to `limit`; and tiles from `edge` on lie `gap` slots further.
+    The last result is above 0 if a value wasn't finite: then the sums of rows that don't see it are not right.
+    """
     k_cache, k_page, k_slot = k_view
     v_cache, v_page, v_slot = v_view
     column = tl.arange(0, BLOCK_N)
     d0 = tl.arange(0, DIM0)
-    CHECKED: tl.constexpr = TAIL or WINDOW
-    for start in tl.range(begin, end, BLOCK_N, num_stages=1 if TAIL else None):
+    CHECKED: tl.constexpr = MASKED or PAGING > 0
+    spoilt = 0
+    for tile in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
+        start = tile
+        if MASKED and WINDOW:
+            start += tl.where(tile < edge, 0, gap)
         slot = start + column
         # Slots that no row of this block can see are not read: whatever lies there may be a NaN.
-        readable = (slot < limit) & (slot >= lowest)
+        inside = (slot < limit) & (slot >= lowest)
+        readable = inside
         if PAGING == 0:
             page = request.to(tl.int64)
-            inside = slot.to(tl.int64)
+            place = slot.to(tl.int64)
         elif PAGING == 1:  # a tile lies inside one page
-            page = tl.load(page_row + start // page_size).to(tl.int64)
-            inside = (start % page_size + column).to(tl.int64)
+            number = tl.load(page_row + start // page_size)
+            page = number.to(tl.int64)
+            place = (start % page_size + column).to(tl.int64)
+            there = (number + tl.zeros_like(column) >= 0) & (number + tl.zeros_like(column) < pages)
         else:
-            page = tl.load(page_row + slot // page_size, mask=readable, other=0).to(tl.int64)
-            inside = (slot % page_size).to(tl.int64)
-        k_at = k_cache + page * k_page + inside * k_slot
-        v_at = v_cache + page * v_page + inside * v_slot
+            number = tl.load(page_row + slot // page_size, mask=inside, other=-1)
+            page = number.to(tl.int64)
+            place = (slot % page_size).to(tl.int64)
+            there = (number >= 0) & (number < pages)
+        if PAGING > 0:
+            readable = (inside & there) if MASKED else there
+        k_at = k_cache + page * k_page + place * k_slot
+        v_at = v_cache + page * v_page + place * v_slot
 
         k0 = _load(k_at, d0, readable, CHECKED, DIM0 > DIM, DIM)
         s = _dot(q0, tl.trans(k0), tl.zeros([q0.shape[0], BLOCK_N], tl.float32), WIDEN)
@@ -177,29 +277,25 @@ def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limi
             k1 = _load(k_at, d1, readable, CHECKED, DIM0 + DIM1 > DIM, DIM)
             s = _dot(q1, tl.trans(k1), s, WIDEN)
 
-        s = s * logit_scale  # LOG2E * scale, or scale / softcap when there is a soft cap of LOG2E * softcap
-        if SOFTCAP:
-            s = _tanh(s) * softcap
-
-        if WINDOW or slope is not None:
+        distance = 0
+        if (MASKED and WINDOW) or slope is not None:
             slot_position = slot
-            if TAIL and depth_row is not None:
+            if MASKED and depth_row is not None:
                 node = slot - context
                 depth = tl.load(depth_row + node, mask=(node >= 0) & (slot < limit), other=0)
                 slot_position = tl.where(node >= 0, context + depth, slot)
             distance = position[:, None] - slot_position[None, :]
-        if slope is not None:
-            s -= slope[:, None] * distance.to(tl.float32)
-        if CHECKED:
-            visible = readable[None, :]
-            if TAIL and row_words is not None:
+        s = _scores(s, distance, None if slope is None else slope[:, None], logit_scale, softcap, SOFTCAP)
+        if MASKED:
+            visible = inside[None, :]
+            if row_words is not None:
                 bit = start - context
                 word = (bit >> 6) + tl.zeros_like(position)
                 shift = bit & 63
                 low = tl.load(row_words + word, mask=real & (word >= 0) & (word < words), other=0)
                 low = tl.where(word < 0, -1, low).to(tl.uint64, bitcast=True)
-                high = tl.load(row_words + word + 1, mask=real & (word + 1 < words), other=0)
-                high = high.to(tl.uint64, bitcast=True)
+                high = tl.load(row_words + word + 1, mask=real & (word >= -1) & (word + 1 < words), other=0)
+                high = tl.where(word < -1, -1, high).to(tl.uint64, bitcast=True)
                 bits = (low >> shift.to(tl.uint64)) | ((high << 1) << (63 - shift).to(tl.uint64))
                 half = bits.to(tl.uint32)[:, None]
                 if BLOCK_N > 32:
@@ -211,7 +307,7 @@ def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limi
 
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
         safe = new_maximum
-        if CHECKED:  # a row that has seen nothing yet
+        if MASKED:  # a row that has seen nothing yet
             safe = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         decay = tl.exp2(maximum - safe)
         p = tl.exp2(s - safe[:, None])
@@ -221,10 +317,14 @@ def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limi
         v0 = _load(v_at, d0, readable, CHECKED, DIM0 > DIM, DIM)
         p = p.to(v0.dtype)
         acc0 = _dot(p, v0, acc0 * decay[:, None], WIDEN)
+        if MASKED:
+            spoilt = tl.maximum(spoilt, _some_nonfinite(v0))
         if DIM1 > 0:
             v1 = _load(v_at, d1, readable, CHECKED, DIM0 + DIM1 > DIM, DIM)
             acc1 = _dot(p, v1, acc1 * decay[:, None], WIDEN)
-    return acc0, acc1, maximum, total
+            if MASKED:
+                spoilt = tl.maximum(spoilt, _some_nonfinite(v1))
+    return acc0, acc1, maximum, total, spoilt
 
 
 @triton.jit(do_not_specialize=_VOLATILE, do_not_specialize_on_alignment=_VOLATILE_POINTERS)
@@ -234,7 +334,7 @@ def tree_attention_kernel(
     q_batch_stride, q_row_stride, q_head_stride, out_batch_stride, out_row_stride, out_head_stride,
     k_page_stride, k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride,
     ancestors_batch_stride, ancestors_node_stride, depths_batch_stride, num_nodes_stride, page_table_stride,
-    request_begin, batch, heads, max_queries, tokens, nodes, words, capacity, page_size, query_start,
+    request_begin, batch, heads, max_queries, tokens, nodes, words, capacity, page_size, pages, query_start,
     logit_scale, softcap, window, out_scale, fixed_parts, max_parts,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, PAGING: tl.constexpr,
@@ -313,8 +413,10 @@ def tree_attention_kernel(
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + head) * LOG2E
     lowest = 0
+    all_see = 0
     if WINDOW:
         lowest = tl.maximum(tl.min(tl.where(real, position, 2147483647), 0) - window + 1, 0)
+        all_see = tl.maximum(tl.max(tl.where(real, position, 0), 0) - window + 1, 0)
 
     q_at = q + row.to(tl.int64) * q_row_stride + head.to(tl.int64) * q_head_stride
     q0 = tl.load(q_at[:, None] + d0[None, :], mask=real[:, None] & (d0 < DIM)[None, :], other=0.0)
@@ -335,21 +437,36 @@ def tree_attention_kernel(
     whole = context // BLOCK_N * BLOCK_N
     begin = first_slot + part * part_size
     end = tl.minimum(begin + part_size, whole)
+    edge = begin
     if WINDOW:
         begin = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N)
+        edge = tl.minimum(tl.maximum(tl.cdiv(all_see, BLOCK_N) * BLOCK_N, begin), tl.maximum(end, begin))
+    tail_end = limit
+    if part < parts - 1:
+        tail_end = whole
     if some_real == 0:
         end = begin
-    acc0, acc1, maximum, total = _attend(
-        acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limit, lowest, context, position, row_words,
-        words, slope, depth_row, page_row, page_size, logit_scale, softcap, window, request, real,
-        DIM, DIM0, DIM1, BLOCK_N, PAGING, False, WINDOW, SOFTCAP, WIDEN)  # fmt: skip
-    tail_end = limit
-    if (part < parts - 1) | (some_real == 0):
+        edge = begin
         tail_end = whole
-    acc0, acc1, maximum, total = _attend(
-        acc0, acc1, maximum, total, q0, q1, k_view, v_view, whole, tail_end, limit, lowest, context, position,
-        row_words, words, slope, depth_row, page_row, page_size, logit_scale, softcap, window, request, real,
-        DIM, DIM0, DIM1, BLOCK_N, PAGING, True, WINDOW, SOFTCAP, WIDEN)  # fmt: skip
+    acc0, acc1, maximum, total, _ = _attend(
+        acc0, acc1, maximum, total, q0, q1, k_view, v_view, edge, end, limit, lowest, context, position, row_words,
+        words, slope, depth_row, page_row, page_size, pages, logit_scale, softcap, window, 0, 0, request, real,
+        DIM, DIM0, DIM1, BLOCK_N, PAGING, False, WINDOW, SOFTCAP, WIDEN)  # fmt: skip
+    masked_begin = whole
+    if WINDOW:
+        masked_begin = begin
+        tail_end = edge + tl.maximum(tail_end - whole, 0)
+    acc0, acc1, maximum, total, spoilt = _attend(
+        acc0, acc1, maximum, total, q0, q1, k_view, v_view, masked_begin, tail_end, limit, lowest, context, position,
+        row_words, words, slope, depth_row, page_row, page_size, pages, logit_scale, softcap, window, edge,
+        whole - edge, request, real, DIM, DIM0, DIM1, BLOCK_N, PAGING, True, WINDOW, SOFTCAP, WIDEN)  # fmt: skip
+    if spoilt > 0:
+        last = tl.where(part < parts - 1, end, limit)
+        again_at = q + row.to(tl.int64) * q_row_stride + head.to(tl.int64) * q_head_stride
+        acc0, acc1 = _sum_again(
+            again_at, maximum, k_view, v_view, begin, last, lowest, context, position, real, row_words, slope,
+            depth_row, page_row, page_size, pages, logit_scale, softcap, window, request,
+            DIM, DIM0, DIM1, PAGING, WINDOW, SOFTCAP)  # fmt: skip
 
     if SPLIT:  # noqa: SIM102
         if parts > 1:

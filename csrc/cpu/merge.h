@@ -1,6 +1,6 @@
 // Merges two partial attentions over disjoint slots: weights exp(lse - the larger lse), one pass, 3 * dim elements
 // moved a row. A state that saw nothing has lse -inf and weight 0, whatever its output holds; two of them merge to 0
-// and -inf.
+// and -inf. An lse of NaN or +inf makes the row NaN.
 #pragma once
 
 #include "cpu/simd.h"
@@ -13,7 +13,7 @@ static void merge_rows_of(const MergeStatesParams& p, int64_t begin, int64_t end
   using Element = typename Storage::Element;
   const int whole = p.dim / kWidth * kWidth;
   for (int64_t row = begin; row < end; row++) {
-    const float a = p.lse_a[row], b = p.lse_b[row], top = a > b || a != a ? a : b;
+    const float a = p.lse_a[row], b = p.lse_b[row], top = a > b || a != a ? a : b;  // +inf gives NaN, too
     const bool nothing = top == -__builtin_inff();
     const float weight_a = nothing ? 0.0f : __builtin_expf(a - top),
                 weight_b = nothing ? 0.0f : __builtin_expf(b - top);

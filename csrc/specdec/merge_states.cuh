@@ -7,8 +7,9 @@
 // 12 per row, each moved once, which is the whole cost.
 //
 // Weights are w_a = 1 / (1 + e^(lse_b - lse_a)) and the same with a and b exchanged. They need no maximum and no
-// division by a sum that might be zero, and a part that saw nothing (lse -inf) is not read at all, so whatever its rows
-// hold, NaN included, can't reach the result.
+// division by a sum that might be zero, and a part of weight 0 (of lse -inf, or far below the other) is not read at
+// all, so whatever its rows hold, NaN included, can't reach the result. A log-sum-exp of NaN or +inf makes all of the
+// row NaN.
 #pragma once
 
 #include "specdec/device.cuh"
@@ -35,23 +36,26 @@ __global__ void __launch_bounds__(kMergeStatesThreads) merge_states_kernel(Merge
     const float lse_b = exists ? p.lse_b[row] : nothing;
     const bool has_a = lse_a != nothing;
     const bool has_b = lse_b != nothing;
-    const float weight_a = has_b ? 1.0f / (1.0f + expf(lse_b - lse_a)) : 1.0f;
-    const float weight_b = has_a ? 1.0f / (1.0f + expf(lse_a - lse_b)) : 1.0f;
+    const bool sound = lse_a < -nothing && lse_b < -nothing;
+    float weight_a = has_b ? 1.0f / (1.0f + expf(lse_b - lse_a)) : has_a ? 1.0f : 0.0f;
+    float weight_b = has_a ? 1.0f / (1.0f + expf(lse_a - lse_b)) : has_b ? 1.0f : 0.0f;
+    if (!sound) weight_a = weight_b = nothing - nothing;
     warp_sync();  // every lane of the row has its log-sum-exps
 
     if (exists && threadIdx.x == 0) {
       const float larger = fmaxf(lse_a, lse_b);
-      p.lse[row] = has_a && has_b ? larger + log1pf(expf(-fabsf(lse_a - lse_b))) : larger;
+      const float joint = has_a && has_b ? larger + log1pf(expf(-fabsf(lse_a - lse_b))) : larger;
+      p.lse[row] = sound ? joint : weight_a;
     }
     for (int32_t pack = threadIdx.x; exists && pack < packs; pack += blockDim.x) {
       const int64_t place = row * packs + pack;
       float sum[kPack] = {};
-      if (has_a) {
+      if (weight_a != 0.0f) {
         const Vector part = out_a[place];
 #pragma unroll
         for (int i = 0; i < kPack; ++i) sum[i] = weight_a * to_float(part.element[i]);
       }
-      if (has_b) {
+      if (weight_b != 0.0f) {
         const Vector part = out_b[place];
 #pragma unroll
         for (int i = 0; i < kPack; ++i) sum[i] += weight_b * to_float(part.element[i]);

@@ -9,7 +9,11 @@
 // Two phases. Tiles inside the context have no mask and load none (with a window, except where it begins). In the tail,
 // from the last tile of the context on, a lane takes 64 bits of its two rows' ancestor sets into registers and shifts.
 // The block first joins the sets of all its rows in shared memory: a tail tile that none of them sees is left out, and
-// a slot that none of them sees is not read, so whatever an unused slot holds, NaN included, can't reach a result.
+// a slot that none of them sees is not read, nor is its page looked up.
+//
+// A slot that some rows see and others don't may be NaN or Inf, too. Where a row does not see, its score is replaced,
+// whatever it is; but V is multiplied by a weight of 0, and 0 * NaN is NaN. So in masked tiles a warp looks at the
+// values it is about to multiply. Those that are not finite become 0, and are added to the rows that see them.
 //
 // Split over the slots. The number of parts is worked out by every block from the request's context length alone; the
 // grid has room for as many as the cache's capacity allows, and blocks without a part end at once. Parts leave their
@@ -182,11 +186,19 @@ __device__ __forceinline__ uint64_t bits_from(const uint64_t* words, int32_t cou
   return low >> shift | high << (64 - shift);
 }
 
-// Scores in units of log2, with soft cap, ALiBi, and in masked tiles -inf where a row does not see a slot.
+// Whether there may be a slot in a tile that some row does not see: before a window, in the tree, or past the end.
 template <class Shape>
-__device__ __forceinline__ void adjust_scores(float (&scores)[Shape::kSlots / 8][4], const TreeAttentionParams& p,
-                                              const BlockWork& work, const LaneRow (&rows)[2], int32_t begin,
-                                              int lane) {
+__device__ __forceinline__ bool is_masked(const BlockWork& work, int32_t begin) {
+  return begin < work.unmasked || begin + Shape::kSlots > at_most(work.context, work.end);
+}
+
+// Scores in units of log2, with soft cap, ALiBi, and in masked tiles -inf where a row does not see a slot. Returns
+// which of the lane's scores are of slots that their rows see: bit 4 * j + e for scores[j][e].
+template <class Shape>
+__device__ __forceinline__ uint32_t adjust_scores(float (&scores)[Shape::kSlots / 8][4], const TreeAttentionParams& p,
+                                                  const BlockWork& work, const LaneRow (&rows)[2], int32_t begin,
+                                                  bool masked, int lane) {
+  static_assert(Shape::kSlots <= 64, "a bit for each score");
   const bool capped = p.softcap > 0.0f;
   const float scale = capped ? p.scale / p.softcap : p.scale * kLog2E, cap = p.softcap * kLog2E;
 #pragma unroll
@@ -197,9 +209,9 @@ __device__ __forceinline__ void adjust_scores(float (&scores)[Shape::kSlots / 8]
       if (capped) scores[j][e] = soft_tanh(scores[j][e]) * cap;
     }
   }
-  const bool masked = begin < work.unmasked || begin + Shape::kSlots > at_most(work.context, work.end);
-  if (!masked && p.alibi_slopes == nullptr) return;
+  if (!masked && p.alibi_slopes == nullptr) return kAllLanes;
 
+  uint32_t seen = kAllLanes;
   uint64_t bits[2];
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
@@ -222,10 +234,14 @@ __device__ __forceinline__ void adjust_scores(float (&scores)[Shape::kSlots / 8]
         if (p.alibi_slopes != nullptr) score -= rows[i].slope * float(distance);
         bool visible = !masked || (slot < work.end && (bits[i] >> column & 1) != 0);
         if (p.window > 0) visible = visible && distance >= 0 && distance < p.window;
-        if (!visible) score = negative_infinity();
+        if (!visible) {
+          score = negative_infinity();
+          seen &= ~(1u << (4 * j + 2 * i + c));
+        }
       }
     }
   }
+  return seen;
 }
 
 // The nodes that some row of the block sees, 32 to a word, in shared memory. A word of zeros follows.

@@ -82,9 +82,15 @@ __device__ __forceinline__ void attend(WarpRows<Shape>& sums, const SharedTiles<
       const typename Shape::Cache* k = shared.stages + stage * 2 * Shape::kTile;
       float scores[Shape::kSlots / 8][4] = {};
       score_tile<Shape>(scores, shared.q + row_warp * 16 * Shape::kPitch, k, lane);
-      adjust_scores<Shape>(scores, p, work, rows, tile, lane);
+      const bool masked = is_masked<Shape>(work, tile);
+      const uint32_t seen = adjust_scores<Shape>(scores, p, work, rows, tile, masked, lane);
       soften<Shape>(sums, scores);
-      add_values<Shape>(sums, scores, k + Shape::kTile + column_warp * Shape::kColumns, lane);
+      const typename Shape::Cache* v = k + Shape::kTile + column_warp * Shape::kColumns;
+      if (masked) {
+        add_values<Shape, true>(sums, scores, v, seen, lane);
+      } else {
+        add_values<Shape, false>(sums, scores, v, seen, lane);
+      }
     }
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
   }

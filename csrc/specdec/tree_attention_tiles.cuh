@@ -143,10 +143,62 @@ __device__ __forceinline__ uint32_t turned(uint32_t bytes) {
   return (bytes & 0xff0000ffu) | (bytes >> 8 & 0x0000ff00u) | (bytes << 8 & 0x00ff0000u);
 }
 
-// out += weights . v. `v` is at the warp's first column.
-template <class Shape>
+// Two 16-bit numbers, in the halves of a word.
+template <class T>
+constexpr uint32_t kExponentOf = 0x7f80;
+template <>
+constexpr uint32_t kExponentOf<Float16> = 0x7c00;
+template <class T>
+constexpr uint32_t kOneOf = 0x3f80;
+template <>
+constexpr uint32_t kOneOf<Float16> = 0x3c00;
+
+template <class T>
+__device__ __forceinline__ bool has_nonfinite(uint32_t pair) {
+  return (pair & kExponentOf<T>) == kExponentOf<T> || (pair >> 16 & kExponentOf<T>) == kExponentOf<T>;
+}
+
+// Takes what is not finite out of a pair. Where that was +Inf `high` has a 1, where it was -Inf `low`; for NaN both.
+template <class T>
+__device__ __forceinline__ void take_nonfinite(uint32_t& pair, uint32_t& high, uint32_t& low) {
+  high = low = 0;
+#pragma unroll
+  for (int shift = 0; shift < 32; shift += 16) {
+    const uint32_t bits = pair >> shift & 0xffff;
+    if ((bits & kExponentOf<T>) != kExponentOf<T>) continue;
+    pair &= ~(0xffffu << shift);
+    const bool nan = (bits & 0x7fff) != kExponentOf<T>;
+    if (nan || (bits & 0x8000) == 0) high |= kOneOf<T> << shift;
+    if (nan || (bits & 0x8000) != 0) low |= kOneOf<T> << shift;
+  }
+}
+
+// Makes 16 slots of 8 columns of V (b0, b1) finite, and adds what they lose to the rows that see it. `seen` has the
+// bits of these 16 slots.
+template <class T>
+__device__ __forceinline__ void add_nonfinite(float (&out)[4], uint32_t seen, uint32_t& b0, uint32_t& b1) {
+  uint32_t sees[4], high[2], low[2];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    sees[i] = (seen >> 2 * i & 1) * kOneOf<T> | (seen >> (2 * i + 1) & 1) * (kOneOf<T> << 16);
+  }
+  take_nonfinite<T>(b0, high[0], low[0]);
+  take_nonfinite<T>(b1, high[1], low[1]);
+  float of_high[4] = {}, of_low[4] = {};
+  mma_m16n8k16<T>(of_high, sees, high[0], high[1]);
+  mma_m16n8k16<T>(of_low, sees, low[0], low[1]);
+#pragma unroll
+  for (int e = 0; e < 4; ++e) {
+    if (of_high[e] > 0.0f) out[e] -= negative_infinity();
+    if (of_low[e] > 0.0f) out[e] += negative_infinity();
+  }
+}
+
+// out += weights . v. `v` is at the warp's first column. In a masked tile `seen` tells which slots the lane's rows see,
+// and others don't reach them, whatever they hold. (fp8 codes are read as finite numbers.)
+template <class Shape, bool kMasked>
 __device__ __forceinline__ void add_values(WarpRows<Shape>& rows, const float (&weights)[Shape::kSlots / 8][4],
-                                           const typename Shape::Cache* v, int lane) {
+                                           const typename Shape::Cache* v, uint32_t seen, int lane) {
   using T = typename Shape::T;
 #pragma unroll
   for (int step = 0; step < Shape::kSlots / 16; ++step) {
@@ -173,6 +225,15 @@ __device__ __forceinline__ void add_values(WarpRows<Shape>& rows, const float (&
 #pragma unroll
       for (int j = 0; j < Shape::kColumns / 16; ++j) {
         ldmatrix_x4_trans(b, row + j * 16 + lane / 16 * 8);
+        if constexpr (kMasked) {
+          bool nonfinite = false;
+#pragma unroll
+          for (int i = 0; i < 4; ++i) nonfinite = nonfinite || has_nonfinite<T>(b[i]);
+          if (warp_ballot(nonfinite) != 0) {
+            add_nonfinite<T>(rows.out[2 * j], seen >> 8 * step, b[0], b[1]);
+            add_nonfinite<T>(rows.out[2 * j + 1], seen >> 8 * step, b[2], b[3]);
+          }
+        }
         mma_m16n8k16<T>(rows.out[2 * j], a, b[0], b[1]);
         mma_m16n8k16<T>(rows.out[2 * j + 1], a, b[2], b[3]);
       }

@@ -7,7 +7,7 @@ def merge_states(out_a, lse_a, out_b, lse_b, out, lse) -> None:
     """Write the attention over the union of two disjoint sets of slots, given the attention over each.
 
     A partial result weighs as much as its softmax denominator. One that saw nothing (lse -inf) weighs nothing, whatever
-    its `out` holds.
+    its `out` holds. A log denominator of NaN or +inf makes the row NaN.
     """
     compute = torch.promote_types(out_a.dtype, torch.float32)
     logs = torch.stack([lse_a, lse_b]).to(compute)
@@ -16,4 +16,4 @@ def merge_states(out_a, lse_a, out_b, lse_b, out, lse) -> None:
     for part, weight in ((out_a, weights[0]), (out_b, weights[1])):
         merged += torch.where(weight[..., None] == 0, 0.0, weight[..., None] * part.to(compute))
     out.copy_(merged)
-    lse.copy_(torch.logsumexp(logs, dim=0))
+    lse.copy_(torch.logsumexp(logs, dim=0).masked_fill(logs.isposinf().any(dim=0), float("nan")))
