@@ -35,7 +35,7 @@ KvPropagateParams kv_propagate_params(std::tuple<Address, int32_t, int64_t> hidd
                                       float norm_eps, std::tuple<Address, Address, int32_t, bool> rotation,
                                       std::tuple<Address, Address, Address> places,
                                       std::tuple<int32_t, int32_t, int32_t, int32_t> sizes,
-                                      std::tuple<int32_t, int32_t, int32_t, int32_t> cache_sizes) {
+                                      std::tuple<int32_t, int64_t, int32_t, int64_t> cache_sizes) {
   KvPropagateParams p{};
   p.hidden = pointer<void>(std::get<0>(hidden));
   p.dtype = static_cast<DType>(std::get<1>(hidden));

@@ -5,7 +5,7 @@ The order of arguments is that of csrc/bindings_kv.cpp.
 
 import torch
 
-from ._native import _DTYPE_CODES, _address, _module, _stream
+from ._native import _DTYPE_CODES, MOST_INT32, _address, _module, _stream
 
 _MOST_LAYERS = 32  # of a call, as in csrc/specdec/kv_params.h
 
@@ -45,9 +45,9 @@ def _calls(
     )
     first, second, kv_heads, head_dim = k_caches[0].shape
     if page_table is None:
-        sizes = (first, second, 0, 0)
+        sizes = (min(first, MOST_INT32), second, 0, 0)
     else:
-        sizes = (page_table.shape[0], page_table.shape[1] * second, first, second)
+        sizes = (page_table.shape[0], page_table.shape[1] * second, min(first, MOST_INT32), second)
     norms = norm_weights or [None] * len(k_caches)
     layers = [
         (

@@ -63,7 +63,7 @@ def tree_attention(
     `context_lens[b] + depth(i)`. Row r of request b in `q` is node `query_start + r`. A row sees every context slot
     and the tree slots of its node's ancestors and of the node itself. A row whose node does not exist is padding: its
     output is 0 and its log-sum-exp -inf, as for a row that sees nothing. Slots that no row of a request sees may hold
-    anything.
+    anything, NaN included, and so may the page-table entries of pages that no row sees.
 
     Nothing waits for the device and no mask is built: lengths, tree and page table are read by the kernel. A request's
     result depends on that request alone, not on its neighbours in the batch. For inference: there is no backward.
@@ -78,10 +78,12 @@ def tree_attention(
         v_cache: of the same shape and dtype as k_cache.
         topology: the trees, with batch 1 for one tree shared by all requests. None: no tree, every row sees exactly the
             context (cross-attention) and stands at position `context_lens[b]`.
-        context_lens: int32 or int64 `[batch]`, the slots in use before the tree; or an int for all requests.
+        context_lens: int32 or int64 `[batch]`, the slots in use before the tree; or an int for all requests. At most
+            2^30 with the tree, however large the cache is.
         page_table: int32 or int64 `[batch, max_pages]`: slot j of request b is in page `page_table[b, j // page_size]`.
         query_start: the node of row 0: an int, or int32 or int64 `[batch]`. For a draft that grows level by level,
-            where only the newest nodes ask.
+            where only the newest nodes ask. Rows before node 0 and after the last node are padding; so are packed rows
+            of a request beyond the number of nodes that the topology has room for.
         scale: multiplies q . k; `dim ** -0.5` by default.
         window: a row sees positions p with `0 <= its own position - p < window`. Counted by depth, so that siblings see
             the same context.
@@ -105,8 +107,10 @@ def tree_attention(
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
-        ValueError: a wrong shape, range, device or memory layout; on CPU also a context length beyond the cache. (On a
-            GPU slots beyond the cache are treated as invisible.)
+        ValueError: a wrong shape, range, device or memory layout. With the backends cpu and torch also a context length
+            below 0 or beyond the cache, a page that a row sees and that does not exist, and offsets that do not rise.
+            Kernels on a GPU can't report those: there a length below 0 counts as 0, slots beyond the cache are
+            invisible, slots of a page that does not exist hold zeros, and offsets are clamped.
         RuntimeError: the named backend is not available, or an input requires grad.
 
     The tree mask is that of SpecInfer (Miao et al., 2024); counting window and ALiBi by depth follows from the position
@@ -123,6 +127,8 @@ def tree_attention(
         ancestors, depths, num_nodes = _topology_tensors(topology, batch, q)
         offsets = topology.offsets if packed else None
     context_lens = _per_request("context_lens", context_lens, batch, q)
+    if q.shape[-3] * heads > MOST_INT32:
+        raise ValueError(wrong("tree_attention", "q", "of fewer than 2^31 queries times heads", q))
     if isinstance(query_start, torch.Tensor):
         query_start, query_starts = 0, _per_request("query_start", query_start, batch, q)
     else:

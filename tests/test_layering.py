@@ -64,6 +64,7 @@ MAY_IMPORT = {
     "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
     "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "triton_kernels/tree_attention.py": ["torch", "triton", ".tree_attention_kernels"],
+    "triton_kernels/tree_attention_kernels.py": ["triton", ".tree_attention_sums"],
     "triton_kernels/rows.py": ["triton", ".noise"],
     "triton_kernels/sample_kernels.py": ["triton", ".noise", ".rows"],
     "triton_kernels/sample.py": ["torch", "triton", ".sample_kernels"],

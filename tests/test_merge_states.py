@@ -54,6 +54,27 @@ def test_a_part_that_saw_nothing_changes_nothing(target):
     assert merged.out[3].isfinite().all()
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_denominator_that_is_none(bad, target):
+    """NaN or +inf on either side makes that row NaN, and no other."""
+    out_a, lse_a, out_b, lse_b = states(4, 1, 64, device=target.device)
+    lse_a[0], lse_b[1], lse_a[2], lse_b[2] = bad, bad, bad, -torch.inf
+    merged = merge_states(out_a, lse_a, out_b, lse_b, backend=target.backend)
+    assert merged.out[:3].isnan().all()
+    assert merged.lse[:3].isnan().all()
+    assert merged.out[3].isfinite().all()
+    assert merged.lse[3].isfinite().all()
+
+
+def test_a_part_of_weight_0_is_not_read(target):
+    """What lies so far below the other part that its weight is 0 may be NaN."""
+    out_a, lse_a, out_b, lse_b = states(2, 1, 64, device=target.device)
+    lse_a[:, 0], lse_b[:, 0] = torch.tensor([0.0, 1e4]), torch.tensor([1e4, 0.0])
+    out_a[0] = out_b[1] = float("nan")
+    merged = merge_states(out_a, lse_a, out_b, lse_b, backend=target.backend)
+    assert torch.equal(merged.out, torch.stack([out_b[0], out_a[1]]))
+
+
 def test_far_apart_and_very_large(target):
     """No overflow: the heavier part wins."""
     out_a, lse_a, out_b, lse_b = states(2, 1, 64, device=target.device)

@@ -39,6 +39,8 @@ tree_attention.py, decides.
 import triton
 import triton.language as tl
 
+from .tree_attention_sums import scores, sum_again
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -52,20 +54,6 @@ _VOLATILE_POINTERS = [
     "ancestors", "depths", "num_nodes", "offsets", "context_lens", "page_table", "query_starts", "sinks",
     "alibi_slopes",
 ]  # fmt: skip
-
-
-@triton.jit
-def _tanh(x):
-    # Through exp2 of a number <= 0, which cannot overflow; near zero, where 1 - exp2 would cancel, the Taylor series.
-    magnitude = tl.abs(x)
-    e = tl.exp2(magnitude * -2.8853900817779268)
-    far = (1.0 - e) / (1.0 + e)
-    x2 = x * x
-    series = 0.021869488536155203 + x2 * -0.008863235529902197
-    series = -0.05396825396825397 + x2 * series
-    series = 0.13333333333333333 + x2 * series
-    series = -0.3333333333333333 + x2 * series
-    return tl.where(magnitude < 0.35, x + x * x2 * series, tl.where(x < 0, -far, far))
 
 
 @triton.jit
@@ -88,81 +76,6 @@ def _load(at, d, readable, CHECKED: tl.constexpr, PADDED: tl.constexpr, DIM: tl.
         return tl.load(at[:, None] + d[None, :], mask=(d < DIM)[None, :], other=0.0)
     else:
         return tl.load(at[:, None] + d[None, :])
-
-
-@triton.jit
-def _scores(s, distance, slope, logit_scale, softcap, SOFTCAP: tl.constexpr):
-    """Products q . k to scores: scaled, capped, biased. Of a tile or of one slot."""
-    s = s * logit_scale  # LOG2E * scale, or scale / softcap when there is a soft cap of LOG2E * softcap
-    if SOFTCAP:
-        s = _tanh(s) * softcap
-    if slope is not None:
-        s -= slope * distance.to(tl.float32)
-    return s
-
-
-@triton.jit
-def _piece(at, d, exists, DIM: tl.constexpr):
-    """Columns `d` of one row of K or V, as float32."""
-    return tl.load(at + d, mask=d < tl.where(exists, DIM, 0), other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _dots(q_at, k_at, d, real, exists, DIM: tl.constexpr):
-    """Columns `d` of every row of q times those of one key. q is volatile, lest it stay in registers for all slots."""
-    at = q_at[:, None] + d[None, :]
-    q = tl.load(at, mask=real[:, None] & (d < DIM)[None, :], other=0.0, volatile=True).to(tl.float32)
-    return tl.sum(q * _piece(k_at, d, exists, DIM)[None, :], 1)
-
-
-@triton.jit
-def _sum_again(q_at, maximum, k_view, v_view, begin, end, lowest, context, position, real, row_words, slope, depth_row,
-               page_row, page_size, pages, logit_scale, softcap, window, request, DIM: tl.constexpr,
-               DIM0: tl.constexpr, DIM1: tl.constexpr, PAGING: tl.constexpr, WINDOW: tl.constexpr,
-               SOFTCAP: tl.constexpr):  # fmt: skip
-    """The sums of values over slots [begin, end), one slot at a time, so that none reaches a row that doesn't see it.
-
-    `maximum` is known already. Slow, and held apart from the loop over tiles, whose registers it would take.
-    """
-    k_cache, k_page, k_slot = k_view
-    v_cache, v_page, v_slot = v_view
-    d0 = tl.arange(0, DIM0)
-    acc0 = tl.zeros([q_at.shape[0], DIM0], tl.float32)
-    acc1 = 0.0
-    if DIM1 > 0:
-        d1 = DIM0 + tl.arange(0, DIM1)
-        acc1 = tl.zeros([q_at.shape[0], DIM1], tl.float32)
-    safe = tl.where(maximum == float("-inf"), 0.0, maximum)
-    for index in tl.range(tl.maximum(begin, lowest), end, num_stages=1):
-        slot = tl.zeros([], tl.int32) + index  # the interpreter's index is a Python int
-        exists = slot >= 0
-        page = request
-        place = slot
-        if PAGING > 0:
-            page = tl.load(page_row + slot // page_size)
-            place = slot % page_size
-            exists = (page >= 0) & (page < pages)
-        k_at = k_cache + page.to(tl.int64) * k_page + place.to(tl.int64) * k_slot
-        v_at = v_cache + page.to(tl.int64) * v_page + place.to(tl.int64) * v_slot
-        s = _dots(q_at, k_at, d0, real, exists, DIM)
-        if DIM1 > 0:
-            s += _dots(q_at, k_at, d1, real, exists, DIM)
-
-        node = slot - context + tl.zeros_like(position)
-        sees = real
-        if row_words is not None:
-            words = tl.load(row_words + (node >> 6), mask=real & (node >= 0), other=-1)
-            sees = sees & (((words >> (node & 63).to(tl.int64)) & 1) != 0)
-        distance = position - slot
-        if depth_row is not None:
-            distance -= tl.where(node >= 0, tl.load(depth_row + node, mask=node >= 0, other=0) - node, 0)
-        if WINDOW:
-            sees = sees & (distance >= 0) & (distance < window)
-        weight = tl.exp2(_scores(s, distance, slope, logit_scale, softcap, SOFTCAP) - safe)
-        acc0 += tl.where(sees[:, None], weight[:, None] * _piece(v_at, d0, exists, DIM)[None, :], 0.0)
-        if DIM1 > 0:
-            acc1 += tl.where(sees[:, None], weight[:, None] * _piece(v_at, d1, exists, DIM)[None, :], 0.0)
-    return acc0, acc1
 
 
 @triton.jit
@@ -285,7 +198,7 @@ def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limi
                 depth = tl.load(depth_row + node, mask=(node >= 0) & (slot < limit), other=0)
                 slot_position = tl.where(node >= 0, context + depth, slot)
             distance = position[:, None] - slot_position[None, :]
-        s = _scores(s, distance, None if slope is None else slope[:, None], logit_scale, softcap, SOFTCAP)
+        s = scores(s, distance, None if slope is None else slope[:, None], logit_scale, softcap, SOFTCAP)
         if MASKED:
             visible = inside[None, :]
             if row_words is not None:
@@ -463,7 +376,7 @@ def tree_attention_kernel(
     if spoilt > 0:
         last = tl.where(part < parts - 1, end, limit)
         again_at = q + row.to(tl.int64) * q_row_stride + head.to(tl.int64) * q_head_stride
-        acc0, acc1 = _sum_again(
+        acc0, acc1 = sum_again(
             again_at, maximum, k_view, v_view, begin, last, lowest, context, position, real, row_words, slope,
             depth_row, page_row, page_size, pages, logit_scale, softcap, window, request,
             DIM, DIM0, DIM1, PAGING, WINDOW, SOFTCAP)  # fmt: skip

@@ -32,7 +32,7 @@ std::vector<Place> find_places(const KvPropagateParams& p) {
       places.push_back({row, request, slot});
       continue;
     }
-    const int page = p.page_table[int64_t(request) * (p.slots_each / p.page_size) + slot / p.page_size];
+    const int page = p.page_table[request * (p.slots_each / p.page_size) + slot / p.page_size];
     if (page >= 0 && page < p.pages) places.push_back({row, page, slot % p.page_size});
   }
   return places;

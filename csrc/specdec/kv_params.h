@@ -30,10 +30,10 @@ struct KvPropagateParams {
   const int32_t* page_table;  // [batch, max_pages], contiguous, or nullptr: dense
   KvLayer layers[kMostKvLayers];
   int64_t hidden_stride_row;
-  DType dtype;  // of hidden, the weights and the caches
+  int64_t slots_each, page_size;  // of a request: max_pages * page_size where the cache is paged
+  DType dtype;                    // of hidden, the weights and the caches
   int32_t count, rows, dim, kv_heads, head_dim, pairs, interleaved;
-  int32_t batch, slots_each;  // requests, and slots of each: max_pages * page_size where the cache is paged
-  int32_t pages, page_size;   // paged only
+  int32_t batch, pages;  // requests, and pages of a paged cache
   float norm_eps;
 };
 

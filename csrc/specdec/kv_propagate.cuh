@@ -109,9 +109,9 @@ __device__ __forceinline__ KvPlace kv_place(const KvPropagateParams& p, int32_t 
   const int32_t request = p.requests != nullptr ? p.requests[row] : 0, slot = p.slots[row];
   if (request < 0 || request >= p.batch || slot < 0 || slot >= p.slots_each) return {-1, 0};
   if (p.page_table == nullptr) return {request, slot};
-  const int32_t page = p.page_table[int64_t(request) * (p.slots_each / p.page_size) + slot / p.page_size];
+  const int32_t page = p.page_table[request * (p.slots_each / p.page_size) + slot / p.page_size];
   if (page < 0 || page >= p.pages) return {-1, 0};
-  return {page, slot % p.page_size};
+  return {page, int32_t(slot % p.page_size)};
 }
 
 template <class Shape>

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from specdec_ops import _dispatch
+from specdec_ops._native import MOST_SLOTS
 
 from . import build
 
@@ -72,11 +73,11 @@ def tree_attention_launch(
         middle = "row" if name in ("q", "out") else "slot"
         own |= dict(zip((f"{name}_stride_{axis}" for axis in ("batch", middle, "head")), strides, strict=True))
     sizes = {"batch": context_lens.shape[0], "queries": q.shape[-3], "heads": q.shape[-2], "dim": q.shape[-1]}
-    sizes |= {"kv_heads": k_cache.shape[2], "slots": k_cache.shape[1], "topology_batch": 1}
+    sizes |= {"kv_heads": k_cache.shape[2], "slots": min(k_cache.shape[1], MOST_SLOTS), "topology_batch": 1}
     sizes |= {"dtype": DTYPES[q.dtype], "float8_cache": k_cache.dtype == torch.float8_e4m3fn}
     if page_table is not None:
         pages, page_size = k_cache.shape[:2]
-        sizes |= {"slots": page_table.shape[1] * page_size, "pages": pages, "page_size": page_size}
+        sizes |= {"slots": min(page_table.shape[1] * page_size, MOST_SLOTS), "pages": pages, "page_size": page_size}
         sizes["page_table_stride"] = page_table.stride(0)
     if ancestors is not None:
         sizes |= dict(zip(("topology_batch", "nodes", "words"), ancestors.shape, strict=True))

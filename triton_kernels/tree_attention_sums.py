@@ -1,0 +1,94 @@
+"""Scores of tree attention, and sums of values that are made once more. The kernels: tree_attention_kernels.py."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tanh(x):
+    # Through exp2 of a number <= 0, which cannot overflow; near zero, where 1 - exp2 would cancel, the Taylor series.
+    magnitude = tl.abs(x)
+    e = tl.exp2(magnitude * -2.8853900817779268)
+    far = (1.0 - e) / (1.0 + e)
+    x2 = x * x
+    series = 0.021869488536155203 + x2 * -0.008863235529902197
+    series = -0.05396825396825397 + x2 * series
+    series = 0.13333333333333333 + x2 * series
+    series = -0.3333333333333333 + x2 * series
+    return tl.where(magnitude < 0.35, x + x * x2 * series, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def scores(s, distance, slope, logit_scale, softcap, SOFTCAP: tl.constexpr):
+    """Products q . k to scores: scaled, capped, biased. Of a tile or of one slot."""
+    s = s * logit_scale  # LOG2E * scale, or scale / softcap when there is a soft cap of LOG2E * softcap
+    if SOFTCAP:
+        s = _tanh(s) * softcap
+    if slope is not None:
+        s -= slope * distance.to(tl.float32)
+    return s
+
+
+@triton.jit
+def _piece(at, d, exists, DIM: tl.constexpr):
+    """Columns `d` of one row of K or V, as float32."""
+    return tl.load(at + d, mask=d < tl.where(exists, DIM, 0), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _dots(q_at, k_at, real, exists, DIM: tl.constexpr):
+    """Every row of q times one key, 64 columns at a time. q is volatile, lest it stay in registers for all slots."""
+    s = tl.zeros([q_at.shape[0]], tl.float32)
+    for first in tl.range(0, DIM, 64, num_stages=1):
+        d = first + tl.arange(0, 64)
+        at = q_at[:, None] + d[None, :]
+        q = tl.load(at, mask=real[:, None] & (d < DIM)[None, :], other=0.0, volatile=True).to(tl.float32)
+        s += tl.sum(q * _piece(k_at, d, exists, DIM)[None, :], 1)
+    return s
+
+
+@triton.jit
+def sum_again(q_at, maximum, k_view, v_view, begin, end, lowest, context, position, real, row_words, slope, depth_row,
+               page_row, page_size, pages, logit_scale, softcap, window, request, DIM: tl.constexpr,
+               DIM0: tl.constexpr, DIM1: tl.constexpr, PAGING: tl.constexpr, WINDOW: tl.constexpr,
+               SOFTCAP: tl.constexpr):  # fmt: skip
+    """The sums of values over slots [begin, end), one slot at a time, so that none reaches a row that doesn't see it.
+
+    `maximum` is known already. Slow, and held apart from the loop over tiles, whose registers it would take.
+    """
+    k_cache, k_page, k_slot = k_view
+    v_cache, v_page, v_slot = v_view
+    d0 = tl.arange(0, DIM0)
+    acc0 = tl.zeros([q_at.shape[0], DIM0], tl.float32)
+    acc1 = 0.0
+    if DIM1 > 0:
+        d1 = DIM0 + tl.arange(0, DIM1)
+        acc1 = tl.zeros([q_at.shape[0], DIM1], tl.float32)
+    safe = tl.where(maximum == float("-inf"), 0.0, maximum)
+    for index in tl.range(tl.maximum(begin, lowest), end, num_stages=1):
+        slot = tl.zeros([], tl.int32) + index  # the interpreter's index is a Python int
+        exists = slot >= 0
+        page = request
+        place = slot
+        if PAGING > 0:
+            page = tl.load(page_row + slot // page_size)
+            place = slot % page_size
+            exists = (page >= 0) & (page < pages)
+        k_at = k_cache + page.to(tl.int64) * k_page + place.to(tl.int64) * k_slot
+        v_at = v_cache + page.to(tl.int64) * v_page + place.to(tl.int64) * v_slot
+        s = _dots(q_at, k_at, real, exists, DIM)
+        node = slot - context + tl.zeros_like(position)
+        sees = real
+        if row_words is not None:
+            words = tl.load(row_words + (node >> 6), mask=real & (node >= 0), other=-1)
+            sees = sees & (((words >> (node & 63).to(tl.int64)) & 1) != 0)
+        distance = position - slot
+        if depth_row is not None:
+            distance -= tl.where(node >= 0, tl.load(depth_row + node, mask=node >= 0, other=0) - node, 0)
+        if WINDOW:
+            sees = sees & (distance >= 0) & (distance < window)
+        weight = tl.exp2(scores(s, distance, slope, logit_scale, softcap, SOFTCAP) - safe)
+        acc0 += tl.where(sees[:, None], weight[:, None] * _piece(v_at, d0, exists, DIM)[None, :], 0.0)
+        if DIM1 > 0:
+            acc1 += tl.where(sees[:, None], weight[:, None] * _piece(v_at, d1, exists, DIM)[None, :], 0.0)
+    return acc0, acc1
