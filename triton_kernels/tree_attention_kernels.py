@@ -376,7 +376,7 @@ def tree_attention_kernel(
     if spoilt > 0:
         last = tl.where(part < parts - 1, end, limit)
         again_at = q + row.to(tl.int64) * q_row_stride + head.to(tl.int64) * q_head_stride
-        acc0, acc1 = sum_again(
+        acc0, acc1, total = sum_again(
             again_at, maximum, k_view, v_view, begin, last, lowest, context, position, real, row_words, slope,
             depth_row, page_row, page_size, pages, logit_scale, softcap, window, request,
             DIM, DIM0, DIM1, PAGING, WINDOW, SOFTCAP)  # fmt: skip

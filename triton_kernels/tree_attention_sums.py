@@ -52,7 +52,7 @@ def sum_again(q_at, maximum, k_view, v_view, begin, end, lowest, context, positi
                page_row, page_size, pages, logit_scale, softcap, window, request, DIM: tl.constexpr,
                DIM0: tl.constexpr, DIM1: tl.constexpr, PAGING: tl.constexpr, WINDOW: tl.constexpr,
                SOFTCAP: tl.constexpr):  # fmt: skip
-    """The sums of values over slots [begin, end), one slot at a time, so that none reaches a row that doesn't see it.
+    """The sums of values and of weights over slots [begin, end), slot by slot: none reaches a row that doesn't see it.
 
     `maximum` is known already. Slow, and held apart from the loop over tiles, whose registers it would take.
     """
@@ -64,6 +64,7 @@ def sum_again(q_at, maximum, k_view, v_view, begin, end, lowest, context, positi
     if DIM1 > 0:
         d1 = DIM0 + tl.arange(0, DIM1)
         acc1 = tl.zeros([q_at.shape[0], DIM1], tl.float32)
+    total = tl.zeros([q_at.shape[0]], tl.float32)
     safe = tl.where(maximum == float("-inf"), 0.0, maximum)
     for index in tl.range(tl.maximum(begin, lowest), end, num_stages=1):
         slot = tl.zeros([], tl.int32) + index  # the interpreter's index is a Python int
@@ -88,7 +89,8 @@ def sum_again(q_at, maximum, k_view, v_view, begin, end, lowest, context, positi
         if WINDOW:
             sees = sees & (distance >= 0) & (distance < window)
         weight = tl.exp2(scores(s, distance, slope, logit_scale, softcap, SOFTCAP) - safe)
+        total += tl.where(sees, weight, 0.0)
         acc0 += tl.where(sees[:, None], weight[:, None] * _piece(v_at, d0, exists, DIM)[None, :], 0.0)
         if DIM1 > 0:
             acc1 += tl.where(sees[:, None], weight[:, None] * _piece(v_at, d1, exists, DIM)[None, :], 0.0)
-    return acc0, acc1
+    return acc0, acc1, total

@@ -9,7 +9,6 @@ namespace specdec::SPECDEC_ISA {
 
 class Visibility {
  public:
-  // For `padded` rows; those past the lane's last one are like it.
   Visibility(const Lane& lane, float* depth, int32_t* node)
       : lane_(lane), p_(*lane.params), depth_(depth), node_(node) {
     const int64_t tree = p_.topology_batch == 1 ? 0 : int64_t(lane.request) * p_.nodes;
@@ -17,6 +16,7 @@ class Visibility {
     depths_ = p_.depths ? p_.depths + tree : nullptr;
   }
 
+  // Reads the nodes and depths of `padded` rows; those past the lane's last one are like it.
   void fill(int padded) {
     const int group = p_.heads / p_.kv_heads;
     float lowest = 0, highest = 0;
