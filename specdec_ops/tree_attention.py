@@ -127,8 +127,8 @@ def tree_attention(
         ancestors, depths, num_nodes = _topology_tensors(topology, batch, q)
         offsets = topology.offsets if packed else None
     context_lens = _per_request("context_lens", context_lens, batch, q)
-    if q.shape[-3] * heads > MOST_INT32:
-        raise ValueError(wrong("tree_attention", "q", "of fewer than 2^31 queries times heads", q))
+    if q.shape[-3] * heads > INT32_MAX:
+        raise ValueError(wrong("tree_attention", "q", "of fewer than 2**31 queries times heads", q))
     if isinstance(query_start, torch.Tensor):
         query_start, query_starts = 0, _per_request("query_start", query_start, batch, q)
     else:
