@@ -202,7 +202,7 @@ def flashinfer_chain(inputs: Inputs) -> Contestant:
         steps = torch.arange(nodes - 1, device=tokens.device)
         follows = (tokens[:, :-1] == drafted) | (steps >= count)
         sound = bool((count >= 0).all()) and bool(follows.all()) and bool((tokens < vocab).all())
-        return None if sound else specdec_ops.Acceptance(tokens, tokens, count, count, count)
+        return None if sound else specdec_ops.Acceptance(tokens, tokens, count, count, count, count)
 
     return Contestant("flashinfer", "library", call, to_result)
 

@@ -45,7 +45,7 @@ AcceptParams accept_params(int32_t rule, std::tuple<Address, int32_t, Pair> targ
                            std::tuple<Address, int64_t> num_nodes, Sampling sampling, Sampling draft_sampling,
                            Integer seed, Integer position, std::vector<int32_t> eos,
                            std::tuple<float, float> thresholds, std::tuple<bool, bool, bool> flags,
-                           std::tuple<Address, Address, Address, Address, Address> outputs,
+                           std::tuple<Address, Address, Address, Address, Address, Address> outputs,
                            std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t, int32_t> sizes) {
   AcceptParams p{};
   int32_t dtype;
@@ -80,6 +80,7 @@ AcceptParams accept_params(int32_t rule, std::tuple<Address, int32_t, Pair> targ
   p.num_accepted = pointer<int32_t>(std::get<2>(outputs));
   p.next_tokens = pointer<int32_t>(std::get<3>(outputs));
   p.status = pointer<int32_t>(std::get<4>(outputs));
+  p.finished = pointer<bool>(std::get<5>(outputs));
   std::tie(p.batch, p.nodes, p.vocab, p.draft_vocab, p.max_depth, p.width) = sizes;
   p.rule = static_cast<AcceptRule>(rule);
   return p;

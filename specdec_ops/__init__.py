@@ -26,23 +26,27 @@ from .kv import kv_propagate  # noqa: E402
 from .layer_cache import LayerCache  # noqa: E402
 from .quantized_head import QuantizedHead, quantize_head  # noqa: E402
 from .sampling import Children, sample_children, sample_tokens  # noqa: E402
+from .status import AcceptStatus, ExitStatus, TopologyStatus  # noqa: E402
 from .topology import Topology, build_topology  # noqa: E402
 from .tree import Tree  # noqa: E402
 from .tree_attention import AttentionState, merge_states, tree_attention  # noqa: E402
 from .vocab_map import VocabMap  # noqa: E402
 
 __all__ = [
+    "AcceptStatus",
     "Acceptance",
     "AdaptiveThreshold",
     "AttentionState",
     "Children",
     "Confidence",
     "Exit",
+    "ExitStatus",
     "HeadBounds",
     "LayerCache",
     "LongestPath",
     "QuantizedHead",
     "Topology",
+    "TopologyStatus",
     "Tree",
     "VocabMap",
     "__version__",

@@ -7,6 +7,7 @@ number with None, or the number's neutral value with a tensor.
 import torch
 
 from ._checks import (
+    FLOAT_MAX,
     INT32_MAX,
     KERNEL_DTYPES,
     as_int32,
@@ -29,7 +30,6 @@ MAX_NODES = 65_535
 MAX_DRAWS = 65_535
 MAX_EOS = 8
 _LOGIT_DTYPES = (*KERNEL_DTYPES, torch.float64)
-_FLOAT_MAX = 3.4028234663852886e38
 
 
 def check_logits(op: str, name: str, layout: str, value) -> tuple:
@@ -237,7 +237,7 @@ def _temperature(op: str, name: str, value, batch: int, device) -> tuple:
         return 1.0, check_per_request(op, name, value, torch.float32, batch, device)
     if not is_number(value):
         raise TypeError(wrong(op, name, "a number or float32 [batch]", value))
-    if not 0 <= value <= _FLOAT_MAX:
+    if not 0 <= value <= FLOAT_MAX:
         raise ValueError(wrong(op, name, "a finite number of at least 0", value))
     return value, None
 

@@ -4,9 +4,13 @@ The ops test and raise; this module only builds text, so that a correct call pay
 torch.compile can trace through the checks. It also converts the integers that other libraries hand over.
 """
 
+import math
+
 import numpy as np
 import torch
 
+FLOAT_MAX = 3.4028234663852886e38
+"""The greatest float32."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32_MAX = 2**31 - 1
 _SHORT = 60  # characters of a list that is worth repeating
@@ -103,3 +107,10 @@ def as_int64(op: str, name: str, layout: str, value: torch.Tensor) -> torch.Tens
     if value.dtype not in _SHORTER_INTS:
         raise TypeError(wrong(op, name, f"int64, uint64, int32 or uint32 {layout}", value))
     return value.to(torch.int64)
+
+
+def as_float32(op: str, name: str, value) -> float:
+    """A number as kernels get it, infinite where float32 has none so great. NaN is refused."""
+    if value != value:
+        raise ValueError(wrong(op, name, "a number, not NaN", value))
+    return float(value) if -FLOAT_MAX <= value <= FLOAT_MAX else math.copysign(math.inf, value)

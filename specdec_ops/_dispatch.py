@@ -82,6 +82,16 @@ IMPLEMENTATIONS = {
     },
 }
 
+# Every public op by its name, and which implementations run it.
+PUBLIC_OPS = {
+    **dict.fromkeys(("greedy_accept", "match_accept", "chain_accept", "tree_accept"), "accept"),
+    **dict.fromkeys(("typical_accept", "longest_path_accept"), "accept"),
+    **dict.fromkeys(("sample_tokens", "sample_children"), "sample"),
+    "early_exit": "exit_confidence",
+    **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp", "kv_propagate")},
+    **{name: name for name in ("merge_states", "tree_attention")},
+}
+
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _MAX_KERNEL_DIM = 256
 _MAX_FLOAT8_DIM = 128
@@ -94,9 +104,9 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
     """Say which backends can run an op on a device.
 
     Args:
-        op: "accept" (every op whose name ends so), "bounded_exit" (early_exit with bounds), "build_topology",
-            "exit_confidence" (and early_exit), "exit_mlp", "kv_propagate", "merge_states", "sample" (sample_tokens and
-            sample_children), "screened_exit" (exit_confidence and early_exit with a screen) or "tree_attention".
+        op: the name of a function that takes a `backend`, such as "tree_accept". Also "screened_exit": exit_confidence
+            and early_exit with a screen; "bounded_exit": early_exit with bounds; "accept": every op whose name ends
+            so; "sample": sample_tokens and sample_children.
         device: a device, its name, or a tensor on it.
 
     Returns:
@@ -106,6 +116,7 @@ def backends(op: str, device="cpu") -> dict[str, str | None]:
     Raises:
         ValueError: the op is unknown.
     """
+    op = PUBLIC_OPS.get(op, op)
     _known_op(op)
     device = device.device if isinstance(device, torch.Tensor) else torch.device(device)
     return {backend: _unavailable(op, backend, device) for backend in BACKENDS}
@@ -189,7 +200,8 @@ def _names() -> str:
 
 def _known_op(op: str) -> None:
     if op not in IMPLEMENTATIONS:
-        raise ValueError(f"specdec_ops.backends: op must be one of {', '.join(IMPLEMENTATIONS)}, got {op!r}")
+        names = ", ".join(dict.fromkeys((*PUBLIC_OPS, *IMPLEMENTATIONS)))
+        raise ValueError(f"specdec_ops.backends: op must be one of {names}, got {op!r}")
 
 
 def _refusal(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str | None:

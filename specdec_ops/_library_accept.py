@@ -26,7 +26,7 @@ _ACCEPT = (
 
 
 def accept(arguments: tuple, max_depth: int, width: int, backend: str, out: tuple | None = None) -> tuple:
-    """Checked arguments in; (tokens, nodes, num_accepted, next_tokens [batch, width], status) out."""
+    """Checked arguments in; (tokens, nodes, num_accepted, next_tokens [batch, width], status, finished) out."""
     tensors = arguments[1:8] + arguments[9:24:2]
     if short_cut(*(tensors if out is None else tensors + out)):
         if out is None:
@@ -39,7 +39,7 @@ def accept(arguments: tuple, max_depth: int, width: int, backend: str, out: tupl
     return out
 
 
-_OUTPUTS = ("tokens", "nodes", "num_accepted", "next_tokens", "status")
+_OUTPUTS = ("tokens", "nodes", "num_accepted", "next_tokens", "status", "finished")
 
 
 def _outputs(empty, target, max_depth: int, width: int) -> tuple:
@@ -50,6 +50,7 @@ def _outputs(empty, target, max_depth: int, width: int) -> tuple:
         empty((batch,), torch.int32, device),
         empty((batch, width), torch.int32, device),
         empty((batch,), torch.int32, device),
+        empty((batch,), torch.bool, device),
     )
 
 
@@ -74,7 +75,7 @@ def _run_accept_out(*arguments, **out):
 define(
     "accept",
     f"{_ACCEPT}, str backend",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     ", ".join(f"Tensor({chr(ord('a') + i)}!) {name}" for i, name in enumerate(_OUTPUTS)),
     _run_accept,
     _run_accept_out,

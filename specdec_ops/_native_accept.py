@@ -105,6 +105,7 @@ def _accept_arguments(
     num_accepted,
     next_tokens,
     status,
+    finished,
 ):
     ids = target.dim() == 2
     vocab = 0 if ids else target.shape[-1]
@@ -127,7 +128,10 @@ def _accept_arguments(
         eos,
         thresholds,
         (ids, replacement, child_rows),
-        (tokens.data_ptr(), nodes.data_ptr(), num_accepted.data_ptr(), next_tokens.data_ptr(), status.data_ptr()),
+        (
+            *(tokens.data_ptr(), nodes.data_ptr(), num_accepted.data_ptr(), next_tokens.data_ptr()),
+            *(status.data_ptr(), finished.data_ptr()),
+        ),
         (
             tokens.shape[0],
             target.shape[1],

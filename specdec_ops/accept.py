@@ -27,17 +27,6 @@ from ._checks import is_int, wrong
 from .topology import Topology
 from .vocab_map import VocabMap
 
-STATUS_TARGET_INVALID = 1
-"""A target row held NaN or +inf, or nothing but -inf. It counts as certain of its first +inf, else of its argmax."""
-STATUS_DRAFT_INVALID = 2
-"""The same of a draft row: the children drawn from it were not tried."""
-STATUS_DRAFT_TOKEN_IMPOSSIBLE = 4
-"""A drafted token outside of the vocabulary, or of draft probability 0: rejected."""
-STATUS_RESIDUAL_EMPTY = 8
-"""Rounding left no residual to draw from: the next token came from the target's row without the rejected tokens."""
-STATUS_TREE_INVALID = 16
-"""A link that leads back or out of the tree was taken as none, or a bad num_nodes was clamped."""
-
 MAX_DEPTH = 65_535
 _GREEDY_LAW = (0.0, None, 0, None, 1.0, None)
 _NO_NOISE = (0, None, 0, None)
@@ -48,7 +37,20 @@ _TREE_RULES = ("recursive", "traversal", "coin", "kseq")
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Acceptance:
-    """What a round of speculative decoding gives each request. All int32, on the target's device."""
+    """What a round of speculative decoding gives each request, on the target's device; int32 but for `finished`.
+
+    A text can end with an id of `eos` in two ways, and `finished` is true of both. If a *drafted* one was accepted, it
+    counts in num_accepted and has a node, as its K and V are there, and next_token is -1: nothing follows. If the
+    *target* chose one, it is next_token, and as any next token it has no node yet. Either way it is the last of
+    `tokens`, so a loop appends `tokens` up to its padding, and goes on with the requests that are not finished:
+
+        >>> logits, drafted = torch.tensor([[[0.0, 9, 0], [9, 0, 0]]] * 2), torch.tensor([[0, 1], [0, 2]])
+        >>> accepted = greedy_accept(logits, drafted, Tree.chain(2).to("cpu"), eos=1)  # 1 was drafted for one of two
+        >>> accepted.next_token.tolist(), accepted.num_accepted.tolist()
+        ([-1, 1], [1, 0])
+        >>> accepted.tokens.tolist(), accepted.finished.tolist()
+        ([[1, -1], [1, -1]], [True, True])
+    """
 
     tokens: torch.Tensor
     """[batch, max_depth + 1]: the accepted draft tokens, then next_token, then -1."""
@@ -60,7 +62,9 @@ class Acceptance:
     next_token: torch.Tensor
     """[batch]: the token after the accepted ones, or -1 if the last of them is in `eos`."""
     status: torch.Tensor
-    """[batch]: 0, or the sum of STATUS_* bits of specdec_ops.accept, of what the walk has looked at."""
+    """[batch]: 0, or `AcceptStatus` bits of what the walk has looked at."""
+    finished: torch.Tensor
+    """bool [batch]: whether the last token emitted is in `eos`. Always false without."""
 
 
 def greedy_accept(
@@ -84,11 +88,11 @@ def greedy_accept(
             node n. Any strides with a contiguous last dimension.
         draft_tokens: int32 or int64 `[batch, nodes]`; that of node 0 is not read. -1 is padding: no token.
         topology: the trees, of batch 1 or that of target, with room for its nodes. Node 0 is the last committed token.
-        eos: up to 8 ids that end a sequence: nothing after one is accepted, and next_token is -1.
+        eos: up to 8 ids that end a sequence: nothing after one is accepted, see `Acceptance`.
         max_depth: the most draft tokens to accept; nodes - 1 by default.
         out: an Acceptance to write into, with contiguous tensors.
-        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("accept")`. A named backend never
-            falls back. float64 logits run with the torch backend.
+        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("greedy_accept")`. A named
+            backend never falls back. float64 logits run with the torch backend.
 
     Returns:
         An Acceptance, `out` where given. Nothing waits for the device; a request's result depends on it alone.
@@ -139,6 +143,24 @@ def match_accept(
     top_p, whatever was drafted. So it is lossless for every draft, and needs no draft probabilities. Stochastic drafts
     are accepted less often than by `tree_accept`; for tokens that were chosen deterministically it is as good.
 
+    Here `positions` are those of node 0, the last committed token; there they are of the token drawn, one further on:
+
+        >>> logits, length = torch.randn(2, 50), 7  # the 7 tokens so far have the positions 0 to 6
+        >>> node_0, root = torch.zeros(2, 1, dtype=torch.int32), Tree.chain(1).to("cpu")
+        >>> accepted = match_accept(logits[:, None], node_0, root, seeds=3, positions=length - 1)
+        >>> torch.equal(accepted.next_token, sample_tokens(logits, seeds=3, positions=length))
+        True
+
+    Numbers that make no sense are refused. Values of tensors can't be, without a wait for the device, so each counts as
+    something, for every op and backend alike:
+
+    - temperature: NaN and negative values as 0, with `AcceptStatus.SETTING_INVALID`; what is below 1e-20 as 0; what is
+      above 1e20, infinity among them, as 1e20: then all tokens are equally likely that top_k and top_p keep, which
+      still go by the logits.
+    - top_k: from 0 down as off, from the vocabulary's size up as everything, which is the same.
+    - top_p: from 0 down as so little that one token is kept, from 1 up as off; NaN as off, with SETTING_INVALID.
+    - seeds, positions: any bits will do. Positions wrap around behind 2**31 - 1.
+
     Args:
         target_logits: float32, bfloat16 or float16 `[batch, nodes, vocab]`. Row n scores what follows node n. Any
             strides with a contiguous last dimension, here and for draft_logits of other rules.
@@ -150,16 +172,15 @@ def match_accept(
             function of its seed and of positions; requests with equal seeds and equal inputs get equal results.
         positions: int32 or int64 `[batch]`, or an int: the absolute position of node 0 (the number of tokens before
             it). It must grow from round to round, as it does, so that no noise is used twice.
-        temperature: float32 `[batch]` or a number of at least 0. At 0 a request is greedy. Values on the device are not
-            checked.
+        temperature: float32 `[batch]` or a number of at least 0. At 0 a request is greedy.
         top_k: int32 or int64 `[batch]` or an int: keep the k most likely tokens; 0 is off.
         top_p: float32 `[batch]` or a number: of these, keep the most likely ones that together have at least this
             share, and at least one; 1 is off. Among equal logits the lowest ids are kept.
-        eos: up to 8 ids that end a sequence: nothing after one is accepted, and next_token is -1.
+        eos: up to 8 ids that end a sequence: nothing after one is accepted, see `Acceptance`.
         max_depth: the most draft tokens to accept; nodes - 1 by default.
         out: an Acceptance to write into, with contiguous tensors.
-        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("accept")`. A named backend never
-            falls back. float64 logits run with the torch backend.
+        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("match_accept")`. A named backend
+            never falls back. float64 logits run with the torch backend.
 
     Returns:
         An Acceptance, `out` where given. Nothing waits for the device; a request's result depends on it alone.
@@ -364,8 +385,8 @@ def accepted(op: str, arguments: tuple, most: int, max_depth: int | None, out, b
     else:
         check_count(op, "max_depth", max_depth, 0, MAX_DEPTH)
     if out is None:
-        tokens, nodes, num_accepted, next_tokens, status = _library_accept.accept(arguments, max_depth, 1, backend)
-        return Acceptance(tokens, nodes, num_accepted, next_tokens.squeeze(1), status)
+        tokens, nodes, count, next_tokens, *flags = _library_accept.accept(arguments, max_depth, 1, backend)
+        return Acceptance(tokens, nodes, count, next_tokens.squeeze(1), *flags)
     if not isinstance(out, Acceptance):
         raise TypeError(wrong(op, "out", "a specdec_ops.Acceptance", out))
     batch, device = arguments[1].shape[0], arguments[1].device
@@ -373,7 +394,8 @@ def accepted(op: str, arguments: tuple, most: int, max_depth: int | None, out, b
         check_written(op, f"out.{name}", getattr(out, name), shape, device)
     for name in ("num_accepted", "next_token", "status"):
         check_written(op, f"out.{name}", getattr(out, name), (batch,), device)
-    written = (out.tokens, out.nodes, out.num_accepted, out.next_token.unsqueeze(1), out.status)
+    check_written(op, "out.finished", out.finished, (batch,), device, torch.bool)
+    written = (out.tokens, out.nodes, out.num_accepted, out.next_token.unsqueeze(1), out.status, out.finished)
     _library_accept.accept(arguments, max_depth, 1, backend, written)
     return out
 

@@ -29,7 +29,7 @@ from .vocab_map import VocabMap
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LongestPath:
-    """What longest_path_accept gives each request. All int32, on the target's device."""
+    """What longest_path_accept gives each request, on the target's device. int32 but for `finished`."""
 
     tokens: torch.Tensor
     """[batch, max_depth + 1]: the accepted path's tokens, its root first, then -1. Without the next tokens."""
@@ -41,7 +41,10 @@ class LongestPath:
     """[batch, width]: different candidates for what follows, the roots of the next round; -1 where fewer are possible,
     and everywhere if the path ends with a token in `eos`."""
     status: torch.Tensor
-    """[batch]: 0, or the sum of STATUS_* bits of specdec_ops.accept."""
+    """[batch]: 0, or `AcceptStatus` bits of what the walk has looked at."""
+    finished: torch.Tensor
+    """bool [batch]: whether the path ends with a token in `eos`; then there are no next tokens. An id of `eos` among
+    next_tokens ends nothing yet: those are candidates, and it does if it is the root of a later round's path."""
 
 
 def typical_accept(
@@ -191,6 +194,7 @@ def longest_path_accept(
     shapes = {"tokens": path, "nodes": path, "num_accepted": each, "next_tokens": (batch, width), "status": each}
     for name, shape in shapes.items():
         check_written(op, f"out.{name}", getattr(out, name), shape, device)
-    written = (out.tokens, out.nodes, out.num_accepted, out.next_tokens, out.status)
+    check_written(op, "out.finished", out.finished, each, device, torch.bool)
+    written = (out.tokens, out.nodes, out.num_accepted, out.next_tokens, out.status, out.finished)
     _library_accept.accept(arguments, max_depth, width, backend, written)
     return out

@@ -6,12 +6,23 @@ Kangaroo's rule (Liu et al., 2024) is early_exit: a draft stops where `max_prob 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from . import _library_exit
-from ._checks import INT32_MAX, KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
+from ._checks import (
+    INT32_MAX,
+    KERNEL_DTYPES,
+    as_float32,
+    is_int,
+    is_number,
+    wrong,
+    wrong_device,
+    wrong_grad,
+    wrong_strides,
+)
 from .early_exit import Confidence
 
 FEATURES = 11
@@ -34,7 +45,7 @@ def exit_mlp(
             11-44-1 model, or a draft's last hidden states for one such as 768-512-256-1 or 2048-1024-512-1.
         layers: 1 to 8 pairs of a weight, float32, bfloat16 or float16 `[outputs, inputs]`, contiguous, and a bias,
             float32 `[outputs]`. ReLU comes between layers; the last has one output, of which the sigmoid is the score.
-        threshold: a row with a score above it goes on. The paper uses 0.4.
+        threshold: a number: a row with a score above it goes on. The paper uses 0.4.
         backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("exit_mlp")`. A named backend
             never falls back. float64 features, with float64 weights, run with the torch backend.
 
@@ -68,7 +79,7 @@ def exit_mlp(
     _check_layers(op, features, weights, biases)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, *weights, *biases)):
         raise RuntimeError(wrong_grad(op))
-    return _library_exit.exit_mlp(features, weights, biases, float(threshold), backend)
+    return _library_exit.exit_mlp(features, weights, biases, as_float32(op, "threshold", threshold), backend)
 
 
 def _check_layers(op: str, features: torch.Tensor, weights: tuple, biases: tuple) -> None:
@@ -128,7 +139,7 @@ def entropy_stop(entropy: torch.Tensor, threshold: torch.Tensor | float, *, gamm
         gamma: the weight of the entropy; 0.2 in the paper.
 
     Returns:
-        bool `[rows]`: `1 - sqrt(gamma * entropy) < threshold`.
+        bool `[rows]`: `1 - sqrt(gamma * entropy) < threshold`. False where either is NaN.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -141,8 +152,8 @@ def entropy_stop(entropy: torch.Tensor, threshold: torch.Tensor | float, *, gamm
         raise TypeError(wrong(op, "entropy", "float32 [rows]", entropy))
     if entropy.dim() != 1:
         raise ValueError(wrong(op, "entropy", "float32 [rows]", entropy))
-    if not is_number(gamma) or gamma < 0:
-        raise ValueError(wrong(op, "gamma", "a number of at least 0", gamma))
+    if not is_number(gamma) or not 0 <= gamma < math.inf:
+        raise ValueError(wrong(op, "gamma", "a finite number of at least 0", gamma))
     if isinstance(threshold, torch.Tensor):
         if threshold.shape != entropy.shape:
             raise ValueError(wrong(op, "threshold", f"a number or float32 {list(entropy.shape)}", threshold))
@@ -169,7 +180,7 @@ class AdaptiveThreshold:
 
     Raises:
         TypeError: requests is no int, or another argument no number.
-        ValueError: requests is negative, or memory or inertia outside of 0 to 1.
+        ValueError: requests is negative, memory or inertia outside of 0 to 1, or another number not finite.
 
     Draft & Verify, Zhang et al., 2023; AdaEDL uses the same rule and the same numbers.
     """
@@ -197,6 +208,8 @@ class AdaptiveThreshold:
                 raise TypeError(wrong(op, name, "a number", value))
             if name in ("memory", "inertia") and not 0 <= value <= 1:
                 raise ValueError(wrong(op, name, "from 0 to 1", value))
+            if not -math.inf < value < math.inf:
+                raise ValueError(wrong(op, name, "a finite number", value))
         self.threshold = torch.full((requests,), float(start), dtype=torch.float32, device=device)
         self.accepted_share = torch.ones(requests, dtype=torch.float32, device=device)
         self._target, self._step, self._memory, self._inertia = target, step, memory, inertia

@@ -7,16 +7,21 @@ import dataclasses
 import torch
 
 from . import _library_exit
-from ._checks import INT32_MAX, KERNEL_DTYPES, is_int, is_number, wrong, wrong_device, wrong_grad, wrong_strides
+from ._checks import (
+    FLOAT_MAX,
+    INT32_MAX,
+    KERNEL_DTYPES,
+    as_float32,
+    is_int,
+    is_number,
+    wrong,
+    wrong_device,
+    wrong_grad,
+    wrong_strides,
+)
 from .head_bounds import HeadBounds
 from .quantized_head import QuantizedHead
 from .vocab_map import VocabMap
-
-STATUS_INVALID = 1
-"""The row's logits held NaN or +inf, or nothing but -inf. Its figures are 0, its logsumexp is -inf; it never exits."""
-
-STATUS_FELL_BACK = 2
-"""The screen left something open, so the row was read from the whole head."""
 
 MAX_TOP_K = 16
 MEASURES = ("max_prob", "margin", "entropy")
@@ -44,7 +49,7 @@ class Confidence:
     top_logprobs: torch.Tensor | None
     """float32 like top_tokens; -inf beside -1."""
     status: torch.Tensor
-    """int32 [rows]: 0, or STATUS_INVALID and STATUS_FELL_BACK of specdec_ops.early_exit, added."""
+    """int32 [rows]: 0, or `ExitStatus` bits."""
     rechecked: torch.Tensor | None = None
     """int32 [rows]: entries of the head that were read in full precision (some twice, if the first look left something
     open); all of them for a row that fell back. None without a screen."""
@@ -91,7 +96,9 @@ def exit_confidence(
         norm_weight: `[dim]`, in hidden's dtype or float32: the RMSNorm before the head. None: hidden is taken as it is.
         norm_eps: added to the mean square.
         bias: float32 `[vocab]`. An entry of -inf masks a token.
-        temperature: float32 `[rows]` or a number, above 0. Values on the device are not checked.
+        temperature: float32 `[rows]` or a number, above 0. In a tensor NaN and negative values are none: the row has
+            its token, else the figures of an invalid one, and `ExitStatus.SETTING_INVALID`. What is below 1e-20 counts
+            as 1e-20, so that 0 is sure of the argmax, and what is above 1e20 as 1e20, so that infinity is sure of none.
         top_k: how many of the most likely tokens to return, 0 to 16.
         vocab_map: the tokens that the rows of a reduced head stand for.
         screen: `quantize_head(head)`, made from this very head, which must be a tensor. The int8 copy is read instead
@@ -150,6 +157,7 @@ def early_exit(
         hidden: as in exit_confidence, like head and all options that are not described here.
         head: see hidden.
         threshold: float32 `[rows]` or a number. A row exits if its figure is at least the threshold (entropy: at most).
+            So with an infinite one every valid row exits, or none; with NaN, in a tensor, none.
         measure: "max_prob" (S2D, Kangaroo), "margin" (CALM) or "entropy".
         level: "row": each row for itself. "any", "all": if one row passes, or every row does, all of them exit, as one
             level of a draft tree does in S2D.
@@ -223,8 +231,8 @@ def check_arguments(op: str, hidden, head, norm_weight, norm_eps, bias, temperat
         raise ValueError(wrong(op, name, "of sizes below 2**31", value))
     if norm_weight is not None:
         check_vector(op, "norm_weight", norm_weight, dim, (hidden.dtype, torch.float32), hidden.device)
-    if not is_number(norm_eps) or norm_eps < 0:
-        raise ValueError(wrong(op, "norm_eps", "a number of at least 0", norm_eps))
+    if not is_number(norm_eps) or not 0 <= norm_eps <= FLOAT_MAX:
+        raise ValueError(wrong(op, "norm_eps", "a finite number of at least 0", norm_eps))
     if bias is not None:
         check_vector(op, "bias", bias, vocab, (torch.float32,), hidden.device)
     token_map = None
@@ -233,9 +241,9 @@ def check_arguments(op: str, hidden, head, norm_weight, norm_eps, bias, temperat
             raise TypeError(wrong(op, "vocab_map", "a specdec_ops.VocabMap or None", vocab_map))
         token_map = vocab_map.draft_to_target
         check_vector(op, "vocab_map.draft_to_target", token_map, vocab, (torch.int32,), hidden.device)
+    if is_number(temperature) and not 0 < temperature <= FLOAT_MAX:
+        raise ValueError(wrong(op, "temperature", "a finite number above 0", temperature))
     temperature = per_row(op, "temperature", temperature, hidden)
-    if temperature[1] is None and not temperature[0] > 0:
-        raise ValueError(wrong(op, "temperature", "above 0", temperature[0]))
     return hidden, head, scales, norm_weight, float(norm_eps), bias, *temperature, token_map
 
 
@@ -275,7 +283,14 @@ def check_screen(op: str, screen, tolerance, hidden: torch.Tensor, head) -> tupl
         raise ValueError(wrong(op, "screen.values", f"int8 {list(head.shape)} like the head", screen.values))
     if screen.values.device != hidden.device:
         raise ValueError(wrong_device(op, "screen.values", hidden.device, screen.values))
-    return (screen.values, screen.scales, screen.error_norms, screen.norms, screen.error_gain, float(tolerance))
+    return (
+        screen.values,
+        screen.scales,
+        screen.error_norms,
+        screen.norms,
+        screen.error_gain,
+        as_float32(op, "tolerance", tolerance),
+    )
 
 
 def check_bounds(op: str, bounds, screen, hidden: torch.Tensor, head) -> tuple:
@@ -310,7 +325,7 @@ def check_vector(op: str, name: str, value, length: int, dtypes: tuple, device) 
 def per_row(op: str, name: str, value, hidden: torch.Tensor) -> tuple[float, torch.Tensor | None]:
     """(number, None) or (0.0, float32 [rows])."""
     if is_number(value):
-        return float(value), None
+        return as_float32(op, name, value), None
     if not isinstance(value, torch.Tensor):
         raise TypeError(wrong(op, name, f"a number or float32 [{hidden.shape[0]}]", value))
     if value.dim() == 0:

@@ -8,6 +8,7 @@ import torch
 
 from . import _library_kv
 from ._checks import (
+    FLOAT_MAX,
     INT32_MAX,
     KERNEL_DTYPES,
     as_int32,
@@ -90,8 +91,8 @@ def kv_propagate(
         requests = _check_ids("requests", requests, rows, hidden)
     elif page_table is None and len(k_caches[0]) != 1:
         raise ValueError(f"specdec_ops.{_OP}: requests must be given with a batch of {len(k_caches[0])}, got None")
-    if not is_number(norm_eps) or norm_eps < 0:
-        raise ValueError(wrong(_OP, "norm_eps", "a number of at least 0", norm_eps))
+    if not is_number(norm_eps) or not 0 <= norm_eps <= FLOAT_MAX:
+        raise ValueError(wrong(_OP, "norm_eps", "a finite number of at least 0", norm_eps))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *norms, *keys, *values)):
         raise RuntimeError(wrong_grad(_OP))
     cosines, sines, slots = _angles(hidden, rope, positions, slots, k_caches[0].shape[3])

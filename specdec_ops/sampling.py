@@ -35,7 +35,8 @@ class Children:
     """float32 [batch, rows]: of logits / temperature over the kept tokens; -inf for an invalid row. So any kept token's
     log-probability is its logit / temperature less this."""
     status: torch.Tensor
-    """int32 [batch]: 0, or specdec_ops.accept.STATUS_DRAFT_INVALID if a row held NaN or +inf, or only -inf."""
+    """int32 [batch]: 0, or `AcceptStatus` bits: DRAFT_INVALID if a row held NaN or +inf, or only -inf, and
+    SETTING_INVALID."""
 
 
 def sample_tokens(
@@ -43,52 +44,81 @@ def sample_tokens(
     *,
     seeds: torch.Tensor | int,
     positions: torch.Tensor | int,
+    count: int | None = None,
     temperature: torch.Tensor | float = 1.0,
     top_k: torch.Tensor | int = 0,
     top_p: torch.Tensor | float = 1.0,
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Sample one token per row. A loop of it is the plain decoding that `match_accept` reproduces token for token.
+    """Sample one token per row, or `count` different ones: from the target, at positions where nothing was drafted.
+
+    A loop of it is the plain decoding that `match_accept` reproduces token for token. There positions are those of node
+    0, the last committed token; here they are of the token drawn, one further on:
+
+        >>> logits, length = torch.randn(2, 50), 7  # the 7 tokens so far have the positions 0 to 6
+        >>> drawn = sample_tokens(logits, seeds=3, positions=length)
+        >>> node_0, root = torch.zeros(2, 1, dtype=torch.int32), Tree.chain(1).to("cpu")
+        >>> accepted = match_accept(logits[:, None], node_0, root, seeds=3, positions=length - 1)
+        >>> torch.equal(drawn, accepted.next_token)
+        True
 
     Tokens race: each gets an exponential variable from Philox4x32-10, keyed by seed, position and token, and the one
     with the greatest ratio of probability to variable wins. So a token depends on its row, seed and position alone,
-    and tails are right down to a probability of about 2^-32.
+    and tails are right down to a probability of about 2^-32. With `count`, the race's first ones come out in order of
+    finish: draws without replacement, of which the first is the plain sample.
+
+        >>> roots = sample_tokens(logits, seeds=3, positions=length, count=4)  # of a forest, say
+        >>> roots.shape, torch.equal(roots[:, 0], drawn)
+        (torch.Size([2, 4]), True)
+
+    This noise is shared with no other op than `match_accept`. For several candidates from the target, such as the roots
+    of `longest_path_accept`, take `count`, not `sample_children`: its noise is that of a draft's children, and roots
+    drawn with it at the positions of node 0 would be those that node 0's children race for, too.
 
     Args:
         logits: float32, bfloat16 or float16 `[rows, vocab]`, any strides with a contiguous last dimension. float64 runs
             with the torch backend.
         seeds: int64 `[rows]` (uint64, int32 or uint32 too), or an int for all rows.
         positions: int32 or int64 `[rows]`, or an int: the absolute position of the token to be drawn.
-        temperature: float32 `[rows]` or a number of at least 0; at 0 the row's argmax, the lowest id among equals.
+        count: tokens per row, from 1. None: one, without a dimension of its own.
+        temperature: float32 `[rows]` or a number of at least 0; at 0 the row's argmax, the lowest id among equals, or
+            with `count` its greatest logits.
         top_k: int32 or int64 `[rows]` or an int: keep the k most likely tokens; 0 is off.
         top_p: float32 `[rows]` or a number: of these, keep the most likely ones that together have at least this share,
             and at least one; 1 is off.
-        out: int32 `[rows]`, contiguous: where to write.
-        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("sample")`.
+        out: int32 `[rows]`, with `count` `[rows, count]`, contiguous: where to write.
+        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("sample_tokens")`.
 
     Returns:
-        int32 `[rows]`, `out` where given. A row that holds NaN or +inf, or only -inf, gives its first +inf, else its
-        argmax without NaN, else 0.
+        int32 `[rows]`, with `count` `[rows, count]`; `out` where given. -1 where a row has fewer tokens whose
+        probability is above 0. A row that holds NaN or +inf, or only -inf, gives one token: its first +inf, else its
+        argmax without NaN, else 0. What odd values of temperature, top_k and top_p tensors count as, `match_accept`
+        tells.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
         ValueError: a wrong shape, range, device or memory layout.
         RuntimeError: the named backend is not available, or an input requires grad.
 
-    Philox is that of Salmon et al., 2011; racing exponentials is the Gumbel-max trick on another scale.
+    Philox is that of Salmon et al., 2011; racing exponentials is the Gumbel-max trick on another scale, and the first
+    ones of a race are the Gumbel-top-k trick (Kool et al., 2019).
     """
     op = "sample_tokens"
     rows, _ = check_logits(op, "logits", "[rows, vocab]", logits)
     device = logits.device
+    drawn, shape = 1, (rows,)
+    if count is not None:
+        drawn = check_count(op, "count", count, 1, MAX_DRAWS)
+        shape = (rows, count)
     law = check_law(op, temperature, top_k, top_p, rows, device)
     noise = check_noise(op, seeds, positions, rows, device)
-    arguments = (logits.unsqueeze(1), None, 1, False, None, 0, "sample", *law, *noise)
+    arguments = (logits.unsqueeze(1), None, drawn, False, None, 0, "sample", *law, *noise)
     if out is None:
-        return _library_accept.sample(arguments, False, backend)[0].view(rows)
-    check_written(op, "out", out, (rows,), device)
+        return _library_accept.sample(arguments, False, backend)[0].view(shape)
+    check_written(op, "out", out, shape, device)
     status = _alloc.empty((rows,), torch.int32, device)
-    _library_accept.sample(arguments, False, backend, (out.view(rows, 1, 1), None, None, status))
+    _library_accept.sample(arguments, False, backend, (out.view(rows, 1, drawn), None, None, status))
     return out
 
 
@@ -113,6 +143,9 @@ def sample_children(
     Acceptance is lossless only if the distribution it is told is the one the tokens came from: give it these same
     draft_logits, temperature, top_k, top_p, vocab_map and replacement.
 
+    For children of draft nodes alone. Tokens of the target, such as the roots of a forest, come from `sample_tokens`
+    with its `count`: drawn here they would share their noise with the children of the node that they are drawn for.
+
     Args:
         draft_logits: float32, bfloat16 or float16 `[batch, rows, vocab]` (`draft_vocab` with vocab_map), any strides
             with a contiguous last dimension: one row for each node that is to have children.
@@ -131,11 +164,11 @@ def sample_children(
             share, and at least one; 1 is off.
         vocab_map: the tokens that the entries of draft_logits stand for.
         out: a Children to write into, with contiguous tensors.
-        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("sample")`.
+        backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("sample_children")`.
 
     Returns:
         Children, `out` where given. At temperature 0 its logprobs and logsumexp are those of temperature 1 without
-        filters.
+        filters. What odd values of temperature, top_k and top_p tensors count as, `match_accept` tells.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.

@@ -12,13 +12,6 @@ from . import _alloc, _library
 from ._checks import INT32_MAX, as_int32, is_int, wrong, wrong_device, wrong_strides
 from .tree import MAX_NODES, Tree
 
-STATUS_PARENT_OUT_OF_RANGE = 1
-"""A parent below -1, or not below num_nodes. The node became a root."""
-STATUS_PARENT_NOT_BEFORE = 2
-"""A parent that does not come before its child, as in every cycle. The node became a root."""
-STATUS_NUM_NODES_OUT_OF_RANGE = 4
-"""num_nodes below 0 or above the number of columns of parents. It was clamped."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class Topology:
@@ -47,7 +40,7 @@ class Topology:
     num_nodes: torch.Tensor
     """int32 [batch or 1]: how many leading nodes exist."""
     status: torch.Tensor
-    """int32 [batch or 1]: 0 for a sound tree, else the sum of STATUS_* bits of specdec_ops.topology."""
+    """int32 [batch or 1]: 0 for a sound tree, else `TopologyStatus` bits."""
     offsets: torch.Tensor | None = None
     """int32 [batch + 1], or None: the first row of every request in packed queries [tokens, heads, dim]."""
 

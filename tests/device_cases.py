@@ -4,6 +4,7 @@ A new op gets an entry in CASES: `make(seed)` gives its input tensors by name, o
 `call(tensors, backend)` the tensors of its result.
 """
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable
@@ -146,7 +147,7 @@ def call_acceptance(tensors: Tensors, backend: str, rule: str) -> list[torch.Ten
         accepted = chain_accept(target, tokens[:, 1:], draft[:, :-1], rule=rule, **options)
     else:
         accepted = tree_accept(target, tokens, topology, draft, rule=rule, replacement=True, top_p=0.95, **options)
-    return [accepted.tokens, accepted.nodes, accepted.num_accepted, accepted.next_token, accepted.status]
+    return [getattr(accepted, field.name) for field in dataclasses.fields(accepted)]
 
 
 def call_sampling(tensors: Tensors, backend: str) -> list[torch.Tensor]:

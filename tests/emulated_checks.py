@@ -20,7 +20,7 @@ _OUTPUTS = {
     "build_topology": ("parents_out", "depths", "ancestors", "first_child", "next_sibling", "num_nodes_out", "status"),
     "merge_states": _STATE,
     "tree_attention": _STATE,
-    "accept": ("tokens", "status", "path", "num_accepted", "next_tokens"),
+    "accept": ("tokens", "status", "path", "num_accepted", "next_tokens", "finished"),
     "sample": ("tokens", "status", "logprobs", "logsumexp"),
     "exit_confidence": _EXIT,
     "bounded_exit": (*_EXIT, "seen"),

@@ -7,9 +7,11 @@ from accept_cases import (
     chain,
     make_case,
 )
+from specdec_ops import AcceptStatus
 
 INF, NAN = float("inf"), float("nan")
-STATUS_TARGET, STATUS_DRAFT, STATUS_IMPOSSIBLE, STATUS_TREE = 1, 2, 4, 16
+STATUS_TARGET, STATUS_DRAFT = AcceptStatus.TARGET_INVALID, AcceptStatus.DRAFT_INVALID
+STATUS_IMPOSSIBLE, STATUS_TREE = AcceptStatus.DRAFT_TOKEN_IMPOSSIBLE, AcceptStatus.TREE_INVALID
 
 
 def slow(target):

@@ -38,6 +38,7 @@ def arguments(
     depth = nodes - 1 if depth is None else depth
     shapes = {"tokens": (depth + 1,), "nodes": (depth + 1,), "num_accepted": (), "next_tokens": (width,), "status": ()}
     call |= {name: torch.full((batch, *shape), -99, dtype=torch.int32) for name, shape in shapes.items()}
+    call["finished"] = torch.zeros(batch, dtype=torch.bool)
     return call | given
 
 

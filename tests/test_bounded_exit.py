@@ -8,8 +8,8 @@ import torch
 from adversarial_heads import ADVERSARIAL
 from exit_cases import ExitCase, make_case, many_rows
 from specdec_ops import HeadBounds, VocabMap, bound_head, early_exit, exit_confidence, quantize_head
-from specdec_ops.early_exit import STATUS_INVALID
 from specdec_ops.reference import bounded_exit as reference
+from specdec_ops.status import ExitStatus
 
 OP = "bounded_exit"
 INTERPRETED_SHARE, EMULATED_SHARE = 11, 3
@@ -296,7 +296,7 @@ def test_where_nothing_is_known_everything_is_read(target):
     case.hidden[2] *= 1e36
     got = assert_same(case, target.backend, ends=(30, 90))
     assert got.seen.tolist()[2] == 90
-    assert (got.confidence.status & STATUS_INVALID).tolist()[1] == 1
+    assert (got.confidence.status & ExitStatus.INVALID).tolist()[1] == 1
     case = falling(make_case(3, 32, 90, torch.float32), 20).to(torch.float32, target.device)
     case.options["bias"] = torch.zeros(90, device=target.device)
     case.options["bias"][60] = float("nan")

@@ -1,10 +1,12 @@
 """Which backend runs: the order of "auto", the reasons, and no silent fallback."""
 
+import inspect
 import re
 
 import pytest
 import torch
 
+import specdec_ops
 from attention_cases import chain, make_case
 from specdec_ops import _dispatch, _loader, backends
 
@@ -45,9 +47,24 @@ def test_backends_lists_every_name(op):
     assert backends(op, torch.zeros(1)) == found == backends(op, torch.device("cpu"))
 
 
+def test_every_public_op_has_its_own_name():
+    """Whatever takes a `backend` is asked for by its name, and only that."""
+    takers = {
+        name
+        for name in specdec_ops.__all__
+        if inspect.isfunction(function := getattr(specdec_ops, name))
+        and "backend" in inspect.signature(function).parameters
+    }
+    assert takers == set(_dispatch.PUBLIC_OPS)
+    for name in takers:
+        assert backends(name) == backends(_dispatch.PUBLIC_OPS[name])
+    assert backends("tree_accept")["torch"] is None
+
+
 def test_unknown_names():
     """Of an op and of a backend."""
-    with pytest.raises(ValueError, match=f"op must be one of {', '.join(OPS)}, got 'attend'"):
+    names = ", ".join(dict.fromkeys((*_dispatch.PUBLIC_OPS, *OPS)))
+    with pytest.raises(ValueError, match=f"op must be one of {names}, got 'attend'"):
         backends("attend")
     with pytest.raises(ValueError, match="backend must be one of auto, cuda, triton, cpu, torch, got 'rocm'"):
         _dispatch.resolve("tree_attention", "rocm", torch.zeros(1, 64))

@@ -23,7 +23,7 @@ PUBLIC = [
     ".tree_attention",
 ]
 OPS = ["tree", "published_trees", "topology", "tree_attention", "vocab_map", "accept", "accept_lossy", "sampling"]
-OPS += ["early_exit", "quantized_head", "head_bounds", "draft_stop", "layer_cache", "kv"]
+OPS += ["early_exit", "quantized_head", "head_bounds", "draft_stop", "layer_cache", "kv", "status"]
 PLUMBING = ["_checks", "_accept_checks", "_alloc", "_library", "_library_accept", "_library_exit", "_library_kv"]
 PLUMBING += ["_dispatch", "_shield"]
 ACCEPT_KERNELS = [".accept_kernels", ".accept_traversal_kernel", ".accept_lossy_kernels"]
@@ -48,9 +48,11 @@ MAY_IMPORT = {
     "specdec_ops/_shield.py": ["torch"],
     "specdec_ops/_library.py": ["torch", "._dispatch", "._alloc", "._checks"],
     "specdec_ops/compat/": ["torch", ".", "._checks", "._accept_checks", "._chains", "._links", ".reference"],
-    "specdec_ops/reference/accept.py": ["torch", ".noise", ".sample", ".accept_rules"],
-    "specdec_ops/reference/accept_rules.py": ["torch", ".noise"],
-    "specdec_ops/reference/sample.py": ["torch", ".noise"],
+    "specdec_ops/status.py": [],
+    "specdec_ops/reference/accept.py": ["torch", ".status", ".noise", ".sample", ".accept_rules"],
+    "specdec_ops/reference/accept_rules.py": ["torch", ".status", ".noise"],
+    "specdec_ops/reference/sample.py": ["torch", ".status", ".noise", ".settings"],
+    "specdec_ops/reference/exit_confidence.py": ["torch", ".status", ".settings"],
     "specdec_ops/_layer_checks.py": ["torch", "._checks"],
     "specdec_ops/_layer_state.py": ["._checks", "._layer_checks"],
     "specdec_ops/layer_cache.py": [
@@ -60,8 +62,8 @@ MAY_IMPORT = {
     "specdec_ops/_library_kv.py": ["torch", "._library", "._dispatch"],
     "specdec_ops/_library_accept.py": ["torch", "._library", "._dispatch", "._alloc"],
     "specdec_ops/reference/screened_exit.py": [".exit_confidence"],
-    "specdec_ops/reference/bounded_exit.py": ["torch", ".exit_confidence"],
-    "specdec_ops/reference/": ["torch", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
+    "specdec_ops/reference/bounded_exit.py": ["torch", ".status", ".exit_confidence"],
+    "specdec_ops/reference/": ["torch", ".status", *(f".{name}" for name in ("noise", "sample", "accept_rules"))],
     "specdec_ops/": ["numpy", "torch", *(f".{name}" for name in [*OPS, *PLUMBING])],
     "triton_kernels/tree_attention.py": ["torch", "triton", ".tree_attention_kernels"],
     "triton_kernels/tree_attention_kernels.py": ["triton", ".tree_attention_sums"],

@@ -34,7 +34,7 @@ def test_opcheck_accept(rule, monkeypatch):
     arguments, max_depth, width, backend = operator_call(monkeypatch, lambda: case.run("auto"), "accept")
     torch.library.opcheck(OPS.accept.default, (*arguments, backend, max_depth, width), test_utils=CHECKS)
     outputs = OPS.accept(*arguments, backend, max_depth, width)
-    names = ("tokens", "nodes", "num_accepted", "next_tokens", "status")
+    names = ("tokens", "nodes", "num_accepted", "next_tokens", "status", "finished")
     into = {name: torch.zeros_like(tensor) for name, tensor in zip(names, outputs, strict=True)}
     torch.library.opcheck(OPS.accept.out, (*arguments, backend), into, test_utils=CHECKS)
     OPS.accept.out(*arguments, backend, **into)

@@ -18,7 +18,7 @@ from adversarial_heads import (
 from emulator import build
 from exit_cases import ExitCase, make_case, many_rows
 from specdec_ops import VocabMap, early_exit, exit_confidence, quantize_head, quantized_head
-from specdec_ops.early_exit import STATUS_FELL_BACK, STATUS_INVALID
+from specdec_ops.status import ExitStatus
 
 OP = "screened_exit"
 INTERPRETED_SHARE, EMULATED_SHARE = 11, 3
@@ -53,7 +53,7 @@ def assert_same(case: ExitCase, backend: str, measure="max_prob", threshold=None
     assert torch.equal(screened.active_rows, whole.active_rows)
     assert torch.equal(screened.inverse, whole.inverse)
     assert torch.equal(screened.num_active, whole.num_active)
-    assert torch.equal(got.status & STATUS_INVALID, want.status)
+    assert torch.equal(got.status & ExitStatus.INVALID, want.status)
     assert (got.max_prob - want.max_prob).abs().max() <= tolerance
     assert (got.margin - want.margin).abs().max() <= tolerance
     sound = want.status == 0
@@ -68,7 +68,7 @@ def assert_same(case: ExitCase, backend: str, measure="max_prob", threshold=None
         assert torch.equal(got.top_logprobs.isfinite(), finite)
     vocab = case.head.shape[0]
     assert (got.rechecked >= 1).all()
-    fell = (got.status & STATUS_FELL_BACK) != 0
+    fell = (got.status & ExitStatus.FELL_BACK) != 0
     assert (got.rechecked[fell] == vocab).all()
     for name in ("max_prob", "margin", "entropy", "logsumexp"):  # those rows are the whole head's very numbers
         assert torch.equal(getattr(got, name)[fell], getattr(want, name)[fell])
@@ -212,7 +212,7 @@ def test_falling_back_is_rare_and_little_is_rechecked():
 def test_falling_back_is_counted():
     case = all_equal(torch.Generator().manual_seed(1), torch.bfloat16)
     got = assert_same(case, "cpu")
-    assert (got.status == STATUS_FELL_BACK).all()
+    assert (got.status == ExitStatus.FELL_BACK).all()
     assert (got.rechecked == 1000).all()
     assert (got.token == 0).all()
 

@@ -7,12 +7,7 @@ import pytest
 import torch
 
 from conftest import poisoned_empty
-from specdec_ops import Topology, Tree, build_topology
-from specdec_ops.topology import (
-    STATUS_NUM_NODES_OUT_OF_RANGE,
-    STATUS_PARENT_NOT_BEFORE,
-    STATUS_PARENT_OUT_OF_RANGE,
-)
+from specdec_ops import Topology, TopologyStatus, Tree, build_topology
 from trees import EDGE_SIZES, level_ordered, random_tree, trees_of_size
 
 OP = "build_topology"
@@ -85,15 +80,15 @@ def test_nothing_to_build(target, batch, nodes):
 
 
 MALFORMED = {
-    "cycle": ([-1, 2, 1, 1], STATUS_PARENT_NOT_BEFORE, [-1, -1, 1, 1]),
-    "itself": ([-1, 1, 1, 0], STATUS_PARENT_NOT_BEFORE, [-1, -1, 1, 0]),
-    "first node": ([0, 0, 1, 2], STATUS_PARENT_NOT_BEFORE, [-1, 0, 1, 2]),
-    "child before parent": ([-1, 3, 0, 0], STATUS_PARENT_NOT_BEFORE, [-1, -1, 0, 0]),
-    "too large": ([-1, 0, 4, 2], STATUS_PARENT_OUT_OF_RANGE, [-1, 0, -1, 2]),
-    "largest": ([-1, 0, INT_MAX, 2], STATUS_PARENT_OUT_OF_RANGE, [-1, 0, -1, 2]),
-    "below -1": ([-1, -2, 1, 0], STATUS_PARENT_OUT_OF_RANGE, [-1, -1, 1, 0]),
-    "smallest": ([-1, INT_MIN, 1, 0], STATUS_PARENT_OUT_OF_RANGE, [-1, -1, 1, 0]),
-    "both": ([1, -9, 7, 2], STATUS_PARENT_NOT_BEFORE | STATUS_PARENT_OUT_OF_RANGE, [-1, -1, -1, 2]),
+    "cycle": ([-1, 2, 1, 1], TopologyStatus.PARENT_NOT_BEFORE, [-1, -1, 1, 1]),
+    "itself": ([-1, 1, 1, 0], TopologyStatus.PARENT_NOT_BEFORE, [-1, -1, 1, 0]),
+    "first node": ([0, 0, 1, 2], TopologyStatus.PARENT_NOT_BEFORE, [-1, 0, 1, 2]),
+    "child before parent": ([-1, 3, 0, 0], TopologyStatus.PARENT_NOT_BEFORE, [-1, -1, 0, 0]),
+    "too large": ([-1, 0, 4, 2], TopologyStatus.PARENT_OUT_OF_RANGE, [-1, 0, -1, 2]),
+    "largest": ([-1, 0, INT_MAX, 2], TopologyStatus.PARENT_OUT_OF_RANGE, [-1, 0, -1, 2]),
+    "below -1": ([-1, -2, 1, 0], TopologyStatus.PARENT_OUT_OF_RANGE, [-1, -1, 1, 0]),
+    "smallest": ([-1, INT_MIN, 1, 0], TopologyStatus.PARENT_OUT_OF_RANGE, [-1, -1, 1, 0]),
+    "both": ([1, -9, 7, 2], TopologyStatus.PARENT_NOT_BEFORE | TopologyStatus.PARENT_OUT_OF_RANGE, [-1, -1, -1, 2]),
 }
 
 
@@ -115,7 +110,7 @@ def test_num_nodes_out_of_range(target):
     counts = torch.tensor([70, 71, -1, INT_MAX, INT_MIN, 0, 30], dtype=torch.int32)
     parents = padded([tree] * len(counts), 70)
     built = build_topology(parents.to(target.device), counts.to(target.device), backend=target.backend)
-    bad = STATUS_NUM_NODES_OUT_OF_RANGE
+    bad = TopologyStatus.NUM_NODES_OUT_OF_RANGE
     right = Topology.from_trees([tree[: max(0, int(count))] for count in counts])
     assert_same(built, dataclasses.replace(right, status=torch.tensor([0, bad, bad, bad, bad, 0, 0]).int()))
 
@@ -125,7 +120,7 @@ def test_a_parent_beyond_num_nodes_is_out_of_range(target):
     built = build_topology(
         parents.to(target.device), torch.tensor([5], dtype=torch.int32, device=target.device), backend=target.backend
     )
-    assert built.status.tolist() == [STATUS_PARENT_OUT_OF_RANGE | STATUS_PARENT_NOT_BEFORE]
+    assert built.status.tolist() == [TopologyStatus.PARENT_OUT_OF_RANGE | TopologyStatus.PARENT_NOT_BEFORE]
     assert built.parents.tolist() == [[-1, 0, 1, -1, -1, -1]]
 
 

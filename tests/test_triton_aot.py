@@ -276,6 +276,8 @@ def argument_type(name, element_pointer):
         return "*i32"
     if name in ("ancestors", "seeds"):
         return "*i64"
+    if name == "finished":
+        return "*i8"
     return "fp32" if name in FLOATS else "i32"
 
 

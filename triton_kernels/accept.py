@@ -21,7 +21,7 @@ def accept(
     rule, target, draft_tokens, draft_logits, target_to_draft, first_child, next_sibling, num_nodes, temperature,
     temperatures, top_k, top_ks, top_p, top_ps, draft_temperature, draft_temperatures, draft_top_k, draft_top_ks,
     draft_top_p, draft_top_ps, seed, seeds, position, positions, eos, thresholds, replacement, child_rows, tokens,
-    nodes, num_accepted, next_tokens, status,
+    nodes, num_accepted, next_tokens, status, finished,
 ) -> None:  # fmt: skip
     """Accept drafted tokens by one of RULES, on checked arguments; specdec_ops/reference/accept.py defines the result.
 
@@ -30,7 +30,7 @@ def accept(
     target_to_draft int32 [vocab] or None; first_child, next_sibling int32 [batch or 1, nodes]; num_nodes int32
     [batch or 1]. Logits have a unit last stride. Each setting is a number, used where its tensor [batch] is None.
     eos: up to 8 tokens. Outputs are contiguous: tokens, nodes int32 [batch, max_depth + 1], num_accepted, status int32
-    [batch], next_tokens int32 [batch, width].
+    [batch], next_tokens int32 [batch, width], finished bool [batch].
     """
     batch, depths = tokens.shape
     if batch == 0:
@@ -47,7 +47,8 @@ def accept(
         KERNELS.get(rule, accept_walk_kernel)[(batch,)](
             target, draft_tokens, draft, None if draft is None else target_to_draft, first_child, next_sibling,
             num_nodes, temperatures, top_ks, top_ps, draft_temperatures, draft_top_ks, draft_top_ps, seeds, positions,
-            tokens, nodes, num_accepted, next_tokens, status, scratch, *target.stride()[:2], *draft_tokens.stride(),
+            tokens, nodes, num_accepted, next_tokens, status, finished.view(torch.int8),
+            scratch, *target.stride()[:2], *draft_tokens.stride(),
             *((0, 0) if draft is None else draft.stride()[:2]), _batch_stride(first_child),
             _batch_stride(next_sibling), _batch_stride(num_nodes), 0 if ids else scratch.shape[1], columns, size,
             0 if draft is None else draft.shape[2], depths - 1, next_tokens.shape[1], temperature, top_k, top_p,

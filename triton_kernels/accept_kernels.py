@@ -41,6 +41,7 @@ from .accept_state import (
     include,
     is_end,
     is_excluded,
+    is_next_end,
     probability,
     put_float,
     put_int,
@@ -50,7 +51,7 @@ from .accept_state import (
     write_law,
 )
 from .noise import BONUS, RESIDUAL, SAMPLE, node_coin
-from .rows import DRAFT_INVALID, TARGET_INVALID, request_setting
+from .rows import DRAFT_INVALID, TARGET_INVALID, request_law, request_setting
 
 GREEDY = tl.constexpr(0)
 MATCH = tl.constexpr(1)
@@ -84,8 +85,10 @@ def node_count(num_nodes, num_nodes_stride, request, columns):
 
 
 @triton.jit
-def finish_outputs(tokens, nodes, num_accepted, status, request, max_depth, accepted, nodes_on_path, following, bits):
-    """Write what follows the accepted tokens: the next token, unless it is -1, then -1."""
+def finish_outputs(
+    tokens, nodes, num_accepted, status, finished, request, max_depth, accepted, nodes_on_path, following, bits, ended,
+):  # fmt: skip
+    """Write what follows the accepted tokens: the next token, unless it is -1, then -1. ended: whether the text is."""
     for start in range(0, max_depth + 1, 64):
         at = start + tl.arange(0, 64)
         row = request * (max_depth + 1) + at
@@ -93,6 +96,7 @@ def finish_outputs(tokens, nodes, num_accepted, status, request, max_depth, acce
         tl.store(nodes + row, -1, mask=(at >= nodes_on_path) & (at <= max_depth))
     tl.store(num_accepted + request, accepted)
     tl.store(status + request, bits)
+    tl.store(finished + request, ended.to(tl.int8))
 
 
 @triton.jit
@@ -364,7 +368,7 @@ def _include_children(excluded, size, tokens, token_stride, first_child, next_si
 def accept_walk_kernel(
     target, draft_tokens, draft, target_to_draft, first_child, next_sibling, num_nodes, temperatures, top_ks, top_ps,
     draft_temperatures, draft_top_ks, draft_top_ps, seeds, positions, tokens, nodes, num_accepted, next_tokens, status,
-    scratch, target_batch_stride, target_node_stride, token_batch_stride, token_stride, draft_batch_stride,
+    finished, scratch, target_batch_stride, target_node_stride, token_batch_stride, token_stride, draft_batch_stride,
     draft_node_stride, first_batch_stride, next_batch_stride, num_nodes_stride, scratch_stride, columns, size,
     draft_size, max_depth, width, temperature, top_k, top_p, draft_temperature, draft_top_k, draft_top_p, seed_low,
     seed_high, position, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7, threshold_a, threshold_b,
@@ -385,12 +389,13 @@ def accept_walk_kernel(
     count, bits = node_count(num_nodes, num_nodes_stride, request, columns)
     seed = request_seed(seeds, seed_low, seed_high, request)
     place = request_setting(position, positions, request)
-    heat = request_setting(temperature, temperatures, request)
-    k = request_setting(top_k, top_ks, request)
-    p = request_setting(top_p, top_ps, request)
-    draft_heat = request_setting(draft_temperature, draft_temperatures, request)
-    draft_k = request_setting(draft_top_k, draft_top_ks, request)
-    draft_p = request_setting(draft_top_p, draft_top_ps, request)
+    heat, k, p, wrong_law = request_law(temperature, temperatures, top_k, top_ks, top_p, top_ps, request)
+    draft_heat, draft_k, draft_p, wrong_draft_law = request_law(
+        draft_temperature, draft_temperatures, draft_top_k, draft_top_ks, draft_top_p, draft_top_ps, request
+    )
+    bits |= wrong_law
+    if draft is not None:
+        bits |= tl.where(heat > 0.0, wrong_draft_law, 0)
     if RULE == GREEDY:
         heat = 0.0
     excluded = None
@@ -474,5 +479,7 @@ def accept_walk_kernel(
                                     gain, rho, 0.0, seed, place, domain, node, RULE == KSEQ, BLOCK)  # fmt: skip
             bits |= empty
     following = tl.where(ended == 0, following, -1)
+    ended |= is_next_end(following, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
     tl.store(next_tokens + request, following)
-    finish_outputs(tokens, nodes, num_accepted, status, request, max_depth, depth, depth + 1, following, bits)
+    finish_outputs(tokens, nodes, num_accepted, status, finished, request, max_depth, depth, depth + 1, following, bits,
+                   ended)  # fmt: skip

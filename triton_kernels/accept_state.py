@@ -109,6 +109,13 @@ def is_end(token, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7):
 
 
 @triton.jit
+def is_next_end(following, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7):
+    """Whether the text ends with the next token, as 0 or 1. Unused ends are -1, as is a next token that is none."""
+    end = is_end(following, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
+    return ((following >= 0) & end).to(tl.int32)
+
+
+@triton.jit
 def follow(node, links, count, columns, SIBLING: tl.constexpr):
     """Where a link of the node leads, or -1, and the status bits.
 

@@ -47,6 +47,7 @@ from .accept_state import (
     include,
     is_end,
     is_excluded,
+    is_next_end,
     put_float,
     put_int,
     residual_sums,
@@ -55,7 +56,7 @@ from .accept_state import (
     write_law,
 )
 from .noise import BONUS, RESIDUAL, node_coin
-from .rows import DRAFT_INVALID, TARGET_INVALID, request_setting
+from .rows import DRAFT_INVALID, TARGET_INVALID, request_law, request_setting
 
 
 @triton.jit
@@ -220,7 +221,7 @@ def _claim(state, node, child, status):
 def accept_traversal_kernel(
     target, draft_tokens, draft, target_to_draft, first_child, next_sibling, num_nodes, temperatures, top_ks, top_ps,
     draft_temperatures, draft_top_ks, draft_top_ps, seeds, positions, tokens, nodes, num_accepted, next_tokens, status,
-    scratch, target_batch_stride, target_node_stride, token_batch_stride, token_stride, draft_batch_stride,
+    finished, scratch, target_batch_stride, target_node_stride, token_batch_stride, token_stride, draft_batch_stride,
     draft_node_stride, first_batch_stride, next_batch_stride, num_nodes_stride, scratch_stride, columns, size,
     draft_size, max_depth, width, temperature, top_k, top_p, draft_temperature, draft_top_k, draft_top_p, seed_low,
     seed_high, position, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7, threshold_a, threshold_b,
@@ -241,13 +242,12 @@ def accept_traversal_kernel(
     count, bits = node_count(num_nodes, num_nodes_stride, request, columns)
     seed = request_seed(seeds, seed_low, seed_high, request)
     place = request_setting(position, positions, request)
-    heat = request_setting(temperature, temperatures, request)
-    k = request_setting(top_k, top_ks, request)
-    p = request_setting(top_p, top_ps, request)
-    draft_heat = request_setting(draft_temperature, draft_temperatures, request)
-    draft_k = request_setting(draft_top_k, draft_top_ks, request)
-    draft_p = request_setting(draft_top_p, draft_top_ps, request)
+    heat, k, p, wrong_law = request_law(temperature, temperatures, top_k, top_ks, top_p, top_ps, request)
+    draft_heat, draft_k, draft_p, wrong_draft_law = request_law(
+        draft_temperature, draft_temperatures, draft_top_k, draft_top_ks, draft_top_p, draft_top_ps, request
+    )
     weighed = (heat > 0.0) & (draft is not None)
+    bits |= wrong_law | tl.where(weighed, wrong_draft_law, 0)
     excluded = scratch + request * scratch_stride
     words = (size + 31) // 32
     fill(excluded, words, 0, BLOCK)
@@ -333,6 +333,8 @@ def accept_traversal_kernel(
                                 get_int(state, node, HEAD), 0.0, 1.0, 0.0, seed, place, domain, node, False,
                                 BLOCK)  # fmt: skip
         bits |= empty
+    at_end |= is_next_end(following, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
     tl.store(next_tokens + request, following)
     write_path(draft_tokens, token_stride, state, tokens, nodes, request, max_depth, node, depth, 1)
-    finish_outputs(tokens, nodes, num_accepted, status, request, max_depth, depth, depth + 1, following, bits)
+    finish_outputs(tokens, nodes, num_accepted, status, finished, request, max_depth, depth, depth + 1, following, bits,
+                   at_end)  # fmt: skip

@@ -22,7 +22,17 @@ cancels in 1 - exp(x) near 0 costs 1e-16; the header's room is 1e-6 there, and 1
 import triton
 import triton.language as tl
 
-from .exit_kernels import COUNTERS, LISTS, VOLATILE, arrives_last, decide, merge_row, read_head
+from .exit_kernels import (
+    COUNTERS,
+    LISTS,
+    VOLATILE,
+    arrives_last,
+    decide,
+    has_temperature,
+    merge_row,
+    read_head,
+    row_temperature,
+)
 from .rows import request_setting
 
 # A row's counters: arrivals, at the first row; whether it is closed; its verdict.
@@ -205,7 +215,8 @@ def settle_kernel(
                 most_bias = tl.max(tl.load(at, mask=program < programs, other=float("-inf")), 0)
             ceiling = _ceiling(bounds + row.to(tl.int64) * 4, tl.load(norms_after + part), most_bias)
             zero = tl.zeros([], tl.float64)
-            degrees = zero + request_setting(temperature, temperatures, row)
+            degrees = zero + row_temperature(temperature, temperatures, row)
+            unsound = tl.where(has_temperature(temperature, temperatures, row), unsound, 1.0)
             limit = zero + request_setting(threshold, thresholds, row)
             bits = verdict(
                 maximum, total, moment, unsound, second, least, ceiling, zero + (vocab - end), degrees, limit, MEASURE

@@ -18,6 +18,9 @@ import torch
 import triton
 import triton.language as tl
 
+OUT_OF_RANGE = tl.constexpr(1)
+NOT_BEFORE = tl.constexpr(2)
+BAD_COUNT = tl.constexpr(4)
 _BLOCK = 64
 _MAX_WORDS_PER_TILE = 16
 
@@ -68,7 +71,7 @@ def build_topology_kernel(
     for start in range(0, count, BLOCK):
         other = start + tl.arange(0, BLOCK)
         other_parent, out_of_range, not_before = _sound_parents(parents + row, other, count)
-        unsound |= out_of_range.to(tl.int32) | (not_before.to(tl.int32) * 2)
+        unsound |= tl.where(out_of_range, OUT_OF_RANGE, 0) | tl.where(not_before, NOT_BEFORE, 0)
         same = (other_parent[None, :] == parent[:, None]) & (other[None, :] > node[:, None])
         sibling = tl.minimum(sibling, tl.min(tl.where(same, other[None, :], 2147483647), axis=1))
         is_child = other_parent[None, :] == node[:, None]
@@ -76,8 +79,8 @@ def build_topology_kernel(
     tl.store(first_child + row + node, tl.where(exists & (child < count), child, -1), mask=inside)
     tl.store(next_sibling + row + node, tl.where(exists & (sibling < count), sibling, -1), mask=inside)
     if block == 0:
-        bits = tl.max(unsound & 1, axis=0) | tl.max(unsound & 2, axis=0)
-        bits = tl.where(given != count, bits | 4, bits)
+        bits = tl.max(unsound & OUT_OF_RANGE, axis=0) | tl.max(unsound & NOT_BEFORE, axis=0)
+        bits = tl.where(given != count, bits | BAD_COUNT, bits)
         tl.store(status + request, bits)
         tl.store(num_nodes_out + request, count)
 

@@ -23,9 +23,10 @@ in ascending order and of the listed ones the highest is dropped first.
 import triton
 import triton.language as tl
 
-from .rows import LOG2E, NO_ID, request_setting
+from .rows import LOG2E, NO_ID, is_temperature, request_setting, softmax_temperature
 
 INVALID = tl.constexpr(1)
+SETTING_INVALID = tl.constexpr(4)
 LOWEST = tl.constexpr(-1e30)  # differences are cut off here: -inf would make NaN of 0 * -inf
 # Integers of each row that count arrivals, from 0 at each call. Those of a block of rows are its first row's.
 COUNTERS = tl.constexpr(16)
@@ -175,11 +176,23 @@ def list_greatest(z, ids, values, entries):
 
 @triton.jit
 def row_factor(temperature, temperatures, n, rows):
-    """log2(e) / T of each row; bounded, so that no 0 * inf comes of a temperature near 0."""
+    """log2(e) / T of each row."""
     degrees = tl.full(n.shape, 1.0, tl.float32) * temperature
     if temperatures is not None:
         degrees = tl.load(temperatures + n, mask=n < rows, other=1.0)
-    return tl.minimum(LOG2E / degrees, 1e37)
+    return LOG2E / softmax_temperature(degrees)
+
+
+@triton.jit
+def row_temperature(temperature, temperatures, row):
+    """What divides a row's logits, float32."""
+    given = tl.full([], 0.0, tl.float32) + request_setting(temperature, temperatures, row)
+    return softmax_temperature(given)
+
+
+@triton.jit
+def has_temperature(temperature, temperatures, row):
+    return is_temperature(request_setting(temperature, temperatures, row))
 
 
 @triton.jit
@@ -372,11 +385,13 @@ def merge_row(
     where the states' entries begin; it is joined, too, and replaced. None: the states are all there is. Gives back
     what was joined: m, S, t, 1 for NaN or +inf, the second logit and the last of the top_k.
     """
-    degrees = request_setting(temperature, temperatures, row)
-    factor = tl.minimum(LOG2E / degrees, 1e37)
+    degrees = row_temperature(temperature, temperatures, row)
+    factor = LOG2E / degrees
     per_degree = 1.0 / tl.full([], 1.0, tl.float64) / degrees
     maximum, total, moment, unsound = joined_sums(state, row, rows, programs, factor, carried_sums, begin, PROGRAMS)
-    valid = (unsound == 0.0) & (maximum > float("-inf"))
+    sound = (unsound == 0.0) & (maximum > float("-inf"))
+    bits = tl.where(has_temperature(temperature, temperatures, row), 0, SETTING_INVALID) | tl.where(sound, 0, INVALID)
+    valid = bits == 0
     size = tl.where(valid, total, 1.0)
     log_size = tl.log(size)
     second, last, joined = write_listed(
@@ -389,7 +404,7 @@ def merge_row(
     tl.store(margin + row, tl.where(valid, lead / size, 0.0).to(tl.float32))
     tl.store(entropy + row, tl.where(valid, spread, 0.0).to(tl.float32))
     tl.store(logsumexp + row, tl.where(valid, maximum * per_degree + log_size, float("-inf")).to(tl.float32))
-    tl.store(status + row, tl.where(valid, 0, INVALID) | flags)
+    tl.store(status + row, bits | flags)
     if carried_best is not None:
         carry(row, carried_sums, carried_best, maximum, total, moment, unsound, joined, LIST)
     return maximum, total, moment, unsound, second, last
@@ -405,7 +420,7 @@ def _passed(n, rows, status, figure, threshold, thresholds, MEASURE: tl.constexp
     if thresholds is not None:
         limit = tl.load(thresholds + n, mask=exists, other=0.0)
     passed = value <= limit if MEASURE == "entropy" else value >= limit
-    return exists & passed & ((flags & INVALID) == 0)
+    return exists & passed & ((flags & (INVALID | SETTING_INVALID)) == 0)
 
 
 @triton.jit

@@ -28,6 +28,10 @@ NO_ID = tl.constexpr(2147483647)
 STAGES = tl.constexpr(8)  # blocks under way at once: 14 KB of 16-bit logits
 TARGET_INVALID = tl.constexpr(1)
 DRAFT_INVALID = tl.constexpr(2)
+SETTING_INVALID = tl.constexpr(32)
+# Temperatures further out count as these, see csrc/specdec/settings.h.
+LEAST_TEMPERATURE = tl.constexpr(1e-20)
+MOST_TEMPERATURE = tl.constexpr(1e20)
 
 
 @triton.jit
@@ -75,6 +79,30 @@ def request_setting(value, values, request):
         return tl.load(values + request)
     else:
         return value
+
+
+@triton.jit
+def is_temperature(temperature):
+    """False for NaN and negative numbers."""
+    return temperature >= 0.0
+
+
+@triton.jit
+def softmax_temperature(temperature):
+    """As the early exit ops take it: between the bounds, and 1 where it is none."""
+    sound = tl.where(is_temperature(temperature), temperature, 1.0)
+    return tl.minimum(tl.maximum(sound, LEAST_TEMPERATURE), MOST_TEMPERATURE)
+
+
+@triton.jit
+def request_law(temperature, temperatures, top_k, top_ks, top_p, top_ps, request):
+    """How a request's logits become a distribution: temperature (0 for the argmax), top_k, top_p, and a status bit."""
+    heat = tl.full([], 0.0, tl.float32) + request_setting(temperature, temperatures, request)
+    k = request_setting(top_k, top_ks, request)
+    p = tl.full([], 0.0, tl.float32) + request_setting(top_p, top_ps, request)
+    bits = tl.where(is_temperature(heat) & (p == p), 0, SETTING_INVALID)
+    heat = tl.where(heat >= LEAST_TEMPERATURE, tl.minimum(heat, MOST_TEMPERATURE), 0.0)
+    return heat, k, p, bits
 
 
 @triton.jit
@@ -211,8 +239,7 @@ def row_law(
     """
     maximum, argmax, sound = row_maximum(row, size, BLOCK)
     hot = tl.where(sound & (temperature > 0.0), -1, argmax)
-    # A temperature so low that its inverse overflows would make 0 * inf of the maximum itself.
-    scale = tl.minimum(LOG2E / tl.where(temperature > 0.0, temperature, 1.0), 1e37)
+    scale = LOG2E / tl.where(temperature > 0.0, temperature, 1.0)
     cut = tl.full([], float("-inf"), tl.float32)
     cut_id = tl.full([], 2147483647, tl.int32)
     inverse = tl.full([], 1.0, tl.float32)

@@ -17,6 +17,7 @@ from .rows import (
     TARGET_INVALID,
     next_logit,
     race_row,
+    request_law,
     request_setting,
     row_law,
 )
@@ -47,9 +48,7 @@ def sample_kernel(
     else:
         seed = (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
     place = request_setting(position, positions, request)
-    heat = request_setting(temperature, temperatures, request)
-    k = request_setting(top_k, top_ks, request)
-    p = request_setting(top_p, top_ps, request)
+    heat, k, p, bit = request_law(temperature, temperatures, top_k, top_ks, top_p, top_ps, request)
     domain = SAMPLE
     salt = 0
     if DRAFTING:
@@ -66,14 +65,15 @@ def sample_kernel(
             maximum, scale, inverse, cut, cut_id, _, _, _, _ = row_law(
                 row, size, 1.0, 0, 1.0, False, True, False, BLOCK
             )
-        total = maximum * (scale * LN2) - tl.log(inverse)
-    bit = tl.where(sound, 0, DRAFT_INVALID if DRAFTING else TARGET_INVALID)
+        log_inverse = tl.log(inverse)
+    bit |= tl.where(sound, 0, DRAFT_INVALID if DRAFTING else TARGET_INVALID)
     if PER_ROW:
         tl.store(status + request * rows + at, bit)
     elif bit != 0:
         tl.atomic_or(status + request, bit)
     possible = sound | (not DRAFTING)
     if logsumexp is not None:
+        total = maximum * (scale * LN2) - log_inverse
         tl.store(logsumexp + request * rows + at, tl.where(possible, total, float("-inf")))
 
     last = tl.full([], float("inf"), tl.float32)
@@ -105,7 +105,8 @@ def sample_kernel(
         tl.store(tokens + out + draw, tl.where(drawn, token, -1))
         if logprobs is not None:
             z = tl.load(row + safe).to(tl.float32)
-            tl.store(logprobs + out + draw, tl.where(drawn, z * (scale * LN2) - total, float("-inf")))
+            logprob = (z - maximum) * (scale * LN2) + log_inverse
+            tl.store(logprobs + out + draw, tl.where(drawn, logprob, float("-inf")))
         if not REPLACEMENT:
             last = key
             last_id = winner

@@ -35,9 +35,11 @@ from .exit_kernels import (
     decide,
     empty_list,
     finished,
+    has_temperature,
     list_greatest,
     merge_row,
     read_head,
+    row_temperature,
     tile_logits,
 )
 from .rows import LOG2E, NO_ID, request_setting
@@ -276,10 +278,11 @@ def scan_kernel(
     by_error = tl.load(bounds + row * 4 + 1)
     by_norm = tl.load(bounds + row * 4 + 2)
     floor = tl.load(bounds + row * 4 + 3)
-    degrees = tl.full([], 1.0, tl.float32) * request_setting(temperature, temperatures, row)
+    degrees = row_temperature(temperature, temperatures, row)
     sound, longest, reference, cut = _lower_bounds(state, row, rows, programs, LISTED, LIST, PROGRAMS)
     # Beyond this product of lengths a sum might overflow. NaN and infinity are not below it either.
     sound = sound & (reference > float("-inf")) & (length * longest < 1e30)
+    sound = sound & has_temperature(temperature, temperatures, row)
     step = tl.zeros([], tl.int64) + rows * parts * BINS
     row_sums = sums + at * parts * BINS
     if sound:

@@ -50,12 +50,9 @@ std::vector<float> biases_after(const BoundedParams& b) {
 }
 
 SeenPart seen_part(const ExitParams& p, int row, const ExitState& state) {
-  return {state.sum,
-          -double(state.log_sum) / exit_temperature(p, row),
-          state.value[0],
-          state.value[1],
-          state.value[std::max(p.top_k, 1) - 1],
-          state.invalid};
+  return {
+      state.sum,      -double(state.log_sum) / temperature_of(p, row), state.value[0],
+      state.value[1], state.value[std::max(p.top_k, 1) - 1],           state.invalid || setting_status(p, row) != 0};
 }
 
 // The rows of `open` whose decisions are not certain.
@@ -68,7 +65,7 @@ std::vector<int> still_open(const BoundedParams& b, const std::vector<int>& open
     const float ceiling = ceiling_of(reach[row], b.norms_after[part], bias);
     const float limit = p.thresholds ? p.thresholds[row] : p.threshold;
     const ExitVerdict verdict = exit_verdict(seen_part(p, row, states[row]), ceiling, p.vocab - b.ends[part],
-                                             exit_temperature(p, row), p.measure, limit);
+                                             temperature_of(p, row), p.measure, limit);
     if (p.level != ExitLevel::kRow || !row_settled(verdict)) left.push_back(row);
     counts.no += verdict.no;
     counts.yes += verdict.yes;

@@ -64,10 +64,6 @@ HiddenLength hidden_length(const ExitKernels& kernels, const std::vector<float>&
 
 Team exit_team(const ExitParams& p, int threads);
 
-inline float exit_temperature(const ExitParams& p, int row) {
-  return p.temperatures ? p.temperatures[row] : p.temperature;
-}
-
 // What a row knows before it has seen anything.
 ExitState empty_exit_state();
 

@@ -70,7 +70,7 @@ void merge(ExitState& state, const ExitState& later, int listed, float temperatu
 }
 
 bool passes(const ExitParams& p, int row) {
-  if (p.status[row] & kExitInvalid) return false;
+  if (p.status[row] & (kExitInvalid | kExitSettingInvalid)) return false;
   const float limit = p.thresholds ? p.thresholds[row] : p.threshold;
   switch (p.measure) {
     case ExitMeasure::kMaxProb:
@@ -161,7 +161,7 @@ void HeadReader::read(int64_t begin, int64_t end, std::vector<ExitState>& states
   });
   team_.run(count, [&](int64_t n, int) {
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      merge(states[rows_[n]], of_chunks[chunk * count + n], listed_, exit_temperature(p_, rows_[n]));
+      merge(states[rows_[n]], of_chunks[chunk * count + n], listed_, temperature_of(p_, rows_[n]));
     }
   });
 }
@@ -177,18 +177,19 @@ void HeadReader::read_chunk(int64_t begin, int64_t end, ExitState* states) {
     const float* tile_bias = tile_of(p_.bias, first, count, bias);
     packed_.multiply(tile, [&](int n, float* logits) {
       std::fill(logits + count, logits + kExitTile, kMinusInfinity);
-      const float factor = float(kLog2e / exit_temperature(p_, rows_[n]));
+      const float factor = float(kLog2e / temperature_of(p_, rows_[n]));
       kernels_.absorb(logits, tile_scales, tile_bias, int32_t(first), factor, listed_, states[n]);
     });
   }
 }
 
 void write_figures(const ExitParams& p, int row, const ExitState& state) {
-  const float temperature = exit_temperature(p, row);
-  const bool valid = !state.invalid && state.sum > 0;
+  const float temperature = temperature_of(p, row);
+  const bool sound = !state.invalid && state.sum > 0;
   const auto token_of = [&](int32_t entry) { return p.token_map ? p.token_map[entry] : entry; };
   p.token[row] = token_of(std::max(state.entry[0], 0));
-  p.status[row] = valid ? 0 : kExitInvalid;
+  p.status[row] = setting_status(p, row) | (sound ? 0 : kExitInvalid);
+  const bool valid = p.status[row] == 0;
   const double sum = valid ? state.sum : 1.0, log_sum = std::log(sum), scale = 1.0 / temperature;
   const auto probability = [&](float value) {
     return value > kMinusInfinity ? std::exp((double(value) - state.value[0]) * scale) / sum : 0.0;

@@ -103,7 +103,7 @@ Cut RowReader::last_of(const View& view, float low, float high, ScanKind kind, d
 Cut RowReader::narrow(const View& view, ScanKind kind, double target, const Law& law, double* reached) {
   float low = -kInfinity, high = law.max, thresholds[kThresholds];
   double above = 0, within = double(view.size), sums[kThresholds];
-  const float step = 1.0f / std::max(law.scale, 1e-30f);  // halves a weight
+  const float step = 1.0f / law.scale;  // halves a weight
   for (int i = 0; i < kThresholds; i++) thresholds[i] = law.max - step * float(1 << i) * 0.75f;
   for (int pass = 0; pass < kMostPasses && within > kFewToSort && key_of(high) - key_of(low) > 1; pass++) {
     sums_above(view, kind, law, thresholds, sums);
@@ -166,7 +166,7 @@ Law RowReader::law(const void* row, DType dtype, int64_t size, const RowSettings
                    KeptRow* keep) {
   const View view{row, dtype, size};
   const bool greedy = !(settings.temperature > 0);
-  const float scale = greedy ? 0.0f : std::min(1.44269504f / settings.temperature, 1e30f);
+  const float scale = greedy ? 0.0f : 1.44269504f / settings.temperature;
   const bool filtered = (settings.top_k > 0 && settings.top_k < size) || settings.top_p < 1;
   const ScanKind kind = greedy ? ScanKind::kPeak : with_entropy && !filtered ? ScanKind::kEntropy : ScanKind::kSum;
   if (keep) keep->row = nullptr;

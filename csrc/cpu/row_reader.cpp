@@ -95,9 +95,7 @@ const RowKernels& row_kernels() {
 }
 
 RowSettings settings_of(const SamplingParams& params, int32_t request) {
-  return {params.temperature.values ? params.temperature.values[request] : params.temperature.value,
-          params.top_k.values ? params.top_k.values[request] : params.top_k.value,
-          params.top_p.values ? params.top_p.values[request] : params.top_p.value};
+  return {temperature_of(params, request), value_of(params.top_k, request), value_of(params.top_p, request)};
 }
 
 const void* row_at(const void* base, DType dtype, int64_t element) {

@@ -49,8 +49,8 @@ class RowSampler {
   RowSettings settings;
 
   NoiseKey noise(uint32_t draw) const {
-    const int64_t seed = p.seed.values ? p.seed.values[request] : p.seed.value;
-    const int32_t position = p.position.values ? p.position.values[request] : p.position.value;
+    const int64_t seed = value_of(p.seed, request);
+    const int32_t position = value_of(p.position, request);
     if (p.domain == SampleDomain::kSample) return noise_key(seed, position, kNoiseSample, 0);
     const int32_t parent = p.parents ? p.parents[int64_t(request) * p.rows + row] : p.first_parent + row;
     return noise_key(seed, position, kNoiseDraft, uint32_t(parent) + (draw << 16));
@@ -95,7 +95,7 @@ class RowSampler {
 void sample_cpu(const SampleParams& p, int threads) {
   const int64_t rows = int64_t(p.batch) * p.rows;
   threads = std::max(threads, 1);
-  std::fill(p.status, p.status + p.batch, 0);
+  for (int32_t request = 0; request < p.batch; ++request) p.status[request] = setting_status(p.sampling, request);
   const auto sample_row = [&](int64_t place, RowReader& reader, KeptRow& kept) {
     const int32_t request = int32_t(place / p.rows);
     const int32_t status = RowSampler(p, request, int32_t(place % p.rows), reader, kept).run();

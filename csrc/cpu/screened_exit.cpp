@@ -387,8 +387,8 @@ class Screen {
   // Writes a row, or gives it up.
   bool answer(int row, const Team& team) {
     float lower[kMostListed];
-    if (!lower_bounds(row, lower)) return false;
-    const float temperature = exit_temperature(p_, first_row_ + row);
+    if (setting_status(p_, first_row_ + row) || !lower_bounds(row, lower)) return false;
+    const float temperature = temperature_of(p_, first_row_ + row);
     const size_t limit = std::max<size_t>(kLeastLimit, p_.vocab / 8);
     int32_t reads = 0;
     for (float deepest : kDeepest) {

@@ -50,8 +50,10 @@ __global__ void __launch_bounds__(kTeamMostThreads, 1) accept_laws_kernel(Accept
   if (threadIdx.x == 0) laws_of(launch, request)[row] = law;
 }
 
+// Only a sequence that goes on has a race.
 __device__ inline void write_next_token(const AcceptParams& p, int32_t request, int32_t token) {
   p.next_tokens[request] = token;
+  p.finished[request] = is_eos(p, token);
   p.tokens[int64_t(request) * (p.max_depth + 1) + p.num_accepted[request]] = token;
 }
 

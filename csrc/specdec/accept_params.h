@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "specdec/params.h"
+#include "specdec/settings.h"
 
 namespace specdec {
 
@@ -28,6 +29,7 @@ enum AcceptStatus : int32_t {
   kDraftTokenImpossible = 4,  // a drafted token that its draft row gives no probability, or no token at all
   kResidualEmpty = 8,         // rounding left nothing to draw from
   kTreeInvalid = 16,          // a link that points back or out of the tree: taken as none
+  kSettingInvalid = 32,       // a temperature of NaN or below 0, taken as 0, or a top_p of NaN, taken as off
 };
 
 constexpr int32_t kMaxEos = 8;
@@ -45,6 +47,21 @@ struct SamplingParams {
   PerRequest<int32_t> top_k;      // 0: off
   PerRequest<float> top_p;        // 1: off
 };
+
+template <class T>
+SPECDEC_HOST_DEVICE T value_of(const PerRequest<T>& number, int32_t request) {
+  return number.values ? number.values[request] : number.value;
+}
+
+SPECDEC_HOST_DEVICE float temperature_of(const SamplingParams& sampling, int32_t request) {
+  return sampling_temperature(value_of(sampling.temperature, request));
+}
+
+// kSettingInvalid, or 0.
+SPECDEC_HOST_DEVICE int32_t setting_status(const SamplingParams& sampling, int32_t request) {
+  const float top_p = value_of(sampling.top_p, request);
+  return is_temperature(value_of(sampling.temperature, request)) && top_p == top_p ? 0 : kSettingInvalid;
+}
 
 // Row n of the target belongs to node n. Row r of the draft belongs to the children of node r or, with child_rows, to
 // node r itself. Node 0 is the last committed token (longest path: the first root); its token is never read otherwise.
@@ -71,6 +88,7 @@ struct AcceptParams {
   int32_t* num_accepted;  // [batch]
   int32_t* next_tokens;   // [batch, width]
   int32_t* status;        // [batch]
+  bool* finished;         // [batch]: the last token emitted is in eos
 
   AcceptRule rule;
   DType target_dtype, draft_dtype;

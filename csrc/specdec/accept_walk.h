@@ -40,8 +40,7 @@ namespace specdec {
 // Decides one request and writes its outputs. The rule must be the same for all threads, and should be for all blocks.
 template <class Rows>
 SPECDEC_WALK void accept_walk(const AcceptParams& p, int32_t request, Rows& rows, const WalkScratch& scratch) {
-  const PerRequest<float>& temperature = p.target_sampling.temperature;
-  const bool greedy = !((temperature.values ? temperature.values[request] : temperature.value) > 0);
+  const bool greedy = !(temperature_of(p.target_sampling, request) > 0);
   switch (p.rule) {
     case AcceptRule::kRecursive:
       if (greedy) break;

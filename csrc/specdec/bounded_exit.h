@@ -30,7 +30,7 @@ struct SeenPart {
   float max;     // the greatest logit
   float second;  // the second one, or -inf
   float least;   // the last one that is returned: the greatest itself, or the last of the top_k; -inf if there is none
-  bool invalid;  // NaN or +inf among them
+  bool invalid;  // NaN or +inf among them, or no temperature
 };
 
 struct ExitVerdict {

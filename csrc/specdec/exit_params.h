@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "specdec/params.h"
+#include "specdec/settings.h"
 
 namespace specdec {
 
@@ -15,9 +16,14 @@ inline int64_t element_bytes(HeadType type) { return type == HeadType::kFloat32 
 enum class ExitMeasure : int32_t { kNone = 0, kMaxProb = 1, kMargin = 2, kEntropy = 3 };
 enum class ExitLevel : int32_t { kRow = 0, kAny = 1, kAll = 2 };
 
-constexpr int32_t kExitInvalid = 1;   // status: a logit of NaN or +inf, or none above -inf
-constexpr int32_t kExitFellBack = 2;  // status: the screen could not answer, the whole head was read
-constexpr int32_t kMostListed = 16;   // of top_k
+// Bits of a row's status.
+enum ExitStatus : int32_t {
+  kExitInvalid = 1,         // a logit of NaN or +inf, or none above -inf
+  kExitFellBack = 2,        // the screen could not answer, the whole head was read
+  kExitSettingInvalid = 4,  // a temperature of NaN or below 0
+};
+
+constexpr int32_t kMostListed = 16;  // of top_k
 
 struct ExitParams {
   const void* hidden;         // [rows, dim]
@@ -50,6 +56,17 @@ struct ExitParams {
   int32_t rows, dim, vocab, top_k;
   float norm_eps, temperature, threshold;
 };
+
+// As it was given, which may be anything; what it counts as; and the bit for what is none.
+SPECDEC_HOST_DEVICE float given_temperature(const ExitParams& p, int32_t row) {
+  return p.temperatures ? p.temperatures[row] : p.temperature;
+}
+SPECDEC_HOST_DEVICE float temperature_of(const ExitParams& p, int32_t row) {
+  return softmax_temperature(given_temperature(p, row));
+}
+SPECDEC_HOST_DEVICE int32_t setting_status(const ExitParams& p, int32_t row) {
+  return is_temperature(given_temperature(p, row)) ? 0 : kExitSettingInvalid;
+}
 
 // The same with an int8 copy of the head, which is read first (specdec_ops.QuantizedHead).
 struct ScreenedParams {

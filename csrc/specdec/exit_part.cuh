@@ -27,7 +27,7 @@ __device__ inline ExitVerdict verdict_of(const ExitLaunch& launch, const StoredS
                          of[0],
                          logit_of(keys[slots]),
                          logit_of(keys[int64_t(last) * slots]),
-                         of[3 * slots] != 0.0f};
+                         of[3 * slots] != 0.0f || setting_status(p, row) != 0};
   const RowReach reach = {launch.part.reach[2 * int64_t(row)], launch.part.reach[2 * int64_t(row) + 1]};
   const float limit = p.thresholds != nullptr ? p.thresholds[row] : p.threshold;
   return exit_verdict(seen, ceiling_of(reach, *launch.part.norm_after, bias), launch.part.left, temperature, p.measure,

@@ -36,10 +36,6 @@ __device__ __forceinline__ float warp_max(float value) {
 
 __host__ __device__ __forceinline__ int32_t listed_of(const ExitParams& p) { return p.top_k > 2 ? p.top_k : 2; }
 
-__device__ __forceinline__ float temperature_of(const ExitParams& p, int32_t row) {
-  return p.temperatures != nullptr ? p.temperatures[row] : p.temperature;
-}
-
 // A logit as a key; 0 for NaN and -inf, which are never listed.
 __device__ __forceinline__ uint64_t logit_key(float z, int32_t entry) {
   return z > negative_infinity() ? key_of(ordered(z), entry) : 0;
@@ -179,7 +175,9 @@ struct StoredStates {
 __device__ inline void write_figures(const ExitParams& p, int32_t row, const RowState& state, uint64_t own,
                                      int32_t status, int lane) {
   const uint64_t second = warp_shuffle(own, 1);
-  const bool valid = state.invalid == 0 && state.sum > 0.0f;
+  const bool sound = state.invalid == 0 && state.sum > 0.0f;
+  const int32_t bits = setting_status(p, row) | (sound ? 0 : kExitInvalid);
+  const bool valid = bits == 0;
   const float degrees = 1.0f / temperature_of(p, row), sum = valid ? state.sum : 1.0f, log_sum = logf(sum);
   const float z = logit_of(own);
   const int32_t entry = own != 0 ? id_of(own) : 0;
@@ -188,7 +186,7 @@ __device__ inline void write_figures(const ExitParams& p, int32_t row, const Row
     const float first = expf((z - state.max) * degrees) / sum;
     const float next = second != 0 ? expf((logit_of(second) - state.max) * degrees) / sum : 0.0f;
     p.token[row] = token;
-    p.status[row] = status | (valid ? 0 : kExitInvalid);
+    p.status[row] = status | bits;
     p.max_prob[row] = valid ? first : 0.0f;
     p.margin[row] = valid ? first - next : 0.0f;
     p.entropy[row] = valid ? fmaxf(log_sum - state.log_sum * degrees / sum, 0.0f) : 0.0f;
@@ -203,7 +201,7 @@ __device__ inline void write_figures(const ExitParams& p, int32_t row, const Row
 }
 
 __device__ __forceinline__ bool passes(const ExitParams& p, int32_t row) {
-  if ((p.status[row] & kExitInvalid) != 0) return false;
+  if ((p.status[row] & (kExitInvalid | kExitSettingInvalid)) != 0) return false;
   const float limit = p.thresholds != nullptr ? p.thresholds[row] : p.threshold;
   if (p.measure == ExitMeasure::kMaxProb) return p.max_prob[row] >= limit;
   return p.measure == ExitMeasure::kMargin ? p.margin[row] >= limit : p.entropy[row] <= limit;

@@ -16,7 +16,7 @@ namespace specdec {
 constexpr float kLog2E = 1.44269504088896340736f;
 
 __device__ __forceinline__ float scale_of(float temperature) {
-  return temperature > 0 ? fminf(kLog2E / temperature, 3e38f) : 0.0f;  // finite: times 0 it must be 0
+  return temperature > 0 ? kLog2E / temperature : 0.0f;  // finite, see settings.h: times 0 it must be 0
 }
 __device__ __forceinline__ float weight_of(const Law& law, float logit) {
   return fast_exp2((logit - law.max) * law.scale);

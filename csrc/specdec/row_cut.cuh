@@ -207,9 +207,7 @@ struct Sampling {
 };
 
 __device__ inline Sampling sampling_of(const SamplingParams& p, int32_t request) {
-  return {p.temperature.values != nullptr ? p.temperature.values[request] : p.temperature.value,
-          p.top_k.values != nullptr ? p.top_k.values[request] : p.top_k.value,
-          p.top_p.values != nullptr ? p.top_p.values[request] : p.top_p.value};
+  return {temperature_of(p, request), value_of(p.top_k, request), value_of(p.top_p, request)};
 }
 
 __device__ __forceinline__ bool cuts(const Sampling& sampling, int32_t vocab) {

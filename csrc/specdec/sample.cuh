@@ -18,8 +18,8 @@ namespace specdec {
 constexpr int32_t kSampleSpan = 8192;
 
 __device__ __forceinline__ NoiseKey sample_noise(const SampleParams& p, int32_t request, int32_t row, int32_t draw) {
-  const int64_t seed = p.seed.values != nullptr ? p.seed.values[request] : p.seed.value;
-  const int32_t position = p.position.values != nullptr ? p.position.values[request] : p.position.value;
+  const int64_t seed = value_of(p.seed, request);
+  const int32_t position = value_of(p.position, request);
   if (p.domain == SampleDomain::kSample) return noise_key(seed, position, kNoiseSample, 0);
   const int32_t parent = p.parents != nullptr ? p.parents[int64_t(request) * p.rows + row] : p.first_parent + row;
   return noise_key(seed, position, kNoiseDraft, uint32_t(parent) + (uint32_t(draw) << 16));
@@ -176,7 +176,7 @@ __global__ void __launch_bounds__(kTeamMostThreads, 1) sample_kernel(SampleLaunc
   if (threadIdx.x == 0) row.statuses()[row.row] = status;
   int32_t* counter = launch.counters + int64_t(p.batch) * p.rows + row.request;
   if (!arrives_last(reduce.team, counter, p.rows) || threadIdx.x != 0) return;
-  int32_t all = 0;
+  int32_t all = setting_status(p.sampling, row.request);
   for (int32_t i = 0; i < p.rows; ++i) all |= row.statuses()[i];
   p.status[row.request] = all;
 }

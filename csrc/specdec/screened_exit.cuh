@@ -274,7 +274,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) screen_kernel(ScreenLaunch
     plan.reference = best;
     plan.cut = last;
     plan.deep = steps == 0 ? -negative_infinity() : (top - float(steps - 1)) * 0.5f * temperature;
-    plan.sound = state.invalid == 0 && best > negative_infinity() ? 1 : 0;
+    plan.sound = state.invalid == 0 && best > negative_infinity() && setting_status(p, row) == 0 ? 1 : 0;
     scratch.plans()[row] = plan;
   }
 }

@@ -14,6 +14,12 @@ namespace specdec {
 
 constexpr int32_t kEveryId = 0x7fffffff;
 
+SPECDEC_WALK bool is_eos(const AcceptParams& p, int32_t token) {
+  for (int32_t i = 0; i < p.eos_count; ++i)
+    if (p.eos[i] == token) return true;
+  return false;
+}
+
 // The distribution of one row: weight exp2((z - max) * scale) of every kept id, z > cut or (z == cut and id <= cut_id),
 // times inverse_sum. Ids are the row's own: draft ids for a row of a reduced vocabulary.
 struct Law {
@@ -112,11 +118,11 @@ class WalkBase {
     const int32_t asked = p.num_nodes[request * p.num_nodes_stride_batch];
     num_nodes = asked < 1 ? 1 : asked > p.nodes ? p.nodes : asked;
     if (asked != num_nodes) status |= kTreeInvalid;
-    seed = p.seed.values ? p.seed.values[request] : p.seed.value;
-    position = p.position.values ? p.position.values[request] : p.position.value;
-    const PerRequest<float>& temperature = p.target_sampling.temperature;
-    greedy =
-        p.rule == AcceptRule::kGreedy || !((temperature.values ? temperature.values[request] : temperature.value) > 0);
+    seed = value_of(p.seed, request);
+    position = value_of(p.position, request);
+    greedy = p.rule == AcceptRule::kGreedy || !(temperature_of(p.target_sampling, request) > 0);
+    status |= setting_status(p.target_sampling, request);
+    if (p.draft && !greedy) status |= setting_status(p.draft_sampling, request);
   }
 
  protected:
@@ -152,11 +158,7 @@ class WalkBase {
   SPECDEC_WALK int32_t unless_padding(int32_t node) const { return node >= 0 && token_of(node) != -1 ? node : -1; }
   SPECDEC_WALK int32_t next_child(int32_t child) { return unless_padding(next_sibling(child)); }
   SPECDEC_WALK bool is_token(int32_t token) const { return token >= 0 && (p.target_is_ids || token < p.vocab); }
-  SPECDEC_WALK bool ends_text(int32_t token) const {
-    for (int32_t i = 0; i < p.eos_count; ++i)
-      if (p.eos[i] == token) return true;
-    return false;
-  }
+  SPECDEC_WALK bool ends_text(int32_t token) const { return is_eos(p, token); }
   // Whether the sequence ends with a node. The token of node 0 is committed: where it is a root of a forest, see there.
   SPECDEC_WALK bool ends_at(int32_t node) const { return node > 0 && ends_text(token_of(node)); }
   SPECDEC_WALK int32_t children_to_try(int32_t node, int32_t level) {
@@ -214,6 +216,7 @@ class WalkBase {
     if (!rows.leader()) return;
     p.num_accepted[request] = level;
     p.next_tokens[request] = next;
+    p.finished[request] = ends_text(next) || (level > 0 && ends_text(p.tokens[output_row() + level - 1]));
     p.tokens[output_row() + level] = next;
     for (int32_t i = level + 1; i <= p.max_depth; ++i) p.tokens[output_row() + i] = p.path[output_row() + i] = -1;
     p.status[request] = status;

@@ -121,6 +121,7 @@ class PathWalk : WalkBase<Rows> {
       }
       for (int32_t i = level + 1; i <= p.max_depth; ++i) p.tokens[output_row() + i] = p.path[output_row() + i] = -1;
       p.num_accepted[request] = level + 1;
+      p.finished[request] = ends_text(token_of(end));
     }
     write_next_tokens(end, level, p.next_tokens + int64_t(request) * p.width);
     if (rows.leader()) p.status[request] = status;

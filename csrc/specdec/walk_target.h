@@ -41,7 +41,8 @@ class MatchWalk : WalkBase<Rows> {
     }
     const Law law = target_law(node);
     if (law.one_hot) return law.argmax;
-    return draw(plain(node, law), noise_key(seed, position + level + 1, kNoiseSample, 0));
+    const uint32_t at = uint32_t(position) + uint32_t(level) + 1;  // wraps around
+    return draw(plain(node, law), noise_key(seed, int32_t(at), kNoiseSample, 0));
   }
 };
 

@@ -6,17 +6,10 @@ arithmetic is float64.
 
 import torch
 
-from . import accept_rules, noise
-from .sample import (
-    DRAFT_INVALID,
-    MINUS_INFINITY,
-    TARGET_INVALID,
-    law,
-    ordered,
-    settings_of,
-)
+from specdec_ops.status import AcceptStatus
 
-TREE_INVALID = 16
+from . import accept_rules, noise
+from .sample import MINUS_INFINITY, law, ordered, settings_of
 
 
 class Noise:
@@ -68,7 +61,7 @@ class Links:
         self.vocab, self.eos, self.max_depth = vocab, eos, max_depth
         self.status, self.depths, self.claimed = 0, {0: 0}, {}
         if not 1 <= num_nodes <= self.columns:
-            self.flag(TREE_INVALID)
+            self.flag(AcceptStatus.TREE_INVALID)
         self.num_nodes = min(max(num_nodes, 1), self.columns)
 
     def flag(self, bit):
@@ -88,13 +81,13 @@ class Links:
     def possible(self, child):
         sound = 0 <= self.token(child) < self.vocab
         if not sound:
-            self.flag(accept_rules.DRAFT_TOKEN_IMPOSSIBLE)
+            self.flag(AcceptStatus.DRAFT_TOKEN_IMPOSSIBLE)
         return sound
 
     def follow(self, node, link):
         """The node that a link of `node` leads to, or None. A slice of a tree leads past its end: that is no error."""
         if link < -1 or -1 < link <= node or link >= self.columns:
-            self.flag(TREE_INVALID)
+            self.flag(AcceptStatus.TREE_INVALID)
             return None
         return None if link == -1 or link >= self.num_nodes else link
 
@@ -115,7 +108,7 @@ class Links:
         )
         while child is not None and self.token(child) != -1:
             if once and self.claimed.get(child, node) != node:
-                self.flag(TREE_INVALID)
+                self.flag(AcceptStatus.TREE_INVALID)
                 return
             self.claimed[child], self.depths[child] = node, self.depths[node] + 1
             yield child
@@ -130,6 +123,8 @@ class Request(Links):
         self.target_rows, self.draft_rows, self.target_to_draft = target, draft, target_to_draft
         self.settings, self.draft_settings = settings, draft_settings
         self.greedy = settings.greedy
+        if settings.invalid or (draft is not None and not self.greedy and draft_settings.invalid):
+            self.flag(AcceptStatus.SETTING_INVALID)
         # At temperature 0 every proposal is as good as another, and drafts need not be read.
         self.one_hot = draft is None or self.greedy
         self.own_proposals = own_proposals and not self.one_hot
@@ -139,7 +134,7 @@ class Request(Links):
     def target(self, node):
         row = self.read(("target", node), self.target_rows, node, self.settings)
         if not row.valid:
-            self.flag(TARGET_INVALID)
+            self.flag(AcceptStatus.TARGET_INVALID)
         return row.probabilities
 
     def argmax(self, node):
@@ -151,7 +146,7 @@ class Request(Links):
         node = child if self.own_proposals else self.claimed[child]
         row = self.read(("draft", node), self.draft_rows, node, self.draft_settings)
         if not row.valid:
-            self.flag(DRAFT_INVALID)
+            self.flag(AcceptStatus.DRAFT_INVALID)
             return None
         if self.target_to_draft is None:
             return row.probabilities
@@ -198,6 +193,7 @@ def accept(
     num_accepted,
     next_tokens,
     status,
+    finished,
 ) -> None:
     """Write what one round of speculative decoding accepts, one request after another.
 
@@ -234,8 +230,8 @@ def accept(
         nodes: int32 like tokens: the accepted path, from node 0 (which is not counted), then -1.
         num_accepted: int32 [batch]. "longest" counts the root, which is node 0 or one of its siblings.
         next_tokens: int32 [batch, width], -1 after an end of sequence, or where fewer are possible.
-        status: int32 [batch], a sum of bits: 1 a target row was invalid, 2 a draft row was, 4 a drafted token was
-            impossible, 8 a residual was empty, 16 links were malformed. Of what the walk has looked at.
+        status: int32 [batch], AcceptStatus bits of what the walk has looked at.
+        finished: bool [batch]: the last token emitted ends the sequence. "longest": that of the path.
     """
     given = dict(locals())
     for output in (tokens, nodes, next_tokens):
@@ -253,6 +249,7 @@ def accept(
         if following is not None:
             next_tokens[index, : len(following)] = torch.tensor(following, dtype=torch.int32)
         status[index] = tree.status
+        finished[index] = bool(emitted) and emitted[-1] in tree.eos
 
 
 def request_of(index, given, disturb):

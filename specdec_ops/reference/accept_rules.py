@@ -28,10 +28,11 @@ if the sequence has ended.
 
 import torch
 
+from specdec_ops.status import AcceptStatus
+
 from .noise import BONUS, RESIDUAL
 
-DRAFT_TOKEN_IMPOSSIBLE = 4
-RESIDUAL_EMPTY = 8
+DRAFT_TOKEN_IMPOSSIBLE, RESIDUAL_EMPTY = AcceptStatus.DRAFT_TOKEN_IMPOSSIBLE, AcceptStatus.RESIDUAL_EMPTY
 
 
 def excess(p, q, alpha: float = 1.0):

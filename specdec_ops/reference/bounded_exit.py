@@ -2,7 +2,9 @@
 
 import torch
 
-from .exit_confidence import INVALID, decide, logits, multiplied, passes, write_figures
+from specdec_ops.status import ExitStatus
+
+from .exit_confidence import decide, degrees_of, logits, multiplied, passes, write_figures
 
 _ROOM = 1e-4  # relative, for the float sums of kernels; theirs and these must call the same rows certain
 _LEAD_ROOM = 1e-6  # of the difference of two probabilities
@@ -23,7 +25,7 @@ def bounded_exit(*arguments) -> None:
     threshold, thresholds, measure, level, *outputs = exit_arguments[9:]
     figures, decision = outputs[:8], outputs[8:]
     unscaled = logits(hidden, head, scales, norm_weight, norm_eps, bias)
-    degrees = torch.full_like(unscaled[:, 0], temperature) if temperatures is None else temperatures.to(unscaled.dtype)
+    degrees, told = degrees_of(unscaled, temperature, temperatures)
     scaled = unscaled / degrees[:, None]
     lengths = multiplied(hidden, norm_weight, norm_eps).double().norm(dim=1)
     limit = torch.full_like(figures[1], threshold) if thresholds is None else thresholds
@@ -31,7 +33,7 @@ def bounded_exit(*arguments) -> None:
     open_rows = torch.arange(len(hidden), device=hidden.device)
     for norm, end in zip(norms_after.double(), ends, strict=True):
         part = [None if output is None else output[open_rows] for output in figures]
-        write_figures(scaled[open_rows, :end], token_map, *part)
+        write_figures(scaled[open_rows, :end], told[open_rows], token_map, *part)
         for output, value in zip(figures, part, strict=True):
             if output is not None:
                 output[open_rows] = value
@@ -41,7 +43,8 @@ def bounded_exit(*arguments) -> None:
             break
         highest_bias = 0.0 if bias is None else bias[end:].max().double()
         ceiling = _ceiling(lengths[open_rows], norm, highest_bias, hidden.shape[1]) / degrees[open_rows]
-        invalid = (part[7] & INVALID != 0) & ~(scaled[open_rows, :end] == float("-inf")).all(dim=1)
+        invalid = (part[7] & ExitStatus.INVALID != 0) & ~(scaled[open_rows, :end] == float("-inf")).all(dim=1)
+        invalid |= ~told[open_rows]
         no, yes, known = verdicts(
             scaled[open_rows, :end].double(), invalid, ceiling, left, measure, limit[open_rows], returned
         )

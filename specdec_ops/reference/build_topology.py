@@ -2,9 +2,7 @@
 
 import torch
 
-PARENT_OUT_OF_RANGE = 1
-PARENT_NOT_BEFORE = 2
-NUM_NODES_OUT_OF_RANGE = 4
+from specdec_ops.status import TopologyStatus
 
 
 def build_topology(
@@ -21,7 +19,7 @@ def build_topology(
         first_child: int32 [batch, nodes], or -1.
         next_sibling: int32 [batch, nodes], or -1.
         num_nodes_out: int32 [batch], clamped to the columns of parents.
-        status: int32 [batch], the sum of the bits above.
+        status: int32 [batch], TopologyStatus bits.
     """
     batch, nodes = parents.shape
     node = torch.arange(nodes, device=parents.device)
@@ -56,9 +54,9 @@ def build_topology(
     next_sibling.copy_(lowest(is_later_sibling))
     num_nodes_out.copy_(count)
     status.copy_(
-        PARENT_OUT_OF_RANGE * out_of_range.any(dim=-1)
-        + PARENT_NOT_BEFORE * not_before.any(dim=-1)
-        + NUM_NODES_OUT_OF_RANGE * (count != num_nodes)
+        TopologyStatus.PARENT_OUT_OF_RANGE * out_of_range.any(dim=-1)
+        + TopologyStatus.PARENT_NOT_BEFORE * not_before.any(dim=-1)
+        + TopologyStatus.NUM_NODES_OUT_OF_RANGE * (count != num_nodes)
     )
 
 

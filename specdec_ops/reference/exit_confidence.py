@@ -2,7 +2,10 @@
 
 import torch
 
-INVALID = 1
+from specdec_ops.status import ExitStatus
+
+from .settings import is_temperature, softmax_temperature
+
 MINUS_INFINITY = float("-inf")
 
 
@@ -62,20 +65,31 @@ def exit_confidence(
         inverse: int32 [rows].
         num_active: int32 [1].
     """
-    scaled = logits(hidden, head, scales, norm_weight, norm_eps, bias)
-    scaled = scaled / (temperature if temperatures is None else temperatures.to(scaled.dtype)[:, None])
-    write_figures(scaled, token_map, token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status)
+    unscaled = logits(hidden, head, scales, norm_weight, norm_eps, bias)
+    degrees, told = degrees_of(unscaled, temperature, temperatures)
+    figures = (token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status)
+    write_figures(unscaled / degrees[:, None], told, token_map, *figures)
     if measure:
         figure = {"max_prob": max_prob, "margin": margin, "entropy": entropy}[measure]
         limit = torch.full_like(figure, threshold) if thresholds is None else thresholds
         decide(passes(status, figure, limit, measure), level, exited, active_rows, inverse, num_active)
 
 
+def degrees_of(logits, temperature, temperatures):
+    """What divides the logits of each row, in their dtype, and whether a temperature was given: [rows] each."""
+    given = torch.full_like(logits[:, 0], temperature, dtype=torch.float32) if temperatures is None else temperatures
+    return softmax_temperature(given).to(logits.dtype), is_temperature(given)
+
+
 def write_figures(
-    scaled, token_map, token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status
+    scaled, told, token_map, token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status
 ) -> None:
-    """Write what logits [rows, entries] over the temperature, the first ones of a head, say of each row."""
-    valid = (scaled < float("inf")).all(dim=1) & (scaled > MINUS_INFINITY).any(dim=1)  # NaN is not below infinity
+    """Write what logits [rows, entries] over the temperature, the first ones of a head, say of each row.
+
+    Of a row that was told no temperature, that is its token.
+    """
+    sound = (scaled < float("inf")).all(dim=1) & (scaled > MINUS_INFINITY).any(dim=1)  # NaN is not below infinity
+    valid = sound & told
     comparable = scaled.nan_to_num(MINUS_INFINITY, float("inf"), MINUS_INFINITY)
 
     # A stable descending sort keeps the lowest id first among equals.
@@ -99,7 +113,7 @@ def write_figures(
     for output, name in ((max_prob, "max_prob"), (margin, "margin"), (entropy, "entropy")):
         output.copy_(torch.where(valid, figures[name], 0.0))
     logsumexp.copy_(torch.where(valid, total, MINUS_INFINITY))
-    status.copy_(torch.where(valid, 0, INVALID))
+    status.copy_(torch.where(sound, 0, ExitStatus.INVALID) | torch.where(told, 0, ExitStatus.SETTING_INVALID))
     if top_tokens is not None:
         listed = min(top_tokens.shape[1], count)
         exists = valid[:, None] & (best[:, :listed] > MINUS_INFINITY)

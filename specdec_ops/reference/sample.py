@@ -4,10 +4,11 @@ from typing import NamedTuple
 
 import torch
 
-from . import noise
+from specdec_ops.status import AcceptStatus
 
-TARGET_INVALID = 1
-DRAFT_INVALID = 2
+from . import noise
+from .settings import is_temperature, sampling_temperature
+
 MINUS_INFINITY = float("-inf")
 
 
@@ -17,10 +18,12 @@ class Settings(NamedTuple):
     temperature: float
     top_k: int
     top_p: float
+    invalid: bool = False
+    """Whether a number was given that has no meaning of its own."""
 
     @property
     def greedy(self) -> bool:
-        """Temperature 0 (or a senseless one): the distribution is the argmax, and filters change nothing."""
+        """Temperature 0: the distribution is the argmax, and filters change nothing."""
         return not self.temperature > 0
 
 
@@ -34,7 +37,10 @@ class Law(NamedTuple):
 
 
 def settings_of(request, temperature, temperatures, top_k, top_ks, top_p, top_ps) -> Settings:
-    """The settings of one request: from the tensors [batch] where given, else the numbers; float32, as in kernels."""
+    """The settings of one request: from the tensors [batch] where given, else the numbers; float32, as in kernels.
+
+    Any numbers have a meaning. top_k up to 0, and top_p from 1 on or NaN, are off; top_p up to 0 keeps one token.
+    """
 
     def value(number, tensor):
         return number if tensor is None else tensor[request].item()
@@ -43,7 +49,9 @@ def settings_of(request, temperature, temperatures, top_k, top_ks, top_p, top_ps
         torch.tensor(value(*pair), dtype=torch.float32).item()
         for pair in ((temperature, temperatures), (top_p, top_ps))
     ]
-    return Settings(single[0], int(value(top_k, top_ks)), single[1])
+    heat, share = single
+    invalid = not is_temperature(heat) or share != share
+    return Settings(sampling_temperature(heat), int(value(top_k, top_ks)), share, invalid)
 
 
 def law(logits, settings: Settings, disturb=None) -> Law:
@@ -163,8 +171,9 @@ def sample(
             earlier tokens; -inf beside -1. At temperature 0, where it would say nothing: of temperature 1, unfiltered.
         logsumexp: float32 [batch, rows], or None: of logits / temperature over the kept tokens; at temperature 0 of all
             logits.
-        status: int32 [batch] or [batch, rows], or None: TARGET_INVALID for an invalid row in the domain "sample", whose
-            token is the defined one; DRAFT_INVALID in the domain "draft", where such a row has no children.
+        status: int32 [batch] or [batch, rows], or None: SETTING_INVALID; TARGET_INVALID for an invalid row in the
+            domain "sample", whose token is the defined one; DRAFT_INVALID in the domain "draft", where it has no
+            children.
     """
     batch, rows, vocab = logits.shape
     tokens.fill_(-1)
@@ -183,11 +192,13 @@ def sample(
                 tag, detail = (noise.DRAFT, node + (number << 16)) if drafting else (noise.SAMPLE, 0)
                 return noise.exponentials(vocab, key, place, tag, detail)
 
+            where = (request, row) if status is not None and status.dim() == 2 else request
+            if settings.invalid and status is not None:
+                status[where] |= AcceptStatus.SETTING_INVALID
             values = logits[request, row].cpu()
             drawn, distribution = draw(values, settings, count, replacement, exponential)
             if not distribution.valid and status is not None:
-                where = (request, row) if status.dim() == 2 else request
-                status[where] |= DRAFT_INVALID if drafting else TARGET_INVALID
+                status[where] |= AcceptStatus.DRAFT_INVALID if drafting else AcceptStatus.TARGET_INVALID
             if not distribution.valid and drafting:
                 continue
             ids = torch.tensor(drawn, dtype=torch.int64)

@@ -16,7 +16,7 @@ def accept_launch(
     rule, target, draft_tokens, draft_logits, target_to_draft, first_child, next_sibling, num_nodes,
     temperature, temperatures, top_k, top_ks, top_p, top_ps, draft_temperature, draft_temperatures,
     draft_top_k, draft_top_ks, draft_top_p, draft_top_ps, seed, seeds, position, positions, eos, thresholds,
-    replacement, child_rows, tokens, nodes, num_accepted, next_tokens, status, path="auto",
+    replacement, child_rows, tokens, nodes, num_accepted, next_tokens, status, finished, path="auto",
 ):  # fmt: skip
     """With scratch of just the size that the call needs, which may hold anything, and counters of zeros."""
     given = dict(locals())
