@@ -113,4 +113,6 @@ def as_float32(op: str, name: str, value) -> float:
     """A number as kernels get it, infinite where float32 has none so great. NaN is refused."""
     if value != value:
         raise ValueError(wrong(op, name, "a number, not NaN", value))
-    return float(value) if -FLOAT_MAX <= value <= FLOAT_MAX else math.copysign(math.inf, value)
+    if -FLOAT_MAX <= value <= FLOAT_MAX:
+        return float(value)
+    return math.inf if value > 0 else -math.inf

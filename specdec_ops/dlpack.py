@@ -1,8 +1,10 @@
 """The ops for other frameworks: arrays with `__dlpack__` in, arrays of the same framework out, nothing copied.
 
-    from specdec_ops import Tree, dlpack
-
-    out = dlpack.tree_attention(q, k_cache, v_cache, Tree.chain(4).to("cpu"), context_lens)  # NumPy in, NumPy out
+    >>> import numpy as np
+    >>> from specdec_ops import dlpack
+    >>> logits = np.log(np.array([[0.1, 0.2, 0.7]], np.float32))
+    >>> dlpack.sample_tokens(logits, seeds=1, positions=0, temperature=0)  # NumPy in, NumPy out
+    array([2], dtype=int32)
 
 Every op is here. Each function takes the arguments of the op of the same name in `specdec_ops`; see there. Arrays may
 stand wherever the op takes tensors, in lists and in `out` too. GPU work is queued on the stream that PyTorch uses.

@@ -42,8 +42,10 @@ def bound_head(head: torch.Tensor | QuantizedHead, ends: Sequence[int] | None = 
     early only where the entries that matter come first and the others are short: put the longest rows, or the most
     frequent tokens, at the front, for instance by
 
-        order = head.float().norm(dim=1).argsort(descending=True)
-        head, vocab_map = head[order].contiguous(), VocabMap(order, len(order))
+        >>> head = torch.randn(1000, 64)
+        >>> order = head.float().norm(dim=1).argsort(descending=True)
+        >>> head, vocab_map = head[order].contiguous(), VocabMap(order, len(order))
+        >>> bounds = bound_head(head)
 
     Where all rows are about as long, as in most trained heads, no bound of this kind holds before the end, and
     `early_exit` without bounds is the better choice; `Exit.seen` tells.

@@ -265,6 +265,7 @@ def swapped(layer, part, value):
         ({"rope": (torch.ones(4, 9), torch.ones(4, 9))}, r"rope\[0\] must be two tables .* of at most 8 pairs"),
         ({"rope": "yes"}, r"rope must be \(cos, sin\), a number or None, got 'yes'"),
         ({"norm_eps": -1}, "norm_eps must be a finite number of at least 0, got -1"),
+        ({"norm_eps": float("nan")}, "norm_eps must be a finite number of at least 0, got nan"),
         ({"page_table": torch.zeros(1, 2)}, r"page_table must be int32 or int64 \[batch, max_pages\], got float32"),
         (
             {"k_caches": caches(torch.float32, "cpu", 2, 4), "v_caches": caches(torch.float32, "cpu", 2, 4)},

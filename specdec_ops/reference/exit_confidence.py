@@ -99,14 +99,15 @@ def write_figures(
 
     safe = torch.where(valid[:, None], scaled, 0.0)
     highest = safe.max(dim=1, keepdim=True).values
-    below = safe - highest  # the entropy of a sure row is small: it is not to be the difference of two large numbers
+    below = safe - highest  # what is small in a sure row is not to be the difference of two large numbers
     size = torch.exp(below).sum(dim=1)
     total = highest[:, 0] + torch.log(size)
     probabilities = torch.exp(below) / size[:, None]
-    second = torch.exp(best[:, 1] - total) if count > 1 else torch.zeros_like(total)
+    logprobs = torch.where(valid[:, None], best - highest, MINUS_INFINITY) - torch.log(size)[:, None]
+    second = torch.exp(logprobs[:, 1]) if count > 1 else torch.zeros_like(total)
     figures = {
-        "max_prob": torch.exp(best[:, 0] - total),
-        "margin": torch.exp(best[:, 0] - total) - second,
+        "max_prob": 1 / size,
+        "margin": 1 / size - second,
         "entropy": torch.log(size) - torch.where(probabilities > 0, probabilities * below, 0.0).sum(dim=1),
     }
     token.copy_(tokens[:, 0])
@@ -120,7 +121,7 @@ def write_figures(
         top_tokens.fill_(-1)
         top_logprobs.fill_(MINUS_INFINITY)
         top_tokens[:, :listed] = torch.where(exists, tokens[:, :listed], -1)
-        top_logprobs[:, :listed] = torch.where(exists, best[:, :listed] - total[:, None], MINUS_INFINITY)
+        top_logprobs[:, :listed] = torch.where(exists, logprobs[:, :listed], MINUS_INFINITY)
 
 
 def passes(status, figure, limit, measure):
