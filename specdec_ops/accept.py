@@ -236,7 +236,8 @@ def chain_accept(
             is 0.
         rule: "token": each token is tested alone (Leviathan et al., 2023; Chen et al., 2023). "block": the same law
             with more tokens accepted, by looking at all of them before deciding (block verification, Sun et al., 2024).
-        num_steps: int32 or int64 `[batch]` or an int: how many leading steps exist; all by default.
+        num_steps: int32 or int64 `[batch]` or an int: how many leading steps exist; all by default. In a tensor what is
+            out of range is clamped, with `AcceptStatus.TREE_INVALID`.
         seeds: see match_accept, as for positions, temperature, top_k, top_p, eos, out and backend.
         positions: the absolute position of the last committed token, which is the one before draft_tokens.
         temperature: of the target.
@@ -439,7 +440,8 @@ def _check_thresholds(op: str, thresholds, rule: str) -> tuple[float, float]:
 def _num_nodes(op: str, num_steps, steps: int, batch: int, target: torch.Tensor) -> torch.Tensor:
     """How many nodes the chains have: the last committed token and the steps."""
     if isinstance(num_steps, torch.Tensor):
-        return check_per_request(op, "num_steps", num_steps, torch.int32, batch, target.device) + 1
+        num_steps = check_per_request(op, "num_steps", num_steps, torch.int32, batch, target.device)
+        return num_steps.clamp(max=2**31 - 2).add_(1)  # of the greatest int32 the next one is negative
     if num_steps is None:
         num_steps = steps
     elif not is_int(num_steps):

@@ -6,13 +6,13 @@ Kangaroo's rule (Liu et al., 2024) is early_exit: a draft stops where `max_prob 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
 
 from . import _library_exit
 from ._checks import (
+    FLOAT_MAX,
     INT32_MAX,
     KERNEL_DTYPES,
     as_float32,
@@ -152,13 +152,15 @@ def entropy_stop(entropy: torch.Tensor, threshold: torch.Tensor | float, *, gamm
         raise TypeError(wrong(op, "entropy", "float32 [rows]", entropy))
     if entropy.dim() != 1:
         raise ValueError(wrong(op, "entropy", "float32 [rows]", entropy))
-    if not is_number(gamma) or not 0 <= gamma < math.inf:
+    if not is_number(gamma) or not 0 <= gamma <= FLOAT_MAX:
         raise ValueError(wrong(op, "gamma", "a finite number of at least 0", gamma))
     if isinstance(threshold, torch.Tensor):
         if threshold.shape != entropy.shape:
             raise ValueError(wrong(op, "threshold", f"a number or float32 {list(entropy.shape)}", threshold))
     elif not is_number(threshold):
         raise TypeError(wrong(op, "threshold", f"a number or float32 {list(entropy.shape)}", threshold))
+    else:
+        threshold = as_float32(op, "threshold", threshold)
     return 1 - (gamma * entropy).sqrt() < threshold
 
 
@@ -208,7 +210,7 @@ class AdaptiveThreshold:
                 raise TypeError(wrong(op, name, "a number", value))
             if name in ("memory", "inertia") and not 0 <= value <= 1:
                 raise ValueError(wrong(op, name, "from 0 to 1", value))
-            if not -math.inf < value < math.inf:
+            if not -FLOAT_MAX <= value <= FLOAT_MAX:
                 raise ValueError(wrong(op, name, "a finite number", value))
         self.threshold = torch.full((requests,), float(start), dtype=torch.float32, device=device)
         self.accepted_share = torch.ones(requests, dtype=torch.float32, device=device)
