@@ -26,7 +26,10 @@ _ACCEPT = (
 
 
 def accept(arguments: tuple, max_depth: int, width: int, backend: str, out: tuple | None = None) -> tuple:
-    """Checked arguments in; (tokens, nodes, num_accepted, next_tokens [batch, width], status, finished) out."""
+    """Checked arguments in; (tokens, nodes, num_accepted, next_tokens, status, finished) out.
+
+    next_tokens is [batch, width], or [batch] with a width of 0: one next token.
+    """
     tensors = arguments[1:8] + arguments[9:24:2]
     if short_cut(*(tensors if out is None else tensors + out)):
         if out is None:
@@ -48,7 +51,7 @@ def _outputs(empty, target, max_depth: int, width: int) -> tuple:
         empty((batch, columns), torch.int32, device),
         empty((batch, columns), torch.int32, device),
         empty((batch,), torch.int32, device),
-        empty((batch, width), torch.int32, device),
+        empty((batch, width) if width else (batch,), torch.int32, device),
         empty((batch,), torch.int32, device),
         empty((batch,), torch.bool, device),
     )

@@ -138,7 +138,7 @@ def _accept_arguments(
             vocab,
             vocab if draft_logits is None else draft_logits.shape[-1],
             tokens.shape[1] - 1,
-            next_tokens.shape[1],
+            next_tokens.shape[1] if next_tokens.dim() == 2 else 1,
         ),
     )
 

@@ -386,8 +386,7 @@ def accepted(op: str, arguments: tuple, most: int, max_depth: int | None, out, b
     else:
         check_count(op, "max_depth", max_depth, 0, MAX_DEPTH)
     if out is None:
-        tokens, nodes, count, next_tokens, *flags = _library_accept.accept(arguments, max_depth, 1, backend)
-        return Acceptance(tokens, nodes, count, next_tokens.squeeze(1), *flags)
+        return Acceptance(*_library_accept.accept(arguments, max_depth, 0, backend))
     if not isinstance(out, Acceptance):
         raise TypeError(wrong(op, "out", "a specdec_ops.Acceptance", out))
     batch, device = arguments[1].shape[0], arguments[1].device
@@ -396,8 +395,8 @@ def accepted(op: str, arguments: tuple, most: int, max_depth: int | None, out, b
     for name in ("num_accepted", "next_token", "status"):
         check_written(op, f"out.{name}", getattr(out, name), (batch,), device)
     check_written(op, "out.finished", out.finished, (batch,), device, torch.bool)
-    written = (out.tokens, out.nodes, out.num_accepted, out.next_token.unsqueeze(1), out.status, out.finished)
-    _library_accept.accept(arguments, max_depth, 1, backend, written)
+    written = (out.tokens, out.nodes, out.num_accepted, out.next_token, out.status, out.finished)
+    _library_accept.accept(arguments, max_depth, 0, backend, written)
     return out
 
 

@@ -30,7 +30,7 @@ def accept(
     target_to_draft int32 [vocab] or None; first_child, next_sibling int32 [batch or 1, nodes]; num_nodes int32
     [batch or 1]. Logits have a unit last stride. Each setting is a number, used where its tensor [batch] is None.
     eos: up to 8 tokens. Outputs are contiguous: tokens, nodes int32 [batch, max_depth + 1], num_accepted, status int32
-    [batch], next_tokens int32 [batch, width], finished bool [batch].
+    [batch], next_tokens int32 [batch, width] or [batch], finished bool [batch].
     """
     batch, depths = tokens.shape
     if batch == 0:
@@ -51,7 +51,7 @@ def accept(
             scratch, *target.stride()[:2], *draft_tokens.stride(),
             *((0, 0) if draft is None else draft.stride()[:2]), _batch_stride(first_child),
             _batch_stride(next_sibling), _batch_stride(num_nodes), 0 if ids else scratch.shape[1], columns, size,
-            0 if draft is None else draft.shape[2], depths - 1, next_tokens.shape[1], temperature, top_k, top_p,
+            0 if draft is None else draft.shape[2], depths - 1, next_tokens.numel() // batch, temperature, top_k, top_p,
             draft_temperature, draft_top_k, draft_top_p, *sample.seed_words(seed or 0), position or 0,
             *eos, *[-1] * (MAX_EOS - len(eos)), *thresholds, RULE=RULES.index(rule), IDS=ids, REPLACEMENT=replacement,
             CHILD_ROWS=child_rows, FILTER=sample.filters(top_k, top_ks, top_p, top_ps),

@@ -229,10 +229,11 @@ def accept(
         tokens: int32 [batch, max_depth + 1]: accepted tokens, the next one, then -1. "longest": no next one.
         nodes: int32 like tokens: the accepted path, from node 0 (which is not counted), then -1.
         num_accepted: int32 [batch]. "longest" counts the root, which is node 0 or one of its siblings.
-        next_tokens: int32 [batch, width], -1 after an end of sequence, or where fewer are possible.
+        next_tokens: int32 [batch, width], or [batch] for one: -1 after an end of sequence, or where fewer are possible.
         status: int32 [batch], AcceptStatus bits of what the walk has looked at.
         finished: bool [batch]: the last token emitted ends the sequence. "longest": that of the path.
     """
+    next_tokens = next_tokens.view(len(tokens), -1)
     given = dict(locals())
     for output in (tokens, nodes, next_tokens):
         output.fill_(-1)
@@ -327,7 +328,7 @@ def margins(given: dict, relative=(1e-6, 1e-5, 1e-4, 1e-3), trials: int = 4, gen
 
     def outcome(index, disturb):
         tree, choice = request_of(index, given, disturb)
-        width = given["next_tokens"].shape[1]
+        width = given["next_tokens"][index].numel()
         return walk(given["rule"], tree, choice, given["thresholds"], given["replacement"], width)
 
     def disturbed(size):

@@ -26,7 +26,7 @@ def accept_launch(
     vocab = 0 if ids else target.shape[-1]
     numbers = {name: value for name, value in given.items() if isinstance(value, (int, float)) and name != "child_rows"}
     numbers |= {"rule": RULES.index(rule), "child_rows": child_rows, "target_is_ids": ids}
-    numbers["width"] = next_tokens.shape[1]
+    numbers["width"] = next_tokens.numel() // len(tokens)
     numbers |= {"batch": tokens.shape[0], "nodes": target.shape[1], "max_depth": tokens.shape[1] - 1, "vocab": vocab}
     numbers |= strides("target_stride_", ("batch", "node"), target)
     numbers |= {"target_dtype": 0 if ids else DTYPES[target.dtype], "draft_vocab": vocab}
