@@ -89,9 +89,9 @@ def is_temperature(temperature):
 
 @triton.jit
 def softmax_temperature(temperature):
-    """As the early exit ops take it: between the bounds, and 1 where it is none."""
-    sound = tl.where(is_temperature(temperature), temperature, 1.0)
-    return tl.minimum(tl.maximum(sound, LEAST_TEMPERATURE), MOST_TEMPERATURE)
+    """As the early exit ops take it: between the bounds, the lower one where it is none."""
+    bounded = tl.where(temperature >= LEAST_TEMPERATURE, temperature, LEAST_TEMPERATURE)
+    return tl.minimum(bounded, MOST_TEMPERATURE)
 
 
 @triton.jit

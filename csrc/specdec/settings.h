@@ -21,9 +21,8 @@ SPECDEC_HOST_DEVICE float sampling_temperature(float temperature) {
   return temperature < kMostTemperature ? temperature : kMostTemperature;
 }
 
-// Of the early exit ops, which divide by it. What is none must divide well, too.
+// Of the early exit ops, which divide by it, also by what stands for none.
 SPECDEC_HOST_DEVICE float softmax_temperature(float temperature) {
-  if (!is_temperature(temperature)) return 1.0f;
   if (!(temperature >= kLeastTemperature)) return kLeastTemperature;
   return temperature < kMostTemperature ? temperature : kMostTemperature;
 }

@@ -103,8 +103,8 @@ def write_figures(
     size = torch.exp(below).sum(dim=1)
     total = highest[:, 0] + torch.log(size)
     probabilities = torch.exp(below) / size[:, None]
-    logprobs = torch.where(valid[:, None], best - highest, MINUS_INFINITY) - torch.log(size)[:, None]
-    second = torch.exp(logprobs[:, 1]) if count > 1 else torch.zeros_like(total)
+    fall = torch.where(valid[:, None], best - highest, MINUS_INFINITY)
+    second = torch.exp(fall[:, 1]) / size if count > 1 else torch.zeros_like(total)
     figures = {
         "max_prob": 1 / size,
         "margin": 1 / size - second,
@@ -121,7 +121,7 @@ def write_figures(
         top_tokens.fill_(-1)
         top_logprobs.fill_(MINUS_INFINITY)
         top_tokens[:, :listed] = torch.where(exists, tokens[:, :listed], -1)
-        top_logprobs[:, :listed] = torch.where(exists, logprobs[:, :listed], MINUS_INFINITY)
+        top_logprobs[:, :listed] = torch.where(exists, fall[:, :listed] - torch.log(size)[:, None], MINUS_INFINITY)
 
 
 def passes(status, figure, limit, measure):

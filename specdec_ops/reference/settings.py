@@ -15,9 +15,8 @@ def sampling_temperature(temperature: float) -> float:
 
 
 def softmax_temperature(temperatures: torch.Tensor) -> torch.Tensor:
-    """Of the early exit ops, [rows]: between the bounds; 1 where it is none."""
-    sound = torch.where(is_temperature(temperatures), temperatures, 1.0)
-    return sound.clamp(LEAST_TEMPERATURE, MOST_TEMPERATURE)
+    """Of the early exit ops, [rows]: between the bounds; the lower one where it is none."""
+    return temperatures.nan_to_num(LEAST_TEMPERATURE, MOST_TEMPERATURE).clamp(LEAST_TEMPERATURE, MOST_TEMPERATURE)
 
 
 def is_temperature(temperature):
