@@ -47,8 +47,8 @@ class Enumerated:
         """The law of the token instead of a token: nothing depends on it any more."""
         return weights / weights.sum()
 
-    def draw_many(self, weights, domain, node, count):
-        return self.draw(weights, domain, node)
+    def draw_many(self, logs, domain, node, count):
+        return self.draw(logs.exp(), domain, node)
 
     def sample(self, weights, depth):
         return self.decide(weights.tolist())
@@ -180,9 +180,21 @@ class DraftedTree(Links):
     def argmax(self, node):
         return int(self.target(node).argmax())
 
-    def proposal(self, child):
+    def target_logs(self, node):
+        return self.target(node).log()
+
+    def proposal(self, child, removed=()):
         parent = int(self.problem.tree.parents[child])
-        return self.problem.q(self.prefix(parent), self.siblings[parent].index(child))
+        q = self.problem.q(self.prefix(parent), self.siblings[parent].index(child))
+        if not removed:
+            return q
+        q = q.clone()
+        q[removed] = 0
+        return q / q.sum() if float(q.sum()) > 0 else None
+
+    def proposes(self, child, removed=()):
+        token = self.token(child)
+        return token not in removed and float(self.proposal(child)[token]) > 0
 
 
 class Forest(DraftedTree):

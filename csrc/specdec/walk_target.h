@@ -154,11 +154,11 @@ class KseqWalk : WalkBase<Rows> {
           at.opened = true;
           find_rho(node, first, at);
         }
-        const float proposal = rows.draft_probability(at.draft, node, token);
+        const Proposal proposal = rows.draft_proposal(at.draft, node, token);
         const float probability = rows.target_probability(at.target, node, token);
-        if (!(proposal > 0)) {
+        if (!proposal.possible) {
           status |= kDraftTokenImpossible;
-        } else if (probability > 0 && coin(child) * at.rho * proposal < probability) {
+        } else if (probability > 0 && coin(child) * at.rho * proposal.probability < probability) {
           return child;
         }
       } else {
@@ -174,16 +174,18 @@ class KseqWalk : WalkBase<Rows> {
   SPECDEC_WALK void find_rho(int32_t node, int32_t first, Level& at) {
     float draws = 0.0f;
     for (int32_t child = first; child >= 0; child = next_child(child)) draws += 1.0f;
-    float low = 1.0f, high = draws;
+    float low = 1.0f, high = draws, beta_at_high = -1.0f;
     at.rho = at.gain = 1.0f;
     if (draws <= 1.0f) return;
     for (int pass = 0; pass < kMostPasses && is_wide(low, high); ++pass) {
       const float from = low, step = (high - low) * (1.0f / (kRhoPoints + 1));
       const RhoSums sums = rows.rho_sums(node, at.target, at.draft, from, step);
       uint32_t enough = 0;  // bit i: point i is at or above the root
+      float beta[kRhoPoints];
       for (int i = 0; i < kRhoPoints; ++i) {
-        const float rho = from + float(i + 1) * step, beta = beta_of(sums.sum[i], rho);
-        enough |= reached(beta, draws) <= rho * beta ? 1u << i : 0u;
+        const float rho = from + float(i + 1) * step;
+        beta[i] = beta_of(sums.sum[i], rho);
+        enough |= reached(beta[i], draws) <= rho * beta[i] ? 1u << i : 0u;
       }
       int below = 0, above = kRhoPoints + 1;
       while (above - below > 1 && is_wide(low, high)) {
@@ -191,6 +193,7 @@ class KseqWalk : WalkBase<Rows> {
         if (enough >> (middle - 1) & 1u) {
           above = middle;
           high = from + float(middle) * step;
+          beta_at_high = beta[middle - 1];
         } else {
           below = middle;
           low = from + float(middle) * step;
@@ -198,16 +201,13 @@ class KseqWalk : WalkBase<Rows> {
       }
     }
     at.rho = high;
-    Weights left = plain(node, at.target);
-    left.terms = 1;
-    left.first = {at.draft, node, high};
-    const float beta = beta_of(rows.pass(left).sum, high);
-    at.gain = beta > 0 ? reached(beta, draws) / beta : draws;
+    if (beta_at_high < 0) beta_at_high = beta_of(rows.rho_sums(node, at.target, at.draft, high, 0.0f).sum[0], high);
+    at.gain = beta_at_high > 0 ? reached(beta_at_high, draws) / beta_at_high : draws;
   }
   SPECDEC_WALK static bool is_wide(float low, float high) { return high - low > low * 0x1p-12f; }
-  SPECDEC_WALK static float beta_of(float left, float rho) {
-    const float beta = (1.0f - left) / rho;
-    return beta > 0 ? beta < 1.0f ? beta : 1.0f : 0.0f;
+  SPECDEC_WALK static float beta_of(float sum, float rho) {
+    const float beta = sum / rho;
+    return beta < 1.0f ? beta : 1.0f;
   }
   SPECDEC_WALK static float reached(float beta, float draws) { return -Rows::expm1(draws * Rows::log1p(-beta)); }
 };
