@@ -181,11 +181,9 @@ class KseqWalk : WalkBase<Rows> {
       const float from = low, step = (high - low) * (1.0f / (kRhoPoints + 1));
       const RhoSums sums = rows.rho_sums(node, at.target, at.draft, from, step);
       uint32_t enough = 0;  // bit i: point i is at or above the root
-      float beta[kRhoPoints];
       for (int i = 0; i < kRhoPoints; ++i) {
-        const float rho = from + float(i + 1) * step;
-        beta[i] = beta_of(sums.sum[i], rho);
-        enough |= reached(beta[i], draws) <= rho * beta[i] ? 1u << i : 0u;
+        const float rho = from + float(i + 1) * step, beta = beta_of(sums.sum[i], rho);
+        enough |= reached(beta, draws) <= rho * beta ? 1u << i : 0u;
       }
       int below = 0, above = kRhoPoints + 1;
       while (above - below > 1 && is_wide(low, high)) {
@@ -193,12 +191,12 @@ class KseqWalk : WalkBase<Rows> {
         if (enough >> (middle - 1) & 1u) {
           above = middle;
           high = from + float(middle) * step;
-          beta_at_high = beta[middle - 1];
         } else {
           below = middle;
           low = from + float(middle) * step;
         }
       }
+      for (int i = 0; i < kRhoPoints; ++i) beta_at_high = i + 1 == above ? beta_of(sums.sum[i], high) : beta_at_high;
     }
     at.rho = high;
     if (beta_at_high < 0) beta_at_high = beta_of(rows.rho_sums(node, at.target, at.draft, high, 0.0f).sum[0], high);
