@@ -17,7 +17,7 @@ import math
 import pytest
 import torch
 
-from accept_cases import AcceptCase, Bands
+from accept_cases import AcceptCase, Bands, assert_same
 from accept_laws import SharpProblem, law_of, total_variation
 from accept_mutants import with_replaced
 from accept_sequences import (
@@ -252,6 +252,20 @@ def test_every_backend_decides_alike(name, target):
     bands = Bands()
     bands.check(case, case.to(target.device).run(target.backend), None if target.backend == "cpu" else case.run("cpu"))
     bands.assert_rare(0.02)
+
+
+@cpu_only
+@pytest.mark.parametrize("name", ["recursive without replacement", "traversal without replacement", "kseq"])
+def test_flushing_subnormal_numbers_changes_nothing(name):
+    """A process may have switched them off."""
+    case = mixed_case(name, 50)
+    want = case.run("cpu")
+    try:
+        assert torch.set_flush_denormal(True)
+        got = mixed_case(name, 50).run("cpu")
+    finally:
+        torch.set_flush_denormal(False)
+    assert_same(got, want)
 
 
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])

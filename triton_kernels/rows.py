@@ -148,7 +148,8 @@ def _tighten(row, size, maximum, scale, cut, cut_id, need, target, BLOCK: tl.con
     """The cut after the shortest leading part of the kept tokens that has `need` of them and `target` of their mass.
 
     Invariant: the part from key `low` on has enough, the part from `high` on has not. It ends as soon as there is
-    exactly one token between the two, or at one key, where the ties are dealt out by id.
+    exactly one token between the two, or at one key, where the ties are dealt out by id. What is missing of the target
+    there is a difference of two sums: it is off by as much of the whole mass as these are, and so is the cut.
     """
     low = _key_of(tl.full([], float("-inf"), tl.float32))
     high = _key_of(maximum) + 1

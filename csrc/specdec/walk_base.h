@@ -17,7 +17,7 @@ constexpr int32_t kEveryId = 0x7fffffff;
 // The distribution of one row: weight exp2((z - max) * scale) of every kept id, z > cut or (z == cut and id <= cut_id),
 // times inverse_sum. Ids are the row's own: draft ids for a row of a reduced vocabulary.
 struct Law {
-  float max, scale, inverse_sum;
+  float max, scale, inverse_sum;  // max: the greatest logit, of a law that was stated anew of those not excluded
   float cut;
   int32_t cut_id;
   int32_t argmax;  // the lowest of equals; for an invalid row the id that stands for it

@@ -45,7 +45,8 @@ class MatchWalk : WalkBase<Rows> {
   }
 };
 
-// One coin for all children of a node, against the mass of those tried so far. Repeats are skipped.
+// One coin for all children of a node, against the mass of those tried so far. Repeats are skipped. The next token is
+// drawn from the weights of the others themselves: what the mass leaves of 1 is asked by the coin alone.
 template <class Rows>
 class CoinWalk : WalkBase<Rows> {
   SPECDEC_WALK_NAMES(Rows);
