@@ -170,7 +170,8 @@ def probability(row, state, node, LAW: tl.constexpr, ids, inside):
     cut = get_float(state, node, LAW + 3)
     cut_id = get_int(state, node, LAW + 4)
     hot = get_int(state, node, LAW + 5)
-    z = tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    # Only what is excluded can be above the maximum, once that is stated anew.
+    z = tl.minimum(tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32), maximum)
     return token_probability(z, ids, maximum, scale, inverse, cut, cut_id, hot)
 
 
@@ -267,7 +268,7 @@ def take_from_draft(draft, draft_stride, size, target_to_draft, state, excluded,
 
     Children are drawn without a coin. So a row that has lost nearly all of its probability to the first of them is met
     in nearly all runs, and its later children are judged by the rest alone. Where that is too small a number the law is
-    stated anew, relative to the greatest logit left, and c with it. exp2 of what is excluded may be infinite then.
+    stated anew, relative to the greatest logit left, and c with it.
     """
     if (left < LEAST_LEFT) & (get_int(state, node, DRAFT_LAW + 5) < 0):
         maximum = get_float(state, node, DRAFT_LAW)
