@@ -136,7 +136,8 @@ def longest_path_accept(
     node is accepted on its own with probability `min(1, p / q)`, p and q of its parent. The deepest node whose whole
     path is accepted wins, the lowest among equals; its root is the first token emitted. If no path gets beyond its
     root, the lowest root wins. The next round's roots are drawn without replacement: from what is left of p
-    after q where the winner has children, from p where it has none or is a root.
+    after q where the winner has children, from p where it has none or is a root. From p every token that the filters
+    keep can be drawn; from a difference p - q those that it gives more than 0 in float32.
 
     Args:
         target_logits: float32, bfloat16 or float16 `[batch, nodes, vocab]`. Row n scores what follows node n.

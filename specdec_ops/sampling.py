@@ -175,7 +175,8 @@ def sample_children(
         ValueError: a wrong shape, range, device or memory layout.
         RuntimeError: the named backend is not available, or an input requires grad.
 
-    Sampling without replacement by one race is the Gumbel-top-k trick (Kool et al., 2019), as in Sequoia.
+    Sampling without replacement by one race is the Gumbel-top-k trick (Kool et al., 2019), as in Sequoia. Every token
+    that the filters keep can be drawn, however unlikely it is next to those before it: -1 means that none is left.
     """
     op = "sample_children"
     batch, rows, draft_vocab = check_logits(op, "draft_logits", "[batch, rows, vocab]", draft_logits)

@@ -47,8 +47,8 @@ class Enumerated:
         """The law of the token instead of a token: nothing depends on it any more."""
         return weights / weights.sum()
 
-    def draw_many(self, weights, domain, node, count):
-        return self.draw(weights, domain, node)
+    def draw_many(self, logs, domain, node, count):
+        return self.draw(logs.exp(), domain, node)
 
     def sample(self, weights, depth):
         return self.decide(weights.tolist())
@@ -114,16 +114,46 @@ class Problem:
     def q(self, prefix, sibling=0):
         return self.row("q", self.proposal_support, sibling if self.drafting == "own" else 0, *prefix)
 
+    def left(self, prefix, sibling, removed):
+        """The proposal without some tokens; None if nothing is left of it."""
+        q = self.q(prefix, sibling).clone()
+        q[removed] = 0
+        return q / q.sum() if float(q.sum()) > 0 else None
+
+    def ranked(self, prefix, sibling):
+        return self.q(prefix, sibling).sort(descending=True, stable=True).indices.tolist()
+
     def token(self, prefix, sibling, before, choice):
         """Draw a child, given its prefix and the tokens of its earlier siblings."""
-        q = self.q(prefix, sibling)
         if self.deterministic:
-            ranked = q.sort(descending=True, stable=True).indices.tolist()
-            return ranked[sibling // 2 if self.drafting == "duplicates" else sibling]
-        if self.drafting == "without":
-            q = q.clone()
-            q[before] = 0
-        return choice.decide(q.tolist()) if float(q.sum()) > 0 else -1
+            return self.ranked(prefix, sibling)[sibling // 2 if self.drafting == "duplicates" else sibling]
+        q = self.left(prefix, sibling, before if self.drafting == "without" else [])
+        return -1 if q is None else choice.decide(q.tolist())
+
+
+class SharpProblem(Problem):
+    """Rows are the logits [vocab, vocab] after each token; token 0 comes first.
+
+    Proposals are kept as logarithms: what is 1,000 below the greatest is 0 even in float64, until that is drawn.
+    """
+
+    def set(self, target, draft, temperature):
+        self.target, self.draft = (table.double() / temperature for table in (target, draft))
+        return self
+
+    def p(self, prefix):
+        return torch.softmax(self.target[prefix[-1] if prefix else 0], -1)
+
+    def left(self, prefix, sibling, removed):
+        logs = self.draft[prefix[-1] if prefix else 0].clone()
+        logs[removed] = float("-inf")
+        return torch.softmax(logs, -1)
+
+    def q(self, prefix, sibling=0):
+        return self.left(prefix, sibling, [])
+
+    def ranked(self, prefix, sibling):
+        return self.draft[prefix[-1] if prefix else 0].sort(descending=True, stable=True).indices.tolist()
 
 
 class DraftedTree(Links):
@@ -180,9 +210,16 @@ class DraftedTree(Links):
     def argmax(self, node):
         return int(self.target(node).argmax())
 
-    def proposal(self, child):
+    def target_logs(self, node):
+        return self.target(node).log()
+
+    def proposal(self, child, removed=()):
         parent = int(self.problem.tree.parents[child])
-        return self.problem.q(self.prefix(parent), self.siblings[parent].index(child))
+        prefix, sibling = self.prefix(parent), self.siblings[parent].index(child)
+        return self.problem.left(prefix, sibling, removed) if removed else self.problem.q(prefix, sibling)
+
+    def proposes(self, child, removed=()):
+        return float(self.proposal(child, removed)[self.token(child)]) > 0
 
 
 class Forest(DraftedTree):

@@ -202,14 +202,15 @@ def accept_case(rule, path, vocab=600, **options):
     return accept_launch(case, path)
 
 
+SHARP = torch.tensor([0.02, 1.3, 0.0])
 LAUNCHES = {
-    "recursive": lambda: accept_case("recursive", "lazy"),
+    "recursive": lambda: accept_case("recursive", "lazy", temperature=SHARP),
     "child rows": lambda: accept_case("traversal", "lazy", draft_rows="child"),
     "vocab map": lambda: accept_case("kseq", "lazy", draft_vocab=300, dtype=torch.bfloat16),
-    "longest": lambda: accept_case("longest", "lazy", dtype=torch.float16),
+    "longest": lambda: accept_case("longest", "lazy", dtype=torch.float16, temperature=SHARP),
     "typical": lambda: accept_case("typical", "eager"),
-    "spans": lambda: accept_case("traversal", "eager", vocab=8300),
-    "children": lambda: children_launch(),
+    "spans": lambda: accept_case("traversal", "eager", vocab=8300, temperature=SHARP),
+    "children": lambda: children_launch(temperature=torch.tensor([0.002, 1.0])),
     "cut children": lambda: children_launch(top_p=0.9),
 }
 
@@ -251,3 +252,34 @@ def test_planted_bug_in_the_excluded_tokens():
     changed = ("specdec/accept.cuh", "shared.bits[word] = 0;", "shared.bits[word] = 5;")
     got = mutants.replay(launch, "plain", *changed)
     assert not torch.equal(got["tokens"], right.tokens)
+
+
+# What is left of a draft row: (the test of it, logits of the draft, temperature). A difference that is never summed,
+# and a sum that is never stated anew, lose the later of sharp siblings.
+SHARP_MUTANTS = [
+    ("s.left >= kSafePart * s.summed", [4.0, 0.0, -0.5, -1.5], 0.1),
+    ("s.left >= kLeastLeft", [0.0, -7.0, -14.0, -21.0], 0.02),
+]
+
+
+@pytest.mark.parametrize(("statement", "draft", "temperature"), SHARP_MUTANTS)
+def test_planted_bug_in_what_is_left_of_a_draft(statement, draft, temperature):
+    count, draft = 150, torch.tensor(draft)
+    case = make_case("recursive", [star(3)] * count, 4, temperature=temperature)
+    noise = {"seeds": torch.arange(count), "positions": 0, "first_parent": 0}
+    drawn = sample_children(draft.expand(count, 1, 4), 3, temperature=temperature, backend="torch", **noise)
+    case.tokens[:, 1:], case.draft[:] = drawn.tokens[:, 0], draft
+    case.target[:] = temperature * torch.randn(4)
+    right, launch = accepted(case, "lazy"), accept_launch(case, "lazy")
+    assert torch.equal(accepted(case, "eager").tokens, right.tokens)
+    got = mutants.replay(launch, "plain", "specdec/walk_rejection.h", f"if ({statement}", "if (true || false")
+    assert (got["num_accepted"] != right.num_accepted).sum() > count // 20
+
+
+def test_planted_bug_in_unlikely_children():
+    """Scores that float32 can't hold, taken for sure: children are missing."""
+    launch = children_launch(vocab=40, temperature=0.002)
+    got = mutants.replay(launch, "plain", "specdec/race.cuh", "kLeastScore = 0x1p-92f", "kLeastScore = 0.0f")
+    assert (got["tokens"] < 0).any()
+    accept_kernels.run(launch)
+    assert (launch.tensors["tokens"] >= 0).all()

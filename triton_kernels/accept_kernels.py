@@ -34,6 +34,7 @@ from .accept_state import (
     TOKEN_IMPOSSIBLE,
     TREE_INVALID,
     draft_probability,
+    draft_proposal,
     draw,
     exclude,
     fill,
@@ -48,6 +49,7 @@ from .accept_state import (
     residual_sums,
     residual_weight,
     step,
+    take_from_draft,
     write_law,
 )
 from .noise import BONUS, RESIDUAL, SAMPLE, node_coin
@@ -222,13 +224,14 @@ def _recursive(
                                        token, possible)  # fmt: skip
                 again = is_excluded(excluded, token, possible)
                 q = tl.full([], 1.0, tl.float32)
+                drawable = True
                 if draft is not None:
                     if weighed:
-                        q = draft_probability(draft, draft_stride, target_to_draft, state, head, token, possible)
+                        q, drawable = draft_proposal(draft, draft_stride, target_to_draft, state, head, token)
                         if again & (not REPLACEMENT) & (not CHILD_ROWS):
-                            q = tl.full([], 0.0, tl.float32)
+                            drawable = False
                 u = node_coin(seed, position, child, 0)
-                if q <= 0.0:
+                if not drawable:
                     status |= TOKEN_IMPOSSIBLE
                 elif u * (q.to(tl.float64) * total) < w.to(tl.float64) * remaining:
                     accepted = child
@@ -243,12 +246,15 @@ def _recursive(
                             put_float(state, head, TERM_FACTOR, factor)
                     else:
                         total -= w
-                    # Without q a subtraction will do as long as it cancels little.
+                    # Without q a subtraction will do as long as it cancels little. A node is left with `total` in just
+                    # as large a part of all runs, so what that loses is lost in as small a part.
                     if weighed | (total < 0.0009765625):
                         total, left = residual_sums(row, size, draft, draft_stride, target_to_draft, state, excluded,
                                                     node, head, BLOCK)  # fmt: skip
-                        if weighed & (not REPLACEMENT) & (not CHILD_ROWS):
-                            remaining = left
+                        if draft is not None:
+                            if weighed & (not REPLACEMENT) & (not CHILD_ROWS):
+                                remaining = take_from_draft(draft, draft_stride, size, target_to_draft, state, excluded,
+                                                            node, left, BLOCK)  # fmt: skip
                     go_on = total > 0.0
             elif not CHILD_ROWS:
                 go_on = False
@@ -279,13 +285,15 @@ def _overlap(
 
 
 @triton.jit
-def _all_rejected(beta, siblings):
-    """1 - (1 - beta)^siblings, without cancellation where beta is small."""
+def _gain(beta, siblings):
+    """(1 - (1 - beta)^siblings) / beta as the sum that it is: no difference, however small beta is."""
     miss = 1.0 - beta.to(tl.float64)
     power = miss * 0.0 + 1.0
+    total = miss * 0.0
     for _ in range(siblings):
+        total += power
         power *= miss
-    return 1.0 - power
+    return total
 
 
 @triton.jit
@@ -328,21 +336,19 @@ def _kseq(
                     while rho - low > low * 0.000244140625:
                         middle = (low + rho) * 0.5
                         beta = _overlap(row, size, draft, draft_stride, target_to_draft, state, node, middle, BLOCK)
-                        small = _all_rejected(beta, siblings) > middle.to(tl.float64) * beta
+                        small = _gain(beta, siblings) * beta > middle.to(tl.float64) * beta
                         low = tl.where(small, middle, low)
                         rho = tl.where(small, rho, middle)
                     beta = _overlap(row, size, draft, draft_stride, target_to_draft, state, node, rho, BLOCK)
-                    gain = siblings.to(tl.float32)
-                    if beta > 0.0:
-                        gain = (_all_rejected(beta, siblings) / beta).to(tl.float32)
+                    gain = _gain(beta, siblings).to(tl.float32)
                 else:
                     status |= DRAFT_INVALID
             if usable:
                 rejected = tl.full([], 1, tl.int32)
-                q = draft_probability(draft, draft_stride, target_to_draft, state, node, token, possible)
+                q, drawable = draft_proposal(draft, draft_stride, target_to_draft, state, node, token)
                 p = probability(row, state, node, TARGET_LAW, token, possible)
                 u = node_coin(seed, position, child, 0)
-                if q <= 0.0:
+                if not drawable:
                     status |= TOKEN_IMPOSSIBLE
                 elif u * (rho.to(tl.float64) * q) < p.to(tl.float64):
                     accepted = child

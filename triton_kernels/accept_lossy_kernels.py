@@ -30,7 +30,7 @@ from .accept_state import (
     TOKEN_IMPOSSIBLE,
     TREE_INVALID,
     UNCLAIMED,
-    draft_probability,
+    draft_proposal,
     draw,
     fill,
     follow,
@@ -46,7 +46,16 @@ from .accept_state import (
     write_law,
 )
 from .noise import BONUS, RESIDUAL, node_coin
-from .rows import DRAFT_INVALID, NO_ID, TARGET_INVALID, next_logit, request_law, request_setting
+from .rows import (
+    DRAFT_INVALID,
+    LEAST_SCORE,
+    NO_ID,
+    TARGET_INVALID,
+    next_logit,
+    race_rest,
+    request_law,
+    request_setting,
+)
 
 TYPICAL = tl.constexpr(6)
 LONGEST = tl.constexpr(7)
@@ -71,13 +80,14 @@ def _passes_longest(
 ):  # fmt: skip
     """Whether the child passes its own test, and status bits. weighed: whether there is a q; sound: it can be used."""
     q = tl.full([], 1.0, tl.float32)
+    drawable = True
     if draft is not None:
         if weighed:
-            q = draft_probability(draft, draft_stride, target_to_draft, state, node, token, True)
+            q, drawable = draft_proposal(draft, draft_stride, target_to_draft, state, node, token)
     p = probability(row, state, node, TARGET_LAW, token, True)
     u = node_coin(seed, position, child, 0)
-    passed = sound & (q > 0.0) & (u * q.to(tl.float64) < p.to(tl.float64))
-    return passed, tl.where(sound & (q <= 0.0), TOKEN_IMPOSSIBLE, 0)
+    passed = sound & drawable & (u * q.to(tl.float64) < p.to(tl.float64))
+    return passed, tl.where(sound & (drawable == 0), TOKEN_IMPOSSIBLE, 0)
 
 
 @triton.jit
@@ -102,7 +112,16 @@ def _draw_many(
     row, size, draft, draft_stride, target_to_draft, state, node, head, ranked, seed, position, domain, next_tokens,
     width, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write `width` tokens, the first of one race (or, ranked, the greatest logits); -1 where there are fewer."""
+    """Write `width` tokens, the first of one race (or, ranked, the greatest logits); -1 where there are fewer.
+
+    From p alone every possible token can come. A difference p - q has no such scale: what float32 makes 0 is not drawn.
+    """
+    maximum = get_float(state, node, TARGET_LAW)
+    scale = get_float(state, node, TARGET_LAW + 1)
+    cut = get_float(state, node, TARGET_LAW + 3)
+    cut_id = get_int(state, node, TARGET_LAW + 4)
+    hot = get_int(state, node, TARGET_LAW + 5)
+    unsure = tl.full([], 0, tl.int32)
     last = tl.full([], float("inf"), tl.float32)
     last_id = tl.full([], -1, tl.int32)
     attempt = tl.full([], 0, tl.int32)
@@ -112,7 +131,7 @@ def _draw_many(
         token = tl.full([], 2147483647, tl.int32)
         if ranked:
             key, token = next_logit(row, size, last, last_id, BLOCK)
-        else:
+        elif unsure == 0:
             searching = tl.full([], 1, tl.int32)
             while searching != 0:
                 key, token = residual_race(
@@ -122,6 +141,11 @@ def _draw_many(
                 # The first token decides what is raced for: the residual by score or weight, or the row if it is empty.
                 searching = ((token == NO_ID) & (index == 0) & (attempt < 3)).to(tl.int32)
                 attempt += searching
+            alone = ((head < 0) | (attempt >= 2)) & (hot < 0)
+            unsure = (alone & (index > 0) & ((key < LEAST_SCORE) | (attempt % 2 == 1))).to(tl.int32)
+        if unsure != 0:
+            token, maximum = race_rest(row, size, seed, position, domain, node, maximum, scale, cut, cut_id,
+                                       next_tokens, index, BLOCK)  # fmt: skip
         left = left & (token != NO_ID)
         tl.store(next_tokens + index, tl.where(left, token, -1))
         last = key

@@ -45,6 +45,9 @@ TOKEN_IMPOSSIBLE = tl.constexpr(4)
 RESIDUAL_EMPTY = tl.constexpr(8)
 TREE_INVALID = tl.constexpr(16)
 
+LEAST_LEFT = tl.constexpr(2.0**-64)  # of a draft row; what is 2^-62 of that is still a normal number
+MOST_FACTOR = tl.constexpr(2.0**120)  # of a path that is kept with a probability below 2^-50
+
 
 @triton.jit
 def get_int(state, node, FIELD: tl.constexpr):
@@ -174,7 +177,8 @@ def probability(row, state, node, LAW: tl.constexpr, ids, inside):
     cut = get_float(state, node, LAW + 3)
     cut_id = get_int(state, node, LAW + 4)
     hot = get_int(state, node, LAW + 5)
-    z = tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32)
+    # Only what is excluded can be above the maximum, once that is stated anew.
+    z = tl.minimum(tl.load(row + ids, mask=inside, other=float("-inf")).to(tl.float32), maximum)
     return token_probability(z, ids, maximum, scale, inverse, cut, cut_id, hot)
 
 
@@ -185,6 +189,22 @@ def draft_probability(draft, draft_stride, target_to_draft, state, node, ids, in
         ids = tl.load(target_to_draft + ids, mask=inside, other=-1)
         inside = inside & (ids >= 0)
     return probability(draft + node.to(tl.int64) * draft_stride, state, node, DRAFT_LAW, ids, inside)
+
+
+@triton.jit
+def draft_proposal(draft, draft_stride, target_to_draft, state, node, token):
+    """draft_probability of one token, and whether it is possible, even where a float is too small for it."""
+    known = token >= 0
+    if target_to_draft is not None:
+        token = tl.load(target_to_draft + token)
+        known = token >= 0
+    row = draft + node.to(tl.int64) * draft_stride
+    q = probability(row, state, node, DRAFT_LAW, token, known)
+    z = tl.load(row + token, mask=known, other=float("-inf")).to(tl.float32)
+    cut = get_float(state, node, DRAFT_LAW + 3)
+    kept = (z > cut) | ((z == cut) & (token <= get_int(state, node, DRAFT_LAW + 4)))
+    hot = get_int(state, node, DRAFT_LAW + 5)
+    return q, known & tl.where(hot >= 0, token == hot, kept & (z > float("-inf")))
 
 
 @triton.jit
@@ -225,6 +245,53 @@ def residual_sums(
         total += w
         left += q
     return tl.sum(total, 0), tl.sum(left, 0)
+
+
+@triton.jit
+def _left_of_draft(draft, draft_stride, size, target_to_draft, state, excluded, node, BLOCK: tl.constexpr):
+    """The greatest logit and the sum of the probabilities of a draft row, over kept tokens that are not excluded."""
+    lane = tl.arange(0, BLOCK)
+    greatest = tl.full([BLOCK], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    row = draft + node.to(tl.int64) * draft_stride
+    cut = get_float(state, node, DRAFT_LAW + 3)
+    cut_id = get_int(state, node, DRAFT_LAW + 4)
+    for start in range(0, size, BLOCK):
+        ids = start + lane
+        left = (ids < size) & (is_excluded(excluded, ids, ids < size) == 0)
+        if target_to_draft is not None:
+            ids = tl.load(target_to_draft + ids, mask=left, other=-1)
+            left = left & (ids >= 0)
+        z = tl.load(row + ids, mask=left, other=float("-inf")).to(tl.float32)
+        kept = left & ((z > cut) | ((z == cut) & (ids <= cut_id)))
+        greatest = tl.maximum(greatest, tl.where(kept, z, float("-inf")))
+        total += probability(row, state, node, DRAFT_LAW, ids, left)
+    return tl.max(greatest, 0), tl.sum(total, 0)
+
+
+@triton.jit
+def take_from_draft(draft, draft_stride, size, target_to_draft, state, excluded, node, left, BLOCK: tl.constexpr):
+    """What is left of a node's draft row, whose sum over the tokens not excluded is `left`: that, or 1.
+
+    Children are drawn without a coin. So a row that has lost nearly all of its probability to the first of them is met
+    in nearly all runs, and its later children are judged by the rest alone. Where that is too small a number the law is
+    stated anew, relative to the greatest logit left, and c with it.
+    """
+    if (left < LEAST_LEFT) & (get_int(state, node, DRAFT_LAW + 5) < 0):
+        maximum = get_float(state, node, DRAFT_LAW)
+        scale = get_float(state, node, DRAFT_LAW + 1)
+        inverse = get_float(state, node, DRAFT_LAW + 2)
+        greatest, _ = _left_of_draft(draft, draft_stride, size, target_to_draft, state, excluded, node, BLOCK)
+        left = tl.zeros([], tl.float32)
+        if greatest > float("-inf"):
+            left += 1.0
+            put_float(state, node, DRAFT_LAW, greatest)
+            put_float(state, node, DRAFT_LAW + 2, left)
+            _, total = _left_of_draft(draft, draft_stride, size, target_to_draft, state, excluded, node, BLOCK)
+            put_float(state, node, DRAFT_LAW + 2, 1.0 / total)
+            ratio = tl.exp2((greatest - maximum) * scale) * inverse
+            put_float(state, node, TERM_FACTOR, get_float(state, node, TERM_FACTOR) * (ratio * total))
+    return left
 
 
 @triton.jit

@@ -25,6 +25,7 @@ from .accept_state import (
     ALPHA,
     HEAD,
     LAW_READ,
+    MOST_FACTOR,
     NODE_WORDS,
     PARENT,
     PROPOSAL,
@@ -38,7 +39,7 @@ from .accept_state import (
     TOKEN_IMPOSSIBLE,
     TREE_INVALID,
     UNCLAIMED,
-    draft_probability,
+    draft_proposal,
     draw,
     exclude,
     fill,
@@ -53,6 +54,7 @@ from .accept_state import (
     residual_sums,
     residual_weight,
     step,
+    take_from_draft,
     write_law,
 )
 from .noise import BONUS, RESIDUAL, node_coin
@@ -120,7 +122,7 @@ def _reject(
                 put_int(state, node, HEAD, head)
             else:
                 factor += get_float(state, node, TERM_FACTOR)
-            put_float(state, head, TERM_FACTOR, factor)
+            put_float(state, head, TERM_FACTOR, tl.minimum(factor, MOST_FACTOR))
     w, _ = residual_weight(row, draft, draft_stride, target_to_draft, state, excluded, node, head, True, token, True)
     if not is_excluded(excluded, token, True):
         exclude(excluded, token)
@@ -128,9 +130,12 @@ def _reject(
     left = total - w
     if weighed | (left < 0.0009765625):
         left, free = residual_sums(row, size, draft, draft_stride, target_to_draft, state, excluded, node, head, BLOCK)
-        if weighed & (not REPLACEMENT) & (not CHILD_ROWS):
-            put_float(state, node, REMAINING, free)
+        if draft is not None:
+            if weighed & (not REPLACEMENT) & (not CHILD_ROWS):
+                free = take_from_draft(draft, draft_stride, size, target_to_draft, state, excluded, node, free, BLOCK)
+                put_float(state, node, REMAINING, free)
     put_float(state, node, SUM, left)
+    # The loss of a child has the probability S + 1 - alpha, so what the difference loses is lost as rarely.
     kept = tl.where(alive, alpha.to(tl.float64) * left / tl.where(alive, total, 1.0), 0.0)
     if kept > 0.0:
         put_float(state, node, ALPHA, (kept / (kept + (1.0 - alpha.to(tl.float64)))).to(tl.float32))
@@ -187,19 +192,21 @@ def _weight_of(
             row, draft, draft_stride, target_to_draft, state, excluded, node, head, True, token, True
         )
         q = tl.full([], 1.0, tl.float32)
+        drawable = True
         if draft is not None:
             if weighed:
                 holder = child if CHILD_ROWS else node
-                q = draft_probability(draft, draft_stride, target_to_draft, state, holder, token, True)
+                q, drawable = draft_proposal(draft, draft_stride, target_to_draft, state, holder, token)
                 if (not REPLACEMENT) & (not CHILD_ROWS):
-                    q = tl.where(is_excluded(excluded, token, True), 0.0, q)
+                    drawable = drawable & (is_excluded(excluded, token, True) == 0)
         total = get_float(state, node, SUM)
-        if q <= 0.0:
+        if not drawable:
             verdict = tl.full([], 1, tl.int32)
             status |= TOKEN_IMPOSSIBLE
         elif (w > 0.0) & (total > 0.0):
-            ratio = (w.to(tl.float64) * remaining) / (q.to(tl.float64) * total)
-            alpha = tl.minimum(get_float(state, node, ALPHA) * ratio, 1.0).to(tl.float32)
+            most = q.to(tl.float64) * total
+            weight = get_float(state, node, ALPHA).to(tl.float64) * w * remaining
+            alpha = tl.where(weight < most, weight / tl.where(most > 0.0, most, 1.0), 1.0).to(tl.float32)
     return alpha, verdict, status
 
 

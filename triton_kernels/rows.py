@@ -25,6 +25,9 @@ from .noise import exponential, race_uniforms
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NO_ID = tl.constexpr(2147483647)
+# No uniform is below 2^-33. So a token whose weight is no normal number, and which float32 holds badly or not at all,
+# has a score below this one, and scores above it are right and complete.
+LEAST_SCORE = tl.constexpr(2.0**-92)
 STAGES = tl.constexpr(8)  # blocks under way at once: 14 KB of 16-bit logits
 TARGET_INVALID = tl.constexpr(1)
 DRAFT_INVALID = tl.constexpr(2)
@@ -173,7 +176,8 @@ def _tighten(row, size, maximum, scale, cut, cut_id, need, target, BLOCK: tl.con
     """The cut after the shortest leading part of the kept tokens that has `need` of them and `target` of their mass.
 
     Invariant: the part from key `low` on has enough, the part from `high` on has not. It ends as soon as there is
-    exactly one token between the two, or at one key, where the ties are dealt out by id.
+    exactly one token between the two, or at one key, where the ties are dealt out by id. What is missing of the target
+    there is a difference of two sums: it is off by as much of the whole mass as these are, and so is the cut.
     """
     low = _key_of(tl.full([], float("-inf"), tl.float32))
     high = _key_of(maximum) + 1
@@ -306,3 +310,65 @@ def race_row(
         waits = (key < last) | ((key == last) & (ids > last_id))
         best, best_id = keep_best(best, best_id, tl.where(waits, key, 0.0), ids)
     return best_of(best, best_id)
+
+
+@triton.jit
+def _is_drawn(ids, drawn, count):
+    """Whether ids are among the first `count` of a list."""
+    found = ids < 0
+    for index in range(count):
+        found = found | (ids == tl.load(drawn + index))
+    return found
+
+
+@triton.jit
+def _race_left(
+    row, size, seed, position, domain, salt, maximum, scale, cut, cut_id, drawn, count, BY_WEIGHT, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """race_row over the tokens that are not drawn yet."""
+    lane = tl.arange(0, BLOCK)
+    best = tl.zeros([BLOCK], tl.float32)
+    best_id = tl.full([BLOCK], 2147483647, tl.int32)
+    for start in range(0, size, BLOCK):
+        ids = start + lane
+        z = tl.where(_is_drawn(ids, drawn, count), float("-inf"), row_tile(row, ids, size))
+        weight = token_weight(z, ids, maximum, scale, cut, cut_id)
+        key = race_key(weight, race_uniforms(seed, start, position, domain, salt, BLOCK), BY_WEIGHT)
+        best, best_id = keep_best(best, best_id, key, ids)
+    return best_of(best, best_id)
+
+
+@triton.jit
+def _greatest_left(row, size, cut, cut_id, drawn, count, BLOCK: tl.constexpr):
+    """The greatest logit that is kept and not drawn yet; -inf if there is none."""
+    lane = tl.arange(0, BLOCK)
+    best = tl.full([BLOCK], float("-inf"), tl.float32)
+    for start in range(0, size, BLOCK):
+        ids = start + lane
+        z = row_tile(row, ids, size)
+        left = ((z > cut) | ((z == cut) & (ids <= cut_id))) & (_is_drawn(ids, drawn, count) == 0)
+        best = tl.maximum(best, tl.where(left, z, float("-inf")))
+    return tl.max(best, 0)
+
+
+@triton.jit
+def race_rest(
+    row, size, seed, position, domain, salt, maximum, scale, cut, cut_id, drawn, count, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The next token of a race of which `count` are drawn, and the logit that its weights are relative to.
+
+    That is `maximum` as long as the scores are sure, else the greatest logit left: a change of it is one factor for all
+    scores, so it is the same race. NO_ID if nothing is left.
+    """
+    tl.debug_barrier()  # one thread has written what all read here
+    key, token = _race_left(row, size, seed, position, domain, salt, maximum, scale, cut, cut_id, drawn, count, False,
+                            BLOCK)  # fmt: skip
+    if key < LEAST_SCORE:
+        token = tl.full([], 2147483647, tl.int32)
+        maximum = _greatest_left(row, size, cut, cut_id, drawn, count, BLOCK)
+        attempt = tl.where(maximum > float("-inf"), 0, 2)
+        while (token == NO_ID) & (attempt < 2):  # by score, then by weight, should a uniform have rounded to 1
+            _, token = _race_left(row, size, seed, position, domain, salt, maximum, scale, cut, cut_id, drawn, count,
+                                  attempt == 1, BLOCK)  # fmt: skip
+            attempt += 1
+    return token, maximum

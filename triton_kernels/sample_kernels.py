@@ -2,8 +2,9 @@
 
 The first pass finds the maximum, the second (only where a log-probability is asked for) the sum; each draw is one more
 pass, a race of all tokens. Draws without replacement are the first `count` of one race, so a pass looks for the best
-token after the previous winner, and nothing has to be remembered of the tokens drawn. At temperature 0 the same passes
-rank the logits themselves.
+token after the previous winner, and nothing has to be remembered of the tokens drawn. Where later tokens are so
+unlikely next to the first that float32 can't rank them, a pass goes over those that are not drawn yet, relative to the
+greatest of them. At temperature 0 the same passes rank the logits themselves.
 """
 
 import triton
@@ -12,10 +13,12 @@ import triton.language as tl
 from .noise import DRAFT, SAMPLE
 from .rows import (
     DRAFT_INVALID,
+    LEAST_SCORE,
     LN2,
     NO_ID,
     TARGET_INVALID,
     next_logit,
+    race_rest,
     race_row,
     request_law,
     request_setting,
@@ -79,13 +82,15 @@ def sample_kernel(
     last = tl.full([], float("inf"), tl.float32)
     last_id = tl.full([], -1, tl.int32)
     by_weight = tl.full([], 0, tl.int32)
+    unsure = tl.full([], 0, tl.int32)
+    top = maximum  # what weights are relative to
     for draw in range(count):
         winner = tl.full([], 2147483647, tl.int32)
         key = last
         if possible:
             if greedy & sound & (not REPLACEMENT):
                 key, winner = next_logit(row, size, last, last_id, BLOCK)
-            else:
+            elif unsure == 0:
                 draw_salt = salt
                 if REPLACEMENT:
                     draw_salt = salt + (draw << 16)
@@ -96,13 +101,15 @@ def sample_kernel(
                     by_weight = tl.full([], 1, tl.int32)
                     key, winner = race_row(row, size, seed, place, domain, draw_salt, maximum, scale, cut, cut_id, hot,
                                            last, last_id, True, BLOCK)  # fmt: skip
+                if not REPLACEMENT:
+                    unsure = ((draw > 0) & (hot < 0) & (key < LEAST_SCORE)).to(tl.int32)
+            if unsure != 0:
+                winner, top = race_rest(row, size, seed, place, domain, salt, top, scale, cut, cut_id, tokens + out,
+                                        draw, BLOCK)  # fmt: skip
         drawn = winner != NO_ID
         possible = possible & drawn
         safe = tl.where(drawn, winner, 0)
-        token = safe
-        if draft_to_target is not None:
-            token = tl.load(draft_to_target + safe)
-        tl.store(tokens + out + draw, tl.where(drawn, token, -1))
+        tl.store(tokens + out + draw, tl.where(drawn, winner, -1))
         if logprobs is not None:
             z = tl.load(row + safe).to(tl.float32)
             logprob = (z - maximum) * (scale * LN2) + log_inverse
@@ -110,3 +117,9 @@ def sample_kernel(
         if not REPLACEMENT:
             last = key
             last_id = winner
+    if draft_to_target is not None:  # only now: until here the ids of the row were wanted
+        tl.debug_barrier()
+        for draw in range(count):
+            winner = tl.load(tokens + out + draw)
+            tl.debug_barrier()
+            tl.store(tokens + out + draw, tl.load(draft_to_target + winner, mask=winner >= 0, other=-1))

@@ -8,6 +8,7 @@
 // filters hold eight bytes per token more.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "cpu/accept.h"
@@ -61,9 +62,20 @@ class CpuRows {
     return probability(law, target_row(node), p.target_dtype, token);
   }
   float draft_probability(const Law& law, int32_t row, int32_t token) const {
-    const int32_t id = p.target_to_draft ? p.target_to_draft[token] : token;
-    return id < 0 ? 0.0f : probability(law, draft_row(row), p.draft_dtype, id);
+    return draft_proposal(law, row, token).probability;
   }
+  Proposal draft_proposal(const Law& law, int32_t row, int32_t token) const {
+    const int32_t id = p.target_to_draft ? p.target_to_draft[token] : token;
+    if (id < 0) return {0.0f, false};
+    if (law.one_hot) return {id == law.argmax ? 1.0f : 0.0f, id == law.argmax};
+    const float z = logit_at(draft_row(row), p.draft_dtype, id);
+    if (!is_kept(law, z, id)) return {0.0f, false};
+    return {std::exp2((z - law.max) * law.scale) * law.inverse_sum, z > -std::numeric_limits<float>::infinity()};
+  }
+  float greatest_of_draft(const Law& law, int32_t row) {
+    return w.reader.greatest_left(law_row_of_draft({law, row, 1.0f}), p.vocab, w.excluded.data());
+  }
+  void forget_weights(int32_t row) { kept(w.kept_draft, row).row = nullptr; }
 
   void exclude(int32_t token) { w.excluded[token / 64] |= uint64_t(1) << (token % 64); }
   void include(int32_t token) { w.excluded[token / 64] &= ~(uint64_t(1) << (token % 64)); }
@@ -87,6 +99,7 @@ class CpuRows {
   void sync() const {}
   static float log(float x) { return std::log(x); }
   static float exp(float x) { return std::exp(x); }
+  static float exp2(float x) { return std::exp2(x); }
   static float log1p(float x) { return std::log1p(x); }
   static float expm1(float x) { return std::expm1(x); }
 
@@ -106,9 +119,9 @@ class CpuRows {
   static float probability(const Law& law, const void* row, DType dtype, int32_t id) {
     if (law.one_hot) return id == law.argmax ? 1.0f : 0.0f;
     const float z = logit_at(row, dtype, id);
-    const bool kept = z > law.cut || (z == law.cut && id <= law.cut_id);
-    return kept ? std::exp2((z - law.max) * law.scale) * law.inverse_sum : 0.0f;
+    return is_kept(law, z, id) ? std::exp2((z - law.max) * law.scale) * law.inverse_sum : 0.0f;
   }
+  static bool is_kept(const Law& law, float z, int32_t id) { return z > law.cut || (z == law.cut && id <= law.cut_id); }
 
   LawRow law_row_of_target(int32_t node, const Law& law) const {
     return kept(w.kept_target, node).law_row(target_row(node), p.target_dtype, nullptr, law, 1.0f);

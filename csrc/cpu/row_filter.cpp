@@ -6,7 +6,8 @@
 // when it is few enough to be collected and sorted. The first thresholds are spaced for logits as models give them: one
 // pass and a collecting one are usual for top-k, which takes no exponentials, and one to three for top-p. Later ones
 // halve the bits between two floats three at a time, so eleven passes bound any row. Where top-k leaves few entries,
-// top-p runs on those alone.
+// top-p runs on those alone. Amounts are summed from the top down and never as what is left of the whole, so their
+// error is that of the share which is kept.
 #include <algorithm>
 #include <cmath>
 #include <cstring>

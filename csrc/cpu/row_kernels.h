@@ -80,7 +80,7 @@ struct RowKernels {
   ScanPart (*kept)(const RowSpan& span, float max, float scale, const Cut& cut);
   // Sum of the weights of tokens [begin, end), which are offered to the sink if there is one.
   float (*weigh)(const WeightPass& pass, int64_t begin, int64_t end, RaceSink* sink);
-  // kRhoPoints sums of max(0, p - (from + (i + 1) * step) * q).
+  // kRhoPoints sums of min(p, (from + (i + 1) * step) * q).
   void (*rho_sums)(const LawRow& target, const LawRow& draft, float from, float step, int64_t begin, int64_t end,
                    float* sums);
   // Offers the values themselves: the bound is a value.

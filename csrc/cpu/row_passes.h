@@ -338,7 +338,9 @@ static void weigh_any(const WeightPass& pass, int64_t token, int count, float* w
 }
 
 static SPECDEC_INLINE void weigh_group(const WeightPass& pass, int64_t token, int count, float* weight, float* other) {
-  if (pass.terms == 1 && pass.kind == WeightKind::kResidual && pass.target.weights && pass.first.weights) {
+  if (pass.kind == WeightKind::kDraft) {
+    fill(pass.first, token, count, weight);
+  } else if (pass.terms == 1 && pass.kind == WeightKind::kResidual && pass.target.weights && pass.first.weights) {
     weigh_kept_pair(pass.target, pass.first, token, weight);
   } else {
     weigh_any(pass, token, count, weight, other);
@@ -405,13 +407,13 @@ static void rho_sums(const LawRow& target, const LawRow& draft, float from, floa
     fill(target, token, count, p);
     fill(draft, token, count, q);
     for (int i = 0; i < kGroup; i += kWidth) {
-      const Vec at_p = load(p + i), at_q = load(q + i);
+      const Vec minus_p = splat(0.0f) - load(p + i), minus_q = splat(0.0f) - load(q + i);
       SPECDEC_UNROLL
-      for (int r = 0; r < kRhoPoints; r++) sum[r] = sum[r] + maximum(at_p - rho[r] * at_q, splat(0.0f));
+      for (int r = 0; r < kRhoPoints; r++) sum[r] = sum[r] + maximum(minus_p, rho[r] * minus_q);
     }
   }
   SPECDEC_UNROLL
-  for (int r = 0; r < kRhoPoints; r++) sums[r] = total(sum[r]);
+  for (int r = 0; r < kRhoPoints; r++) sums[r] = -total(sum[r]);
 }
 
 template <class Storage>

@@ -15,6 +15,10 @@ constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
 
+// No uniform is below 2^-33. So a token whose weight is no normal number, and which float32 holds badly or not at all,
+// has a score below this one, and scores above it are right and complete.
+constexpr float kLeastScore = 0x1p-92f;
+
 // A bound just below a score: w / v is at least the score, but both are rounded.
 float just_below(float score) { return score * (1.0f - 0x1p-20f); }
 
@@ -52,18 +56,20 @@ struct Best : RaceSink {
   };
   std::vector<Entry> entries;
   size_t count;
+  float least;
   bool noisy, values;
 
-  // `values`: of logits, which may be negative; else of scores above 0.
-  Best(size_t count, bool noisy, bool values) : count(count), noisy(noisy), values(values) {
-    bound = values ? -kInfinity : 0.0f;
+  // `values`: of logits, which may be negative; else of scores above 0 and from `least` on.
+  Best(size_t count, bool noisy, bool values, float least = 0.0f)
+      : count(count), least(least), noisy(noisy), values(values) {
+    bound = values ? -kInfinity : just_below(least);
     offer = [](RaceSink* sink, float weight, float uniform, int32_t token) {
       Best& self = *static_cast<Best*>(sink);
       self.take({score_of(weight, uniform, self.noisy), token});
     };
   }
   void take(const Entry& entry) {
-    if (!values && !(entry.score > 0)) return;
+    if (!values && !(entry.score > 0 && entry.score >= least)) return;
     if (entries.size() == count) {
       if (!(entry < entries.front())) return;
       std::pop_heap(entries.begin(), entries.end());
@@ -72,6 +78,27 @@ struct Best : RaceSink {
     entries.push_back(entry);
     std::push_heap(entries.begin(), entries.end());
     if (entries.size() == count) bound = values ? entries.front().score : just_below(entries.front().score);
+  }
+};
+
+bool keeps(const Law& law, float value, int64_t id) {
+  return value > law.cut || (value == law.cut && id <= law.cut_id);
+}
+
+// The greatest value of a row among what is kept and not excluded.
+struct GreatestLeft : RaceSink {
+  const Law* law;
+  const uint64_t* excluded;
+
+  GreatestLeft(const Law& law, const uint64_t* excluded) : law(&law), excluded(excluded) {
+    bound = -kInfinity;
+    offer = [](RaceSink* sink, float value, float, int32_t token) {
+      GreatestLeft& self = *static_cast<GreatestLeft*>(sink);
+      self.meet(value, token, token);
+    };
+  }
+  void meet(float value, int32_t id, int64_t token) {
+    if (value > bound && keeps(*law, value, id) && !(excluded[token / 64] >> (token % 64) & 1)) bound = value;
   }
 };
 
@@ -154,19 +181,62 @@ Pass RowReader::weigh(WeightPass& pass, int64_t vocab, bool race) {
   return result;
 }
 
+// The best `count` with a score of at least that; then -1.
+int RowReader::best_of_race(const WeightPass& pass, int64_t vocab, int count, float least, int32_t* out) {
+  std::vector<Best> parts(team_.threads(), Best(size_t(count), pass.noisy, false, least));
+  team_.run(chunks_of(vocab), [&](int64_t chunk, int worker) {
+    kernels_.weigh(pass, chunk * kChunk, std::min((chunk + 1) * kChunk, vocab), &parts[worker]);
+  });
+  return write_best(parts, count, out);
+}
+
 int RowReader::race_top(WeightPass& pass, int64_t vocab, int count, int32_t* out) {
-  const int64_t chunks = chunks_of(vocab);
-  sums_.resize(chunks);
-  for (const bool noisy : {true, false}) {
-    pass.noisy = noisy;
-    std::vector<Best> parts(team_.threads(), Best(size_t(count), noisy, false));
-    team_.run(chunks, [&](int64_t chunk, int worker) {
-      kernels_.weigh(pass, chunk * kChunk, std::min((chunk + 1) * kChunk, vocab), &parts[worker]);
-    });
-    const int found = write_best(parts, count, out);
-    if (found) return found;
+  const bool alone = pass.terms == 0;
+  pass.noisy = true;
+  int found = best_of_race(pass, vocab, count, alone ? kLeastScore : 0.0f, out);
+  if (!alone) {
+    pass.noisy = false;
+    return found ? found : best_of_race(pass, vocab, count, 0.0f, out);
   }
-  return 0;
+  if (found == count) return found;
+  // The rest of the same race, with weights relative to the greatest of those left: that is one factor for all scores.
+  const int64_t words = (vocab + 63) / 64;
+  drawn_.assign(words, 0);
+  if (pass.excluded) std::copy_n(pass.excluded, words, drawn_.begin());
+  pass.excluded = drawn_.data();
+  pass.target.weights = pass.target.scales = nullptr;
+  for (int marked = 0; found < count;) {
+    for (; marked < found; marked++) drawn_[out[marked] / 64] |= uint64_t(1) << (out[marked] % 64);
+    const float max = greatest_left(pass.target, vocab, pass.excluded);
+    if (!(max > -kInfinity)) break;
+    pass.target.law.max = max;
+    pass.target.law.inverse_sum = 1.0f;
+    pass.noisy = true;
+    int more = best_of_race(pass, vocab, count - found, kLeastScore, out + found);
+    if (!more) {  // it takes a single token and a uniform that rounded to 1
+      pass.noisy = false;
+      more = best_of_race(pass, vocab, 1, 0.0f, out + found);
+    }
+    found += more;
+  }
+  std::fill(out + found, out + count, -1);
+  return found;
+}
+
+float RowReader::greatest_left(const LawRow& row, int64_t vocab, const uint64_t* excluded) {
+  if (row.law.one_hot) return excluded[row.law.argmax / 64] >> (row.law.argmax % 64) & 1 ? -kInfinity : 0.0f;
+  std::vector<GreatestLeft> parts(team_.threads(), GreatestLeft(row.law, excluded));
+  team_.run(chunks_of(vocab), [&](int64_t chunk, int worker) {
+    const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, vocab);
+    if (!row.map) return kernels_.top({row.row, row.dtype, begin, end}, &parts[worker]);
+    for (int64_t token = begin; token < end; token++) {
+      const int32_t id = row.map[token];
+      if (id >= 0) parts[worker].meet(logit_at(row.row, row.dtype, id), id, token);
+    }
+  });
+  float greatest = -kInfinity;
+  for (const GreatestLeft& part : parts) greatest = std::max(greatest, part.bound);
+  return greatest;
 }
 
 int RowReader::top_logits(const void* row, DType dtype, int64_t size, int count, int32_t* out) {

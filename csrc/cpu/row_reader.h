@@ -45,8 +45,13 @@ class RowReader {
   // Sum of the weights of `vocab` tokens and, with a race, its winner or -1.
   Pass weigh(WeightPass& pass, int64_t vocab, bool race);
 
-  // The best `count` of a race, or of the weights where all scores are 0; then -1. Returns how many there are.
+  // The best `count` of a race, then -1. Returns how many there are. From p alone every possible token can come,
+  // however unlikely it is next to those before it. From a residual those come whose score float32 can hold, or if
+  // there are none, the greatest weights.
   int race_top(WeightPass& pass, int64_t vocab, int count, int32_t* out);
+
+  // The greatest entry that the law keeps, of tokens that are not excluded; -inf if there is none.
+  float greatest_left(const LawRow& row, int64_t vocab, const uint64_t* excluded);
 
   // The greatest logits above -inf.
   int top_logits(const void* row, DType dtype, int64_t size, int count, int32_t* out);
@@ -64,6 +69,7 @@ class RowReader {
     double mass;
   };
 
+  int best_of_race(const WeightPass& pass, int64_t vocab, int count, float least, int32_t* out);
   ScanPart scan(const View& view, ScanKind kind, float scale, KeptRow* keep);
   Kept filter(const View& row, const RowSettings& settings, const Law& law, double mass);
   Cut narrow(const View& view, ScanKind kind, double target, const Law& law, double* reached);
@@ -80,7 +86,7 @@ class RowReader {
   std::vector<float> top_values_, values_;  // collected entries: those of top-k, and those around a cut
   std::vector<int32_t> top_places_, places_;
   std::vector<int64_t> counts_;
-  std::vector<uint64_t> order_;
+  std::vector<uint64_t> order_, drawn_;
 };
 
 }  // namespace specdec

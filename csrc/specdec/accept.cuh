@@ -40,6 +40,7 @@ enum class Task : int32_t {
   kRaceTop,
   kTopLogits,
   kRhoSums,
+  kGreatestOfDraft,
   kDeferRace
 };
 
@@ -115,11 +116,20 @@ class WalkerRows {
     return shared_.answer->law;
   }
   __device__ float target_probability(const Law& law, int32_t node, int32_t token) const {
-    return probability(Task::kTargetProbability, law, node, token);
+    return proposal(Task::kTargetProbability, law, node, token).probability;
   }
   __device__ float draft_probability(const Law& law, int32_t row, int32_t token) const {
-    return probability(Task::kDraftProbability, law, row, token);
+    return draft_proposal(law, row, token).probability;
   }
+  __device__ Proposal draft_proposal(const Law& law, int32_t row, int32_t token) const {
+    return proposal(Task::kDraftProbability, law, row, token);
+  }
+  __device__ float greatest_of_draft(const Law& law, int32_t row) {
+    if (leader()) shared_.order->weights.first = {law, row, 1.0f};
+    post(Task::kGreatestOfDraft);
+    return shared_.answer->pass.sum;
+  }
+  __device__ void forget_weights(int32_t) {}
 
   __device__ void exclude(int32_t token) {
     if (leader()) shared_.bits[token / 32] |= 1u << token % 32;
@@ -168,6 +178,7 @@ class WalkerRows {
 
   __device__ static float log(float x) { return logf(x); }
   __device__ static float exp(float x) { return expf(x); }
+  __device__ static float exp2(float x) { return fast_exp2(x); }
   __device__ static float log1p(float x) { return log1pf(x); }
   __device__ static float expm1(float x) { return expm1f(x); }
 
@@ -184,14 +195,14 @@ class WalkerRows {
     shared_.order->out = out;
   }
   // One element of a row: the code for it is large next to the order for it.
-  __device__ float probability(Task task, const Law& law, int32_t row, int32_t token) const {
+  __device__ Proposal proposal(Task task, const Law& law, int32_t row, int32_t token) const {
     if (leader()) {
       shared_.order->weights.target = law;
       shared_.order->row = row;
       shared_.order->count = token;
     }
     post(task);
-    return shared_.answer->pass.sum;
+    return {shared_.answer->pass.sum, shared_.answer->pass.winner != 0};
   }
   __device__ void post(Task task) const {
     if (leader()) shared_.order->task = task;
@@ -236,13 +247,21 @@ class Servants {
         break;
       case Task::kTargetProbability:
       case Task::kDraftProbability:
-        if (leader()) shared_.answer->pass.sum = probability(order);
+        if (leader()) {
+          const Proposal found = proposal(order);
+          shared_.answer->pass = {found.probability, found.possible};
+        }
         break;
       case Task::kPass:
       case Task::kRace:
       case Task::kRaceTop:
         answer_race(order);
         break;
+      case Task::kGreatestOfDraft: {
+        const float greatest = greatest_of_draft(reduce_, rows_, order.weights.first, shared_.bits);
+        if (leader()) shared_.answer->pass.sum = greatest;
+        break;
+      }
       case Task::kTopLogits:
         answer_top_logits(order);
         break;
@@ -266,31 +285,66 @@ class Servants {
     if (leader()) shared_.answer->law = law;
   }
 
-  __device__ float probability(const Order& order) const {
+  __device__ Proposal proposal(const Order& order) const {
     const bool of_target = order.task == Task::kTargetProbability;
     const int32_t id = of_target ? order.count : rows_.draft_id(order.count);
-    if (id < 0) return 0.0f;
+    if (id < 0) return {0.0f, false};
     const Law& law = order.weights.target;
-    if (law.one_hot) return id == law.argmax ? 1.0f : 0.0f;
-    return probability_of(law, logit_at(of_target ? rows_.target(order.row) : rows_.draft(order.row), id), id);
+    if (law.one_hot) return {id == law.argmax ? 1.0f : 0.0f, id == law.argmax};
+    const float logit = logit_at(of_target ? rows_.target(order.row) : rows_.draft(order.row), id);
+    return {probability_of(law, logit, id), logit > negative_infinity() && keeps(law, logit, id)};
   }
 
-  // The best tokens of one race come out one by one: each pass looks below the one before.
+  // The best tokens of one race come out one by one: each pass looks below the one before. Where p alone is raced for
+  // and a score is not sure, the drawn tokens are excluded, and the rest of the race is one relative to the greatest
+  // logit left: that is one factor for all scores.
   __device__ __forceinline__ void answer_race(const Order& order) {
     const bool many = order.task == Task::kRaceTop;
     const NoiseKey noise = order.noise;
     uint64_t limit = kNoLimit;
-    for (int32_t i = 0; i < (many ? order.count : 1); ++i) {
+    for (int32_t i = 0; i < (many ? order.count : 1);) {
       const WeightsSum sum = pass_over(reduce_, rows_, order.weights, shared_.bits, {0, rows_.p.vocab},
                                        order.task != Task::kPass, noise, limit);
+      const bool stated = limit == kNoLimit && i > 0;  // it has been so for this token
+      if (many && i > 0 && !stated && !is_sure(sum.best) && state_anew(order, i)) {
+        limit = kNoLimit;
+        continue;
+      }
       limit = sum.best;
-      if (!leader()) continue;
-      if (many) {
-        order.out[i] = token_or_none(sum.best);
-      } else {
-        shared_.answer->pass = {sum.sum, token_or_none(sum.best)};
+      if (leader()) {
+        if (many) {
+          order.out[i] = token_or_none(sum.best);
+        } else {
+          shared_.answer->pass = {sum.sum, token_or_none(sum.best)};
+        }
+      }
+      ++i;
+    }
+    if (many && leader()) {
+      for (int32_t i = 0; i < order.count; ++i) {
+        if (order.out[i] >= 0) shared_.bits[order.out[i] / 32] = 0;
       }
     }
+  }
+
+  // Excludes the first `drawn` tokens and makes the target's law relative to what is left. False where that can't be.
+  __device__ bool state_anew(const Order& order, int32_t drawn) {
+    const Weights& weights = order.weights;
+    if (weights.terms > 0 || weights.target.one_hot) return false;
+    if (leader()) {
+      for (int32_t i = 0; i < drawn; ++i) {
+        if (order.out[i] >= 0) shared_.bits[order.out[i] / 32] |= 1u << order.out[i] % 32;
+      }
+    }
+    reduce_.team.sync();
+    const float max = greatest_left(reduce_, rows_.target(weights.node), weights.target,
+                                    [&](int32_t id) { return !has_token(shared_.bits, id); });
+    if (leader() && max > negative_infinity()) {
+      shared_.order->weights.target.max = max;
+      shared_.order->weights.target.inverse_sum = 1.0f;
+    }
+    reduce_.team.sync();
+    return max > negative_infinity();
   }
 
   __device__ void answer_top_logits(const Order& order) {

@@ -26,8 +26,8 @@ struct SampleLaunch {
   int32_t* counters;
 
   // Filled in by the launcher.
-  int32_t spans;           // blocks that share a row
-  int64_t keys, statuses;  // where each begins in the scratch
+  int32_t spans;                  // blocks that share a row
+  int64_t keys, drawn, statuses;  // where each begins in the scratch
 };
 
 }  // namespace specdec

@@ -18,16 +18,22 @@
 //
 // Rows, of one request:
 //   Law target_law(node, bool with_entropy), draft_law(row)      the sampling parameters applied; greedy rule: argmax
-//   only float target_probability(law, node, token), draft_probability(law, row, token)      token: of the target's
-//   vocabulary void exclude(token), include(token), bool excluded(token)    visible after sync(); at first and at last
-//   there are none Pass pass(weights)                       the sum alone Pass race(weights, NoiseKey)             sum
-//   and winner; if weights but no scores are above 0, the greatest weight void race_top(weights, NoiseKey, count,
-//   int32_t* out)        the best `count` that have a score, then -1; if weights
-//                                            but no scores are above 0, the greatest weights
+//   only
+//   float target_probability(law, node, token), draft_probability(law, row, token)
+//       of a token of the target's vocabulary
+//   Proposal draft_proposal(law, row, token)                     the latter, and whether the row could propose it
+//   void exclude(token), include(token), bool excluded(token)    visible after sync(); at first and at last there are
+//   none
+//   Pass pass(weights)                       the sum alone
+//   Pass race(weights, NoiseKey)             sum and winner; if weights but no scores are above 0, the greatest weight
+//   void race_top(weights, NoiseKey, count, int32_t* out)        the best `count`, then -1 where there are fewer; of p
+//       alone (no terms) every possible token can come, however unlikely it is next to those before it
 //   void top_logits(node, count, int32_t* out)                   ids of the greatest logits above -inf, then -1
-//   RhoSums rho_sums(node, target, draft, from, step)            sum of max(0, p - (from + (i + 1) * step) * q), i < 7
+//   RhoSums rho_sums(node, target, draft, from, step)            sum of min(p, (from + (i + 1) * step) * q), i < 7
+//   float greatest_of_draft(law, row)        the greatest logit that the law keeps, of tokens not excluded; else -inf
+//   void forget_weights(row)                 whatever was kept of a draft row: its law is going to change
 //   bool leader(); void sync();              one thread writes; all threads meet
-//   static float log(float), exp(float), log1p(float), expm1(float)
+//   static float log(float), exp(float), exp2(float), log1p(float), expm1(float)
 // A law that is one_hot has probability 1 at its argmax (for a draft row: at the token whose draft id that is).
 #pragma once
 

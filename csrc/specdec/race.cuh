@@ -61,8 +61,9 @@ __device__ inline void draft_probabilities(const RequestRows& rows, const Term& 
 // Turns a chunk of the target's logits into weights.
 __device__ inline void weigh(const RequestRows& rows, const Weights& w, const uint32_t* bits, int32_t first,
                              float (&weight)[kChunk]) {
+  const bool of_draft = w.kind == WeightKind::kDraft;
 #pragma unroll
-  for (int i = 0; i < kChunk; ++i) weight[i] = probability_of(w.target, weight[i], first + i);
+  for (int i = 0; i < kChunk; ++i) weight[i] = of_draft ? 0.0f : probability_of(w.target, weight[i], first + i);
   const float inverse_rho = 1.0f / w.rho;
 #pragma unroll 1
   for (int32_t t = 0; t < w.terms; ++t) {
@@ -71,7 +72,8 @@ __device__ inline void weigh(const RequestRows& rows, const Weights& w, const ui
     draft_probabilities(rows, term, first, q);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      weight[i] -= w.kind == WeightKind::kKseq ? w.gain * fminf(q[i], weight[i] * inverse_rho) : term.factor * q[i];
+      weight[i] -= w.kind == WeightKind::kKseq ? w.gain * fminf(q[i], weight[i] * inverse_rho)
+                                               : (of_draft ? -1.0f : term.factor) * q[i];
     }
   }
   const uint32_t excluded = w.with_excluded ? 0 : bits[first / 32] >> first % 32;
@@ -105,6 +107,11 @@ __device__ __forceinline__ float score_of(uint64_t key) {
   const uint32_t high = uint32_t(key >> 32);
   return high >> 31 != 0 ? float_of(high & 0x7fffffffu) : 0.0f;
 }
+
+// No uniform is below 2^-33. So a token whose weight is no normal number, and which float32 holds badly or not at all,
+// has a score below this one, and scores above it are right and complete.
+constexpr float kLeastScore = 0x1p-92f;
+__device__ __forceinline__ bool is_sure(uint64_t key) { return score_of(key) >= kLeastScore; }
 
 // Lets the tokens of a chunk meet.
 __device__ __forceinline__ void race_chunk(const NoiseKey& noise, int32_t first, const float (&weight)[kChunk],
@@ -156,7 +163,7 @@ __device__ inline RhoSums rho_sums_of(TeamReducer& reduce, const RequestRows& ro
     for (int i = 0; i < kChunk; ++i) {
       const float p = probability_of(w.target, z[i], first + i);
 #pragma unroll
-      for (int k = 0; k < kRhoPoints; ++k) sums.sum[k] += fmaxf(0.0f, p - (low + float(k + 1) * step) * q[i]);
+      for (int k = 0; k < kRhoPoints; ++k) sums.sum[k] += fminf(p, (low + float(k + 1) * step) * q[i]);
     }
   });
   return reduce(sums, [](const RhoSums& a, const RhoSums& b) {
@@ -165,6 +172,36 @@ __device__ inline RhoSums rho_sums_of(TeamReducer& reduce, const RequestRows& ro
     for (int k = 0; k < kRhoPoints; ++k) both.sum[k] = a.sum[k] + b.sum[k];
     return both;
   });
+}
+
+// The greatest logit of a row that its law keeps, of ids that are left; -inf: none.
+template <class IsLeft>
+__device__ inline float greatest_left(TeamReducer& reduce, const Row& row, const Law& law, const IsLeft& is_left) {
+  float best = negative_infinity();
+  for_each_chunk(reduce.team, row, whole(row), [&](int32_t first, const float (&logit)[kChunk]) {
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) {
+      if (logit[i] > best && keeps(law, logit[i], first + i) && is_left(first + i)) best = logit[i];
+    }
+  });
+  return from_ordered(uint32_t(reduce.greatest(ordered(best))));
+}
+
+// The same of the draft's row that a term names, and of tokens that are not in a set.
+__device__ inline float greatest_of_draft(TeamReducer& reduce, const RequestRows& rows, const Term& term,
+                                          const uint32_t* bits) {
+  const Row row = rows.draft(term.row);
+  if (rows.p.target_to_draft == nullptr) {
+    return greatest_left(reduce, row, term.law, [&](int32_t id) { return !has_token(bits, id); });
+  }
+  float best = negative_infinity();
+  for (int32_t token = reduce.team.rank; token < rows.p.vocab; token += reduce.team.size) {
+    const int32_t id = has_token(bits, token) ? -1 : rows.draft_id(token);
+    if (id < 0) continue;
+    const float logit = logit_at(row, id);
+    if (logit > best && keeps(term.law, logit, id)) best = logit;
+  }
+  return from_ordered(uint32_t(reduce.greatest(ordered(best))));
 }
 
 // The greatest finite logit of a span whose key is below a limit; 0: none.

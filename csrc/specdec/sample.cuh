@@ -4,7 +4,9 @@
 // cache) for the span's best `count` tokens, whose scores are with respect to the greatest logit of the span. The block
 // that arrives last at the row merges the parts in the order of the row, scales the scores to the greatest logit of
 // all, and picks the winners. A row with top-k or top-p has no race before its cut is known, so there the last block
-// does the rest alone; other rows have other last blocks. It also describes the tokens, as the acceptance ops need it.
+// does the rest alone; other rows have other last blocks. So it does where later tokens are so unlikely next to the
+// first that their scores are not sure: it goes on with the rest of the race, relative to the greatest logit that is
+// left, which is one factor for all scores. It also describes the tokens, as the acceptance ops need it.
 // A second counter brings a request's rows together, for its status.
 #pragma once
 
@@ -74,6 +76,9 @@ struct SampledRow {
   __device__ uint64_t* keys() const {  // [spans, count]
     return reinterpret_cast<uint64_t*>(launch.scratch + launch.keys) + place * launch.spans * p.count;
   }
+  __device__ int32_t* drawn() const {  // [count] ids of the row
+    return reinterpret_cast<int32_t*>(launch.scratch + launch.drawn) + place * p.count;
+  }
   __device__ int32_t* statuses() const {  // [rows] of the request
     return reinterpret_cast<int32_t*>(launch.scratch + launch.statuses) + int64_t(request) * p.rows;
   }
@@ -97,6 +102,27 @@ struct SampledRow {
       if (key > best && (p.replacement || key < limit)) best = key;
     }
     return reduce.greatest(best);
+  }
+
+  __device__ bool is_left(int32_t id, int32_t draws) const {
+    for (int32_t i = 0; i < draws; ++i) {
+      if (drawn()[i] == id) return false;
+    }
+    return true;
+  }
+  // The best token of the row that is not among those drawn.
+  __device__ uint64_t next_left(TeamReducer& reduce, const Law& law, int32_t draws) const {
+    Best best;
+    for_each_chunk(reduce.team, logits, whole(logits), [&](int32_t first, const float (&logit)[kChunk]) {
+      float weight[kChunk];
+#pragma unroll
+      for (int i = 0; i < kChunk; ++i) {
+        weight[i] = first + i < logits.vocab ? kept_weight(law, logit[i], first + i) : 0.0f;
+        if (weight[i] > 0.0f && !is_left(first + i, draws)) weight[i] = 0.0f;
+      }
+      race_chunk(noise(0), first, weight, kNoLimit, best);
+    });
+    return reduce.greatest(best.key);
   }
 
   // By one thread: token `draw` and its description. id -1: there is none.
@@ -140,17 +166,34 @@ __device__ inline int32_t write_row(TeamReducer& reduce, const CutScratch& cut, 
 
   const bool drafting = p.domain == SampleDomain::kDraft, leader = reduce.team.rank == 0;
   const bool repeats_argmax = !law.valid || (row.by_logit && p.replacement);
+  Law raced = law;    // relative to the greatest logit that is left
+  bool anew = false;  // whether that is another than the row's
   uint64_t limit = kNoLimit;
   for (int32_t draw = 0; draw < p.count; ++draw) {
     int32_t id = -1;
     if (repeats_argmax) {
       if ((law.valid || !drafting) && (draw == 0 || p.replacement)) id = law.argmax;
     } else if (limit != 0) {
-      limit = row.is_cut ? row.next_key(reduce, law, whole(row.logits), draw, limit)
-                         : row.next_merged(reduce, law, draw, limit);
+      if (anew) {
+        reduce.team.sync();  // drawn() is read by all
+        limit = row.next_left(reduce, raced, draw);
+      } else {
+        limit = row.is_cut ? row.next_key(reduce, law, whole(row.logits), draw, limit)
+                           : row.next_merged(reduce, law, draw, limit);
+      }
+      if (draw > 0 && !row.by_logit && !p.replacement && !is_sure(limit)) {
+        anew = true;
+        reduce.team.sync();
+        raced.max =
+            greatest_left(reduce, row.logits, law, [&](int32_t candidate) { return row.is_left(candidate, draw); });
+        limit = raced.max > negative_infinity() ? row.next_left(reduce, raced, draw) : 0;
+      }
       id = token_or_none(limit);
     }
-    if (leader) row.write(law, draw, id);
+    if (leader) {
+      row.write(law, draw, id);
+      row.drawn()[draw] = id;
+    }
   }
   if (leader && p.logsumexp != nullptr) {
     const float total = law.max / row.temperature() - logf(law.inverse_sum);

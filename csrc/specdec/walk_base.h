@@ -23,7 +23,7 @@ SPECDEC_WALK bool is_eos(const AcceptParams& p, int32_t token) {
 // The distribution of one row: weight exp2((z - max) * scale) of every kept id, z > cut or (z == cut and id <= cut_id),
 // times inverse_sum. Ids are the row's own: draft ids for a row of a reduced vocabulary.
 struct Law {
-  float max, scale, inverse_sum;
+  float max, scale, inverse_sum;  // max: the greatest logit, of a law that was stated anew of those not excluded
   float cut;
   int32_t cut_id;
   int32_t argmax;  // the lowest of equals; for an invalid row the id that stands for it
@@ -43,6 +43,7 @@ enum class WeightKind : int32_t {
   kResidual,   // max(0, p - sum of terms); without terms p itself
   kKseq,       // max(0, p - gain * min(q, p / rho)), q of `first`
   kThreshold,  // p where p > threshold, else 0
+  kDraft,      // q of `first`, which belongs to a row of the draft; p is not asked for
 };
 
 // Weights over the target's vocabulary at one node. `terms` counts `first` as well. Excluded tokens have no weight,
@@ -58,12 +59,18 @@ struct Weights {
   bool with_excluded;
 };
 
+// What a draft row gives a token. One that is possible may have a probability too small for a float.
+struct Proposal {
+  float probability;
+  bool possible;
+};
+
 struct Pass {
   float sum;
   int32_t winner;  // of the race, if one was asked for; -1 if no weight is above 0
 };
 
-// Seven points at once are three steps of bisection.
+// sum of min(p, rho * q) at several rho. Seven points at once are three steps of bisection.
 constexpr int kRhoPoints = 7;
 struct RhoSums {
   float sum[kRhoPoints];
@@ -80,7 +87,8 @@ struct WalkState {
   Law draft;                  // parent rows: of the node's draft row
   Law edge;                   // child rows: of the draft row that proposed this node
   float mass;                 // N
-  float removed;              // parent rows, without replacement: q mass of the rejected siblings
+  float left;                 // parent rows, without replacement: sum of q over the tokens that are not excluded
+  float summed;               // the same when it was summed last: below that, differences have been taken
   float factor;               // parent rows: c of the one term
   int32_t first_term, terms;  // child rows: of WalkScratch::terms
   float alpha;                // traversal: the weight of the path down to the node

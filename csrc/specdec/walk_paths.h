@@ -108,9 +108,9 @@ class PathWalk : WalkBase<Rows> {
   SPECDEC_WALK bool passes_alone(int32_t node, int32_t child, const Law& target, const Law& draft) {
     const int32_t token = token_of(child);
     const float probability = rows.target_probability(target, node, token);
-    const float proposal = greedy || !p.draft ? 1.0f : rows.draft_probability(draft, node, token);
-    if (!(proposal > 0)) status |= kDraftTokenImpossible;
-    return proposal > 0 && probability > 0 && coin(child) * proposal < probability;
+    const Proposal proposal = greedy || !p.draft ? Proposal{1.0f, true} : rows.draft_proposal(draft, node, token);
+    if (!proposal.possible) status |= kDraftTokenImpossible;
+    return proposal.possible && probability > 0 && coin(child) * proposal.probability < probability;
   }
   SPECDEC_WALK void write_longest_path(int32_t end) {
     const int32_t level = scratch.marks[end].depth;

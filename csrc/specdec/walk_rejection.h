@@ -1,4 +1,11 @@
 // Rules that reject siblings one after the other and remember what that leaves of the target's law.
+//
+// Which sums may be differences, in float32? Those on the target's side: N, and 1 - alpha. A node is left with N, or
+// with S + 1 - alpha, in just as large a part of all runs, so an error of 1e-7 in them moves the result's law by 1e-7,
+// however small they are. What is left of a draft row is another matter: children are drawn without a coin, so a row
+// that has lost nearly all of its probability to the first of them is met in nearly all runs, and its later children
+// are judged by the rest alone. So that rest is summed wherever a difference would lose bits, and where it is too small
+// a number, the row's law is stated anew, in proportion to the greatest probability that is left (take_from_draft).
 #pragma once
 
 #include "specdec/walk_base.h"
@@ -18,7 +25,7 @@ class RejectionWalk : WalkBase<Rows> {
       const Candidate candidate = next_candidate(s);
       if (candidate.child < 0) break;
       const float w = weight_of(s, candidate.token);
-      if (w > 0 && coin(candidate.child) * candidate.proposal * s.mass < w * left_to_draw(s)) {
+      if (w > 0 && coin(candidate.child) * candidate.proposal * s.mass < w * s.left) {
         mark_rejected(s, candidate.child, false);
         s = start(candidate.child, s.level + 1, 0);
         write_node(s.level, s.node);
@@ -65,16 +72,13 @@ class RejectionWalk : WalkBase<Rows> {
 
   SPECDEC_WALK bool child_rows() const { return p.draft && p.child_rows; }
   SPECDEC_WALK bool parent_rows() const { return p.draft && !p.child_rows; }
-  // What is left of the draft row: the proposal of a child is q(x) / left.
-  SPECDEC_WALK float left_to_draw(const WalkState& s) const {
-    return parent_rows() && !p.replacement ? 1.0f - s.removed : 1.0f;
-  }
 
   SPECDEC_WALK WalkState start(int32_t node, int32_t level, int32_t first_term) {
     WalkState s{};
     s.node = node;
     s.level = level;
     s.mass = 1.0f;
+    s.left = s.summed = 1.0f;
     s.alpha = 1.0f;
     s.first_term = first_term;
     s.child = own(children_to_try(node, level), node);
@@ -101,8 +105,9 @@ class RejectionWalk : WalkBase<Rows> {
           s.draft_opened = s.draft.valid;
           if (!s.draft_opened) break;
         }
-        candidate.proposal = proposal(s, candidate);
-        if (candidate.proposal > 0) return candidate;
+        const Proposal given = proposal(s, candidate);
+        candidate.proposal = given.probability;
+        if (given.possible) return candidate;
       }
       s.rejected = true;
       status |= kDraftTokenImpossible;
@@ -115,12 +120,41 @@ class RejectionWalk : WalkBase<Rows> {
   SPECDEC_WALK int32_t own(int32_t child, int32_t node) {
     return p.rule == AcceptRule::kTraversal ? claim(child, node) : child;
   }
-  SPECDEC_WALK float proposal(const WalkState& s, const Candidate& candidate) {
-    if (!p.draft) return 1.0f;
-    if (p.child_rows) return rows.draft_probability(candidate.edge, candidate.child, candidate.token);
-    if (!p.replacement && rows.excluded(candidate.token)) return 0.0f;  // it was removed from the row
-    return rows.draft_probability(s.draft, s.node, candidate.token);
+  SPECDEC_WALK Proposal proposal(const WalkState& s, const Candidate& candidate) {
+    if (!p.draft) return {1.0f, true};
+    if (p.child_rows) return rows.draft_proposal(candidate.edge, candidate.child, candidate.token);
+    if (!p.replacement && rows.excluded(candidate.token)) return {0.0f, false};  // it was removed from the row
+    return rows.draft_proposal(s.draft, s.node, candidate.token);
   }
+
+  // Takes a token that is excluded by now out of the draft's row. left: from it the children are drawn that follow.
+  SPECDEC_WALK void take_from_draft(WalkState& s, float proposal) {
+    s.left -= proposal;
+    if (s.left >= kSafePart * s.summed) return;
+    s.left = s.summed = left_of_draft(s);
+    if (s.left >= kLeastLeft || s.draft.one_hot) return;
+    const float max = rows.greatest_of_draft(s.draft, s.node);
+    s.left = s.summed = max > -HUGE_VALF ? 1.0f : 0.0f;
+    if (!(max > -HUGE_VALF)) return;
+    // exp2 of what is excluded may be infinite from here on. It is looked at nowhere.
+    const float ratio = Rows::exp2((max - s.draft.max) * s.draft.scale) * s.draft.inverse_sum;
+    rows.forget_weights(s.node);
+    s.draft.max = max;
+    s.draft.inverse_sum = 1.0f;
+    const float sum = left_of_draft(s);
+    s.draft.inverse_sum = 1.0f / sum;
+    s.factor *= ratio * sum;
+  }
+  SPECDEC_WALK float left_of_draft(const WalkState& s) {
+    Weights w = plain(s.node, s.target);
+    w.kind = WeightKind::kDraft;
+    w.terms = 1;
+    w.first = {s.draft, s.node, 1.0f};
+    return rows.pass(w).sum;
+  }
+  static constexpr float kSafePart = 0.125f;       // a difference of that part of a sum has lost three bits
+  static constexpr float kLeastLeft = 0x1p-64f;    // what is 2^-62 of that is still a normal number
+  static constexpr float kMostFactor = 0x1p+120f;  // of a path that is kept with a probability below 2^-50
 
   SPECDEC_WALK Weights weights_of(const WalkState& s) const {
     Weights w = plain(s.node, s.target);
@@ -158,17 +192,24 @@ class RejectionWalk : WalkBase<Rows> {
       s.mass = before - weight_of(s, candidate.token);
     } else if (p.child_rows) {
       rows.sync();
-      if (rows.leader()) scratch.terms[s.first_term + s.terms] = {candidate.edge, candidate.child, before / s.alpha};
+      const float factor = before / s.alpha;
+      if (rows.leader()) {
+        scratch.terms[s.first_term + s.terms] = {candidate.edge, candidate.child,
+                                                 factor < kMostFactor ? factor : kMostFactor};
+      }
       s.terms++;
     } else {
-      s.factor += before / (s.alpha * left_to_draw(s));
-      if (!p.replacement) s.removed += candidate.proposal;
-      if (!(left_to_draw(s) > 0)) s.child = -1;
+      const float factor = s.factor + before / (s.alpha * s.left);
+      s.factor = factor < kMostFactor ? factor : kMostFactor;
     }
     rows.sync();
     rows.exclude(candidate.token);
     rows.sync();
     if (!p.draft && s.mass >= 0x1p-10f) return;  // beyond that, a difference has lost too many bits
+    if (parent_rows() && !p.replacement && s.child >= 0) {
+      take_from_draft(s, candidate.proposal);
+      if (!(s.left > 0)) s.child = -1;
+    }
     s.raced = ends_here && s.child < 0;
     const Weights weights = weights_of(s);
     const Pass pass = s.raced ? rows.race(weights, key(kNoiseResidual, s.node)) : rows.pass(weights);
@@ -187,7 +228,7 @@ class RejectionWalk : WalkBase<Rows> {
       for (int32_t child = unless_padding(first_child(s.node)); child >= 0 && child != end; child = next_child(child)) {
         const int32_t token = token_of(child);
         if (!is_token(token)) continue;
-        if (!excluded || !p.draft || rows.draft_probability(s.draft, s.node, token) > 0) mark(token, excluded);
+        if (!excluded || !p.draft || rows.draft_proposal(s.draft, s.node, token).possible) mark(token, excluded);
       }
     }
     rows.sync();
@@ -220,10 +261,11 @@ class RejectionWalk : WalkBase<Rows> {
   SPECDEC_WALK float alpha_of(const WalkState& s, const Candidate& candidate) {
     const float w = weight_of(s, candidate.token);
     if (!(w > 0) || !(s.mass > 0)) return 0.0f;
-    const float alpha = s.alpha * w * left_to_draw(s) / (s.mass * candidate.proposal);
+    const float alpha = s.alpha * (w / s.mass) * (s.left / candidate.proposal);
     return alpha < 1.0f ? alpha : 1.0f;
   }
-  // alpha after the loss of a child: S / (S + 1 - alpha), S = sum of (alpha p - q)+. That of node 0 stays 1.
+  // alpha after the loss of a child: S / (S + 1 - alpha), S = sum of (alpha p - q)+. That of node 0 stays 1. The loss
+  // itself has the probability S + 1 - alpha.
   SPECDEC_WALK void remove(WalkState& s, const Candidate& candidate) {
     const float before = s.mass;
     reject(s, candidate, s.level == 0);
@@ -247,7 +289,7 @@ class RejectionWalk : WalkBase<Rows> {
     s = scratch.states[s.level - 1];
     rows.sync();  // before the state is written again
     mark_rejected(s, leaf.child, true);
-    leaf.proposal = proposal(s, leaf);
+    leaf.proposal = proposal(s, leaf).probability;
     return leaf;
   }
 };

@@ -46,7 +46,8 @@ class MatchWalk : WalkBase<Rows> {
   }
 };
 
-// One coin for all children of a node, against the mass of those tried so far. Repeats are skipped.
+// One coin for all children of a node, against the mass of those tried so far. Repeats are skipped. The next token is
+// drawn from the weights of the others themselves: what the mass leaves of 1 is asked by the coin alone.
 template <class Rows>
 class CoinWalk : WalkBase<Rows> {
   SPECDEC_WALK_NAMES(Rows);
@@ -155,11 +156,11 @@ class KseqWalk : WalkBase<Rows> {
           at.opened = true;
           find_rho(node, first, at);
         }
-        const float proposal = rows.draft_probability(at.draft, node, token);
+        const Proposal proposal = rows.draft_proposal(at.draft, node, token);
         const float probability = rows.target_probability(at.target, node, token);
-        if (!(proposal > 0)) {
+        if (!proposal.possible) {
           status |= kDraftTokenImpossible;
-        } else if (probability > 0 && coin(child) * at.rho * proposal < probability) {
+        } else if (probability > 0 && coin(child) * at.rho * proposal.probability < probability) {
           return child;
         }
       } else {
@@ -175,7 +176,7 @@ class KseqWalk : WalkBase<Rows> {
   SPECDEC_WALK void find_rho(int32_t node, int32_t first, Level& at) {
     float draws = 0.0f;
     for (int32_t child = first; child >= 0; child = next_child(child)) draws += 1.0f;
-    float low = 1.0f, high = draws;
+    float low = 1.0f, high = draws, beta_at_high = -1.0f;
     at.rho = at.gain = 1.0f;
     if (draws <= 1.0f) return;
     for (int pass = 0; pass < kMostPasses && is_wide(low, high); ++pass) {
@@ -197,18 +198,16 @@ class KseqWalk : WalkBase<Rows> {
           low = from + float(middle) * step;
         }
       }
+      for (int i = 0; i < kRhoPoints; ++i) beta_at_high = i + 1 == above ? beta_of(sums.sum[i], high) : beta_at_high;
     }
     at.rho = high;
-    Weights left = plain(node, at.target);
-    left.terms = 1;
-    left.first = {at.draft, node, high};
-    const float beta = beta_of(rows.pass(left).sum, high);
-    at.gain = beta > 0 ? reached(beta, draws) / beta : draws;
+    if (beta_at_high < 0) beta_at_high = beta_of(rows.rho_sums(node, at.target, at.draft, high, 0.0f).sum[0], high);
+    at.gain = beta_at_high > 0 ? reached(beta_at_high, draws) / beta_at_high : draws;
   }
   SPECDEC_WALK static bool is_wide(float low, float high) { return high - low > low * 0x1p-12f; }
-  SPECDEC_WALK static float beta_of(float left, float rho) {
-    const float beta = (1.0f - left) / rho;
-    return beta > 0 ? beta < 1.0f ? beta : 1.0f : 0.0f;
+  SPECDEC_WALK static float beta_of(float sum, float rho) {
+    const float beta = sum / rho;
+    return beta < 1.0f ? beta : 1.0f;
   }
   SPECDEC_WALK static float reached(float beta, float draws) { return -Rows::expm1(draws * Rows::log1p(-beta)); }
 };

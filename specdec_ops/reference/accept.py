@@ -9,7 +9,7 @@ import torch
 from specdec_ops.status import AcceptStatus
 
 from . import accept_rules, noise
-from .sample import MINUS_INFINITY, law, ordered, settings_of
+from .sample import MINUS_INFINITY, law, ordered, settings_of, without
 
 
 class Noise:
@@ -23,16 +23,14 @@ class Noise:
         u = self.disturb(torch.tensor(noise.coin(self.seed, self.position, node, level=level), dtype=torch.float64))
         return float(u) * left < right
 
-    def scores(self, weights, domain, node):
-        drawn = noise.exponentials(len(weights), self.seed, self.position, domain, node)
-        return noise.scores(weights, self.disturb(drawn))
+    def exponentials(self, vocab, domain, node):
+        return self.disturb(noise.exponentials(vocab, self.seed, self.position, domain, node))
 
     def draw(self, weights, domain, node) -> int:
-        return noise.lowest_argmax(self.scores(weights, domain, node))
+        return noise.race(weights, self.exponentials(len(weights), domain, node))
 
-    def draw_many(self, weights, domain, node, count) -> list[int]:
-        score = self.scores(weights, domain, node)
-        return ordered(torch.where(score > 0, score, MINUS_INFINITY), count)
+    def draw_many(self, logs, domain, node, count) -> list[int]:
+        return ordered(noise.log_scores(logs, self.exponentials(len(logs), domain, node)), count)
 
     def sample(self, weights, depth) -> int:
         drawn = noise.exponentials(len(weights), self.seed, self.position + depth + 1, noise.SAMPLE, 0)
@@ -46,10 +44,10 @@ class GreedyTop(Noise):
         super().__init__(0, 0)
         self.logits = logits
 
-    def draw_many(self, weights, domain, node, count) -> list[int]:
+    def draw_many(self, logs, domain, node, count) -> list[int]:
         row = self.logits[node].double().cpu()
         valid = bool((row < float("inf")).all()) and bool((row > MINUS_INFINITY).any())
-        return ordered(row, count) if valid else [noise.lowest_argmax(weights)]
+        return ordered(row, count) if valid else [noise.lowest_argmax(logs)]
 
 
 class Links:
@@ -132,26 +130,46 @@ class Request(Links):
         self.laws = {}
 
     def target(self, node):
+        return self.target_law(node).probabilities
+
+    def target_logs(self, node):
+        return self.target_law(node).logs
+
+    def target_law(self, node):
         row = self.read(("target", node), self.target_rows, node, self.settings)
         if not row.valid:
             self.flag(AcceptStatus.TARGET_INVALID)
-        return row.probabilities
+        return row
 
     def argmax(self, node):
         if self.target_rows.dim() == 1:  # given as ids
             return int(self.target_rows[node])
         return noise.lowest_argmax(self.target(node))  # one-hot, see request_of
 
-    def proposal(self, child):
-        node = child if self.own_proposals else self.claimed[child]
-        row = self.read(("draft", node), self.draft_rows, node, self.draft_settings)
+    def proposal(self, child, removed=()):
+        row = self.draft_law(child)
         if not row.valid:
             self.flag(AcceptStatus.DRAFT_INVALID)
             return None
+        if not removed:
+            return self.of_target(row.probabilities, 0.0)
+        return without(self.of_target(row.logs, MINUS_INFINITY), removed)
+
+    def proposes(self, child, removed=()):
+        token = self.token(child)
+        return token not in removed and float(self.of_target(self.draft_law(child).logs, MINUS_INFINITY)[token]) > (
+            MINUS_INFINITY
+        )
+
+    def draft_law(self, child):
+        node = child if self.own_proposals else self.claimed[child]
+        return self.read(("draft", node), self.draft_rows, node, self.draft_settings)
+
+    def of_target(self, values, unknown):
+        """A draft row's values by the ids of the target."""
         if self.target_to_draft is None:
-            return row.probabilities
-        known = self.target_to_draft >= 0
-        return torch.where(known, row.probabilities[self.target_to_draft.clamp(min=0)], 0.0)
+            return values
+        return torch.where(self.target_to_draft >= 0, values[self.target_to_draft.clamp(min=0)], unknown)
 
     def read(self, key, rows, node, settings):
         if key not in self.laws:

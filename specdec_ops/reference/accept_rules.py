@@ -9,7 +9,10 @@ Each rule is a function of one request, seen through two objects:
     With `once`, a node that another parent has yielded is none: only a malformed tree has such a node.
     token(node): a drafted token. depth(node).
     target(node): the target's distribution after the node, float64 [vocab]. argmax(node): its most probable token.
-    proposal(child): the distribution that the child was drawn from, float64 [vocab]; None if it can't be used.
+    target_logs(node): natural logarithms of the same, up to a constant; finite however unlikely a token is.
+    proposal(child, removed): the distribution that the child was drawn from, float64 [vocab], normalised once the
+    removed tokens are out; None if it can't be used, or if nothing is left of it.
+    proposes(child, removed): whether the child's token can be drawn from that, even if so rarely that a float is 0.
     own_proposals: whether siblings have proposals of their own, each given what was drawn before it.
     one_hot: whether children are functions of their prefix, drawn from nothing: their proposal is all on themselves.
     greedy: whether the target's temperature is 0.
@@ -19,6 +22,7 @@ Each rule is a function of one request, seen through two objects:
     coin(node, left, right): whether u * left < right, for a uniform u of the node. `level` names one coin for all
     children of a node.
     draw(weights, domain, node): a token with probability proportional to its weight.
+    draw_many(logs, domain, node, count): tokens drawn without replacement from weights of which these are the logs.
     sample(weights, depth): the same, with the noise of plain sampling at that depth.
 With the noise of `reference.noise` they are what ops do; with a choice that enumerates, the exact law comes out.
 
@@ -52,13 +56,12 @@ def proposal_left(tree, child, removed, replacement):
         proposal = torch.zeros_like(tree.target(0))
         proposal[tree.token(child)] = 1
         return proposal
-    proposal = tree.proposal(child)
-    if proposal is None or replacement or not removed or tree.own_proposals:
-        return proposal
-    proposal = proposal.clone()
-    proposal[removed] = 0
-    total = float(proposal.sum())
-    return proposal / total if total > 0 else None
+    return tree.proposal(child, [] if replacement or tree.own_proposals else removed)
+
+
+def is_impossible(tree, child, removed, replacement):
+    """Whether the child was not drawn from its proposal, whatever was said."""
+    return not tree.one_hot and not tree.proposes(child, [] if replacement or tree.own_proposals else removed)
 
 
 def finish(tree, choice, node, left, removed, rejected):
@@ -116,7 +119,7 @@ def recursive(tree, choice, replacement=False):
             if q is None:
                 break
             rejected = True
-            if not q[token] > 0:  # it was not drawn from q, whatever was said
+            if is_impossible(tree, child, removed, replacement):
                 tree.flag(DRAFT_TOKEN_IMPOSSIBLE)
                 continue
             if choice.coin(child, float(q[token]), float(p[token])):
@@ -185,11 +188,12 @@ def traversal(tree, choice, replacement=False):
         if q is None:
             if not tree.own_proposals:
                 level.children = iter(())
-        elif not q[token] > 0:
+        elif is_impossible(tree, child, level.removed, replacement):
             level.rejected = True
             tree.flag(DRAFT_TOKEN_IMPOSSIBLE)
         else:
-            alpha = min(1.0, level.alpha * float(level.p[token]) / float(q[token]))
+            weight, proposed = level.alpha * float(level.p[token]), float(q[token])
+            alpha = weight / proposed if weight < proposed else float(weight > 0)
             if alpha > 0:
                 drawn_from[child] = q
                 levels.append(Level(tree, child, alpha))
@@ -252,7 +256,7 @@ def kseq(tree, choice):
                 factor = kseq_factor(p, q, len(children))
                 left = kseq_residual(p, q, factor, len(children))
             rejected = True
-            if not q[token] > 0:
+            if is_impossible(tree, child, [], True):
                 tree.flag(DRAFT_TOKEN_IMPOSSIBLE)
             elif choice.coin(child, factor * float(q[token]), float(p[token])):
                 accepted = child
@@ -268,20 +272,23 @@ def kseq_factor(p, q, count: int) -> float:
     low, high = 1.0, float(count)
     while high - low > low * 2.0**-12:
         middle = (low + high) / 2
-        beta = float(torch.minimum(q, p / middle).sum())
-        if 1 - (1 - beta) ** count > middle * beta:
+        beta = min(1.0, float(torch.minimum(q, p / middle).sum()))
+        if beta * kseq_gain(beta, count) > middle * beta:
             low = middle
         else:
             high = middle
     return high
 
 
+def kseq_gain(beta: float, count: int) -> float:
+    """(1 - (1 - beta)^count) / beta as the sum that it is: no difference, however small beta is."""
+    return sum((1 - beta) ** number for number in range(count))
+
+
 def kseq_residual(p, q, factor: float, count: int):
     """Weights of the next token when all children were rejected."""
     accepted = torch.minimum(q, p / factor)
-    beta = min(1.0, float(accepted.sum()))
-    gain = (1 - (1 - beta) ** count) / beta if beta > 0 else float(count)
-    return (p - gain * accepted).clamp(min=0)
+    return (p - kseq_gain(min(1.0, float(accepted.sum())), count) * accepted).clamp(min=0)
 
 
 def typical(tree, choice, epsilon=0.3, delta=0.09):
@@ -319,7 +326,9 @@ def longest_path(tree, choice, roots, width):
 
     Every other node is tested on its own, with probability min(1, p(x) / q(x)) and never updated p and q. The deepest
     node whose whole path passed wins, the lowest among equals. `width` next tokens are drawn without replacement: from
-    norm((p - q)+) if the winner has children, from p if it has none, or if it is a root: then it is node 0.
+    norm((p - q)+) if the winner has children, from p if it has none, or if it is a root: then it is node 0. From p
+    every possible token can be drawn. A difference has no logarithm to go by: from (p - q)+ tokens whose weight is 0 in
+    the arithmetic used (here float64, in kernels float32) are not drawn.
 
     Returns:
         The path from the winner's root, and a list of next tokens or None.
@@ -334,7 +343,7 @@ def longest_path(tree, choice, roots, width):
             q = proposal_left(tree, child, [], True)
             if q is None:
                 continue
-            if not q[token] > 0:
+            if is_impossible(tree, child, [], True):
                 tree.flag(DRAFT_TOKEN_IMPOSSIBLE)
             elif choice.coin(child, float(q[token]), float(p[token])):
                 parents[child] = node
@@ -343,16 +352,17 @@ def longest_path(tree, choice, roots, width):
     path = path_to(end, parents)
     if tree.ends(end):
         return path, None
-    left, domain = tree.target(end), BONUS
+    logs, domain = tree.target_logs(end), BONUS
     child = next(tree.children(end), None)
     if parents[end] is not None and child is not None:
         q = None if tree.one_hot else tree.proposal(child)
         if q is not None:
-            left, domain = (left - q).clamp(min=0), RESIDUAL
-            if not float(left.sum()) > 0:
+            left, domain = (tree.target(end) - q).clamp(min=0), RESIDUAL
+            if float(left.sum()) > 0:
+                logs = left.log()
+            else:
                 tree.flag(RESIDUAL_EMPTY)
-                left = tree.target(end)
-    return path, choice.draw_many(left, domain, end, width)
+    return path, choice.draw_many(logs, domain, end, width)
 
 
 def path_to(node, parents):

@@ -99,8 +99,20 @@ def exponentials_of(word: torch.Tensor) -> torch.Tensor:
     return -torch.log1p(-(word.double() + 0.5) * 2.0**-32)
 
 
+def log_scores(logs: torch.Tensor, exponential: torch.Tensor) -> torch.Tensor:
+    """Logarithms of the scores of a race, whose first k tokens are k draws without replacement.
+
+    What is left for the later ones may be less than a float holds, in proportion to what is gone; logarithms are not.
+
+    Args:
+        logs: logarithms of the weights [vocab], not normalised; -inf for what is never drawn.
+        exponential: [vocab].
+    """
+    return logs - exponential.log()
+
+
 def scores(weights: torch.Tensor, exponential: torch.Tensor) -> torch.Tensor:
-    """Scores of a race, whose first is a draw from the weights, and whose first k are k draws without replacement.
+    """Scores of a race, whose first is a draw from the weights.
 
     Args:
         weights: [vocab], not normalised. A token of weight 0 never wins.

@@ -34,6 +34,12 @@ class Law(NamedTuple):
     """float64 [vocab], summing to 1."""
     valid: bool
     """False where the row held NaN or +inf, or nothing but -inf. Then all probability is on one defined token."""
+    logs: torch.Tensor
+    """Natural logarithms of weights in the proportions of the probabilities, float64 [vocab]; -inf where impossible.
+
+    A logit 20 below the greatest is 1,000 below it at temperature .02: its probability is 0 even in float64. Where the
+    tokens above it are out, because they were drawn before, it matters all the same.
+    """
 
 
 def settings_of(request, temperature, temperatures, top_k, top_ks, top_p, top_ps) -> Settings:
@@ -67,17 +73,16 @@ def law(logits, settings: Settings, disturb=None) -> Law:
     """
     z = logits.double()
     if bool(z.isnan().any()) or bool((z == float("inf")).any()) or not bool((z > MINUS_INFINITY).any()):
-        return Law(
-            one_hot(len(z), noise.lowest_argmax(z.nan_to_num(MINUS_INFINITY, float("inf"), MINUS_INFINITY))), False
-        )
+        return certain(len(z), noise.lowest_argmax(z.nan_to_num(MINUS_INFINITY, float("inf"), MINUS_INFINITY)), False)
     if settings.greedy:
-        return Law(one_hot(len(z), noise.lowest_argmax(z)), True)
+        return certain(len(z), noise.lowest_argmax(z), True)
 
-    weights = torch.exp((z - z.max()) / settings.temperature)
+    logs = (z - z.max()) / settings.temperature
     if disturb is not None:
-        weights = disturb(weights)
+        logs = logs + disturb(torch.ones_like(logs)).log()
+    weights = torch.exp(logs)
     if not (settings.top_k > 0 or settings.top_p < 1):
-        return Law(weights / weights.sum(), True)
+        return Law(weights / weights.sum(), True, logs)
     order = torch.sort(z, descending=True, stable=True).indices
     if settings.top_k > 0:
         order = order[: settings.top_k]
@@ -87,14 +92,23 @@ def law(logits, settings: Settings, disturb=None) -> Law:
         order = order[: short + 1]
     kept = torch.zeros_like(weights)
     kept[order] = weights[order]
-    return Law(kept / kept.sum(), True)
+    left = torch.full_like(logs, MINUS_INFINITY)
+    left[order] = logs[order]
+    return Law(kept / kept.sum(), True, left)
 
 
-def one_hot(vocab: int, token: int) -> torch.Tensor:
-    """All probability on one token, float64 [vocab]."""
+def certain(vocab: int, token: int, valid: bool) -> Law:
+    """All probability on one token."""
     row = torch.zeros(vocab, dtype=torch.float64)
     row[token] = 1
-    return row
+    return Law(row, valid, row.log())
+
+
+def without(logs: torch.Tensor, removed: list[int]) -> torch.Tensor | None:
+    """The distribution that logarithms stand for, float64 [vocab], once some tokens are out; None if all are."""
+    left = logs.clone()
+    left[removed] = MINUS_INFINITY
+    return torch.softmax(left, dim=0) if bool((left > MINUS_INFINITY).any()) else None
 
 
 def ordered(values: torch.Tensor, count: int) -> list[int]:
@@ -119,8 +133,7 @@ def draw(logits, settings: Settings, count: int, replacement: bool, exponential)
         return [noise.race(row.probabilities, exponential(number)) for number in range(count)], row
     if row.valid and settings.greedy:
         return ordered(logits.double(), count), row
-    score = noise.scores(row.probabilities, exponential(0))
-    return ordered(torch.where(score > 0, score, MINUS_INFINITY), count), row
+    return ordered(noise.log_scores(row.logs, exponential(0)), count), row
 
 
 def sample(
@@ -217,4 +230,4 @@ def kept_logits(logits, settings: Settings, distribution: Law) -> torch.Tensor:
     z = logits.double()
     if settings.greedy:
         return z
-    return torch.where(distribution.probabilities > 0, z / settings.temperature, MINUS_INFINITY)
+    return torch.where(distribution.logs > MINUS_INFINITY, z / settings.temperature, MINUS_INFINITY)
