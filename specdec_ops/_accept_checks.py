@@ -29,6 +29,7 @@ MAX_NODES = 65_535
 """Noise is keyed by 16 bits of the node."""
 MAX_DRAWS = 65_535
 MAX_EOS = 8
+_NO_TOKEN = -2  # and no padding either
 _LOGIT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
@@ -65,6 +66,13 @@ def check_ids(op: str, name: str, value, batch: int, columns: int, device) -> to
     if value.device != device:
         raise ValueError(wrong_device(op, name, device, value))
     return value if value.is_contiguous() else value.contiguous()
+
+
+def check_tokens(op: str, value, batch: int, columns: int, device) -> torch.Tensor:
+    """Drafted tokens, int32 [batch, columns]. Two that int32 can't hold are not one: they are no tokens."""
+    if isinstance(value, torch.Tensor) and value.dtype == torch.int64:
+        value = torch.where(value > INT32_MAX, _NO_TOKEN, value)
+    return check_ids(op, "draft_tokens", value, batch, columns, device)
 
 
 def check_links(op: str, topology, batch: int, nodes: int, device) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

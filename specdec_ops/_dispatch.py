@@ -141,7 +141,11 @@ def resolve(
     aligned = not caches or not tensor.is_cuda or _is_aligned(tensor, *caches, out)
     key = (op, backend, tensor.device, tensor.dtype, tensor.shape[-1] if op in _SIZED else 0)
     key += (cache_dtype, aligned)
-    found = _resolved.get(key)
+    try:
+        found = _resolved.get(key)
+    except TypeError as error:  # a list, say
+        what = type(backend).__name__
+        raise TypeError(f"specdec_ops.{op}: backend must be one of {_names()}, got {what}") from error
     if found is None:
         found = _nothing if tensor.is_meta else _load(op, _choose(op, backend, tensor, cache_dtype, aligned))
         _resolved[key] = found

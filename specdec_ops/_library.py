@@ -17,6 +17,7 @@ _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))  # a paramete
 
 # Private names, so a PyTorch that drops one only costs the short cut.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
+_tracing = torch._C._get_tracing_state  # torch.jit.trace records operators, and nothing of what they do
 _transforms = getattr(torch._C._functorch, "maybe_current_level", lambda: 1)  # vmap and the like hide what a tensor is
 
 
@@ -26,6 +27,7 @@ def short_cut(*tensors: torch.Tensor | None) -> bool:
         not torch.compiler.is_compiling()
         and not _dispatch_modes()
         and _transforms() is None
+        and _tracing() is None
         and _PLAIN.issuperset(map(type, tensors))
     )
 

@@ -7,7 +7,7 @@ device where a tensor is made, a function mode anything. `_dispatch` shields eac
 other backends pay nothing. So is what makes the tensors of a head, once.
 
 Two of these are the process's, not the thread's: the default dtype, and the precision of matrix products. Where they
-are not what PyTorch starts with, the first shielded call sets them back and the last one to end restores them.
+are not what PyTorch starts with, a shielded call sets them back and the last one to end restores them.
 """
 
 import contextlib
@@ -47,22 +47,29 @@ class _Process:
     """The process's settings while at least one shielded call runs, in whichever thread."""
 
     def __init__(self):
-        self._lock, self._calls, self._restore = threading.Lock(), 0, []
+        self._lock, self._calls = threading.Lock(), 0
+        self._default_dtype, self._restore_products = None, None  # what the program wants, where it is not in force
 
     def __enter__(self):
         with self._lock:
             self._calls += 1
-            if self._calls == 1 and torch.get_default_dtype() != torch.float32:
-                self._restore.append(functools.partial(torch.set_default_dtype, torch.get_default_dtype()))
+            if torch.get_default_dtype() != torch.float32:  # also where it was set while another call runs
+                self._default_dtype = torch.get_default_dtype()
                 torch.set_default_dtype(torch.float32)
-            if self._calls == 1 and not _exact_products():
-                self._restore.append(_make_products_exact())
+            if not _exact_products():
+                self._restore_products = _make_products_exact()
 
     def __exit__(self, *_):
         with self._lock:
             self._calls -= 1
-            while self._calls == 0 and self._restore:
-                self._restore.pop()()
+            if self._calls:
+                return
+            # What the program has set in the meantime stays.
+            if self._default_dtype is not None and torch.get_default_dtype() == torch.float32:
+                torch.set_default_dtype(self._default_dtype)
+            if self._restore_products is not None and _exact_products():
+                self._restore_products()
+            self._default_dtype, self._restore_products = None, None
 
 
 _PROCESS = _Process()

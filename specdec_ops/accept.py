@@ -20,6 +20,7 @@ from ._accept_checks import (
     check_noise,
     check_per_request,
     check_target,
+    check_tokens,
     check_written,
     draft_options_refused,
 )
@@ -113,7 +114,7 @@ def greedy_accept(
     else:
         batch, nodes, _ = check_target(op, target, name="target")
     device = target.device
-    draft_tokens = check_ids(op, "draft_tokens", draft_tokens, batch, nodes, device)
+    draft_tokens = check_tokens(op, draft_tokens, batch, nodes, device)
     links = check_links(op, topology, batch, nodes, device)
     arguments = (
         *("greedy", target, draft_tokens, None, None, *links, *_GREEDY_LAW, *_GREEDY_LAW, *_NO_NOISE),
@@ -197,7 +198,7 @@ def match_accept(
     device = target_logits.device
     law = check_law(op, temperature, top_k, top_p, batch, device)
     arguments = (
-        *("match", target_logits, check_ids(op, "draft_tokens", draft_tokens, batch, nodes, device), None, None),
+        *("match", target_logits, check_tokens(op, draft_tokens, batch, nodes, device), None, None),
         *(*check_links(op, topology, batch, nodes, device), *law, *law),
         *(*check_noise(op, seeds, positions, batch, device), check_eos(op, eos), _NO_THRESHOLDS, False, False),
     )
@@ -265,7 +266,7 @@ def chain_accept(
     layout = "[batch, steps + 1, vocab]"
     batch, nodes, vocab = check_target(op, target_logits, layout)
     device, steps = target_logits.device, nodes - 1
-    draft_tokens = check_ids(op, "draft_tokens", draft_tokens, batch, steps, device)
+    draft_tokens = check_tokens(op, draft_tokens, batch, steps, device)
     law = draft_law = check_law(op, temperature, top_k, top_p, batch, device)
     target_to_draft = None
     if draft_logits is not None:
@@ -360,7 +361,7 @@ def tree_accept(
     child_rows = _check_rule(op, rule, replacement, draft_rows, draft_logits)
     batch, nodes, vocab = check_target(op, target_logits)
     device = target_logits.device
-    draft_tokens = check_ids(op, "draft_tokens", draft_tokens, batch, nodes, device)
+    draft_tokens = check_tokens(op, draft_tokens, batch, nodes, device)
     links = check_links(op, topology, batch, nodes, device)
     law = draft_law = check_law(op, temperature, top_k, top_p, batch, device)
     target_to_draft = None

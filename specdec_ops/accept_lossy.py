@@ -14,11 +14,11 @@ from ._accept_checks import (
     check_draft_logits,
     check_eos,
     check_fraction,
-    check_ids,
     check_law,
     check_links,
     check_noise,
     check_target,
+    check_tokens,
     check_written,
 )
 from ._checks import wrong
@@ -102,7 +102,7 @@ def typical_accept(
     check_fraction(op, "delta", delta)
     law = check_law(op, temperature, top_k, top_p, batch, device)
     arguments = (
-        *("typical", target_logits, check_ids(op, "draft_tokens", draft_tokens, batch, nodes, device), None, None),
+        *("typical", target_logits, check_tokens(op, draft_tokens, batch, nodes, device), None, None),
         *(*check_links(op, topology, batch, nodes, device), *law, *law),
         *(*check_noise(op, seeds, positions, batch, device), check_eos(op, eos), (epsilon, delta), False, False),
     )
@@ -141,7 +141,9 @@ def longest_path_accept(
 
     Args:
         target_logits: float32, bfloat16 or float16 `[batch, nodes, vocab]`. Row n scores what follows node n.
-        draft_tokens: int32 or int64 `[batch, nodes]`, target ids, the roots' among them. -1 is padding: no token.
+        draft_tokens: int32 or int64 `[batch, nodes]`, target ids, the roots' among them. -1 is padding: no token, and
+            no sibling behind it. A root outside of the vocabulary is left out, with
+            `AcceptStatus.DRAFT_TOKEN_IMPOSSIBLE`; node 0 is a root also then.
         topology: the forests; see match_accept. Node 0 and its siblings are the roots. No node stands for the last
             committed token.
         draft_logits: `[batch, nodes, vocab]`, or `[batch, nodes, draft_vocab]` with vocab_map: row n is what the
@@ -175,7 +177,7 @@ def longest_path_accept(
     op = "longest_path_accept"
     batch, nodes, vocab = check_target(op, target_logits)
     device = target_logits.device
-    draft_tokens = check_ids(op, "draft_tokens", draft_tokens, batch, nodes, device)
+    draft_tokens = check_tokens(op, draft_tokens, batch, nodes, device)
     links = check_links(op, topology, batch, nodes, device)
     target_to_draft = check_draft_logits(op, draft_logits, nodes, vocab_map, batch, vocab, target_logits)
     law = check_law(op, temperature, top_k, top_p, batch, device)

@@ -41,8 +41,9 @@ def to_torch(value, name: str = "an argument"):
     if isinstance(value, torch.Tensor) or not hasattr(value, "__dlpack__"):
         return value
     try:
-        if isinstance(value, np.ndarray) and not value.flags.writeable:
-            with warnings.catch_warnings():  # DLPack can't say "read-only" to PyTorch; the ops don't write to inputs
+        # DLPack can't say "read-only" to PyTorch, and strides below 0 end the process there: from_numpy refuses them.
+        if isinstance(value, np.ndarray) and (not value.flags.writeable or any(step < 0 for step in value.strides)):
+            with warnings.catch_warnings():  # the ops don't write to inputs
                 warnings.simplefilter("ignore", UserWarning)
                 return torch.from_numpy(value)
         return torch.from_dlpack(value)

@@ -155,7 +155,7 @@ def entropy_stop(entropy: torch.Tensor, threshold: torch.Tensor | float, *, gamm
     if not is_number(gamma) or not 0 <= gamma <= FLOAT_MAX:
         raise ValueError(wrong(op, "gamma", "a finite number of at least 0", gamma))
     if isinstance(threshold, torch.Tensor):
-        if threshold.shape != entropy.shape:
+        if threshold.shape not in (entropy.shape, ()):
             raise ValueError(wrong(op, "threshold", f"a number or float32 {list(entropy.shape)}", threshold))
     elif not is_number(threshold):
         raise TypeError(wrong(op, "threshold", f"a number or float32 {list(entropy.shape)}", threshold))

@@ -120,8 +120,8 @@ def _angles(hidden, rope, positions, slots, head_dim: int):
         return None, None, slots
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if is_number(rope):
-        if not rope > 0:
-            raise ValueError(wrong(_OP, "rope", "a base above 0", rope))
+        if not 0 < rope <= FLOAT_MAX:
+            raise ValueError(wrong(_OP, "rope", "a finite base above 0", rope))
         if head_dim % 2:
             raise ValueError(wrong(_OP, "rope", f"tables or None with an odd head_dim of {head_dim}", rope))
         # In float64: far into a context a float32 angle has lost its last digits.
@@ -160,17 +160,14 @@ def _check_caches(hidden, k_caches, v_caches, page_table) -> None:
                 raise ValueError(wrong(_OP, f"{name}[{index}]", must, cache))
             if cache.stride(3) != 1 and cache.shape[3] > 1:
                 raise ValueError(wrong_strides(_OP, f"{name}[{index}]", "contiguous in its last dimension", cache))
-    capacity = (1,) if page_table is None else (len(page_table), page_table.shape[1] * k_caches[0].shape[1])
-    if max(*capacity, *hidden.shape, *k_caches[0].shape) > INT32_MAX:
+    if max(*hidden.shape, *k_caches[0].shape, *(() if page_table is None else page_table.shape)) > INT32_MAX:
         _refuse_sizes(hidden, k_caches[0], page_table)
 
 
 def _refuse_sizes(hidden, cache, page_table) -> None:
-    for name, tensor in (("hidden", hidden), ("k_caches[0]", cache)):
-        if max(tensor.shape) > INT32_MAX:
+    for name, tensor in (("hidden", hidden), ("k_caches[0]", cache), ("page_table", page_table)):
+        if tensor is not None and max(tensor.shape) > INT32_MAX:
             raise ValueError(wrong(_OP, name, "of sizes below 2**31", tensor))
-    must = f"[batch, max_pages] of fewer than 2**31 requests and slots, {cache.shape[1]} to a page"
-    raise ValueError(wrong(_OP, "page_table", must, page_table))
 
 
 def _check_page_table(hidden, page_table):

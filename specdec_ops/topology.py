@@ -108,6 +108,7 @@ class Topology:
         """
         if isinstance(context_lens, torch.Tensor):
             first = as_int32("Topology.position_ids", "context_lens", "[batch] or an int", context_lens).unsqueeze(-1)
+            first = first.clamp(max=INT32_MAX - self.nodes)  # and then a depth
         else:
             first = _int_up_to("Topology.position_ids", "context_lens", context_lens, INT32_MAX - self.nodes)
         return torch.where(self._exists(), self.depths + first, -1)
@@ -224,6 +225,8 @@ def build_topology(
 def _check_num_nodes(num_nodes, batch: int, device) -> torch.Tensor:
     if not isinstance(num_nodes, torch.Tensor) or num_nodes.dtype != torch.int32:
         num_nodes = as_int32("build_topology", "num_nodes", f"[{batch}]", num_nodes)
+    if num_nodes.dim() == 0:
+        num_nodes = num_nodes.expand(batch)
     if num_nodes.shape != (batch,):
         raise ValueError(wrong("build_topology", "num_nodes", f"int32 or int64 [{batch}]", num_nodes))
     if num_nodes.device != device:

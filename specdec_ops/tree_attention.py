@@ -6,6 +6,7 @@ import torch
 
 from . import _library
 from ._checks import (
+    FLOAT_MAX,
     INT32_MAX,
     KERNEL_DTYPES,
     as_int32,
@@ -140,8 +141,8 @@ def tree_attention(
         raise _argument_error("window", "None or an int of at least 1", window, is_int)
     if num_splits is not None and (not is_int(num_splits) or not 1 <= num_splits <= MAX_SPLITS):
         raise _argument_error("num_splits", f"None or an int from 1 to {MAX_SPLITS}", num_splits, is_int)
-    if softcap is not None and (not is_number(softcap) or not softcap > 0):
-        raise _argument_error("softcap", "None or a number above 0", softcap, is_number)
+    if softcap is not None and (not is_number(softcap) or not 0 < softcap <= FLOAT_MAX):
+        raise _argument_error("softcap", "None or a finite number above 0", softcap, is_number)
     if sinks is not None:
         _check_per_head("sinks", sinks, heads, q)
     if alibi_slopes is not None:
@@ -251,8 +252,10 @@ def _check_queries(q, topology) -> tuple[int, int, int, bool]:
     else:
         must += ", or [tokens, heads, dim] with topology.offsets"
         raise ValueError(wrong("tree_attention", "q", must, q))
+    if dim == 0:
+        raise ValueError(wrong("tree_attention", "q", "of a dim of at least 1", q))
     if rows > INT32_MAX or batch > INT32_MAX or heads > INT32_MAX:
-        raise _too_large("q", q)
+        raise ValueError(wrong("tree_attention", "q", "of sizes below 2**31", q))
     if q.stride()[-1] != 1 and dim != 1:
         raise ValueError(wrong_strides("tree_attention", "q", "contiguous in its last dimension", q))
     return batch, heads, dim, packed
@@ -282,8 +285,6 @@ def _check_caches(q, k_cache, v_cache, page_table, batch: int, heads: int, dim: 
     if kv_heads == 0 or heads % kv_heads != 0:
         must = f"of a number of kv_heads that divides the {heads} heads of q"
         raise ValueError(wrong(op, "k_cache", must, k_cache) + _head_major(q, k_cache, layout))
-    if requests > INT32_MAX or page_size > INT32_MAX:
-        raise _too_large("k_cache", k_cache)
     if page_table is None:
         if requests != batch:
             sentence = wrong(op, "k_cache", f"{layout} with a batch of {batch} like q", k_cache)
@@ -299,10 +300,6 @@ def _head_major(q, k_cache, layout: str) -> str:
     if (second and (heads % second == 0 or queries % second == 0)) or (third and queries % third == 0):
         return f"; the layout is {layout}, to which .transpose(1, 2) brings heads that come before slots or queries"
     return ""
-
-
-def _too_large(name: str, tensor) -> Exception:
-    return ValueError(wrong("tree_attention", name, "of sizes below 2**31", tensor))
 
 
 def _check_page_table(page_table, batch: int, q) -> torch.Tensor:
@@ -375,6 +372,8 @@ def _scales(dim: int, scale, k_scale, v_scale) -> tuple[float, float]:
     for name, value in (("scale", scale), ("k_scale", k_scale), ("v_scale", v_scale)):
         if value is not None and not is_number(value):
             raise TypeError(wrong("tree_attention", name, "a number or None", value))
+        if value is not None and not -FLOAT_MAX <= value <= FLOAT_MAX:
+            raise ValueError(wrong("tree_attention", name, "a finite number or None", value))
     scores = dim**-0.5 if scale is None else float(scale)
     return scores if k_scale is None else scores * k_scale, 1.0 if v_scale is None else float(v_scale)
 

@@ -37,9 +37,10 @@ def pytest_configure(config):
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        from triton_interpreter import replace_names_once
+        import triton_interpreter
 
-        replace_names_once()
+        triton_interpreter.replace_names_once()
+        triton_interpreter.round_products_once()
 
 
 class Target(NamedTuple):

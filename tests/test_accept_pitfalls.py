@@ -29,6 +29,7 @@ from specdec_ops import (
     backends,
     chain_accept,
     greedy_accept,
+    longest_path_accept,
     match_accept,
     sample_children,
     tree_accept,
@@ -358,3 +359,20 @@ def test_24_the_draft_that_was_sampled_is_the_one_that_is_told(rule, target):
     assert chi_square(told.tokens[:, 0], P.exp()) < 1
     if count >= 20_000:
         assert chi_square(call().tokens[:, 0], P.exp()) > 2
+
+
+@pytest.mark.parametrize(
+    ("second", "third", "tokens", "status"),
+    [(-1, 1, [2, 3], 0), (9, -1, [2, 3], 4), (-2, 1, [1, 3], 4), (1, -1, [2, 3], 0)],
+)
+def test_roots_that_are_no_tokens(second, third, tokens, status, target):
+    """-1 ends the list of roots, as `next_tokens` of the round before pads it; others are left out and reported."""
+    topology = Tree([-1, -1, -1, 0, 2]).to(target.device)
+    logits = torch.zeros(1, 5, 4, device=target.device)
+    logits[0, :, 3] = 40.0  # every child that is tried passes
+    drafted = torch.tensor([[2, second, third, 3 if tokens[0] == 2 else 0, 3]], device=target.device).int()
+    proposals = torch.zeros(1, 5, 4, device=target.device)
+    options = {"seeds": 1, "positions": 1, "backend": target.backend}
+    got = longest_path_accept(logits, drafted, topology, proposals, width=2, **options)
+    assert got.tokens[0, :2].tolist() == tokens
+    assert got.status.tolist() == [status]

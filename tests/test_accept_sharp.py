@@ -408,3 +408,41 @@ def test_a_rule_that_loses_acceptance_keeps_the_law():
     assert_mean(result.num_accepted, law_of(problem, rules.recursive).accepted)
     with pytest.raises(AssertionError, match="z "):
         assert_mean(result.num_accepted, lost.accepted)
+
+
+@pytest.mark.parametrize("rule", ["recursive", "traversal"])
+def test_rows_may_share_their_memory(rule, target):
+    """All draft rows are one: what is kept of a row for the law of one node is not that of a law that is stated anew.
+
+    Node 8 is kept where node 0 is, while node 0's law is the one that its rejected children have left.
+    """
+    tree, vocab = Tree([-1, 0, 1, 2, 3, 4, 5, 6, 0, 8, 0]), 6
+    requests = 600 if target.backend == "cpu" else 20
+    nodes = len(tree)
+    draft = torch.tensor([4, 0.0, -0.02, -0.03, -0.05, -0.01]).expand(requests, nodes, vocab)
+    logits = (0.02 * torch.randn(nodes, vocab)).expand(requests, nodes, vocab)
+    noise = {"seeds": torch.arange(requests), "positions": 5, "temperature": 0.02}
+    tokens = torch.zeros(requests, nodes, dtype=torch.int32)
+    for node in range(nodes):
+        if len(children := (tree.parents == node).nonzero()[0]):
+            drawn = sample_children(draft[:, node : node + 1], len(children), first_parent=node, **noise, backend="cpu")
+            tokens[:, children] = drawn.tokens[:, 0]
+    got, expected = (
+        tree_accept(
+            logits.to(target.device), tokens.to(target.device), tree.to(target.device), rows.to(target.device),
+            rule=rule, backend=target.backend, **noise,
+        )
+        for rows in (draft, draft.contiguous())
+    )  # fmt: skip
+    assert torch.equal(got.tokens, expected.tokens)
+    assert torch.equal(got.nodes, expected.nodes)
+
+
+def test_the_definition_keeps_the_noise_at_any_temperature():
+    """Logarithms of 1e18 would swallow it."""
+    rows = torch.tensor([1.0, 0, 0, 0]).expand(300, 1, 4)
+    options = {"seeds": torch.arange(300), "positions": 1, "temperature": 1e-18}
+    drawn = sample_children(rows, 2, backend="torch", **options).tokens[:, 0]
+    assert (drawn[:, 0] == 0).all()
+    assert (drawn[:, 1].bincount(minlength=4)[1:] > 60).all()
+    assert torch.equal(drawn, sample_children(rows, 2, **options).tokens[:, 0])

@@ -22,7 +22,7 @@ if reason := build.why_not():
     pytest.skip(reason, allow_module_level=True)
 
 ENDS = (70, 256, 300, 801)  # inside of tiles, at their end, and less than one
-NEVER = float("nan")  # a threshold that decides nothing
+NEVER = torch.tensor(float("nan"))  # a threshold that decides nothing
 
 
 def fading_case(rows, dim, vocab, dtype, int8=False, fade=5, **options):

@@ -275,7 +275,7 @@ def accept_arguments(batch=1, vocab=100):
     """Of a recursive chain of 4 nodes, all addresses 0."""
     rows, sampling = (0, 0, (0, 0)), ((1.0, 0), (0, 0), (1.0, 0))
     tree = ((0, 0, 1), 0, (0, 0, 0), (0, 0))
-    flags, outputs, sizes = (False, False, False), (0,) * 5, (batch, 4, vocab, vocab, 3, 1)
+    flags, outputs, sizes = (False, False, False), (0,) * 6, (batch, 4, vocab, vocab, 3, 1)
     noise = ((0, 0), (0, 0))
     return 2, rows, rows, *tree, sampling, sampling, *noise, (), (1.0, 1.0), flags, outputs, sizes, (0, 0, 0), 0, 0
 

@@ -107,6 +107,12 @@ def test_what_can_not_be_shared():
         dlpack.tree_attention(np.array(["a"]), *ARRAYS[1:], CASE.topology, LENGTHS)
 
 
+def test_strides_below_0_are_refused():
+    """PyTorch has none, and its DLPack importer would end the process."""
+    with pytest.raises(TypeError, match=r"logits can't be shared through DLPack: .*negative"):
+        dlpack.sample_tokens(np.ones((2, 9), np.float32)[:, ::-1], seeds=3, positions=1)
+
+
 def test_numpy_integers():
     """Its default int64, and its numbers."""
     wanted = dlpack.tree_attention(*ARRAYS, CASE.topology, LENGTHS, **OPTIONS)

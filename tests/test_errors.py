@@ -103,9 +103,9 @@ def strided(tensor):
         ({"window": 0}, ValueError, "window must be None or an int of at least 1, got 0"),
         ({"window": 2.0}, TypeError, "window must be None or an int of at least 1, got 2.0"),
         ({"window": True}, TypeError, "window must be None or an int of at least 1, got True"),
-        ({"softcap": 0.0}, ValueError, "softcap must be None or a number above 0, got 0.0"),
-        ({"softcap": float("nan")}, ValueError, "softcap must be None or a number above 0, got nan"),
-        ({"softcap": "30"}, TypeError, "softcap must be None or a number above 0, got '30'"),
+        ({"softcap": 0.0}, ValueError, "softcap must be None or a finite number above 0, got 0.0"),
+        ({"softcap": float("nan")}, ValueError, "softcap must be None or a finite number above 0, got nan"),
+        ({"softcap": "30"}, TypeError, "softcap must be None or a finite number above 0, got '30'"),
         ({"sinks": torch.zeros(3)}, ValueError, "sinks must be float32 [4], got float32 [3]"),
         ({"sinks": torch.zeros(4).half()}, TypeError, "sinks must be float32 [4], got float16 [4]"),
         (

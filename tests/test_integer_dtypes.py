@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from public_calls import CALLS, int32, run
-from specdec_ops import LayerCache, Topology, Tree, build_topology, dlpack, tree_attention
+from specdec_ops import AcceptStatus, LayerCache, Topology, Tree, build_topology, dlpack, greedy_accept, tree_attention
 from test_surroundings import differs
 
 INTEGERS = (torch.int32, torch.int64)
@@ -154,13 +154,21 @@ def test_layer_cache():
     assert cache.run(0).topology.parents.tolist() == [[-1, 0, -1]]
 
 
+@pytest.mark.parametrize("backend", ["cpu", "torch"])
+def test_tokens_that_are_too_great_are_not_the_same(backend):
+    target = torch.tensor([[2**32 + 1, 5]])
+    got = greedy_accept(target, torch.tensor([[0, 2**33 + 7]]), Tree.chain(2).to("cpu"), backend=backend)
+    assert got.num_accepted.tolist() == [0]
+    assert got.status.tolist() == [AcceptStatus.DRAFT_TOKEN_IMPOSSIBLE]
+
+
 def test_positions_of_a_topology():
     """Also that an embedding takes them after the clamp which the docs name, and not before."""
     topology = Topology.from_trees([Tree.chain(3), Tree.chain(2)])
     ids = topology.position_ids(torch.tensor([5, 2**40]))
     assert ids.dtype == torch.int32
     assert ids[0].tolist() == [5, 6, 7]
-    assert ids[1, 2] == -1
+    assert ids[1].tolist() == [2**31 - 4, 2**31 - 3, -1]  # as far as all depths fit
     ids = topology.position_ids(int32(5, 9))
     table = torch.nn.Embedding(16, 2)
     with pytest.raises(IndexError):

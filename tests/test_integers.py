@@ -34,7 +34,7 @@ INTEGERS = {  # of each call: those that are ints there, and those that may be
     "tree_accept": ("eos", "max_depth", "seeds", "positions", "top_k", "draft_top_k"),
     "typical_accept": ("eos", "max_depth", "seeds", "positions", "top_k"),
     "longest_path_accept": ("eos", "max_depth", "seeds", "positions", "top_k", "draft_top_k", "width"),
-    "sample_tokens": ("seeds", "positions", "top_k"),
+    "sample_tokens": ("count", "seeds", "positions", "top_k"),
     "sample_children": ("count", "first_parent", "seeds", "positions", "top_k"),
     "tree_attention": ("context_lens", "query_start", "window", "num_splits"),
     "tree_attention paged": ("context_lens", "query_start", "window", "num_splits"),
@@ -127,8 +127,8 @@ SIZES = {  # tensors that may be of any strides: which of their dimensions are s
     "tree_accept": {"target_logits": (0, 1), "draft_logits": (0, 1), "draft_tokens": (0, 1)},
     "sample_tokens": {"logits": (0,), "seeds": (0,), "positions": (0,), "top_k": (0,)},
     "sample_children": {"draft_logits": (0, 1), "parents": (0, 1)},
-    "tree_attention": {"q": (0, 1, 2), "k_cache": (0, 1, 2), "context_lens": (0,)},
-    "tree_attention paged": {"page_table": (0,), "k_cache": (0, 1, 2), "query_start": (0,)},
+    "tree_attention": {"q": (0, 1, 2), "k_cache": (0, 2), "context_lens": (0,)},
+    "tree_attention paged": {"page_table": (0,), "k_cache": (2,), "query_start": (0,)},
     "merge_states": {"out_a": (0, 1)},
     "build_topology": {"parents": (0, 1), "num_nodes": (0,)},
     "exit_confidence": {"hidden": (0,), "temperature": (0,)},
@@ -163,14 +163,6 @@ def test_sizes_of_vocabularies():
     assert "head must be of sizes below 2**31" in text
     text = one_sentence(specdec_ops.exit_confidence, row, row)
     assert "hidden must be of sizes below 2**31" in text
-
-
-def test_slots_of_kv_propagate():
-    """Pages times their size."""
-    table = torch.zeros(2, 1, dtype=torch.int32).expand(2, 2**29)
-    text = one_sentence(run, "kv_propagate", page_table=table)
-    must = "[batch, max_pages] of fewer than 2**31 requests and slots, 4 to a page"
-    assert f"page_table must be {must}, got int32 [2, 536870912]" in text
 
 
 def test_trees():

@@ -261,7 +261,7 @@ def swapped(layer, part, value):
             {"v_caches": caches(torch.float32, "cpu", 1, 5)},
             r"v_caches\[0\] must be \[batch, slots, kv_heads, head_dim\] w",
         ),
-        ({"rope": -1.0}, "rope must be a base above 0, got -1.0"),
+        ({"rope": -1.0}, "rope must be a finite base above 0, got -1.0"),
         ({"rope": (torch.ones(4, 9), torch.ones(4, 9))}, r"rope\[0\] must be two tables .* of at most 8 pairs"),
         ({"rope": "yes"}, r"rope must be \(cos, sin\), a number or None, got 'yes'"),
         ({"norm_eps": -1}, "norm_eps must be a finite number of at least 0, got -1"),

@@ -243,7 +243,7 @@ class Calls(RuleBasedStateMachine):
         level = torch.full((batch,), -1, dtype=torch.int32)
         calls = [
             lambda: cache.append(one.float()),
-            lambda: cache.append(one, level.long()),
+            lambda: cache.append(one, level.float()),
             lambda: cache.append(one.clone().requires_grad_()),
             lambda: cache.append(one, counts=[batch + 1, -1][:batch]),
             lambda: cache.append(filled([5] * (SLOTS + 1) * batch, DIM), level.repeat(SLOTS + 1)),

@@ -232,7 +232,7 @@ SENSELESS = [
     *(("temperature", value) for value in (NAN, INF, -1, -1e-9, 10**400)),
     *(("top_k", value) for value in (-1, 2**31)),
     *(("top_p", value) for value in (NAN, INF, -0.1, 1.1, 10**400)),
-    *(("seeds", value) for value in (2**63, -(2**63) - 1)),
+    *(("seeds", value) for value in (2**64, -(2**63) - 1)),
     *(("positions", value) for value in (-1, 2**31)),
     *(("draft_temperature", value) for value in (NAN, INF, -1)),
     ("draft_top_p", NAN),

@@ -208,6 +208,55 @@ def test_threads_of_the_caller_share_the_process_settings():
     assert seen[0][0] == torch.float32
 
 
+def test_settings_that_are_changed_during_a_call():
+    """They do not reach the calls that begin then, and they stay when the last one ends."""
+    from specdec_ops._shield import shielded
+
+    inside, leave = threading.Event(), threading.Event()
+
+    @shielded
+    def wait():
+        inside.set()
+        leave.wait()
+
+    @shielded
+    def settings():
+        return torch.get_default_dtype(), torch.get_float32_matmul_precision()
+
+    with default_dtype(torch.float64), products("medium"):
+        thread = threading.Thread(target=wait, daemon=True)
+        thread.start()
+        inside.wait()
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_float32_matmul_precision("high")
+        try:
+            assert settings()[0] == torch.float32
+        finally:
+            leave.set()
+            thread.join()
+            after = torch.get_default_dtype(), torch.get_float32_matmul_precision()
+            torch.set_default_dtype(torch.float64)
+            torch.set_float32_matmul_precision("medium")
+    assert after == (torch.bfloat16, "high")
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing is deprecated, and tells of every check that it can't follow
+@pytest.mark.parametrize("name", ["tree_attention", "exit_confidence", "sample_tokens"])
+def test_traced(name):
+    """torch.jit.trace records operators: an implementation that is called without them would be lost."""
+    call = CALLS[name]
+    tensors = {key: value for key, value in call.arguments.items() if type(value) is torch.Tensor}
+    others = {key: value for key, value in call.arguments.items() if key not in tensors}
+
+    def function(*given):
+        result = call.function(**dict(zip(tensors, given, strict=True)), **others)
+        return getattr(result, "token", result)
+
+    wanted = function(*tensors.values())
+    traced = torch.jit.trace(function, tuple(tensors.values()), check_trace=False)
+    torch.testing.assert_close(traced(*tensors.values()), wanted, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["exit_confidence", "tree_attention odd", "tree_accept", "sample_tokens"])
 def test_compiled(name):
     """Traced and run in autocast, with another default dtype and a default device."""

@@ -33,7 +33,6 @@ from .accept_state import (
     draft_proposal,
     draw,
     fill,
-    follow,
     get_float,
     get_int,
     is_end,
@@ -194,11 +193,16 @@ def accept_lossy_kernel(
     end_logarithm = zero
     reached = _reach(state, end, -1, 0, zero, tl.full([], 0, tl.int32))
     if RULE == LONGEST:
-        root, wrong = follow(end, next_sibling, count, columns, True)
+        token = tl.load(draft_tokens)
+        bits |= tl.where((token < 0) | (token >= size), TOKEN_IMPOSSIBLE, 0)
+        root, token, wrong = step(end, next_sibling, draft_tokens, token_stride, count, columns, True)
         bits |= wrong
         while root >= 0:
-            reached = _reach(state, root, -1, 0, zero, reached)
-            root, wrong = follow(root, next_sibling, count, columns, True)
+            if (token < 0) | (token >= size):
+                bits |= TOKEN_IMPOSSIBLE
+            else:
+                reached = _reach(state, root, -1, 0, zero, reached)
+            root, token, wrong = step(root, next_sibling, draft_tokens, token_stride, count, columns, True)
             bits |= wrong
     # One round more than there are nodes in the queue: the last is for the next token, from the row of the deepest.
     served = tl.full([], 0, tl.int32)

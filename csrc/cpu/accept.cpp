@@ -75,7 +75,6 @@ class CpuRows {
   float greatest_of_draft(const Law& law, int32_t row) {
     return w.reader.greatest_left(law_row_of_draft({law, row, 1.0f}), p.vocab, w.excluded.data());
   }
-  void forget_weights(int32_t row) { kept(w.kept_draft, row).row = nullptr; }
 
   void exclude(int32_t token) { w.excluded[token / 64] |= uint64_t(1) << (token % 64); }
   void include(int32_t token) { w.excluded[token / 64] &= ~(uint64_t(1) << (token % 64)); }

@@ -200,6 +200,8 @@ Law RowReader::law(const void* row, DType dtype, int64_t size, const RowSettings
   law.inverse_sum = float(1.0 / mass);
   if (keep) {
     keep->row = row;
+    keep->max = law.max;
+    keep->inverse_sum = law.inverse_sum;
     for (int64_t block = 0; block * kSumBlock < size; block++) {
       float& top = keep->scales[block];
       top = std::exp2((top - law.max) * scale) * law.inverse_sum;

@@ -24,10 +24,11 @@ float logit_at(const void* row, DType dtype, int64_t place);
 // exponential.
 struct KeptRow {
   const void* row = nullptr;
+  float max, inverse_sum;                    // of the law that the weights are of: a walk may state a row's law anew
   std::unique_ptr<float[]> weights, scales;  // of every entry, and of every kSumBlock of them: see LawRow
 
   LawRow law_row(const void* of, DType dtype, const int32_t* map, const Law& law, float factor) const {
-    const bool has = row == of && !map;
+    const bool has = row == of && !map && law.max == max && law.inverse_sum == inverse_sum;
     return {of, dtype, map, law, factor, has ? weights.get() : nullptr, has ? scales.get() : nullptr};
   }
 };

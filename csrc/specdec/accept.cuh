@@ -129,7 +129,6 @@ class WalkerRows {
     post(Task::kGreatestOfDraft);
     return shared_.answer->pass.sum;
   }
-  __device__ void forget_weights(int32_t) {}
 
   __device__ void exclude(int32_t token) {
     if (leader()) shared_.bits[token / 32] |= 1u << token % 32;

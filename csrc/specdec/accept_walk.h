@@ -31,7 +31,6 @@
 //   void top_logits(node, count, int32_t* out)                   ids of the greatest logits above -inf, then -1
 //   RhoSums rho_sums(node, target, draft, from, step)            sum of min(p, (from + (i + 1) * step) * q), i < 7
 //   float greatest_of_draft(law, row)        the greatest logit that the law keeps, of tokens not excluded; else -inf
-//   void forget_weights(row)                 whatever was kept of a draft row: its law is going to change
 //   bool leader(); void sync();              one thread writes; all threads meet
 //   static float log(float), exp(float), exp2(float), log1p(float), expm1(float)
 // A law that is one_hot has probability 1 at its argmax (for a draft row: at the token whose draft id that is).

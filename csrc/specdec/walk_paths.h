@@ -44,9 +44,14 @@ class PathWalk : WalkBase<Rows> {
   }
 
   // The roots, node 0 and its siblings, are given. Every other node has a coin of its own against p / q of its parent.
+  // -1 ends the list of roots as it ends one of children, and a root that is no token is left out, node 0 excepted.
   SPECDEC_WALK void run_longest_path() {
     clear_marks();
-    for (int32_t root = 0; root >= 0; root = next_sibling(root)) reach(root, kRoot, 0, 0.0f);
+    for (int32_t root = 0; root >= 0; root = next_child(root)) {
+      const bool possible = is_token(token_of(root));
+      if (!possible) status |= kDraftTokenImpossible;
+      if (possible || root == 0) reach(root, kRoot, 0, 0.0f);
+    }
     for (int32_t node = 0; node >= 0; node = scratch.marks[node].next) {
       const int32_t depth = scratch.marks[node].depth;
       const int32_t first = claim_children(node, ends_text(token_of(node)) ? -1 : children_to_try(node, depth));

@@ -138,7 +138,6 @@ class RejectionWalk : WalkBase<Rows> {
     if (!(max > -HUGE_VALF)) return;
     // exp2 of what is excluded may be infinite from here on. It is looked at nowhere.
     const float ratio = Rows::exp2((max - s.draft.max) * s.draft.scale) * s.draft.inverse_sum;
-    rows.forget_weights(s.node);
     s.draft.max = max;
     s.draft.inverse_sum = 1.0f;
     const float sum = left_of_draft(s);

@@ -30,7 +30,7 @@ class Noise:
         return noise.race(weights, self.exponentials(len(weights), domain, node))
 
     def draw_many(self, logs, domain, node, count) -> list[int]:
-        return ordered(noise.log_scores(logs, self.exponentials(len(logs), domain, node)), count)
+        return noise.first_of_race(logs, self.exponentials(len(logs), domain, node), count)
 
     def sample(self, weights, depth) -> int:
         drawn = noise.exponentials(len(weights), self.seed, self.position + depth + 1, noise.SAMPLE, 0)
@@ -90,12 +90,14 @@ class Links:
         return None if link == -1 or link >= self.num_nodes else link
 
     def roots(self):
-        """Node 0 and its siblings: the roots of a forest."""
+        """Node 0 and its siblings: the roots of a forest. One that is no token is left out, but not node 0."""
         node = 0
         while node is not None:
-            self.depths[node], self.claimed[node] = 0, None
-            yield node
+            if self.possible(node) or node == 0:
+                self.depths[node], self.claimed[node] = 0, None
+                yield node
             node = self.follow(node, self.next_sibling[node])
+            node = None if node is not None and self.token(node) == -1 else node
 
     def children(self, node, once=False):
         if self.depths[node] >= self.max_depth or self.ends(node):

@@ -99,16 +99,22 @@ def exponentials_of(word: torch.Tensor) -> torch.Tensor:
     return -torch.log1p(-(word.double() + 0.5) * 2.0**-32)
 
 
-def log_scores(logs: torch.Tensor, exponential: torch.Tensor) -> torch.Tensor:
-    """Logarithms of the scores of a race, whose first k tokens are k draws without replacement.
+def first_of_race(logs: torch.Tensor, exponential: torch.Tensor, count: int) -> list[int]:
+    """The first `count` tokens of a race, which are so many draws without replacement; fewer where fewer are possible.
 
     What is left for the later ones may be less than a float holds, in proportion to what is gone; logarithms are not.
+    Each draw counts them from the greatest that is left: from -1e16 on the noise would be lost in them.
 
     Args:
         logs: logarithms of the weights [vocab], not normalised; -inf for what is never drawn.
         exponential: [vocab].
+        count: at least 1.
     """
-    return logs - exponential.log()
+    left, noise, tokens = logs.clone(), exponential.log(), []
+    while len(tokens) < count and bool((left > float("-inf")).any()):
+        tokens.append(lowest_argmax(left - left.max() - noise))
+        left[tokens[-1]] = float("-inf")
+    return tokens
 
 
 def scores(weights: torch.Tensor, exponential: torch.Tensor) -> torch.Tensor:

@@ -133,7 +133,7 @@ def draw(logits, settings: Settings, count: int, replacement: bool, exponential)
         return [noise.race(row.probabilities, exponential(number)) for number in range(count)], row
     if row.valid and settings.greedy:
         return ordered(logits.double(), count), row
-    return ordered(noise.log_scores(row.logs, exponential(0)), count), row
+    return noise.first_of_race(row.logs, exponential(0), count), row
 
 
 def sample(
