@@ -194,7 +194,7 @@ def accept_lossy_kernel(
     reached = _reach(state, end, -1, 0, zero, tl.full([], 0, tl.int32))
     if RULE == LONGEST:
         token = tl.load(draft_tokens)
-        bits |= tl.where((token < 0) | (token >= size), TOKEN_IMPOSSIBLE, 0)
+        bits |= tl.where((token < -1) | (token >= size), TOKEN_IMPOSSIBLE, 0)
         root, token, wrong = step(end, next_sibling, draft_tokens, token_stride, count, columns, True)
         bits |= wrong
         while root >= 0:

@@ -49,7 +49,7 @@ class PathWalk : WalkBase<Rows> {
     clear_marks();
     for (int32_t root = 0; root >= 0; root = next_child(root)) {
       const bool possible = is_token(token_of(root));
-      if (!possible) status |= kDraftTokenImpossible;
+      if (!possible && token_of(root) != -1) status |= kDraftTokenImpossible;
       if (possible || root == 0) reach(root, kRoot, 0, 0.0f);
     }
     for (int32_t node = 0; node >= 0; node = scratch.marks[node].next) {

@@ -93,7 +93,8 @@ class Links:
         """Node 0 and its siblings: the roots of a forest. One that is no token is left out, but not node 0."""
         node = 0
         while node is not None:
-            if self.possible(node) or node == 0:
+            padding = self.token(node) == -1  # of node 0 alone, see below
+            if padding or self.possible(node) or node == 0:
                 self.depths[node], self.claimed[node] = 0, None
                 yield node
             node = self.follow(node, self.next_sibling[node])
