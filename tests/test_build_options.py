@@ -382,3 +382,20 @@ def test_make_bench_builds_natively_and_make_build_everything(make):
 def test_make_build_needs_nothing_again_for_bench(make):
     make("build")
     assert make("bench") == [f"native {BUILD}", "native -m benchmarks.run --quick"]
+
+
+@pytest.mark.parametrize(
+    ("isa", "instruction"), [("avx2", "vfmadd"), ("avx512", "vfmadd"), ("avx512_bf16", "vdpbf16ps")]
+)
+def test_the_roof_of_arithmetic_stays_in_registers(build, isa, instruction):
+    """Sums that lie in memory halve it: kernels would be faster than their roof."""
+    made = build.Build("0")
+    if isa not in made.isas:
+        pytest.skip(f"{made.cxx_name} does not know {isa}")
+    flags = [*build.CXX_FLAGS, *build.X86_FLAGS[isa], "-Icsrc", "-S", "-o", "-"]
+    source = ROOT / f"csrc/cpu/instrument_loops_{isa}.cpp"
+    text = subprocess.run([*made.cxx, *flags, str(source)], check=True, capture_output=True, text=True).stdout
+    lines = text.splitlines()
+    products = [index for index, line in enumerate(lines) if instruction in line]
+    assert len(products) >= 12
+    assert not [line for line in lines[products[0] : products[-1] + 1] if "(%r" in line]

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstring>
+#include <utility>
 
 #include "cpu/instruments.h"
 #if defined(__AVX512BF16__)
@@ -9,6 +10,8 @@
 #endif
 
 namespace specdec::SPECDEC_ISA {
+
+#define SPECDEC_LOOP_INLINE inline __attribute__((always_inline))
 
 #if defined(__AVX512F__)
 constexpr int kVectorBytes = 64;
@@ -90,31 +93,36 @@ double multiply_adds(int64_t rounds) {
 
 #else
 
-double multiply_adds(int64_t rounds) {
-  Floats sums[kSums];
-  for (int i = 0; i < kSums; i++) sums[i] = Floats{} + float(i);
 #if defined(__AVX512BF16__)
-  const __m512bh a = _mm512_cvtne2ps_pbh(Floats{} + 0.5f, Floats{} + 0.5f), b = a;
-  constexpr int kOperations = 4 * kVectorBytes / 4;
-#else
-  Floats a = Floats{} + 0.999f, b = Floats{} + 0.001f;
-  __asm__("" : "+x"(a), "+x"(b));  // or the compiler would know the result
-  constexpr int kOperations = 2 * kVectorBytes / 4;
-#endif
-  for (int64_t round = 0; round < rounds; round++) {
-#pragma GCC unroll 16
-    for (int i = 0; i < kSums; i++) {
-#if defined(__AVX512BF16__)
-      sums[i] = _mm512_dpbf16_ps(sums[i], a, b);
-#else
-      sums[i] = sums[i] * a + b;
-#endif
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < kSums; i++) __asm__ volatile("" : "+x"(sums[i]));  // each round is done, not summed up
-  }
-  return double(rounds) * kSums * kOperations;
+using Factor = __m512bh;
+constexpr int kOperations = 4 * kVectorBytes / 4;  // of one vector
+static SPECDEC_LOOP_INLINE Factor factor_of(float value) {
+  return _mm512_cvtne2ps_pbh(Floats{} + value, Floats{} + value);
 }
+static SPECDEC_LOOP_INLINE Floats added(Floats sum, Factor a, Factor b) { return _mm512_dpbf16_ps(sum, a, b); }
+#else
+using Factor = Floats;
+constexpr int kOperations = 2 * kVectorBytes / 4;
+static SPECDEC_LOOP_INLINE Factor factor_of(float value) { return Floats{} + value; }
+static SPECDEC_LOOP_INLINE Floats added(Floats sum, Factor a, Factor b) { return sum * a + b; }
+#endif
+
+// Indices are constants, not of a loop: else compilers keep the sums in memory.
+template <size_t... kSum>
+static double multiply_adds_of(int64_t rounds, std::index_sequence<kSum...>) {
+  Floats sums[] = {Floats{} + float(kSum)...};
+  Factor a = factor_of(0.999f), b = factor_of(0.001f);
+  __asm__("" : "+x"(a), "+x"(b));  // or the compiler would know the result
+  for (int64_t round = 0; round < rounds; round++) {
+    ((sums[kSum] = added(sums[kSum], a, b)), ...);
+    ([&]() __attribute__((always_inline)) { __asm__ volatile(""
+                                                             : "+x"(sums[kSum])); }(),
+     ...);  // each round is done, not summed up
+  }
+  return double(rounds) * sizeof...(kSum) * kOperations;
+}
+
+double multiply_adds(int64_t rounds) { return multiply_adds_of(rounds, std::make_index_sequence<kSums>()); }
 
 #endif
 
