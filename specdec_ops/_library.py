@@ -7,6 +7,9 @@ through PyTorch's dispatcher costs several microseconds of a call that may take 
 The ops are for inference: they have no backward.
 """
 
+from collections.abc import Callable
+from operator import itemgetter
+
 import torch
 
 from . import _alloc, _dispatch
@@ -30,6 +33,20 @@ def short_cut(*tensors: torch.Tensor | None) -> bool:
         and _tracing() is None
         and _PLAIN.issuperset(map(type, tensors))
     )
+
+
+def short_cut_of(schema: str) -> Callable[..., bool]:
+    """The same for a call's arguments in the order of a schema, such as "Tensor q, Tensor? offsets, float scale".
+
+    Which of them are tensors the schema says, so that none is overlooked. What follows the arguments are tensors.
+    """
+    types = (argument.partition(" ")[0] for argument in schema.split(", "))
+    tensors = itemgetter(*(place for place, of in enumerate(types) if of in ("Tensor", "Tensor?")))
+
+    def applies(arguments: tuple, *others: torch.Tensor | None) -> bool:
+        return not torch.compiler.is_compiling() and short_cut(*tensors(arguments), *others)
+
+    return applies
 
 
 def define(name: str, arguments: str, results: str, outputs: str, run, run_out, fake, what: str = "") -> None:
@@ -159,13 +176,14 @@ _TREE_ATTENTION = (
     "Tensor context_lens, Tensor? page_table, Tensor? query_starts, SymInt query_start, float scale, SymInt window, "
     "float softcap, Tensor? sinks, Tensor? alibi_slopes, float out_scale, SymInt num_splits"
 )
+_attention_short_cut = short_cut_of(_TREE_ATTENTION)
 
 
 def tree_attention(arguments: tuple, return_lse: bool, backend: str, out=None, lse=None):
     """Checked arguments in; (out, lse) out. Without return_lse, lse is None or an empty tensor."""
-    q = arguments[0]
-    if short_cut(q, arguments[1], arguments[2], arguments[3], arguments[7], arguments[8], out):
+    if _attention_short_cut(arguments, out, lse):
         if out is None:
+            q, *_ = arguments
             out = _alloc.empty(q.shape, q.dtype, q.device)
             lse = _alloc.empty(q.shape[:-1], torch.float32, q.device) if return_lse else None
         _run_tree_attention_out(*arguments, backend, out, lse)
@@ -246,7 +264,8 @@ def _run_tree_attention_out(
 
 
 def _fake_tree_attention(q, *others):
-    lse_shape = q.shape[:-1] if others[-1] else (0,)
+    *_, return_lse = others
+    lse_shape = q.shape[:-1] if return_lse else (0,)
     return fake_empty(q.shape, q.dtype, q.device), fake_empty(lse_shape, torch.float32, q.device)
 
 

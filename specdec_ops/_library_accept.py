@@ -6,7 +6,7 @@
 import torch
 
 from . import _alloc, _dispatch
-from ._library import define, fake_empty, short_cut
+from ._library import define, fake_empty, short_cut_of
 
 _NAMESPACE = torch.ops.specdec_ops
 
@@ -23,6 +23,7 @@ _ACCEPT = (
     f"Tensor? next_sibling, Tensor num_nodes, {_LAW.format('')}{_LAW.format('draft_')}{_NOISE}, int[] eos, "
     "float[] thresholds, bool replacement, bool child_rows"
 )
+_accept_short_cut = short_cut_of(_ACCEPT)
 
 
 def accept(arguments: tuple, max_depth: int, width: int, backend: str, out: tuple | None = None) -> tuple:
@@ -30,10 +31,10 @@ def accept(arguments: tuple, max_depth: int, width: int, backend: str, out: tupl
 
     next_tokens is [batch, width], or [batch] with a width of 0: one next token.
     """
-    tensors = arguments[1:8] + arguments[9:24:2]
-    if short_cut(*(tensors if out is None else tensors + out)):
+    if _accept_short_cut(arguments, *(out or ())):
         if out is None:
-            out = _outputs(_alloc.empty, arguments[1], max_depth, width)
+            _, target, *_ = arguments
+            out = _outputs(_alloc.empty, target, max_depth, width)
         _run(arguments, backend, out)
     elif out is None:
         return _NAMESPACE.accept(*arguments, backend, max_depth, width)
@@ -93,12 +94,12 @@ _SAMPLE = (
     "Tensor logits, Tensor? draft_to_target, SymInt count, bool replacement, Tensor? parents, SymInt first_parent, "
     f"str domain, {_LAW.format('')}{_NOISE}"
 )
+_sample_short_cut = short_cut_of(_SAMPLE)
 
 
 def sample(arguments: tuple, with_law: bool, backend: str, out: tuple | None = None) -> tuple:
     """Checked arguments in; (tokens, logprobs, logsumexp, status) out. Without with_law the two are None or empty."""
-    tensors = (arguments[0], arguments[1], arguments[4], *arguments[8:17:2])
-    if short_cut(*(tensors if out is None else tensors + out)):
+    if _sample_short_cut(arguments, *(out or ())):
         if out is None:
             out = _sampled(_alloc.empty, arguments, with_law)
         _run_sample_out(*arguments, backend, *out)

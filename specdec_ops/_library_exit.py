@@ -3,7 +3,7 @@
 import torch
 
 from . import _alloc, _dispatch
-from ._library import define, fake_empty, short_cut
+from ._library import define, fake_empty, short_cut, short_cut_of
 
 _NAMESPACE = torch.ops.specdec_ops
 
@@ -17,6 +17,7 @@ _EXIT_CONFIDENCE = (
     "str level"
 )
 _ARGUMENTS = 13
+_exit_short_cut = short_cut_of(_EXIT_CONFIDENCE)
 _OUTPUTS = (
     *("token", "max_prob", "margin", "entropy", "logsumexp", "top_tokens", "top_logprobs", "status"),
     *("exited", "active_rows", "inverse", "num_active"),
@@ -106,8 +107,7 @@ def _filled(outputs: tuple, empty, device) -> tuple:
 
 def _call(form: _Form, arguments: tuple, extra: tuple, top_k: int, backend: str, out: tuple | None) -> tuple:
     decides = bool(arguments[11])
-    tensors = (*arguments[:4], arguments[5], arguments[7], arguments[8], arguments[10], *extra[: form.tensors])
-    if short_cut(*(tensors if out is None else tensors + out)):
+    if _exit_short_cut(arguments, *extra[: form.tensors], *(out or ())):
         if out is None:
             out = form.make(_alloc.empty, arguments[0], decides, top_k)
         form.run_out(*arguments, *extra, backend, *out)

@@ -14,9 +14,9 @@ _SCHEMA = (
 
 def kv_propagate(*arguments) -> None:
     """Checked arguments in, in the order of the schema."""
-    hidden, norms, keys, values, _, cosines, _, _, requests, slots, page_table, k_caches, v_caches, _ = arguments
+    hidden, norms, keys, values, _, cosines, sines, _, requests, slots, page_table, k_caches, v_caches, _ = arguments
     lists = (*norms, *keys, *values, *k_caches, *v_caches)
-    if short_cut(hidden, cosines, requests, slots, page_table, *lists):
+    if short_cut(hidden, cosines, sines, requests, slots, page_table, *lists):
         _run(*arguments)
     else:
         torch.ops.specdec_ops.kv_propagate(*arguments)

@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from . import _library_accept
+from . import _library, _library_accept
 from ._accept_checks import (
     check_count,
     check_draft_law,
@@ -449,7 +449,7 @@ def _num_nodes(op: str, num_steps, steps: int, batch: int, target: torch.Tensor)
     elif not 0 <= num_steps <= steps:
         raise ValueError(wrong(op, "num_steps", f"an int from 0 to {steps}", num_steps))
     device = target.device
-    if device.type == "cpu" and _library_accept.short_cut(target):
+    if device.type == "cpu" and _library.short_cut(target):
         return _constant(num_steps + 1)
     return torch.full((1,), num_steps + 1, dtype=torch.int32, device=device)
 

@@ -8,7 +8,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attention_cases import make_case, random_tree
-from specdec_ops import AttentionState, Tree, _library, build_topology, merge_states, tree_attention
+from public_calls import CALLS, run
+from specdec_ops import (
+    AttentionState,
+    Tree,
+    _library,
+    _library_exit,
+    _library_kv,
+    build_topology,
+    merge_states,
+    tree_attention,
+)
 
 OPS = torch.ops.specdec_ops
 CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -227,3 +237,23 @@ def test_inference_mode_and_no_grad():
         second = dataclasses.replace(case, q=case.q.clone().requires_grad_()).run("auto")
     assert torch.equal(first, second)
     assert not second.requires_grad
+
+
+TENSORS = [
+    (name, argument)
+    for name, call in CALLS.items()
+    if call.op is not None
+    for argument, value in call.arguments.items()
+    if type(value) is torch.Tensor
+]
+
+
+@pytest.mark.parametrize(("name", "argument"), TENSORS)
+def test_no_tensor_of_a_call_is_overlooked(name, argument, monkeypatch):
+    """A single argument that is more than a plain tensor, also an optional one, sends the call through the operator."""
+    short_cut, plain = _library.short_cut, []
+    for module in (_library, _library_exit, _library_kv):
+        monkeypatch.setattr(module, "short_cut", lambda *tensors: plain.append(short_cut(*tensors)) or plain[-1])
+    run(name, backend="cpu")
+    run(name, **{argument: CALLS[name].arguments[argument].as_subclass(Marked)}, backend="cpu")
+    assert plain == [True, False]
