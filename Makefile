@@ -7,7 +7,7 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 CHANGED_CXX = $(filter $(shell git status --porcelain --no-renames 2>/dev/null | sed -n '/^.D\|^D/!s/^...//p'),$(CXX_FILES))
-# A file's tests share what takes long to make. The longest files come first (tests/selection.py).
+# A file's tests share what takes long to make. The longest files come first (tests/harness/selection.py).
 AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
 # What is built here is built for what the tests look at; they compile a part of the sources for later GPUs. Whatever
 # pip installs, and `make dist`, has machine code for every default architecture.

@@ -29,7 +29,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BINDINGS = tuple(f"csrc/bindings{of}.cpp" for of in ("", "_accept", "_exit", "_kv"))  # the only files that know Python
-KNOW_THE_BUILD = ("csrc/cpu/build_info.cpp", "csrc/cuda/errors.cu")  # what was compiled, and for which GPUs
+KNOW_THE_BUILD = (
+    "csrc/common/cpu/build_info.cpp",
+    "csrc/common/cuda/errors.cu",
+)  # what was compiled, and for which GPUs
 # What takes longest is compiled first, so that no core is left alone with it at the end.
 LONGEST_FIRST = ("exit_tile_generic", "kernels_generic", "bindings", "exit_tile", "kernels", "row_passes")
 MODES = ("auto", "native", "cuda", "cpu")

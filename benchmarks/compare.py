@@ -9,8 +9,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from . import report, results
-from .results import geometric_mean
+from .harness import report, results
+from .harness.results import geometric_mean
 
 HEADINGS = ("cell", "old", "new", "old/new", "old ratio", "new ratio", "change")
 

@@ -9,12 +9,12 @@ import torch
 
 import specdec_ops
 
-from . import rounding
-from .attention import DTYPES, fill_random
-from .contestant import Contestant, Expected, allowed_error, compiled, largest_error
-from .exit import EPS
-from .exit_cases import KvCase, MlpCase
-from .reading import reader
+from .attention.tree_attention import DTYPES, fill_random
+from .early_exit.cases import KvCase, MlpCase
+from .early_exit.exit_confidence import EPS
+from .harness import rounding
+from .harness.contestant import Contestant, Expected, allowed_error, compiled, largest_error
+from .harness.reading import reader
 
 SLOTS, FIRST_POSITION, THETA = 128, 1000, 5e5
 THRESHOLD = 0.4  # of improved MCSD's decision model

@@ -13,8 +13,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as pyplot
 
-from . import plot_acceptance, results
-from .results import Cell
+from .harness import plot_acceptance, results
+from .harness.results import Cell
 
 COLOURS = ("#1f5fa8", "#d1661b", "#3c8d40", "#8e4585", "#7a6a53", "#444444")
 FIGURES = (

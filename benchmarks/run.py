@@ -15,12 +15,14 @@ import torch
 
 import specdec_ops
 
-from . import acceptance_cases, exit_cases, machine, report, results, roofs
-from .cases import PRESETS as ATTENTION_PRESETS
-from .cases import Case
-from .contestant import check, unavailable
-from .peers import OPS
-from .timing import CpuTimer, Evictor, Measurement
+from .acceptance import cases as acceptance_cases
+from .early_exit import cases as exit_cases
+from .harness import machine, report, results, roofs
+from .harness.cases import PRESETS as ATTENTION_PRESETS
+from .harness.cases import Case
+from .harness.contestant import check, unavailable
+from .harness.peers import OPS
+from .harness.timing import CpuTimer, Evictor, Measurement
 
 LOCAL_RESULTS = Path(__file__).parent / "results" / "local"
 LIMITS = {"quick": 160.0, "gpu-quick": 480.0, "gpu": 540.0}  # seconds for everything after the imports
@@ -134,7 +136,7 @@ class Runner:
         """The checked contestants over each copy of the inputs; one copy on a CPU."""
         op, device, copies = OPS[case.op], self.options.device, 1
         if device == "cuda":
-            from .gpu_timing import copies_needed
+            from .gpu.timing import copies_needed
 
             copies = copies_needed(case.memory)
         self.options.flex_seconds = self.clock.for_flex() if case.flex else 0.0
@@ -161,7 +163,7 @@ class Runner:
 
     def _measure(self, groups: list[list], mode: str) -> Measurement:
         if self.options.device == "cuda":
-            from .gpu_timing import GpuTimer
+            from .gpu.timing import GpuTimer
 
             return GpuTimer().measure(groups, self.clock.for_cell())
         return self.timer.measure(groups[0], mode, self.clock.for_cell(), self.options.patience)
@@ -382,7 +384,7 @@ def main(arguments: list[str] | None = None) -> int:
     if not asked.no_plot:
         draw(runner.rows, asked.plot or csv.with_suffix(".png"))
     if asked.device == "cpu" and not asked.op and not asked.filter:  # the acceptance rules; no clock is involved
-        from . import acceptance_lengths
+        from .acceptance import lengths as acceptance_lengths
 
         say()
         path = csv.with_name(f"{csv.stem}-acceptance.csv")

@@ -8,10 +8,10 @@ import torch
 
 import specdec_ops
 
-from . import rounding
-from .attention import DTYPES, fill_random
-from .cases import Case
-from .contestant import Contestant, Expected, allowed_error, largest_error
+from .attention.tree_attention import DTYPES, fill_random
+from .harness import rounding
+from .harness.cases import Case
+from .harness.contestant import Contestant, Expected, allowed_error, largest_error
 
 # --- merge_states
 

@@ -24,7 +24,7 @@ import torch
 from specdec_ops import LayerCache, early_exit, exit_confidence
 
 if __package__:
-    from . import sorted_draft
+    from examples import sorted_draft
 else:
     import sorted_draft
 

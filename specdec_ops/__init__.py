@@ -16,20 +16,20 @@ if not (_folder / "triton_kernels").is_dir() and (_folder.parent / "triton_kerne
 del _folder, Path
 
 from . import published_trees  # noqa: E402
-from ._dispatch import backends  # noqa: E402
-from .accept import Acceptance, chain_accept, greedy_accept, match_accept, tree_accept  # noqa: E402
-from .accept_lossy import LongestPath, longest_path_accept, typical_accept  # noqa: E402
-from .draft_stop import AdaptiveThreshold, entropy_stop, exit_features, exit_mlp  # noqa: E402
-from .early_exit import Confidence, Exit, early_exit, exit_confidence  # noqa: E402
-from .head_bounds import HeadBounds, bound_head  # noqa: E402
-from .kv import kv_propagate  # noqa: E402
+from ._core.dispatch import backends  # noqa: E402
 from .layer_cache import LayerCache  # noqa: E402
-from .quantized_head import QuantizedHead, quantize_head  # noqa: E402
-from .sampling import Children, sample_children, sample_tokens  # noqa: E402
+from .ops.acceptance.accept import Acceptance, chain_accept, greedy_accept, match_accept, tree_accept  # noqa: E402
+from .ops.acceptance.accept_lossy import LongestPath, longest_path_accept, typical_accept  # noqa: E402
+from .ops.acceptance.sample import Children, sample_children, sample_tokens  # noqa: E402
+from .ops.attention.tree_attention import AttentionState, merge_states, tree_attention  # noqa: E402
+from .ops.early_exit.exit_confidence import Confidence, Exit, early_exit, exit_confidence  # noqa: E402
+from .ops.early_exit.exit_mlp import AdaptiveThreshold, entropy_stop, exit_features, exit_mlp  # noqa: E402
+from .ops.early_exit.head_bounds import HeadBounds, bound_head  # noqa: E402
+from .ops.early_exit.quantized_head import QuantizedHead, quantize_head  # noqa: E402
+from .ops.kv.kv_propagate import kv_propagate  # noqa: E402
 from .status import AcceptStatus, ExitStatus, TopologyStatus  # noqa: E402
 from .topology import Topology, build_topology  # noqa: E402
 from .tree import Tree  # noqa: E402
-from .tree_attention import AttentionState, merge_states, tree_attention  # noqa: E402
 from .vocab_map import VocabMap  # noqa: E402
 
 __all__ = [

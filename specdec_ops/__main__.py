@@ -12,11 +12,8 @@ import torch
 from . import (
     Tree,
     __version__,
-    _dispatch,
-    _loader,
     bound_head,
     build_topology,
-    early_exit,
     exit_confidence,
     exit_mlp,
     kv_propagate,
@@ -25,8 +22,10 @@ from . import (
     sample_children,
     sample_tokens,
     tree_accept,
-    tree_attention,
 )
+from ._core import dispatch, loader
+from .ops.attention import tree_attention
+from .ops.early_exit import exit_confidence
 
 # Far above the rounding of float32 on any backend, far below the error of a kernel that is wrong.
 TOLERANCE = 5e-3
@@ -39,8 +38,8 @@ def main() -> int:
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     for device in devices:
         print(f"\nbackends on {describe(device)}")
-        for op in _dispatch.IMPLEMENTATIONS:
-            for backend, reason in _dispatch.backends(op, device).items():
+        for op in dispatch.IMPLEMENTATIONS:
+            for backend, reason in dispatch.backends(op, device).items():
                 verdict, failed = (f"no: {reason}", False) if reason else check(op, backend, device)
                 failures += failed
                 print(f"  {op:<16} {backend:<8} {verdict}", flush=True)
@@ -52,7 +51,7 @@ def main() -> int:
 
 def print_versions() -> None:
     """Print what is installed, and what was compiled into it."""
-    module, reason = _loader.load()
+    module, reason = loader.load()
     print(f"specdec_ops  {__version__} ({Path(__file__).parent})")
     print(f"python       {platform.python_version()} ({platform.platform()})")
     print(f"torch        {torch.__version__} (CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} threads)")

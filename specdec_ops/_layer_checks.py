@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ._checks import describe_dtype, wrong, wrong_device, wrong_grad
+from ._core.checks import describe_dtype, wrong, wrong_device, wrong_grad
 
 OP = "LayerCache"
 _OPTIONS = frozenset(("scale", "window", "softcap", "sinks", "alibi_slopes", "num_splits"))

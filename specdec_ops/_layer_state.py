@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from ._checks import is_int, wrong
+from ._core.checks import is_int, wrong
 from ._layer_checks import OP, ascending
 
 

@@ -19,14 +19,17 @@ import warnings
 import numpy as np
 import torch
 
-from . import accept, accept_lossy, draft_stop, head_bounds, kv, quantized_head, sampling, topology
-from .early_exit import Confidence, Exit
-from .early_exit import early_exit as _early_exit
-from .early_exit import exit_confidence as _exit_confidence
-from .tree_attention import merge_states as _merge_states
-from .tree_attention import tree_attention as _tree_attention
+from . import topology
+from .ops.acceptance import accept, accept_lossy, sample
+from .ops.attention.tree_attention import merge_states as _merge_states
+from .ops.attention.tree_attention import tree_attention as _tree_attention
+from .ops.early_exit import exit_mlp, head_bounds, quantized_head
+from .ops.early_exit.exit_confidence import Confidence, Exit
+from .ops.early_exit.exit_confidence import early_exit as _early_exit
+from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
+from .ops.kv import kv_propagate
 
-_RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sampling.Children, Confidence, Exit)
+_RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confidence, Exit)
 """What holds several results, each of which becomes an array. (A Topology stays one of tensors: the ops take it.)"""
 
 
@@ -122,13 +125,13 @@ chain_accept = _shared(accept.chain_accept)
 tree_accept = _shared(accept.tree_accept)
 typical_accept = _shared(accept_lossy.typical_accept)
 longest_path_accept = _shared(accept_lossy.longest_path_accept)
-sample_tokens = _shared(sampling.sample_tokens)
-sample_children = _shared(sampling.sample_children)
+sample_tokens = _shared(sample.sample_tokens)
+sample_children = _shared(sample.sample_children)
 exit_confidence = _shared(_exit_confidence)
 early_exit = _shared(_early_exit)
 quantize_head = _shared(quantized_head.quantize_head)
 bound_head = _shared(head_bounds.bound_head)
-exit_mlp = _shared(draft_stop.exit_mlp)
-exit_features = _shared(draft_stop.exit_features)
-entropy_stop = _shared(draft_stop.entropy_stop)
-kv_propagate = _shared(kv.kv_propagate, writes=("k_caches", "v_caches"))
+exit_mlp = _shared(exit_mlp.exit_mlp)
+exit_features = _shared(exit_mlp.exit_features)
+entropy_stop = _shared(exit_mlp.entropy_stop)
+kv_propagate = _shared(kv_propagate.kv_propagate, writes=("k_caches", "v_caches"))

@@ -7,13 +7,13 @@ from collections.abc import Sequence
 
 import torch
 
-from . import _alloc
-from ._checks import INT32_MAX, as_int32, is_int, wrong, wrong_device
+from ._core import alloc
+from ._core.checks import INT32_MAX, as_int32, is_int, wrong, wrong_device
 from ._layer_checks import OP as _OP
 from ._layer_checks import ascending, check_heads, check_options, check_rows, counts_of, index_of, items_of
 from ._layer_state import State, kept
+from .ops.attention.tree_attention import tree_attention
 from .topology import Topology, build_topology
-from .tree_attention import tree_attention
 
 _MAX_CHAINS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -137,11 +137,11 @@ class LayerCache:
         device = torch.device(device)
         shape = (self.exits[-1], batch, slots, kv_heads, head_dim)
         with torch.inference_mode(False):  # so that the cache may be used inside and outside of that mode
-            self.k_caches = _alloc.empty(shape, dtype, device)
-            self.v_caches = _alloc.empty(shape, dtype, device)
-            self._hidden = _alloc.empty((self.groups, batch * slots, dim), dtype, device)
+            self.k_caches = alloc.empty(shape, dtype, device)
+            self.v_caches = alloc.empty(shape, dtype, device)
+            self._hidden = alloc.empty((self.groups, batch * slots, dim), dtype, device)
             # The parent slot of every tree node. Slots outside of trees have the slot before as their parent.
-            self._parents = _alloc.empty((batch, slots), torch.int32, device)
+            self._parents = alloc.empty((batch, slots), torch.int32, device)
         self.device = self._hidden.device  # with its index, as tensors have it
         self._state = State.empty(self.exits, slots, batch)
         self._chains: dict[tuple[int, ...], Topology] = {}

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 import torch
 
-from . import _alloc, _library
-from ._checks import INT32_MAX, as_int32, is_int, wrong, wrong_device, wrong_strides
+from ._core import alloc, library
+from ._core.checks import INT32_MAX, as_int32, is_int, wrong, wrong_device, wrong_strides
 from .tree import MAX_NODES, Tree
 
 
@@ -214,11 +214,11 @@ def build_topology(
             wrong("build_topology", "parents", f"of at most 2**31 - 1 trees of {MAX_NODES} nodes", parents)
         )
     if num_nodes is None:
-        num_nodes = _alloc.empty((batch,), torch.int32, parents.device).fill_(nodes)
+        num_nodes = alloc.empty((batch,), torch.int32, parents.device).fill_(nodes)
     else:
         num_nodes = _check_num_nodes(num_nodes, batch, parents.device)
     written = None if out is None else _written(out, parents)
-    built = _library.build_topology(parents.contiguous(), num_nodes.contiguous(), backend, written)
+    built = library.build_topology(parents.contiguous(), num_nodes.contiguous(), backend, written)
     return Topology(*built) if out is None else out
 
 

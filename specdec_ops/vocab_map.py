@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ._checks import INT32_MAX, is_int, wrong
+from ._core.checks import INT32_MAX, is_int, wrong
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False, init=False)

@@ -12,12 +12,12 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import attention_cases
-import selection
 import specdec_ops
-from cpu_seconds import CpuSeconds
-from emulator import accept_kernels, build, draft_kernels, exit_kernels, kernels
-from specdec_ops import _alloc, _dispatch, _loader
+from specdec_ops._core import alloc, dispatch, loader
+from tests.attention import attention_cases
+from tests.emulator import accept_kernels, build, draft_kernels, exit_kernels, kernels
+from tests.harness import selection
+from tests.harness.cpu_seconds import CpuSeconds
 
 EMULATED = {
     **kernels.IMPLEMENTATIONS,
@@ -37,7 +37,7 @@ def pytest_configure(config):
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-        import triton_interpreter
+        from tests.harness import triton_interpreter
 
         triton_interpreter.replace_names_once()
         triton_interpreter.round_products_once()
@@ -108,7 +108,7 @@ def poisoned_empty(shape, dtype, device):
 
 
 class PoisonedTorch:
-    """PyTorch with a poisoned `empty`, for kernels that make their own scratch (they may not import _alloc)."""
+    """PyTorch with a poisoned `empty`, for kernels that make their own scratch (they may not import alloc)."""
 
     def __getattr__(self, name):
         return getattr(torch, name)
@@ -119,8 +119,8 @@ class PoisonedTorch:
 
 @pytest.fixture(autouse=True)
 def poisoned_memory(monkeypatch):
-    """Every op allocates through _alloc.empty; Triton's launch functions make scratch with torch.empty."""
-    monkeypatch.setattr(_alloc, "empty", poisoned_empty)
+    """Every op allocates through alloc.empty; Triton's launch functions make scratch with torch.empty."""
+    monkeypatch.setattr(alloc, "empty", poisoned_empty)
     for name, module in list(sys.modules.items()):
         if name.startswith("specdec_ops.triton_kernels.") and hasattr(module, "torch"):
             monkeypatch.setattr(module, "torch", PoisonedTorch())
@@ -129,7 +129,7 @@ def poisoned_memory(monkeypatch):
 @pytest.fixture
 def isa(request):
     """The CPU kernels run on this instruction set."""
-    module, reason = _loader.load()
+    module, reason = loader.load()
     if module is None:
         pytest.skip(reason)
     module.set_cpu_isa(request.param)
@@ -159,12 +159,12 @@ def one_thread(threads):
 def emulated_cuda(request, monkeypatch):
     """Lets tests over all targets name the emulator as a backend. The package itself knows nothing of it."""
     if "target" in request.fixturenames:
-        resolve = _dispatch.resolve
+        resolve = dispatch.resolve
 
         def resolve_or_emulate(op, backend, *tensors):
             return EMULATED[op] if backend == kernels.BACKEND else resolve(op, backend, *tensors)
 
-        monkeypatch.setattr(_dispatch, "resolve", resolve_or_emulate)
+        monkeypatch.setattr(dispatch, "resolve", resolve_or_emulate)
 
 
 @pytest.fixture(autouse=True)

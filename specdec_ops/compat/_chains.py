@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specdec_ops.reference import noise
+from specdec_ops.ops.acceptance import reference_philox
 
 
 def masses(probs: torch.Tensor) -> torch.Tensor:
@@ -24,9 +24,9 @@ def coins(seeds: torch.Tensor, steps: int, positions: torch.Tensor) -> torch.Ten
         float64 [batch, steps], in (0, 1).
     """
     node = torch.arange(1, steps + 1, device=seeds.device)
-    domain = node.new_full((), noise.ACCEPT)  # a tensor: a number would be copied to the device, which waits
+    domain = node.new_full((), reference_philox.ACCEPT)  # a tensor: a number would be copied to the device, which waits
     counter = (node // 4, positions[:, None], domain, torch.zeros_like(domain))
-    words = noise.philox(counter, (seeds[:, None], seeds[:, None] >> 32))
+    words = reference_philox.philox(counter, (seeds[:, None], seeds[:, None] >> 32))
     words = torch.stack(torch.broadcast_tensors(*words), dim=-1)
     lane = (node % 4).expand(words.shape[:-1])
-    return noise.coins_of(words.gather(-1, lane[..., None])[..., 0])
+    return reference_philox.coins_of(words.gather(-1, lane[..., None])[..., 0])

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 
 from specdec_ops import chain_accept
-from specdec_ops._checks import wrong
+from specdec_ops._core.checks import wrong
 
 from ._chains import coins, masses
 

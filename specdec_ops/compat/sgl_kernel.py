@@ -43,8 +43,8 @@ import functools
 import torch
 
 from specdec_ops import build_topology
-from specdec_ops._accept_checks import check_fraction
-from specdec_ops._checks import is_int, wrong
+from specdec_ops._core.checks import is_int, wrong
+from specdec_ops.ops.acceptance.checks import check_fraction
 
 from ._links import follow, siblings, sum_along, write
 

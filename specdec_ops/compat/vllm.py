@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from specdec_ops import chain_accept, sample_tokens
-from specdec_ops._checks import wrong
+from specdec_ops._core.checks import wrong
 
 from ._chains import coins, masses
 

@@ -55,7 +55,7 @@ def exit_mlp(*arguments):
 
 
 def kv_propagate(*arguments):
-    """One launch for each MOST_KV_LAYERS layers, as specdec_ops._native_kv makes them."""
+    """One launch for each MOST_KV_LAYERS layers, as specdec_ops.ops.kv.native makes them."""
     hidden, norms, keys, values, *middle, k_caches, v_caches = arguments
     for start in range(0, len(k_caches), MOST_KV_LAYERS):
         some = slice(start, start + MOST_KV_LAYERS)

@@ -1,4 +1,4 @@
-// The emulator's side of csrc/specdec/device.cuh: the same names, with the meaning that PTX gives them.
+// The emulator's side of csrc/common/cuda/device.cuh: the same names, with the meaning that PTX gives them.
 //
 // Whatever touches the kernel's memory is done here, in the thread that asked for it, and not in the emulator, which is
 // compiled without ThreadSanitizer: so an error is blamed on the right thread and line.

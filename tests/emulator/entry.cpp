@@ -4,7 +4,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda/launchers.h"
+#include "common/cuda/launch.h"
 #include "emulator.h"
 
 #define SPECDEC_EXPORT extern "C" __attribute__((visibility("default")))

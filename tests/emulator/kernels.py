@@ -11,8 +11,8 @@ from typing import NamedTuple
 
 import torch
 
-from specdec_ops import _dispatch
-from specdec_ops._native import MOST_SLOTS
+from specdec_ops._core import dispatch
+from specdec_ops._core.native import MOST_SLOTS
 
 from . import build
 
@@ -105,10 +105,10 @@ def merge_states(*arguments):
 
 
 def tree_attention(*arguments):
-    """Refuses what _dispatch refuses for the backend "cuda"."""
+    """Refuses what dispatch refuses for the backend "cuda"."""
     q, k_cache, v_cache, *_, out, _ = arguments
-    aligned = _dispatch._is_aligned(q, k_cache, v_cache, out)
-    if reason := _dispatch.attention_refusal("cuda", q.dtype, q.shape[-1], k_cache.dtype, aligned):
+    aligned = dispatch._is_aligned(q, k_cache, v_cache, out)
+    if reason := dispatch.attention_refusal("cuda", q.dtype, q.shape[-1], k_cache.dtype, aligned):
         raise RuntimeError(reason)
     launch = tree_attention_launch(*arguments)
     run(launch)

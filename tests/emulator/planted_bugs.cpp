@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "specdec/device.cuh"
+#include "common/cuda/device.cuh"
 
 using namespace specdec;
 

@@ -1,0 +1,340 @@
+"""tree_attention: inputs, the exact result, and the contestants.
+
+Excluded from every timing: making the mask, packing q for the packed view, copying K and V to another layout, building
+FlexAttention's block mask. PyTorch's users pay for some of these on every step; specdec_ops needs none of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import signal
+import threading
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as functional
+
+import specdec_ops
+from benchmarks.harness import rounding
+from benchmarks.harness.cases import Case
+from benchmarks.harness.contestant import Contestant, Expected, allowed_error, compiled, largest_error, unavailable
+from benchmarks.harness.machine import native
+from benchmarks.harness.reading import reader
+
+from . import flashinfer_peers, xformers_peer
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+@dataclass
+class Inputs:
+    """q [batch, nodes, heads, dim], caches [batch, slots, kv_heads, dim], True in a mask means visible.
+
+    tree_mask [nodes, nodes] is the tree's own part, mask [batch or 1, 1, nodes, slots] all of it.
+    """
+
+    case: Case
+    q: torch.Tensor
+    k_cache: torch.Tensor
+    v_cache: torch.Tensor
+    topology: specdec_ops.Topology
+    context_lens: torch.Tensor
+    tree_mask: torch.Tensor
+    mask: torch.Tensor
+
+    @property
+    def head_major(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views [batch, kv_heads, slots, dim] of the caches, as PyTorch wants them."""
+        return self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
+
+
+def fill_random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: str = "cpu") -> torch.Tensor:
+    """Normal numbers, repeated after some millions: drawing every one would take longer than the measurement."""
+    base = torch.randn(min(math.prod(shape), (1 << 22) + 13), generator=torch.Generator().manual_seed(seed))
+    base = base.to(device, dtype)
+    repeats = -(-math.prod(shape) // base.numel())
+    return base.repeat(repeats)[: math.prod(shape)].view(shape)
+
+
+def make_inputs(case: Case, device: str = "cpu", seed: int = 1) -> Inputs:
+    """Random inputs in which the tree matters.
+
+    Among thousands of context slots a few tree slots would weigh nothing, and a wrong mask would pass the check. In
+    every second KV head the tree's keys therefore point the way the queries do, such that each node weighs an eighth of
+    the context; the other heads are plain random and show errors in the context.
+    """
+    model, dtype = case.model, DTYPES[case.dtype]
+    q = fill_random((case.batch, case.nodes, model.heads, model.dim), dtype, seed, device)
+    k_cache, v_cache = (
+        fill_random((case.batch, case.slots, model.kv_heads, model.dim), dtype, seed + 1 + i, device) for i in range(2)
+    )
+    push = math.sqrt(math.log(max(case.context / 8, 2.0)) * math.sqrt(model.dim))
+    q.view(case.batch, case.nodes, model.kv_heads, model.group, model.dim)[:, :, ::2, :, 0] += push
+    for request, context in enumerate(case.contexts):
+        k_cache[request, context : context + case.nodes, ::2, 0] += push
+
+    tree = specdec_ops.Tree.from_parents(case.tree.parents)
+    tree_mask = torch.as_tensor(tree.mask()).bool()
+    mask = torch.zeros(case.batch if case.ragged else 1, 1, case.nodes, case.slots, dtype=torch.bool)
+    for request, context in enumerate(case.contexts[: mask.shape[0]]):
+        mask[request, :, :, :context] = True
+        mask[request, :, :, context : context + case.nodes] = tree_mask
+    lengths = torch.tensor(case.contexts, dtype=torch.int32)
+    topology, lengths = tree.to(device), lengths.to(device)
+    return Inputs(case, q, k_cache, v_cache, topology, lengths, tree_mask.to(device), mask.to(device))
+
+
+def expected(inputs: Inputs) -> Expected:
+    """Two (request, KV head) pairs in float64, through the definition; each is one of the two kinds of heads."""
+    case, group = inputs.case, inputs.case.model.group
+    pairs = sorted({(0, 0), (case.batch - 1, case.model.kv_heads - 1)})
+
+    def take(result: torch.Tensor) -> list[torch.Tensor]:
+        return [result[request, :, head * group : (head + 1) * group] for request, head in pairs]
+
+    def reference(request: int, head: int) -> torch.Tensor:
+        one, length = slice(request, request + 1), case.contexts[request] + case.nodes
+        k, v = (cache[one, :length, head : head + 1].double() for cache in (inputs.k_cache, inputs.v_cache))
+        q = inputs.q[one, :, head * group : (head + 1) * group].double()
+        lengths = inputs.context_lens[one]
+        return specdec_ops.tree_attention(q, k, v, inputs.topology, lengths, backend="torch")[0]
+
+    def bound(request: int, head: int) -> torch.Tensor:
+        context, rows = case.contexts[request], slice(head * group, (head + 1) * group)
+        k, v = (cache[request, : context + case.nodes, head] for cache in (inputs.k_cache, inputs.v_cache))
+        in_context = torch.ones(case.nodes, context, dtype=torch.bool, device=k.device)
+        visible = torch.cat([in_context, inputs.tree_mask], 1).repeat_interleave(group, 0)
+        q = inputs.q[request, :, rows].flatten(0, 1)
+        return rounding.attention(q, k, v, visible, case.model.dim**-0.5, q.dtype).unflatten(0, (case.nodes, group))
+
+    exact = [reference(*pair) for pair in pairs]
+    errors = [largest_error(*both) for both in zip(take(eager(inputs)), exact, strict=True)]
+    bounds = [bound(*pair) for pair in pairs]
+    return Expected(take, exact, [allowed_error(*each) for each in zip(exact, errors, bounds, strict=True)])
+
+
+# --- ours
+
+
+def ours(inputs: Inputs, backend: str = "auto") -> Contestant:
+    def call():
+        i = inputs
+        return specdec_ops.tree_attention(i.q, i.k_cache, i.v_cache, i.topology, i.context_lens, backend=backend)
+
+    name = "specdec_ops" if backend == "auto" else f"specdec_ops {backend}"
+    return Contestant(name, "ours", call, reads=(inputs.k_cache, inputs.v_cache))
+
+
+def ours_head_major(inputs: Inputs) -> Contestant:
+    """The same call over caches that lie head by head, to compare with PyTorch over such caches."""
+    k, v = (cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (inputs.k_cache, inputs.v_cache))
+
+    def call():
+        return specdec_ops.tree_attention(inputs.q, k, v, inputs.topology, inputs.context_lens)
+
+    return Contestant("specdec_ops head-major", "ours", call, reads=(k, v), layout="head-major")
+
+
+def ours_limited(inputs: Inputs, isa: str) -> Contestant:
+    """Our CPU kernel held to an older instruction set, while PyTorch keeps the newest."""
+    module, name = native(), f"specdec_ops {isa}"
+    if module is None or not hasattr(module, "set_cpu_isa"):
+        return unavailable(name, "ours", "this build can't limit the instruction set at run time")
+    contestant = ours(inputs, "cpu")
+    contestant.name = name
+    contestant.before, contestant.after = lambda: module.set_cpu_isa(isa), lambda: module.set_cpu_isa("")
+    return contestant
+
+
+# --- PyTorch
+
+
+def eager(inputs: Inputs) -> torch.Tensor:
+    """Grouped products (K and V aren't repeated per query head), the mask only where the tree is."""
+    case, (k, v) = inputs.case, inputs.head_major
+    out = torch.empty_like(inputs.q)
+    for request, context in enumerate(case.contexts):  # batched products would copy K and V; one request's don't
+        length = context + case.nodes
+        queries = pack(inputs.q[request], case.model.kv_heads)
+        scores = torch.bmm(queries, k[request, :, :length].transpose(1, 2)).mul_(case.model.dim**-0.5)
+        by_node = scores.view(case.model.kv_heads, case.nodes, case.model.group, length)
+        by_node[..., context:].masked_fill_(~inputs.tree_mask[:, None, :], float("-inf"))
+        result = torch.bmm(torch.softmax(scores, dim=-1), v[request, :, :length])
+        out[request] = unpack(result, case.model.heads)
+    return out
+
+
+def pack(q: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """[..., nodes, heads, dim] to [..., kv_heads, nodes * group, dim]: the query heads of a KV head become its rows."""
+    *lead, nodes, heads, dim = q.shape
+    grouped = q.reshape(*lead, nodes, kv_heads, heads // kv_heads, dim).transpose(-4, -3)
+    return grouped.reshape(*lead, kv_heads, nodes * (heads // kv_heads), dim)
+
+
+def unpack(packed: torch.Tensor, heads: int) -> torch.Tensor:
+    """The inverse of pack."""
+    *lead, kv_heads, rows, dim = packed.shape
+    group = heads // kv_heads
+    grouped = packed.reshape(*lead, kv_heads, rows // group, group, dim).transpose(-4, -3)
+    return grouped.reshape(*lead, rows // group, heads, dim)
+
+
+def sdpa(inputs: Inputs) -> Contestant:
+    (k, v), q = inputs.head_major, inputs.q.transpose(1, 2)
+    grouped = inputs.case.model.group > 1
+
+    def call():
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, enable_gqa=grouped)
+
+    return Contestant("sdpa", "pytorch", call, lambda out: out.transpose(1, 2), (k, v))
+
+
+def sdpa_packed(inputs: Inputs, contiguous: bool = False) -> Contestant:
+    """SDPA on the packed view: with it PyTorch, too, reads K and V once per KV head.
+
+    contiguous: K and V lie head by head, [batch, kv_heads, slots, dim], the layout that suits PyTorch best.
+    """
+    k, v = inputs.head_major
+    if contiguous:
+        k, v = k.contiguous(), v.contiguous()
+    q = pack(inputs.q, inputs.case.model.kv_heads).contiguous()
+    mask = inputs.mask.repeat_interleave(inputs.case.model.group, dim=2)
+    if q.is_cuda:
+        mask = additive(mask, q.dtype)
+
+    def call():
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    name = "sdpa packed head-major" if contiguous else "sdpa packed"
+    layout = "head-major" if contiguous else ""
+    return Contestant(name, "pytorch", call, lambda out: unpack(out, inputs.case.model.heads), (k, v), layout=layout)
+
+
+def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """0 where visible, else -inf: what a GPU's kernels read. PyTorch would make it out of a boolean mask in each call.
+
+    Rows lie a multiple of 8 elements apart, which spares PyTorch a padded copy.
+    """
+    *lead, slots = mask.shape
+    bias = torch.zeros(*lead, -(-slots // 8) * 8, dtype=dtype, device=mask.device)[..., :slots]
+    return bias.masked_fill_(~mask, float("-inf"))
+
+
+class OutOfTime(BaseException):
+    """No Exception, because the compiler catches those on its way."""
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float):
+    """Raise OutOfTime in the main thread; elsewhere, and without SIGALRM, there is no limit."""
+    if not hasattr(signal, "SIGALRM") or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_):
+        raise OutOfTime(f"did not compile within {seconds:.0f} s")
+
+    previous = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+
+
+def flex(inputs: Inputs, seconds: float) -> Contestant:
+    """Compiled FlexAttention, compiled here and now."""
+    if seconds < 5:
+        return unavailable("flex_attention", "pytorch", "no time left to compile it in this preset")
+    try:
+        from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+        with time_limit(seconds), torch.no_grad():
+            return _compiled_flex(inputs, create_block_mask, flex_attention)
+    except (Exception, OutOfTime) as error:  # many CPUs, compilers and shapes are unsupported: say why and go on
+        return unavailable("flex_attention", "pytorch", f"not available: {str(error).strip().splitlines()[0][:100]}")
+
+
+def _compiled_flex(inputs: Inputs, create_block_mask, flex_attention) -> Contestant:
+    import torch._inductor.config
+
+    torch._inductor.config.compile_threads = 1  # in this process, so that the time limit can end it
+    if not inputs.q.is_cuda:  # on a GPU earlier copies of the inputs keep what was compiled for them
+        torch._dynamo.reset()
+    (k, v), q = inputs.head_major, inputs.q.transpose(1, 2)
+    case, tree_mask, lengths = inputs.case, inputs.tree_mask, inputs.context_lens
+    last = case.nodes - 1
+
+    def visible(request, head, row, slot):
+        node = slot - lengths[request]
+        in_tree = (node <= last) & tree_mask[row, node.clamp(0, last)]
+        return (node < 0) | in_tree
+
+    block_mask = create_block_mask(visible, case.batch, None, case.nodes, case.slots, device=str(q.device))
+    flex = compiled(flex_attention)
+
+    def call():
+        return flex(q, k, v, block_mask=block_mask, enable_gqa=case.model.group > 1)
+
+    call()
+    return Contestant("flex_attention", "pytorch", call, lambda out: out.transpose(1, 2), (k, v))
+
+
+# --- controls
+
+
+def one_query(inputs: Inputs) -> Contestant:
+    """Plain decoding, one query and no mask, over the same K and V: what PyTorch makes of the bandwidth."""
+    (k, v), q = inputs.head_major, inputs.q[:, :1]
+    packed = pack(q, inputs.case.model.kv_heads).contiguous()
+
+    def call():
+        return functional.scaled_dot_product_attention(packed, k, v)
+
+    return Contestant("sdpa q=1", "control", call, reads=(k, v))
+
+
+def ours_paged(inputs: Inputs) -> Contestant:
+    """The same call over pages of 64 slots in a scattered order, as serving engines keep them."""
+    batch = inputs.case.batch
+    k, v = (flashinfer_peers.to_pages(cache) for cache in (inputs.k_cache, inputs.v_cache))
+    order = torch.randperm(k.shape[0], generator=torch.Generator().manual_seed(5)).to(k.device)
+    k, v = (torch.empty_like(pages).index_copy_(0, order, pages) for pages in (k, v))
+    table = order.int().view(batch, -1)
+
+    def call():
+        return specdec_ops.tree_attention(inputs.q, k, v, inputs.topology, inputs.context_lens, page_table=table)
+
+    return Contestant("specdec_ops paged", "ours", call, reads=(k, v))
+
+
+def contestants_on_gpu(inputs: Inputs, options) -> list[Contestant]:
+    """Everybody who runs on CUDA tensors."""
+    listed = [ours(inputs), ours_paged(inputs)] + [ours(inputs, backend) for backend in options.backends]
+    listed += [sdpa_packed(inputs), sdpa_packed(inputs, contiguous=True)]
+    listed[-1].layout = ""  # every peer on a GPU has the layout that suits it best
+    listed.append(Contestant("eager", "pytorch", lambda: eager(inputs), reads=(inputs.k_cache, inputs.v_cache)))
+    listed += [*flashinfer_peers.contestants(inputs), *xformers_peer.contestants(inputs)]
+    if inputs.case.flex:
+        listed.append(flex(inputs, options.flex_seconds))
+    return listed
+
+
+def contestants(inputs: Inputs, options) -> list[Contestant]:
+    """Everybody, in the order of the table. `options` is benchmarks.run.Options."""
+    if inputs.q.is_cuda:
+        return contestants_on_gpu(inputs, options)
+    listed = [ours(inputs)] + [ours(inputs, backend) for backend in options.backends]
+    listed += [ours_limited(inputs, isa) for isa in options.isas]
+    listed += [sdpa(inputs), sdpa_packed(inputs)]
+    if options.preset != "quick":
+        listed += [ours_head_major(inputs), sdpa_packed(inputs, contiguous=True)]
+    listed.append(Contestant("eager", "pytorch", lambda: eager(inputs), reads=(inputs.k_cache, inputs.v_cache)))
+    if inputs.case.flex:
+        listed.append(flex(inputs, options.flex_seconds))
+    listed.append(reader().control(inputs.case.kv_bytes))
+    if inputs.case.nodes > 1 and options.preset != "quick":
+        listed.append(one_query(inputs))
+    return listed

@@ -1,0 +1,2 @@
+#define SPECDEC_ISA avx512
+#include "acceptance/cpu/row_passes.h"

@@ -1,0 +1,2 @@
+#define SPECDEC_ISA generic
+#include "acceptance/cpu/row_passes.h"

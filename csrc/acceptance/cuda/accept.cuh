@@ -1,0 +1,423 @@
+// Acceptance on a GPU: from rows of logits to accepted tokens.
+//
+// Lazy path, one launch: a block owns a request. Its first warp walks the tree (accept_walk.h), all lanes alike, and
+// the other warps are a team that serves it: the law of a row, the sum of a node's weights, a race. The walk posts a
+// task in shared memory and waits until it is served. So each pass over a row is compiled once, whatever the number of
+// rules that ask for it, the walk's state takes no registers from the passes, and a block reads what the walk asks for
+// and nothing else: the rows of the nodes it reaches, one pass for the law (three with top-k or top-p, as a rule), one
+// for each rejection that needs a sum, one for the race that draws the next token. The links and tokens of the tree are
+// copied to shared memory first, for a walk is a chain of dependent reads.
+//
+// Eager path, three launches, for few requests, where one block each would leave the GPU idle: the laws of all rows
+// that have a node, each row split over blocks, the last one of which merges the parts in the order of the row and
+// applies the filters; then the walk as above, with laws from memory and without its last race; then that race, split
+// over blocks in the same way. No block ever waits for another one.
+//
+// Shared memory: one bit per token of the vocabulary for tokens that can't be drawn any more, 16 KiB for cuts, 12 bytes
+// per node. Scratch in global memory: what the rule keeps per node or level, and the tables of the eager path.
+#pragma once
+
+#include "acceptance/cuda/accept_scratch.cuh"
+#include "acceptance/cuda/top_k_top_p.cuh"
+#include "acceptance/cuda/weighted_draw.cuh"
+#include "common/cuda/block_team.cuh"
+#include "common/cuda/device.cuh"
+
+namespace specdec {
+
+constexpr int kPostedBarrier = 2, kServedBarrier = 3;
+constexpr int32_t kMostStagedNodes = 1024;
+constexpr int kWalkMostThreads = 384;  // the walk's warp and a team: more would leave the walk too few registers
+
+enum class Task : int32_t {
+  kStop,
+  kTargetLaw,
+  kDraftLaw,
+  kTargetProbability,
+  kDraftProbability,
+  kPass,
+  kRace,
+  kRaceTop,
+  kTopLogits,
+  kRhoSums,
+  kGreatestOfDraft,
+  kDeferRace
+};
+
+struct Order {
+  Task task;
+  int32_t row, count;  // count: or a token
+  bool with_entropy;
+  float low, step;
+  int32_t* out;
+  NoiseKey noise;
+  Weights weights;
+};
+
+struct Answer {
+  Law law;
+  Pass pass;
+  RhoSums rho;
+};
+
+struct WalkShared {
+  uint32_t* slots;  // of the reductions
+  uint32_t* bits;   // excluded tokens
+  Order* order;
+  Answer* answer;
+  AcceptParams* call;  // with links and tokens in shared memory
+  int32_t* nodes;      // [3, nodes] tokens, first children, next siblings; or target ids, tokens, ...
+  CutScratch cut;
+
+  __device__ WalkShared(SharedMemory& memory, const AcceptParams& p)
+      : slots(memory.take<uint32_t>(TeamReducer::kWords)),
+        bits(memory.take<uint32_t>(bit_words(p))),
+        order(memory.take<Order>(1)),
+        answer(memory.take<Answer>(1)),
+        call(memory.take<AcceptParams>(1)),
+        nodes(memory.take<int32_t>(staged(p))),
+        cut(memory) {}
+  static size_t bytes(const AcceptParams& p) {
+    return SharedMemory::bytes<uint32_t>(TeamReducer::kWords) + SharedMemory::bytes<uint32_t>(bit_words(p)) +
+           SharedMemory::bytes<Order>(1) + SharedMemory::bytes<Answer>(1) + SharedMemory::bytes<AcceptParams>(1) +
+           SharedMemory::bytes<int32_t>(staged(p)) + CutScratch::bytes();
+  }
+  __host__ __device__ static int32_t staged(const AcceptParams& p) {
+    return p.nodes <= kMostStagedNodes ? 4 * p.nodes : 0;
+  }
+};
+
+// What the walk knows of the models: orders to the team, and reads of single logits.
+class WalkerRows {
+ public:
+  __device__ WalkerRows(const AcceptLaunch& launch, const WalkShared& shared, int32_t request)
+      : shared_(shared),
+        rows_{*shared.call, request},
+        laws_(laws_of(launch, request)),
+        nodes_(launch.call.nodes),
+        threads_(int32_t(blockDim.x)) {}
+
+  __device__ bool leader() const { return threadIdx.x == 0; }
+  __device__ void sync() const { warp_sync(); }
+
+  __device__ Law target_law(int32_t node, bool with_entropy) {
+    if (laws_ != nullptr) return laws_[node];
+    if (leader()) {
+      shared_.order->row = node;
+      shared_.order->with_entropy = with_entropy;
+    }
+    post(Task::kTargetLaw);
+    return shared_.answer->law;
+  }
+  __device__ Law draft_law(int32_t row) {
+    if (laws_ != nullptr) return laws_[nodes_ + row];
+    if (leader()) shared_.order->row = row;
+    post(Task::kDraftLaw);
+    return shared_.answer->law;
+  }
+  __device__ float target_probability(const Law& law, int32_t node, int32_t token) const {
+    return proposal(Task::kTargetProbability, law, node, token).probability;
+  }
+  __device__ float draft_probability(const Law& law, int32_t row, int32_t token) const {
+    return draft_proposal(law, row, token).probability;
+  }
+  __device__ Proposal draft_proposal(const Law& law, int32_t row, int32_t token) const {
+    return proposal(Task::kDraftProbability, law, row, token);
+  }
+  __device__ float greatest_of_draft(const Law& law, int32_t row) {
+    if (leader()) shared_.order->weights.first = {law, row, 1.0f};
+    post(Task::kGreatestOfDraft);
+    return shared_.answer->pass.sum;
+  }
+
+  __device__ void exclude(int32_t token) {
+    if (leader()) shared_.bits[token / 32] |= 1u << token % 32;
+  }
+  __device__ void include(int32_t token) {
+    if (leader()) shared_.bits[token / 32] &= ~(1u << token % 32);
+  }
+  __device__ bool excluded(int32_t token) const { return has_token(shared_.bits, token); }
+
+  __device__ Pass pass(const Weights& weights) {
+    if (leader()) shared_.order->weights = weights;
+    post(Task::kPass);
+    return shared_.answer->pass;
+  }
+  // With laws in memory the last race is left to a launch of its own, and any token stands for its winner.
+  __device__ Pass race(const Weights& weights, const NoiseKey& noise) {
+    const bool later = laws_ != nullptr && noise.domain != kNoiseSample;
+    give(weights, noise);
+    post(later ? Task::kDeferRace : Task::kRace);
+    return later ? Pass{1.0f, 0} : shared_.answer->pass;
+  }
+  __device__ void race_top(const Weights& weights, const NoiseKey& noise, int32_t count, int32_t* out) {
+    give(weights, noise);
+    give_output(0, count, out);
+    post(Task::kRaceTop);
+  }
+  __device__ void top_logits(int32_t node, int32_t count, int32_t* out) {
+    give_output(node, count, out);
+    post(Task::kTopLogits);
+  }
+  __device__ RhoSums rho_sums(int32_t node, const Law& target, const Law& draft, float low, float step) {
+    if (leader()) {
+      shared_.order->weights.node = node;
+      shared_.order->weights.target = target;
+      shared_.order->weights.first = {draft, node, 1.0f};
+      shared_.order->low = low;
+      shared_.order->step = step;
+    }
+    post(Task::kRhoSums);
+    return shared_.answer->rho;
+  }
+  __device__ void stop() {
+    if (leader()) shared_.order->task = Task::kStop;
+    if (threads_ > kWarpSize) group_sync<kPostedBarrier>(threads_);
+  }
+
+  __device__ static float log(float x) { return logf(x); }
+  __device__ static float exp(float x) { return expf(x); }
+  __device__ static float exp2(float x) { return fast_exp2(x); }
+  __device__ static float log1p(float x) { return log1pf(x); }
+  __device__ static float expm1(float x) { return expm1f(x); }
+
+ private:
+  __device__ void give(const Weights& weights, const NoiseKey& noise) {
+    if (!leader()) return;
+    shared_.order->weights = weights;
+    shared_.order->noise = noise;
+  }
+  __device__ void give_output(int32_t row, int32_t count, int32_t* out) {
+    if (!leader()) return;
+    shared_.order->row = row;
+    shared_.order->count = count;
+    shared_.order->out = out;
+  }
+  // One element of a row: the code for it is large next to the order for it.
+  __device__ Proposal proposal(Task task, const Law& law, int32_t row, int32_t token) const {
+    if (leader()) {
+      shared_.order->weights.target = law;
+      shared_.order->row = row;
+      shared_.order->count = token;
+    }
+    post(task);
+    return {shared_.answer->pass.sum, shared_.answer->pass.winner != 0};
+  }
+  __device__ void post(Task task) const {
+    if (leader()) shared_.order->task = task;
+    group_sync<kPostedBarrier>(threads_);
+    group_sync<kServedBarrier>(threads_);
+  }
+
+  const WalkShared& shared_;
+  RequestRows rows_;
+  const Law* laws_;  // [2, nodes] of target and draft rows, or nullptr
+  int32_t nodes_, threads_;
+};
+
+// The team's side: one order after the other.
+class Servants {
+ public:
+  __device__ Servants(const AcceptLaunch& launch, const WalkShared& shared, int32_t request)
+      : launch_(launch),
+        shared_(shared),
+        rows_{*shared.call, request},
+        reduce_({int32_t(threadIdx.x) - kWarpSize, int32_t(blockDim.x) - kWarpSize}, shared.slots) {}
+
+  __device__ __forceinline__ void run() {
+    for (;;) {
+      group_sync<kPostedBarrier>(int(blockDim.x));
+      if (shared_.order->task == Task::kStop) return;
+      serve(*shared_.order);
+      group_sync<kServedBarrier>(int(blockDim.x));
+    }
+  }
+
+ private:
+  __device__ bool leader() const { return reduce_.team.rank == 0; }
+
+  __device__ __forceinline__ void serve(const Order& order) {
+    switch (order.task) {
+      case Task::kStop:
+        break;
+      case Task::kTargetLaw:
+      case Task::kDraftLaw:
+        answer_law(order);
+        break;
+      case Task::kTargetProbability:
+      case Task::kDraftProbability:
+        if (leader()) {
+          const Proposal found = proposal(order);
+          shared_.answer->pass = {found.probability, found.possible};
+        }
+        break;
+      case Task::kPass:
+      case Task::kRace:
+      case Task::kRaceTop:
+        answer_race(order);
+        break;
+      case Task::kGreatestOfDraft: {
+        const float greatest = greatest_of_draft(reduce_, rows_, order.weights.first, shared_.bits);
+        if (leader()) shared_.answer->pass.sum = greatest;
+        break;
+      }
+      case Task::kTopLogits:
+        answer_top_logits(order);
+        break;
+      case Task::kRhoSums: {
+        const RhoSums sums = rho_sums_of(reduce_, rows_, order.weights, order.low, order.step);
+        if (leader()) shared_.answer->rho = sums;
+        break;
+      }
+      case Task::kDeferRace:
+        defer_race(order);
+        break;
+    }
+  }
+
+  __device__ __forceinline__ void answer_law(const Order& order) {
+    const bool of_target = order.task == Task::kTargetLaw;
+    const Row row = of_target ? rows_.target(order.row) : rows_.draft(order.row);
+    const Sampling sampling = row_sampling(rows_, of_target);
+    const LawPart part = law_part(reduce_, row, whole(row), scale_of(sampling.temperature));
+    const Law law = finished_law(reduce_, shared_.cut, row, part, sampling, of_target && order.with_entropy);
+    if (leader()) shared_.answer->law = law;
+  }
+
+  __device__ Proposal proposal(const Order& order) const {
+    const bool of_target = order.task == Task::kTargetProbability;
+    const int32_t id = of_target ? order.count : rows_.draft_id(order.count);
+    if (id < 0) return {0.0f, false};
+    const Law& law = order.weights.target;
+    if (law.one_hot) return {id == law.argmax ? 1.0f : 0.0f, id == law.argmax};
+    const float logit = logit_at(of_target ? rows_.target(order.row) : rows_.draft(order.row), id);
+    return {probability_of(law, logit, id), logit > negative_infinity() && keeps(law, logit, id)};
+  }
+
+  // The best tokens of one race come out one by one: each pass looks below the one before. Where p alone is raced for
+  // and a score is not sure, the drawn tokens are excluded, and the rest of the race is one relative to the greatest
+  // logit left: that is one factor for all scores.
+  __device__ __forceinline__ void answer_race(const Order& order) {
+    const bool many = order.task == Task::kRaceTop;
+    const NoiseKey noise = order.noise;
+    uint64_t limit = kNoLimit;
+    for (int32_t i = 0; i < (many ? order.count : 1);) {
+      const WeightsSum sum = pass_over(reduce_, rows_, order.weights, shared_.bits, {0, rows_.p.vocab},
+                                       order.task != Task::kPass, noise, limit);
+      const bool stated = limit == kNoLimit && i > 0;  // it has been so for this token
+      if (many && i > 0 && !stated && !is_sure(sum.best) && state_anew(order, i)) {
+        limit = kNoLimit;
+        continue;
+      }
+      limit = sum.best;
+      if (leader()) {
+        if (many) {
+          order.out[i] = token_or_none(sum.best);
+        } else {
+          shared_.answer->pass = {sum.sum, token_or_none(sum.best)};
+        }
+      }
+      ++i;
+    }
+    if (many && leader()) {
+      for (int32_t i = 0; i < order.count; ++i) {
+        if (order.out[i] >= 0) shared_.bits[order.out[i] / 32] = 0;
+      }
+    }
+  }
+
+  // Excludes the first `drawn` tokens and makes the target's law relative to what is left. False where that can't be.
+  __device__ bool state_anew(const Order& order, int32_t drawn) {
+    const Weights& weights = order.weights;
+    if (weights.terms > 0 || weights.target.one_hot) return false;
+    if (leader()) {
+      for (int32_t i = 0; i < drawn; ++i) {
+        if (order.out[i] >= 0) shared_.bits[order.out[i] / 32] |= 1u << order.out[i] % 32;
+      }
+    }
+    reduce_.team.sync();
+    const float max = greatest_left(reduce_, rows_.target(weights.node), weights.target,
+                                    [&](int32_t id) { return !has_token(shared_.bits, id); });
+    if (leader() && max > negative_infinity()) {
+      shared_.order->weights.target.max = max;
+      shared_.order->weights.target.inverse_sum = 1.0f;
+    }
+    reduce_.team.sync();
+    return max > negative_infinity();
+  }
+
+  __device__ void answer_top_logits(const Order& order) {
+    uint64_t limit = kNoLimit;
+    for (int32_t i = 0; i < order.count; ++i) {
+      limit = greatest_logit(reduce_, rows_.target(order.row), {0, rows_.p.vocab}, limit);
+      if (leader()) order.out[i] = token_or_none(limit);
+    }
+  }
+
+  __device__ void defer_race(const Order& order) {
+    const LastRace race = race_of(launch_, rows_.request);
+    for (int32_t word = reduce_.team.rank; word < bit_words(rows_.p); word += reduce_.team.size) {
+      race.bits[word] = shared_.bits[word];
+    }
+    if (leader()) *race.order = {order.noise, order.weights, true};
+  }
+
+  const AcceptLaunch& launch_;
+  const WalkShared& shared_;
+  RequestRows rows_;
+  TeamReducer reduce_;
+};
+
+// Copies what the walk reads of the tree, and the parameters, which then point to the copies.
+__device__ inline void stage(const AcceptLaunch& launch, const WalkShared& shared, int32_t request) {
+  const AcceptParams& p = launch.call;
+  for (int32_t word = threadIdx.x; word < bit_words(p); word += blockDim.x) shared.bits[word] = 0;
+  if (threadIdx.x == 0) *shared.call = p;
+  if (WalkShared::staged(p) == 0) return;
+  const int32_t asked = p.num_nodes[request * p.num_nodes_stride_batch], count = min(max(asked, 1), p.nodes);
+  int32_t *tokens = shared.nodes, *first_child = tokens + p.nodes, *next_sibling = first_child + p.nodes;
+  int32_t* ids = next_sibling + p.nodes;
+  for (int32_t node = threadIdx.x; node < count; node += blockDim.x) {
+    if (node < count - p.first_token_node) tokens[node] = p.draft_tokens[request * p.draft_tokens_stride_batch + node];
+    if (p.first_child != nullptr) {
+      first_child[node] = p.first_child[request * p.links_stride_batch + node];
+      next_sibling[node] = p.next_sibling[request * p.links_stride_batch + node];
+    }
+    if (p.target_is_ids) {
+      const auto* target = static_cast<const int32_t*>(p.target) + request * p.target_stride_batch;
+      ids[node] = target[node * p.target_stride_node];
+    }
+  }
+  if (threadIdx.x != 0) return;
+  AcceptParams& call = *shared.call;
+  call.draft_tokens = tokens;
+  call.draft_tokens_stride_batch = 0;
+  if (p.first_child != nullptr) {
+    call.first_child = first_child;
+    call.next_sibling = next_sibling;
+    call.links_stride_batch = 0;
+  }
+  if (p.target_is_ids) {
+    call.target = ids;
+    call.target_stride_batch = 0;
+    call.target_stride_node = 1;
+  }
+}
+
+__global__ void __launch_bounds__(kWalkMostThreads, 1) accept_walk_kernel(AcceptLaunch launch) {
+  SharedMemory memory;
+  const WalkShared shared(memory, launch.call);
+  const int32_t request = blockIdx.x;
+  stage(launch, shared, request);
+  block_sync();
+  if (threadIdx.x < kWarpSize) {
+    WalkerRows rows(launch, shared, request);
+    if (launch.spans > 0 && rows.leader()) race_of(launch, request).order->wanted = false;
+    accept_walk(*shared.call, request, rows, walk_scratch_of(launch, request));
+    rows.stop();
+  } else {
+    Servants(launch, shared, request).run();
+  }
+}
+
+}  // namespace specdec

@@ -1,0 +1,14 @@
+#define SPECDEC_ISA amx
+#include "attention/cpu/engine_amx_rows.h"
+
+namespace specdec::SPECDEC_ISA {
+
+// Packing V for the matrix unit pays above this many rows (measured at dim 128: equal at 32 to 48 rows).
+constexpr int kFewRows = 32;
+
+const LaneKernel* select_kernel(DType dtype, int rows, int) {
+  if (dtype != DType::kBFloat16) return nullptr;
+  return rows <= kFewRows ? &kWideKernel<MatrixRowsEngine> : &kWideKernel<MatrixEngine<128>>;
+}
+
+}  // namespace specdec::SPECDEC_ISA

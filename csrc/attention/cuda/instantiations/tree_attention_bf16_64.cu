@@ -1,0 +1,7 @@
+#include "attention/cuda/tree_attention_kernel.cuh"
+
+namespace specdec {
+
+template cudaError_t tree_attention<BFloat16, BFloat16, 64>(const TreeAttentionParams&, int, cudaStream_t);
+
+}  // namespace specdec

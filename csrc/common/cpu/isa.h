@@ -1,0 +1,30 @@
+// Which instruction set the CPU kernels run with.
+#pragma once
+
+#include <cstdint>
+#include <string>
+
+namespace specdec {
+
+enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
+
+// The best that was compiled in, that this processor has, and that SPECDEC_OPS_CPU_ISA or limit_isa() allows.
+Isa current_isa();
+const char* isa_name(Isa isa);
+
+// Whether it was compiled in and this processor has it, whatever limit is set.
+bool has_isa(Isa isa);
+
+// Whether the int8 dot products of AVX-512 may be used: some processors of kAvx512 have them, all later ones do.
+bool may_use_vnni();
+
+// "" removes the limit. Throws std::invalid_argument on an unknown name. For tests and benchmarks: not thread-safe.
+void limit_isa(const std::string& name);
+
+// "amx", "avx512_bf16", "avx512", "avx2" or "generic": the best that this processor and SPECDEC_OPS_CPU_ISA allow.
+std::string cpu_isa();
+
+// Limits the instruction set from now on ("" removes the limit). For tests and benchmarks; not thread-safe.
+void set_cpu_isa(const std::string& name);
+
+}  // namespace specdec

@@ -1,0 +1,2 @@
+#define SPECDEC_ISA amx
+#include "common/cpu/benchmark_loops.h"

@@ -1,0 +1,2 @@
+#define SPECDEC_ISA avx2
+#include "common/cpu/benchmark_loops.h"

@@ -1,0 +1,22 @@
+// What the plain structs of all families share. Each family has its own in params.h, for the CPU kernels, the CUDA
+// launchers and the bindings.
+//
+// Everything here is framework-free: pointers, sizes, strides. Shapes are written with the same words as in the Python
+// docstrings: batch, queries, nodes, heads, kv_heads, slots, pages, dim. Strides count elements, not bytes. The last
+// dimension of every tensor is contiguous. Offsets are 64-bit, so that a view with more than 2^31 elements is safe.
+#pragma once
+
+#include <cstdint>
+
+namespace specdec {
+
+enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
+
+inline int64_t element_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
+
+// What a call of a CUDA kernel needs of the caller.
+struct CallScratch {
+  int64_t bytes, counters;  // counters of 4 bytes
+};
+
+}  // namespace specdec

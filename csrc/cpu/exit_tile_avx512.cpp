@@ -1,2 +1,0 @@
-#define SPECDEC_ISA avx512
-#include "cpu/exit_tile.h"

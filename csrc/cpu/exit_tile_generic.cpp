@@ -1,2 +1,0 @@
-#define SPECDEC_ISA generic
-#include "cpu/exit_tile.h"

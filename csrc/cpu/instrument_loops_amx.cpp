@@ -1,2 +1,0 @@
-#define SPECDEC_ISA amx
-#include "cpu/instrument_loops.h"

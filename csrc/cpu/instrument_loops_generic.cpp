@@ -1,2 +1,0 @@
-#define SPECDEC_ISA generic
-#include "cpu/instrument_loops.h"

@@ -1,2 +1,0 @@
-#define SPECDEC_ISA avx512
-#include "cpu/row_passes.h"

@@ -1,2 +1,0 @@
-#define SPECDEC_ISA generic
-#include "cpu/row_passes.h"

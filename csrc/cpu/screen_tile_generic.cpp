@@ -1,2 +1,0 @@
-#define SPECDEC_ISA generic
-#include "cpu/screen_tile.h"

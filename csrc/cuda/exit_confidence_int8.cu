@@ -1,7 +1,0 @@
-#include "specdec/exit_confidence.cuh"
-
-namespace specdec {
-
-template cudaError_t exit_confidence_of<int8_t>(const ExitLaunch&, int, cudaStream_t);
-
-}  // namespace specdec

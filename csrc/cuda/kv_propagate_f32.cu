@@ -1,7 +1,0 @@
-#include "specdec/kv_propagate.cuh"
-
-namespace specdec {
-
-template cudaError_t kv_propagate<float>(KvLaunch&, int, cudaStream_t);
-
-}  // namespace specdec

@@ -1,7 +1,0 @@
-#include "specdec/screened_exit.cuh"
-
-namespace specdec {
-
-template cudaError_t screen_of<Float16>(const ScreenLaunch&, int, cudaStream_t);
-
-}  // namespace specdec

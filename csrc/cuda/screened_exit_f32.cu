@@ -1,7 +1,0 @@
-#include "specdec/screened_exit.cuh"
-
-namespace specdec {
-
-template cudaError_t screen_of<float>(const ScreenLaunch&, int, cudaStream_t);
-
-}  // namespace specdec

@@ -1,7 +1,0 @@
-#include "specdec/tree_attention_kernel.cuh"
-
-namespace specdec {
-
-template cudaError_t tree_attention<BFloat16, BFloat16, 256>(const TreeAttentionParams&, int, cudaStream_t);
-
-}  // namespace specdec

@@ -1,0 +1,227 @@
+// Early exit on the CPU: what the head says of each row, and which rows may stop.
+//
+// The head is cut into chunks of a fixed number of rows, which threads take in any order. A chunk is seen a tile at a
+// time by all hidden rows and leaves a state for each of them; states are merged in the order of the chunks, so a
+// result depends on the number of rows, but neither on the threads nor on what the other rows are. Memory read: the
+// head once (once for every 60 hidden rows, but then products are what takes the time). Scratch: the packed rows, and
+// 150 bytes per row and chunk.
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+#include <vector>
+
+#include "common/cpu/isa.h"
+#include "early_exit/cpu/head_reader.h"
+
+namespace specdec {
+namespace {
+
+constexpr int64_t kProductsPerThread = 1 << 18;  // below this many another thread does not pay
+constexpr float kMinusInfinity = -INFINITY;
+constexpr double kLog2e = 1.4426950408889634;
+
+const ExitKernels& kernels_of_isa() {
+#ifdef SPECDEC_X86
+#ifdef SPECDEC_HAVE_AVX512_BF16
+  if (current_isa() >= Isa::kAvx512Bf16) return avx512_bf16::kExitKernels;
+#endif
+  if (current_isa() >= Isa::kAvx512) return avx512::kExitKernels;
+  if (current_isa() >= Isa::kAvx2) return avx2::kExitKernels;
+#endif
+  return generic::kExitKernels;
+}
+
+// kExitTile numbers of a vector [vocab], padded where it ends.
+const float* tile_of(const float* vector, int64_t first, int count, float* padded) {
+  if (!vector || count == kExitTile) return vector ? vector + first : nullptr;
+  std::copy_n(vector + first, count, padded);
+  std::fill(padded + count, padded + kExitTile, 1.0f);
+  return padded;
+}
+
+// Takes in what a later part of the vocabulary has left.
+void merge(ExitState& state, const ExitState& later, int listed, float temperature) {
+  state.invalid |= later.invalid;
+  if (later.sum > 0) {
+    const float top = std::max(state.value[0], later.value[0]);
+    double sum = 0, log_sum = 0;
+    for (const ExitState* part : {static_cast<const ExitState*>(&state), &later}) {
+      if (!(part->sum > 0)) continue;
+      const double fall = double(part->value[0]) - top, decay = fall < 0 ? std::exp(fall / temperature) : 1.0;
+      sum += part->sum * decay;
+      log_sum += (part->log_sum + part->sum * fall) * decay;
+    }
+    state.sum = float(sum);
+    state.log_sum = float(log_sum);
+  }
+  if (!(later.value[0] > state.value[listed - 1])) return;
+  ExitState both = state;
+  int mine = 0, theirs = 0;
+  for (int i = 0; i < listed; i++) {
+    const bool take_mine = state.value[mine] >= later.value[theirs];  // equals: the lower entry
+    const ExitState& from = take_mine ? state : later;
+    int& at = take_mine ? mine : theirs;
+    both.value[i] = from.value[at];
+    both.entry[i] = from.entry[at];
+    at++;
+  }
+  std::copy_n(both.value, listed, state.value);
+  std::copy_n(both.entry, listed, state.entry);
+}
+
+bool passes(const ExitParams& p, int row) {
+  if (p.status[row] & (kExitInvalid | kExitSettingInvalid)) return false;
+  const float limit = p.thresholds ? p.thresholds[row] : p.threshold;
+  switch (p.measure) {
+    case ExitMeasure::kMaxProb:
+      return p.max_prob[row] >= limit;
+    case ExitMeasure::kMargin:
+      return p.margin[row] >= limit;
+    default:
+      return p.entropy[row] <= limit;
+  }
+}
+
+}  // namespace
+
+ExitKernels exit_kernels(HeadType type, int dim, bool may_round) {
+  ExitKernels kernels = kernels_of_isa();
+#ifdef SPECDEC_HAVE_AVX512_VNNI
+  if (type == HeadType::kInt8 && may_round && dim <= kMostIntegerDim && may_use_vnni()) {
+    kernels.packed_bytes = avx512_vnni::packed_bytes;
+    kernels.pack = avx512_vnni::pack;
+    kernels.multiply = avx512_vnni::multiply;
+  }
+#else
+  (void)type, (void)dim, (void)may_round;
+#endif
+  return kernels;
+}
+
+HiddenLength hidden_length(const ExitKernels& kernels, const std::vector<float>& y, int dim) {
+  constexpr int kSums = 8;  // at once
+  static_assert(kHiddenStep % kSums == 0, "");
+  double squares[kSums] = {}, rounding = 0;
+  for (size_t d = 0; d < y.size(); d += kSums) {
+    for (int i = 0; i < kSums; i++) squares[i] += double(y[d + i]) * y[d + i];
+  }
+#ifdef SPECDEC_HAVE_AVX512_VNNI
+  if (kernels.pack == avx512_vnni::pack) rounding = avx512_vnni::rounding_error(y.data(), dim);
+#else
+  (void)kernels, (void)dim;
+#endif
+  return {std::sqrt(std::accumulate(squares, squares + kSums, 0.0)), rounding};
+}
+
+void decide_exits(const ExitParams& p) {
+  bool any = false, all = p.rows > 0;
+  for (int row = 0; row < p.rows; row++) {
+    p.exited[row] = passes(p, row);
+    any |= p.exited[row];
+    all &= p.exited[row];
+  }
+  int32_t active = 0;
+  for (int row = 0; row < p.rows; row++) {
+    if (p.level == ExitLevel::kAny) p.exited[row] = any;
+    if (p.level == ExitLevel::kAll) p.exited[row] = all;
+    p.inverse[row] = p.exited[row] ? -1 : active;
+    if (!p.exited[row]) p.active_rows[active++] = row;
+  }
+  std::fill(p.active_rows + active, p.active_rows + p.rows, -1);
+  *p.num_active = active;
+}
+
+ExitState empty_exit_state() {
+  ExitState state{0.0f, 0.0f, false, {}, {}};
+  std::fill(state.value, state.value + kMostListed, kMinusInfinity);
+  std::fill(state.entry, state.entry + kMostListed, -1);
+  return state;
+}
+
+HeadReader::HeadReader(const ExitParams& p, const std::vector<int>& rows, const Team& team)
+    : p_(p),
+      rows_(rows),
+      team_(team),
+      kernels_(exit_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
+      listed_(std::max(2, p.top_k)),
+      packed_(kernels_, p.head_type, p.dim, int(rows.size()), p.rows) {
+  team_.run(rows_.size(), [&](int64_t n, int) {
+    std::vector<float> y(hidden_stride(p_.dim));
+    kernels_.normalise(p_, rows_[n], y.data());
+    packed_.set(int(n), y.data());
+  });
+}
+
+void HeadReader::read(int64_t begin, int64_t end, std::vector<ExitState>& states) {
+  const int64_t chunks = (end - begin + kExitChunk - 1) / kExitChunk, count = int64_t(rows_.size());
+  std::vector<ExitState> of_chunks(chunks * count);
+  team_.deal(chunks, [&](int64_t chunk) {
+    const int64_t first = begin + chunk * kExitChunk;
+    read_chunk(first, std::min<int64_t>(first + kExitChunk, end), &of_chunks[chunk * count]);
+  });
+  team_.run(count, [&](int64_t n, int) {
+    for (int64_t chunk = 0; chunk < chunks; chunk++) {
+      merge(states[rows_[n]], of_chunks[chunk * count + n], listed_, temperature_of(p_, rows_[n]));
+    }
+  });
+}
+
+void HeadReader::read_chunk(int64_t begin, int64_t end, ExitState* states) {
+  alignas(64) float scales[kExitTile], bias[kExitTile];
+  std::fill_n(states, rows_.size(), empty_exit_state());
+  for (int64_t first = begin; first < end; first += kExitTile) {
+    const int count = int(std::min<int64_t>(kExitTile, end - first));
+    const int64_t offset = first * p_.dim * element_bytes(p_.head_type);
+    const ExitTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim, nullptr};
+    const float* tile_scales = tile_of(p_.scales, first, count, scales);
+    const float* tile_bias = tile_of(p_.bias, first, count, bias);
+    packed_.multiply(tile, [&](int n, float* logits) {
+      std::fill(logits + count, logits + kExitTile, kMinusInfinity);
+      const float factor = float(kLog2e / temperature_of(p_, rows_[n]));
+      kernels_.absorb(logits, tile_scales, tile_bias, int32_t(first), factor, listed_, states[n]);
+    });
+  }
+}
+
+void write_figures(const ExitParams& p, int row, const ExitState& state) {
+  const float temperature = temperature_of(p, row);
+  const bool sound = !state.invalid && state.sum > 0;
+  const auto token_of = [&](int32_t entry) { return p.token_map ? p.token_map[entry] : entry; };
+  p.token[row] = token_of(std::max(state.entry[0], 0));
+  p.status[row] = setting_status(p, row) | (sound ? 0 : kExitInvalid);
+  const bool valid = p.status[row] == 0;
+  const double sum = valid ? state.sum : 1.0, log_sum = std::log(sum), scale = 1.0 / temperature;
+  const auto probability = [&](float value) {
+    return value > kMinusInfinity ? std::exp((double(value) - state.value[0]) * scale) / sum : 0.0;
+  };
+  p.max_prob[row] = valid ? float(probability(state.value[0])) : 0.0f;
+  p.margin[row] = valid ? float(probability(state.value[0]) - probability(state.value[1])) : 0.0f;
+  p.entropy[row] = valid ? float(std::max(0.0, log_sum - state.log_sum * scale / sum)) : 0.0f;
+  p.logsumexp[row] = valid ? float(state.value[0] * scale + log_sum) : kMinusInfinity;
+  for (int k = 0; k < p.top_k; k++) {
+    const int64_t at = int64_t(row) * p.top_k + k;
+    const bool exists = valid && state.value[k] > kMinusInfinity;
+    p.top_tokens[at] = exists ? token_of(state.entry[k]) : -1;
+    p.top_logprobs[at] = exists ? float((double(state.value[k]) - state.value[0]) * scale - log_sum) : kMinusInfinity;
+  }
+}
+
+void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& team) {
+  std::vector<ExitState> states(p.rows, empty_exit_state());
+  HeadReader(p, rows, team).read(0, p.vocab, states);
+  for (int row : rows) write_figures(p, row, states[row]);
+}
+
+Team exit_team(const ExitParams& p, int threads) {
+  const double products = double(p.vocab) * p.dim * p.rows;
+  return Team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+}
+
+void exit_confidence_cpu(const ExitParams& p, int threads) {
+  std::vector<int> rows(p.rows);
+  std::iota(rows.begin(), rows.end(), 0);
+  read_head(p, rows, exit_team(p, threads));
+  if (p.measure != ExitMeasure::kNone) decide_exits(p);
+}
+
+}  // namespace specdec

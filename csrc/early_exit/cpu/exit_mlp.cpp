@@ -1,0 +1,63 @@
+// Decision models on the CPU: a layer is the product of a small head, so the kernels of exit_confidence make it, a tile
+// of 64 outputs at a time. Tiles go to different threads where a layer is large; an output is made by one of them, from
+// its first input to its last, so no result depends on their number. Activations stay in float32 between layers, and
+// are rounded to bfloat16 where the processor multiplies a bfloat16 layer in pairs. Memory read: the weights once.
+#include <algorithm>
+#include <cmath>
+
+#include "early_exit/cpu/head_reader.h"
+
+namespace specdec {
+namespace {
+
+constexpr double kProductsPerThread = 1 << 18;  // below this many another thread does not pay
+
+// y = x W^T + bias; rows [rows, hidden_stride(inputs)] and [rows, hidden_stride(outputs)].
+std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int rows, int inputs, int threads) {
+  const ExitKernels kernels = exit_kernels(layer.type, inputs, false);
+  PackedRows packed(kernels, layer.type, inputs, rows, rows);
+  const int64_t from = hidden_stride(inputs), to = hidden_stride(layer.outputs);
+  std::vector<float> y(rows * to);
+  const double products = double(rows) * inputs * layer.outputs;
+  const Team team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+  team.run(rows, [&](int64_t row, int) { packed.set(int(row), &x[row * from]); });
+  team.run((layer.outputs + kExitTile - 1) / kExitTile, [&](int64_t at, int) {
+    const int64_t first = at * kExitTile;
+    const int count = int(std::min<int64_t>(kExitTile, layer.outputs - first));
+    const char* weight = static_cast<const char*>(layer.weight) + first * inputs * element_bytes(layer.type);
+    const ExitTile tile = {weight, count, inputs, nullptr};
+    packed.multiply(tile, [&](int row, const float* sums) {
+      float* outputs = &y[row * to + first];
+      for (int i = 0; i < count; i++) outputs[i] = sums[i] + layer.bias[first + i];
+    });
+  });
+  return y;
+}
+
+}  // namespace
+
+void exit_mlp_cpu(const MlpParams& p, int threads) {
+  ExitParams rows{};  // as hidden rows without a norm, they come in float32
+  rows.hidden = p.features;
+  rows.hidden_dtype = p.features_dtype;
+  rows.hidden_stride_row = p.features_stride_row;
+  rows.dim = p.inputs;
+  std::vector<float> x(p.rows * hidden_stride(p.inputs));
+  const ExitKernels kernels = exit_kernels(HeadType::kFloat32, p.inputs, false);
+  for (int row = 0; row < p.rows; row++) kernels.normalise(rows, row, &x[row * hidden_stride(p.inputs)]);
+  int inputs = p.inputs;
+  for (int at = 0; at < p.count; at++) {
+    x = apply(p.layers[at], x, p.rows, inputs, threads);
+    inputs = p.layers[at].outputs;
+    if (at + 1 == p.count) break;
+    for (float& value : x) value = value < 0 ? 0 : value;  // a NaN stays one
+  }
+  bool any = false;
+  for (int row = 0; row < p.rows; row++) {
+    p.score[row] = float(1 / (1 + std::exp(-double(x[row * hidden_stride(1)]))));
+    any |= p.score[row] > p.threshold;
+  }
+  *p.stop = !any;
+}
+
+}  // namespace specdec

@@ -1,0 +1,7 @@
+#include "early_exit/cuda/screened_exit.cuh"
+
+namespace specdec {
+
+template cudaError_t screen_of<Float16>(const ScreenLaunch&, int, cudaStream_t);
+
+}  // namespace specdec

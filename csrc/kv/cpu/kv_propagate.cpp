@@ -1,0 +1,179 @@
+// Keys and values of skipped layers on the CPU: W_k and W_v of a layer are two small heads, so the kernels of
+// exit_confidence make their products, a tile of 64 outputs at a time, and read the weights in order.
+//
+// Layers come one after the other: rows are normalised and packed, tiles are shared out between threads, and rows are
+// rotated and stored from a buffer of float32. A row that has no place costs no product. An output is made by one
+// thread, from its first input to its last, so no result depends on their number. Memory read: the weights once.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+#include "early_exit/cpu/head_reader.h"
+#include "kv/cpu/kernels.h"
+
+namespace specdec {
+namespace {
+
+constexpr double kProductsPerThread = 1 << 18;  // below this many another thread does not pay
+
+// A row that is stored, and where: in a request or a page, and in a slot of it.
+struct Place {
+  int row;
+  int64_t first, slot;
+};
+
+std::vector<Place> find_places(const KvPropagateParams& p) {
+  std::vector<Place> places;
+  for (int row = 0; row < p.rows; row++) {
+    const int request = p.requests ? p.requests[row] : 0, slot = p.slots[row];
+    if (request < 0 || request >= p.batch || slot < 0 || slot >= p.slots_each) continue;
+    if (!p.page_table) {
+      places.push_back({row, request, slot});
+      continue;
+    }
+    const int page = p.page_table[request * (p.slots_each / p.page_size) + slot / p.page_size];
+    if (page >= 0 && page < p.pages) places.push_back({row, page, slot % p.page_size});
+  }
+  return places;
+}
+
+void convert(const float* from, float* to, int count) { std::copy(from, from + count, to); }
+
+struct BFloat16Bits {
+  uint16_t bits;
+};
+struct Float16Bits {
+  uint16_t bits;
+};
+
+void convert(const float* from, BFloat16Bits* to, int count) {
+  for (int i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, 4);
+    const uint32_t rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    to[i].bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fff : rounded);  // a NaN stays one
+  }
+}
+
+// To nearest, ties to even. Below the normal numbers, adding a power of two rounds at the right place.
+void convert(const float* from, Float16Bits* to, int count) {
+  for (int i = 0; i < count; i++) {
+    uint32_t bits;
+    std::memcpy(&bits, from + i, 4);
+    const uint32_t sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    uint32_t half;
+    if (bits > 0x7f800000) {
+      half = 0x7fff;
+    } else if (bits >= 0x477ff000) {  // 65,520 and above
+      half = 0x7c00;
+    } else if (bits >= 0x38800000) {  // 2^-14 and above
+      half = (bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13;
+    } else {
+      float magnitude;
+      std::memcpy(&magnitude, &bits, 4);
+      magnitude += 0.5f;
+      std::memcpy(&half, &magnitude, 4);
+      half -= 0x3f000000;
+    }
+    to[i].bits = uint16_t(sign | half);
+  }
+}
+
+// Turns the pairs of a head in place.
+void rotate(float* head, const float* cosines, const float* sines, const KvPropagateParams& p) {
+  const int step = p.interleaved ? 2 : 1, apart = p.interleaved ? 1 : p.pairs;
+  for (int i = 0; i < p.pairs; i++) {
+    const float first = head[i * step], second = head[i * step + apart];
+    head[i * step] = first * cosines[i] - second * sines[i];
+    head[i * step + apart] = second * cosines[i] + first * sines[i];
+  }
+}
+
+template <class T>
+void store_row(const KvPropagateParams& p, const KvLayer& layer, const Place& place, float* keys, const float* values) {
+  T* k = static_cast<T*>(layer.k_cache) + place.first * layer.k_stride_batch + place.slot * layer.k_stride_slot;
+  T* v = static_cast<T*>(layer.v_cache) + place.first * layer.v_stride_batch + place.slot * layer.v_stride_slot;
+  const int64_t angles = int64_t(place.row) * p.pairs;
+  for (int head = 0; head < p.kv_heads; head++, keys += p.head_dim, values += p.head_dim) {
+    if (p.pairs > 0) rotate(keys, p.cosines + angles, p.sines + angles, p);
+    convert(keys, k + head * layer.k_stride_head, p.head_dim);
+    convert(values, v + head * layer.v_stride_head, p.head_dim);
+  }
+}
+
+// A layer's results of the rows that have places, in `results` [K and V, rows, width].
+class LayerProduct {
+ public:
+  LayerProduct(const KvPropagateParams& p, const std::vector<Place>& places)
+      : p_(p),
+        places_(places),
+        type_(static_cast<HeadType>(p.dtype)),
+        kernels_(exit_kernels(type_, p.dim, false)),
+        packed_(kernels_, type_, p.dim, int(places.size()), int(places.size())),
+        width_(p.kv_heads * p.head_dim),
+        results_(2 * places.size() * width_) {}
+
+  void run(const KvLayer& layer, const Team& team) {
+    ExitParams rows{};
+    rows.hidden = p_.hidden;
+    rows.hidden_dtype = p_.dtype;
+    rows.hidden_stride_row = p_.hidden_stride_row;
+    rows.norm_weight = layer.norm_weight;
+    rows.norm_dtype = layer.norm_dtype;
+    rows.norm_eps = p_.norm_eps;
+    rows.dim = p_.dim;
+    team.run(places_.size(), [&](int64_t n, int) {
+      std::vector<float> y(hidden_stride(p_.dim));
+      kernels_.normalise(rows, places_[n].row, y.data());
+      packed_.set(int(n), y.data());
+    });
+    const int tiles = (width_ + kExitTile - 1) / kExitTile;
+    team.run(2 * tiles, [&](int64_t at, int) {
+      multiply(at < tiles ? layer.k_weight : layer.v_weight, int(at % tiles) * kExitTile, row(at < tiles ? 0 : 1, 0));
+    });
+  }
+
+  float* row(int part, int64_t n) { return &results_[(part * places_.size() + n) * width_]; }
+
+ private:
+  void multiply(const void* weight, int first, float* results) {
+    const int count = std::min(kExitTile, width_ - first);
+    const int64_t offset = int64_t(first) * p_.dim * element_bytes(type_);
+    const ExitTile tile = {static_cast<const char*>(weight) + offset, count, p_.dim, nullptr};
+    packed_.multiply(
+        tile, [&](int row, const float* sums) { std::copy_n(sums, count, results + int64_t(row) * width_ + first); });
+  }
+
+  const KvPropagateParams& p_;
+  const std::vector<Place>& places_;
+  const HeadType type_;
+  const ExitKernels kernels_;
+  PackedRows packed_;
+  const int width_;
+  std::vector<float> results_;
+};
+
+}  // namespace
+
+void kv_propagate_cpu(const KvPropagateParams& p, int threads) {
+  const std::vector<Place> places = find_places(p);
+  if (places.empty()) return;
+  const double products = 2.0 * places.size() * p.dim * p.kv_heads * p.head_dim;
+  const Team team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+  LayerProduct product(p, places);
+  for (int at = 0; at < p.count; at++) {
+    const KvLayer& layer = p.layers[at];
+    product.run(layer, team);
+    team.run(places.size(), [&](int64_t n, int) {
+      float* keys = product.row(0, n);
+      const float* values = product.row(1, n);
+      if (p.dtype == DType::kFloat32) store_row<float>(p, layer, places[n], keys, values);
+      if (p.dtype == DType::kBFloat16) store_row<BFloat16Bits>(p, layer, places[n], keys, values);
+      if (p.dtype == DType::kFloat16) store_row<Float16Bits>(p, layer, places[n], keys, values);
+    });
+  }
+}
+
+}  // namespace specdec

@@ -1,0 +1,7 @@
+#include "kv/cuda/kv_propagate.cuh"
+
+namespace specdec {
+
+template cudaError_t kv_propagate<Float16>(KvLaunch&, int, cudaStream_t);
+
+}  // namespace specdec

@@ -1,0 +1,40 @@
+// Plain structs of kv_propagate, shared by the CPU kernel, the CUDA launcher and the bindings. See params.h.
+#pragma once
+
+#include <cstdint>
+
+#include "common/types.h"
+
+namespace specdec {
+
+// Strides count elements. The first is of a request of a dense cache, of a page of a paged one.
+struct KvLayer {
+  const void* norm_weight;  // [dim], or nullptr: no norm
+  const void* k_weight;     // [kv_heads * head_dim, dim], contiguous
+  const void* v_weight;
+  void* k_cache;  // [batch, slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim]
+  void* v_cache;
+  int64_t k_stride_batch, k_stride_slot, k_stride_head;
+  int64_t v_stride_batch, v_stride_slot, v_stride_head;
+  DType norm_dtype;
+};
+
+constexpr int32_t kMostKvLayers = 32;  // of a launch, whose parameters may have 4 KB
+
+struct KvPropagateParams {
+  const void* hidden;         // [rows, dim]
+  const float* cosines;       // [rows, pairs], contiguous, or nullptr: no rotation
+  const float* sines;         // like cosines
+  const int32_t* requests;    // [rows] or nullptr: all rows are of request 0
+  const int32_t* slots;       // [rows]
+  const int32_t* page_table;  // [batch, max_pages], contiguous, or nullptr: dense
+  KvLayer layers[kMostKvLayers];
+  int64_t hidden_stride_row;
+  int64_t slots_each, page_size;  // of a request: max_pages * page_size where the cache is paged
+  DType dtype;                    // of hidden, the weights and the caches
+  int32_t count, rows, dim, kv_heads, head_dim, pairs, interleaved;
+  int32_t batch, pages;  // requests, and pages of a paged cache
+  float norm_eps;
+};
+
+}  // namespace specdec

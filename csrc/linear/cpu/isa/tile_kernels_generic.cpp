@@ -1,0 +1,2 @@
+#define SPECDEC_ISA generic
+#include "linear/cpu/tile_kernels.h"

@@ -1,0 +1,291 @@
+"""Which implementation runs an op: the table of backends, and why one is not available.
+
+Every implementation of an op has one signature, whatever its backend: it writes into preallocated outputs, checks
+nothing and returns None. It is named as "module:function" and imported when it is first used.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from . import loader
+from .checks import KERNEL_DTYPES, describe_dtype
+from .shield import shielded
+
+BACKENDS = ("cuda", "triton", "cpu", "torch")
+ENVIRONMENT = "SPECDEC_OPS_BACKEND"
+
+IMPLEMENTATIONS = {
+    "accept": {
+        "cuda": "specdec_ops.ops.acceptance.native:accept_cuda",
+        "triton": "specdec_ops.triton_kernels.acceptance.accept:accept",
+        "cpu": "specdec_ops.ops.acceptance.native:accept_cpu",
+        "torch": "specdec_ops.ops.acceptance.reference_accept:accept",
+    },
+    "bounded_exit": {
+        "cuda": "specdec_ops.ops.early_exit.native:bounded_exit_cuda",
+        "triton": "specdec_ops.triton_kernels.early_exit.bounded_exit:bounded_exit",
+        "cpu": "specdec_ops.ops.early_exit.native:bounded_exit_cpu",
+        "torch": "specdec_ops.ops.early_exit.reference_bounded_exit:bounded_exit",
+    },
+    "build_topology": {
+        "cuda": "specdec_ops._core.native:build_topology_cuda",
+        "triton": "specdec_ops.triton_kernels.topology.build_topology:build_topology",
+        "cpu": "specdec_ops._core.native:build_topology_cpu",
+        "torch": "specdec_ops.ops.topology.reference_build_topology:build_topology",
+    },
+    "exit_confidence": {
+        "cuda": "specdec_ops.ops.early_exit.native:exit_confidence_cuda",
+        "triton": "specdec_ops.triton_kernels.early_exit.exit_confidence:exit_confidence",
+        "cpu": "specdec_ops.ops.early_exit.native:exit_confidence_cpu",
+        "torch": "specdec_ops.ops.early_exit.reference_exit_confidence:exit_confidence",
+    },
+    "exit_mlp": {
+        "cuda": "specdec_ops.ops.early_exit.native:exit_mlp_cuda",
+        "triton": "specdec_ops.triton_kernels.early_exit.exit_mlp:exit_mlp",
+        "cpu": "specdec_ops.ops.early_exit.native:exit_mlp_cpu",
+        "torch": "specdec_ops.ops.early_exit.reference_exit_mlp:exit_mlp",
+    },
+    "kv_propagate": {
+        "cuda": "specdec_ops.ops.kv.native:kv_propagate_cuda",
+        "triton": "specdec_ops.triton_kernels.kv.kv_propagate:kv_propagate",
+        "cpu": "specdec_ops.ops.kv.native:kv_propagate_cpu",
+        "torch": "specdec_ops.ops.kv.reference_kv_propagate:kv_propagate",
+    },
+    "merge_states": {
+        "cuda": "specdec_ops._core.native:merge_states_cuda",
+        "triton": "specdec_ops.triton_kernels.attention.merge_states:merge_states",
+        "cpu": "specdec_ops._core.native:merge_states_cpu",
+        "torch": "specdec_ops.ops.attention.reference_merge_states:merge_states",
+    },
+    "sample": {
+        "cuda": "specdec_ops.ops.acceptance.native:sample_cuda",
+        "triton": "specdec_ops.triton_kernels.acceptance.sample:sample",
+        "cpu": "specdec_ops.ops.acceptance.native:sample_cpu",
+        "torch": "specdec_ops.ops.acceptance.reference_sample:sample",
+    },
+    "screened_exit": {
+        "cuda": "specdec_ops.ops.early_exit.native:screened_exit_cuda",
+        "triton": "specdec_ops.triton_kernels.early_exit.screened_exit:screened_exit",
+        "cpu": "specdec_ops.ops.early_exit.native:screened_exit_cpu",
+        "torch": "specdec_ops.ops.early_exit.reference_screened_exit:screened_exit",
+    },
+    "tree_attention": {
+        "cuda": "specdec_ops._core.native:tree_attention_cuda",
+        "triton": "specdec_ops.triton_kernels.attention.tree_attention:tree_attention",
+        "cpu": "specdec_ops._core.native:tree_attention_cpu",
+        "torch": "specdec_ops.ops.attention.reference_tree_attention:tree_attention",
+    },
+}
+
+# Every public op by its name, and which implementations run it.
+PUBLIC_OPS = {
+    **dict.fromkeys(("greedy_accept", "match_accept", "chain_accept", "tree_accept"), "accept"),
+    **dict.fromkeys(("typical_accept", "longest_path_accept"), "accept"),
+    **dict.fromkeys(("sample_tokens", "sample_children"), "sample"),
+    "early_exit": "exit_confidence",
+    **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp", "kv_propagate")},
+    **{name: name for name in ("merge_states", "tree_attention")},
+}
+
+_AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
+_MAX_KERNEL_DIM = 256
+_MAX_FLOAT8_DIM = 128
+_MAX_CUDA_VOCAB = {"accept": 393216, "sample": 2**20}  # as in csrc/cuda/launchers.h
+_SIZED = ("tree_attention", *_MAX_CUDA_VOCAB)  # ops whose last dimension decides, too
+_resolved: dict[tuple, Callable] = {}
+
+
+def backends(op: str, device="cpu") -> dict[str, str | None]:
+    """Say which backends can run an op on a device.
+
+    Args:
+        op: the name of a function that takes a `backend`, such as "tree_accept". Also "screened_exit": exit_confidence
+            and early_exit with a screen; "bounded_exit": early_exit with bounds; "accept": every op whose name ends
+            so; "sample": sample_tokens and sample_children.
+        device: a device, its name, or a tensor on it.
+
+    Returns:
+        `{"cuda": ..., "triton": ..., "cpu": ..., "torch": ...}`: None for an available backend, else the reason why it
+        is not, as text.
+
+    Raises:
+        ValueError: the op is unknown.
+    """
+    op = PUBLIC_OPS.get(op, op)
+    _known_op(op)
+    device = device.device if isinstance(device, torch.Tensor) else torch.device(device)
+    return {backend: _unavailable(op, backend, device) for backend in BACKENDS}
+
+
+def resolve(
+    op: str, backend: str, tensor: torch.Tensor, caches: tuple = (), out: torch.Tensor | None = None
+) -> Callable:
+    """Find the implementation of `op` for this tensor: its device, its dtype and, for attention, its dim.
+
+    For attention also for the K and V caches: their dtype, and whether they, q and `out` have rows at multiples of 16
+    bytes, which the CUDA kernel needs.
+
+    "auto" takes the first available of cpu, torch on CPU tensors and of cuda, triton, torch on CUDA tensors, unless the
+    environment variable SPECDEC_OPS_BACKEND (read once, at the first use) names one. A named backend never falls back.
+
+    Raises:
+        ValueError: the name is unknown.
+        RuntimeError: the named backend is not available, or its kernels don't take such a tensor.
+    """
+    cache_dtype = caches[0].dtype if caches else tensor.dtype
+    aligned = not caches or not tensor.is_cuda or _is_aligned(tensor, *caches, out)
+    key = (op, backend, tensor.device, tensor.dtype, tensor.shape[-1] if op in _SIZED else 0)
+    key += (cache_dtype, aligned)
+    try:
+        found = _resolved.get(key)
+    except TypeError as error:  # a list, say
+        what = type(backend).__name__
+        raise TypeError(f"specdec_ops.{op}: backend must be one of {_names()}, got {what}") from error
+    if found is None:
+        found = _nothing if tensor.is_meta else _load(op, _choose(op, backend, tensor, cache_dtype, aligned))
+        _resolved[key] = found
+    return found
+
+
+def _nothing(*_) -> None:
+    """The implementation for tensors without memory: their shapes are all there is of them."""
+
+
+def _is_aligned(*tensors: torch.Tensor) -> bool:
+    """Whether every row starts at a multiple of 16 bytes."""
+    bits = 0
+    for tensor in tensors:
+        bits |= tensor.data_ptr()
+        size = tensor.element_size()
+        for stride in tensor.stride()[:-1]:
+            bits |= stride * size
+    return bits % 16 == 0
+
+
+def forget() -> None:
+    """Drop every remembered choice, so that a changed environment is read again. For tests."""
+    _resolved.clear()
+    _environment_choice.cache_clear()
+    _load.cache_clear()
+
+
+def _choose(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str:
+    origin = ""
+    if backend == "auto":
+        chosen = _environment_choice()
+        if chosen == "auto":
+            names = _AUTO.get(tensor.device.type, ("torch",))
+            return next(name for name in names if _refusal(op, name, tensor, cache_dtype, aligned) is None)
+        backend, origin = chosen, f" (from {ENVIRONMENT})"
+    elif backend not in BACKENDS:
+        raise ValueError(f"specdec_ops.{op}: backend must be one of {_names()}, got {backend!r}")
+    reason = _refusal(op, backend, tensor, cache_dtype, aligned)
+    if reason is not None:
+        raise RuntimeError(f"specdec_ops.{op}: backend={backend!r}{origin} is unavailable: {reason}")
+    return backend
+
+
+@functools.cache
+def _environment_choice() -> str:
+    name = os.environ.get(ENVIRONMENT) or "auto"
+    if name != "auto" and name not in BACKENDS:
+        raise ValueError(f"{ENVIRONMENT} must be one of {_names()}, got {name!r}")
+    return name
+
+
+def _names() -> str:
+    return ", ".join(("auto", *BACKENDS))
+
+
+def _known_op(op: str) -> None:
+    if op not in IMPLEMENTATIONS:
+        names = ", ".join(dict.fromkeys((*PUBLIC_OPS, *IMPLEMENTATIONS)))
+        raise ValueError(f"specdec_ops.backends: op must be one of {names}, got {op!r}")
+
+
+def _refusal(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str | None:
+    """Why this backend can't run the op on this very tensor, or None."""
+    reason = _unavailable(op, backend, tensor.device)
+    if reason is None and backend != "torch" and op != "build_topology":
+        ids = op == "accept" and tensor.dtype == torch.int32  # of greedy_accept
+        if tensor.dtype not in KERNEL_DTYPES and not ids:
+            dtype = describe_dtype(tensor.dtype)
+            return f"its kernels take float32, bfloat16 and float16, not {dtype} (backend='torch' does)"
+        dim = tensor.shape[-1]
+        if backend == "cuda" and not ids and dim > _MAX_CUDA_VOCAB.get(op, dim):
+            return f"its kernels take a vocabulary of at most {_MAX_CUDA_VOCAB[op]} tokens, not {dim}"
+        if op == "tree_attention":
+            reason = attention_refusal(backend, tensor.dtype, tensor.shape[-1], cache_dtype, aligned)
+    return reason
+
+
+def attention_refusal(
+    backend: str, dtype: torch.dtype, dim: int, cache_dtype: torch.dtype, aligned: bool
+) -> str | None:
+    """Why a backend's attention kernels don't take such tensors, or None."""
+    if dim % 16 != 0 or dim > _MAX_KERNEL_DIM:
+        return f"its kernels take a dim that is a multiple of 16 up to {_MAX_KERNEL_DIM}, not {dim}"
+    quantised = cache_dtype != dtype
+    if backend in ("cpu", "triton"):
+        return f"its kernels take caches of q's dtype, not {describe_dtype(cache_dtype)}" if quantised else None
+    if dtype == torch.float32:
+        return "its attention kernels take bfloat16 and float16, not float32 (backend='triton' does)"
+    if quantised and dim > _MAX_FLOAT8_DIM:
+        return f"its kernels take fp8 caches with a dim up to {_MAX_FLOAT8_DIM}, not {dim} (backend='torch' does)"
+    if not aligned:
+        return "its attention kernels need rows of q, out and the caches that start at multiples of 16 bytes"
+    return None
+
+
+def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
+    """Why this backend can't run the op on this device, or None."""
+    if backend == "torch":
+        return None
+    if backend not in IMPLEMENTATIONS[op]:
+        return f"there is no {backend} kernel for {op} yet"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "PyTorch sees no CUDA device"
+    return _REASONS[backend](op, device)
+
+
+def _cpu_reason(op: str, device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it takes CPU tensors, these are on {device.type}"
+    return loader.load()[1]
+
+
+def _cuda_reason(op: str, device: torch.device) -> str | None:
+    if device.type != "cuda":
+        return f"it takes CUDA tensors, these are on {device.type}"
+    module, reason = loader.load()
+    if module is None:
+        return reason
+    if not hasattr(module, f"{op}_cuda"):
+        return f"the installed package was built without CUDA kernels: {module.build_info()['left_out']}"
+    index = device.index if device.index is not None else torch.cuda.current_device()
+    return module.cuda_device_error(index) or None
+
+
+def _triton_reason(op: str, device: torch.device) -> str | None:
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "yes", "on"):
+        return "Triton runs on CPU tensors in its interpreter only, and TRITON_INTERPRET is not 1"
+    if device.type not in ("cpu", "cuda"):
+        return f"it takes CUDA tensors, these are on {device.type}"
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed"
+    return None
+
+
+_REASONS = {"cpu": _cpu_reason, "cuda": _cuda_reason, "triton": _triton_reason}
+
+
+@functools.cache
+def _load(op: str, backend: str) -> Callable:
+    module, function = IMPLEMENTATIONS[op][backend].split(":")
+    implementation = getattr(importlib.import_module(module), function)
+    return shielded(implementation) if backend == "torch" else implementation

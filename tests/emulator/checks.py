@@ -1,0 +1,101 @@
+"""What every emulated launch must pass: sanitizers find nothing in it, and no order of threads changes its result."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.conftest import poisoned_empty
+
+from . import build, kernels, mutants
+from .accept_kernels import counters_are_zero
+
+SANITIZERS = [sanitizer for sanitizer in build.SANITIZERS if sanitizer != "plain"]
+RACE = "WARNING: ThreadSanitizer: data race"
+# Bugs to plant are (file, the line, what becomes of it). This one is in every kernel whose last block joins the parts.
+NO_FENCE = ("arrival.cuh", "  device_fence();\n  team.sync();", "  team.sync();")
+
+_STATE = ("out", "lse")
+_EXIT = ("token", "max_prob", "margin", "entropy", "logsumexp", "status")
+_OUTPUTS = {
+    "build_topology": ("parents_out", "depths", "ancestors", "first_child", "next_sibling", "num_nodes_out", "status"),
+    "merge_states": _STATE,
+    "tree_attention": _STATE,
+    "accept": ("tokens", "status", "path", "num_accepted", "next_tokens", "finished"),
+    "sample": ("tokens", "status", "logprobs", "logsumexp"),
+    "exit_confidence": _EXIT,
+    "bounded_exit": (*_EXIT, "seen"),
+    "screened_exit": (*_EXIT, "screen_rechecked"),
+    "exit_mlp": ("score", "stop"),
+}
+_ASKED_FOR = ("exited", "active_rows", "inverse", "num_active", "top_tokens", "top_logprobs")  # outputs of some calls
+
+
+def outputs(launch, tensors=None):
+    """The outputs of a launch that was run: {name: a copy}. `tensors` may be those of a replay."""
+    tensors = launch.tensors if tensors is None else tensors
+    if launch.op == "kv_propagate":
+        names = [name for name in tensors if name.endswith("_cache")]
+    else:
+        names = [*_OUTPUTS[launch.op], *(name for name in _ASKED_FOR if name in tensors)]
+    return {name: tensors[name].clone() for name in names}
+
+
+def assert_same(got, expected):
+    for name, tensor in expected.items():
+        torch.testing.assert_close(got[name], tensor, rtol=0, atol=0, equal_nan=False, msg=name)
+
+
+def assert_sanitizer_finds_nothing(launch, sanitizer):
+    """No race, no access outside of an array, nothing undefined, and the result of the plain build in every order."""
+    try:
+        after = kernels.replay(launch, sanitizer)
+    except build.CannotRun as reason:
+        pytest.skip(str(reason))
+    kernels.run(launch)
+    assert_same(outputs(launch, after), outputs(launch))
+    assert counters_are_zero(after)
+
+
+def assert_order_changes_nothing(launch, seeds):
+    """Of warps, of threads in them, and of blocks; in scratch that holds anything."""
+    first = copy.deepcopy(launch)
+    kernels.run(first)
+    expected = outputs(first)
+    for order, seed in [("reverse", 0), *(("random", seed) for seed in range(seeds))]:
+        again = copy.deepcopy(launch)
+        if "scratch" in again.tensors:
+            again.tensors["scratch"].fill_(seed)
+        kernels.run(again, order, seed)
+        assert counters_are_zero(again.tensors)
+        assert_same(outputs(again), expected)
+
+
+def poison(launch):
+    for name in outputs(launch):
+        tensor = launch.tensors[name]
+        tensor.copy_(poisoned_empty(tensor.shape, tensor.dtype, "cpu"))
+
+
+def reveals(launch, file, old, new, only=None):
+    """Whether a launch has another result if a file of csrc/specdec has `new` for `old`, or reports it."""
+    poison(launch)
+    kernels.run(launch)
+    expected = outputs(launch)
+    poison(launch)
+    try:
+        got = mutants.replay(launch, "plain", f"specdec/{file}", old, new, only)
+    except build.CannotRun as reason:
+        pytest.skip(str(reason))
+    except RuntimeError:
+        return True
+    return any(not torch.equal(got[name], tensor) for name, tensor in expected.items())
+
+
+def assert_race(launch, file, old, new, only=None):
+    """ThreadSanitizer sees a race in a launch if a file of csrc/specdec has `new` for `old` (mutants.replay)."""
+    try:
+        with pytest.raises(RuntimeError, match=RACE):
+            mutants.replay(launch, "thread", f"specdec/{file}", old, new, only)
+    except build.CannotRun as reason:
+        pytest.skip(str(reason))

@@ -1,0 +1,346 @@
+"""The compiled CUDA code: its architectures, registers and spills, and what its launchers say without a GPU."""
+
+import os
+import re
+import shutil
+import subprocess
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from specdec_ops._core import loader
+
+MODULE, REASON = loader.load()
+if MODULE is None or not MODULE.build_info()["cuda"]:
+    reason = REASON or f"the compiled module has no CUDA kernels: {MODULE.build_info()['left_out']}"
+    pytest.skip(reason, allow_module_level=True)
+
+ARCHS = MODULE.build_info()["archs"].split()
+ROOT = Path(__file__).parent.parent
+# With this many registers per thread, a block of 256 threads leaves room for three more on every multiprocessor.
+MOST_REGISTERS = 64
+# Blocks of acceptance and sampling have 512 threads, those that walk 384, and one fits a multiprocessor.
+ACCEPTANCE = {"accept_walk_kernel": 168, "accept_laws_kernel": 128, "accept_race_kernel": 128, "sample_kernel": 128}
+# Of early exit: two blocks of 256 threads fill a multiprocessor. Heads of 16 bits for 8 to 64 hidden rows, float32 ones
+# for 8 and 32, int8 ones for 8 to 32, and for 8 and 16 in two parts.
+# The screened form for few and many rows and three dtypes of heads.
+EXIT = {"exit_confidence_kernel": 4 + 4 + 2 + 3 + 2, "screen_kernel": 6, "recheck_kernel": 3}
+# One block of 256 threads on a multiprocessor keeps its memory busy: much is under way in each.
+DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255}
+# tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.
+# Twice, for bfloat16 and float16.
+ROWS = (16, 32, 64, 128)
+DIMS = (64, 96, 128, 192, 256, 64, 128)
+ATTENTION = 2 * len(DIMS) * len(ROWS)
+KERNELS = {  # instantiations of each
+    "measure_exit_kernel": 1,
+    "build_topology_kernel": 2,
+    "merge_states_kernel": 6,
+    "any_kernel": 1,
+    "tree_attention_kernel": ATTENTION,
+    **dict.fromkeys(ACCEPTANCE, 1),
+    **EXIT,
+    "exit_mlp_kernel": 2,
+    "kv_propagate_kernel": 9,
+}
+
+
+@pytest.fixture(scope="module")
+def cuobjdump():
+    """The tool that Triton's wheel brings along, on the compiled module or another file."""
+    triton = find_spec("triton")
+    tool = triton and Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    if not tool or not tool.exists():
+        pytest.skip("there is no cuobjdump: triton is not installed")
+
+    def dump(*options, file=MODULE.__file__, cwd=None):
+        command = [str(tool), *options, str(file)]
+        return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True).stdout
+
+    return dump
+
+
+@pytest.fixture(scope="module")
+def listing(cuobjdump):
+    """What every kernel uses."""
+    return cuobjdump("--dump-resource-usage")
+
+
+@pytest.fixture(scope="module")
+def usage(listing):
+    """{(architecture, function): {"REG": ..., "STACK": ..., "LOCAL": ...}}"""
+    return usage_in(listing)
+
+
+def usage_in(listing, arch=None):
+    """The same from any listing; that of code for a single architecture does not name it."""
+    found = {}
+    for line in listing.splitlines():
+        if match := re.match(r"arch = sm_(\w+)", line):
+            arch = match[1]
+        elif match := re.match(r"\s*Function (\w+):", line):
+            function = match[1]
+        elif "REG:" in line:
+            found[arch, function] = {name: int(count) for name, count in re.findall(r"(\w+):(\d+)", line)}
+    return found
+
+
+@pytest.fixture(scope="module")
+def functions(cuobjdump):
+    """{function: its instructions} for SM 8.0."""
+    if "8.0" not in ARCHS:
+        pytest.skip("not built for SM 8.0")
+    bodies = re.split(r"\n\s*Function : ", cuobjdump("--dump-sass", "--gpu-architecture", "sm_80"))[1:]
+    return {body.partition("\n")[0]: body for body in bodies}
+
+
+def test_every_kernel_is_there_for_every_architecture(usage):
+    for arch in ARCHS:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        functions = [function for built_for, function in usage if built_for == number]
+        for kernel, instantiations in KERNELS.items():
+            assert sum(kernel in function for function in functions) == instantiations, (arch, kernel)
+        assert len(functions) == sum(KERNELS.values()), f"SM {arch} has kernels that this test does not know"
+
+
+def test_ptx_is_there_for_later_gpus(listing):
+    assert ("Fatbin ptx code" in listing) == any(arch.endswith("+PTX") for arch in ARCHS)
+
+
+def test_no_spills_and_no_local_memory(usage):
+    assert_fits(usage)
+
+
+def assert_fits(usage):
+    for where, used in usage.items():
+        assert used["STACK"] == 0 and used["LOCAL"] == 0, (where, used)
+        assert used["REG"] <= most_registers(*where), (where, used)
+
+
+# `make test` builds for 8.0 and 9.0. Of the architectures after them each sees a part of the kernels, and each kernel
+# one of them: PTX of the module becomes machine code, as in the driver of a GPU that the module has no code for.
+FROM_PTX = {
+    "accept_walk_kernel": "100",
+    "build_topology_kernel": "100",
+    "kv_propagate_kernelINS_7KvShapeI13__nv_bfloat16": "100",
+    "tree_attention_kernelINS_9TileShapeI13__nv_bfloat16S2_Li256": "100",
+    "exit_mlp_kernel": "120",
+    "kv_propagate_kernelINS_7KvShapeI6__half": "120",
+    "merge_states_kernel": "120",
+    "sample_kernel": "120",
+    "tree_attention_kernelINS_9TileShapeI6__halfS2_Li64": "120",
+}
+# Sources whose code depends on the architecture (SPECIFIC_TO_ARCH in setup.py) are compiled for it.
+FROM_SOURCES = {
+    "exit_confidence_bf16": "100",
+    "screened_exit_f16": "100",
+    "tree_attention_bf16_fp8_128": "100",
+    "exit_confidence_int8": "120",
+    "screened_exit_f32": "120",
+    "tree_attention_f16_fp8_64": "120",
+}
+
+
+def compiled_for(arch, source, folder, cuobjdump):
+    """What the kernels of a source use on another architecture than the module has. Skips where that has no meaning."""
+    if any(arch == built.partition("+")[0].replace(".", "") for built in ARCHS):
+        pytest.skip(f"the module has machine code for SM {arch}")
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+    if nvcc is None:
+        pytest.skip("there is no nvcc")
+    if f"sm_{arch}" not in subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split():
+        pytest.skip(f"this nvcc knows no SM {arch}")
+    cubin = folder / "kernels.cubin"
+    options = ["-O3", "-std=c++17", f"-arch=sm_{arch}", f"-I{ROOT / 'csrc'}", "-cubin", "-o", cubin]
+    done = subprocess.run([nvcc, *options, source], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    used = usage_in(cuobjdump("--dump-resource-usage", file=cubin), arch)
+    assert used
+    return used
+
+
+@pytest.fixture(scope="module")
+def ptx(cuobjdump, tmp_path_factory):
+    """The files of PTX in the module."""
+    if not any(arch.endswith("+PTX") for arch in ARCHS):
+        pytest.skip("the module has no PTX")
+    folder = tmp_path_factory.mktemp("ptx")
+    cuobjdump("--extract-ptx", "all", cwd=folder)
+    return sorted(folder.glob("*.ptx"))
+
+
+@pytest.mark.parametrize(("kernel", "arch"), FROM_PTX.items())
+def test_ptx_fits_later_architectures(kernel, arch, ptx, cuobjdump, tmp_path):
+    (file,) = (file for file in ptx if re.search(rf"\.entry \w*{kernel}", file.read_text()))
+    assert_fits(compiled_for(arch, file, tmp_path, cuobjdump))
+
+
+@pytest.mark.parametrize(("source", "arch"), FROM_SOURCES.items())
+def test_sources_fit_later_architectures(source, arch, cuobjdump, tmp_path):
+    assert_fits(compiled_for(arch, ROOT / f"csrc/cuda/{source}.cu", tmp_path, cuobjdump))
+
+
+def attention_shape(function):
+    """(dim, rows) of an instantiation of tree_attention_kernel, or None."""
+    match = "tree_attention_kernel" in function and re.search(r"Li(\d+)ELi(\d+)E", function)
+    return (int(match[1]), int(match[2])) if match else None
+
+
+def most_registers(arch, function):
+    """Per thread. The widest blocks of tree_attention fill a multiprocessor, those of 128 threads leave half of it; two
+    blocks of early exit share one where their memory fits.
+    """
+    if any(kernel in function for kernel in EXIT):
+        return 255 if "Li64" in function and arch not in ("90", "100") else 128
+    if (shape := attention_shape(function)) is None:
+        return next((most for kernel, most in (ACCEPTANCE | DRAFT).items() if kernel in function), MOST_REGISTERS)
+    dim, rows = shape
+    warps = max(4, rows // 16 * (2 if rows <= 32 or (dim > 128 and rows <= 64) else 1))
+    return min(255, 65536 // (32 * warps))
+
+
+COPIES = r"\bLDGSTS\.E\S*\.128\b"
+MATRIX = {"HMMA": r"\bHMMA\.16816\.F32", "ldmatrix": r"\bLDSM\.16\.\S*M88\.4\b"}
+
+
+def test_attention_uses_what_the_hardware_has(functions):
+    """Tensor cores, asynchronous copies of 16 bytes, 16-byte stores of results, and no local memory."""
+    needed = {"copies": COPIES, **MATRIX, "loads": r"\bLDG\.E\S*\.128\b", "stores": r"\bSTG\.E\S*\.128\b"}
+    kernels = {function: body for function, body in functions.items() if attention_shape(function) is not None}
+    for function, body in kernels.items():
+        for what, pattern in needed.items():
+            assert re.search(pattern, body), (function, what)
+        assert not re.search(r"\b(LDL|STL)\b", body), function
+    assert len(kernels) == ATTENTION
+
+
+def test_heads_use_what_the_hardware_has(functions):
+    """Asynchronous copies of 16 bytes; tensor cores, but for float32 heads; no local memory."""
+    kernels = {name: body for name, body in functions.items() if any(kernel in name for kernel in EXIT)}
+    assert len(kernels) == sum(EXIT.values())
+    for function, body in kernels.items():
+        assert re.search(COPIES, body), function
+        assert bool(re.search(MATRIX["HMMA"], body)) == ("HeadShapeIff" not in function), function
+        assert not re.search(r"\b(LDL|STL)\b", body), function
+
+
+def test_scratch_of_early_exit():
+    """A state for each row and block: two blocks for each multiprocessor, but no more than tiles of 128 entries."""
+    assert MODULE.exit_confidence_scratch(1, 97, 0, 132) == (32, 2)
+    assert MODULE.exit_confidence_scratch(60, 128_256, 10, 132) == (60 * 264 * (16 + 80), 9)
+
+
+def test_scratch_of_early_exit_with_bounds():
+    """A slot more for each row, its two numbers, the biases of 15 parts, and two lists of rows."""
+    bytes_needed, counters = MODULE.bounded_exit_scratch(60, 128_256, 10, 132)
+    assert (bytes_needed, counters) == (60 * 265 * (16 + 80) + 60 * 16 + 15 * 32 * 4 + 496, 9)
+
+
+def test_kv_propagate_uses_what_the_hardware_has(functions):
+    """The same copies and loads; tensor cores for 16 bits."""
+    kernels = {function: body for function, body in functions.items() if "kv_propagate_kernel" in function}
+    for function, body in kernels.items():
+        wide = {"copies": COPIES, "loads": r"\bLDG\.E\S*\.128\b"} | ({} if "KvShapeIf" in function else MATRIX)
+        for what, pattern in wide.items():
+            assert re.search(pattern, body), (function, what)
+    assert sum("KvShapeIf" in function for function in kernels) == 3
+
+
+def test_exit_mlp_reads_weights_in_packs(functions):
+    bodies = [body for function, body in functions.items() if "exit_mlp_kernel" in function]
+    assert all(len(re.findall(r"\bLDG\.E\S*\.128\b", body)) >= 8 * 3 for body in bodies)
+
+
+def attention_arguments(*, address=0, dtype=1, float8=0, batch=0, dim=64):
+    """Of tree_attention_cuda, for caches of 128 slots and 4 rows."""
+    strides = (4 * dim, dim, dim)
+    tensors = [argument for _ in range(4) for argument in (address, strides)]
+    numbers = ((batch, 4, 1, 1, dim), (128, 0, 0), (0, 0, 1), 0, 1.0, 0, 0.0, 1.0, 0)
+    return *tensors, *[0] * 7, 0, *[0] * 3, (dtype, float8), *numbers, 0, 0, 0, 0
+
+
+def test_empty_batch_needs_no_device():
+    MODULE.tree_attention_cuda(*attention_arguments())
+    MODULE.build_topology_cuda(*[0] * 9, 0, 44, 1, 0, 0)
+    MODULE.merge_states_cuda(*[0] * 6, 0, 128, 1, 0, 0)
+    MODULE.accept_cuda(*accept_arguments(batch=0))
+    MODULE.exit_mlp_cuda((0, 0, 0), [(0, 0, 0, 1)], 0.5, 0, 0, (0, 8), (0, 0), 0, 0)
+    MODULE.kv_propagate_cuda((0, 0, 0), [], 0.0, (0, 0, 0, False), (0, 0, 0), (0, 8, 1, 8), (1, 1, 0, 0), 0, 0)
+
+
+def accept_arguments(batch=1, vocab=100):
+    """Of a recursive chain of 4 nodes, all addresses 0."""
+    rows, sampling = (0, 0, (0, 0)), ((1.0, 0), (0, 0), (1.0, 0))
+    tree = ((0, 0, 1), 0, (0, 0, 0), (0, 0))
+    flags, outputs, sizes = (False, False, False), (0,) * 6, (batch, 4, vocab, vocab, 3, 1)
+    noise = ((0, 0), (0, 0))
+    return 2, rows, rows, *tree, sampling, sampling, *noise, (), (1.0, 1.0), flags, outputs, sizes, (0, 0, 0), 0, 0
+
+
+def test_too_large_a_vocabulary_is_a_sentence():
+    with pytest.raises(RuntimeError, match=r"^accept_cuda: a size is beyond what the kernel takes .*393216"):
+        MODULE.accept_cuda(*accept_arguments(vocab=393_217))
+
+
+def test_scratch_of_acceptance():
+    """Rules that keep nothing need none; the eager path keeps a table of laws, and one counter for each row."""
+    recursive, traversal, lazy, eager = 2, 3, 1, 2
+    assert MODULE.accept_scratch(recursive, 8, 60, 128_256, 59, False, True, False, lazy) == (0, 0)
+    bytes_needed, counters = MODULE.accept_scratch(traversal, 8, 60, 128_256, 59, False, True, False, lazy)
+    assert 0 < bytes_needed < 8 * 60 * 256 and counters == 0
+    bytes_needed, counters = MODULE.accept_scratch(recursive, 2, 60, 128_256, 59, False, True, False, eager)
+    assert 0 < bytes_needed < 2 * 100_000 and counters == 2 * (2 * 60 + 1)
+
+
+def test_scratch_of_exit_mlp():
+    """For a block of 4 or 8 rows: a part for each 16 units, one for each group of parts, and two layers; a counter for
+    each group and one for the groups; and one for all rows."""
+    assert MODULE.exit_mlp_scratch(4, 2048, [1024, 512, 1]) == ((64 + 8 + 2) * 4 * 512 * 4, 1 + 8 + 1)
+    assert MODULE.exit_mlp_scratch(60, 2048, [1024, 512, 1]) == (8 * (64 + 8 + 2) * 8 * 512 * 4, 1 + 8 * (8 + 1))
+    assert MODULE.exit_mlp_scratch(5, 11, [44, 1]) == (2 * (1 + 1 + 2) * 4 * 4, 1 + 2 * 2)
+    bounded, _ = MODULE.exit_mlp_scratch(100_000, 2048, [1024, 512, 1])
+    assert (60 << 20) < bounded <= (64 << 20)
+
+
+def test_too_many_nodes_is_a_sentence():
+    with pytest.raises(
+        RuntimeError, match=r"^build_topology_cuda: a size is beyond what the kernel takes .*2048 nodes"
+    ):
+        MODULE.build_topology_cuda(*[0] * 9, 1, 2049, 33, 0, 0)
+
+
+@pytest.mark.parametrize("wrong", [{"dtype": 0}, {"dim": 72}, {"dim": 272}, {"float8": 1, "dim": 144}, {"address": 8}])
+def test_what_the_attention_launcher_refuses(wrong):
+    with pytest.raises(RuntimeError, match=r"^tree_attention_cuda: a size is beyond .*multiples of 16 up to 256, rows"):
+        MODULE.tree_attention_cuda(*attention_arguments(batch=1, **wrong))
+
+
+def test_attention_scratch():
+    """None for a request that is never split; else kRows rows of dim + 2 numbers for each part."""
+    assert MODULE.tree_attention_scratch(3, 4, 8, 2, 128, 256, 0, False) == (0, 0)
+    assert MODULE.tree_attention_scratch(3, 4, 8, 2, 128, 257, 0, False) == (6 * 2 * 16 * 130, 6)
+    assert MODULE.tree_attention_scratch(1, 100, 8, 2, 80, 100_000, 7, False) == (2 * 4 * 7 * 128 * 98, 8)
+    assert MODULE.tree_attention_scratch(1, 100, 1, 1, 80, 1000, 2, True) == (2 * 128 * 130, 1)
+    # Blocks of 128 rows or, where a device has no room for them, of 64.
+    assert MODULE.tree_attention_scratch(1, 100, 1, 1, 256, 1000, 2, False) == (2 * 128 * 258, 2)
+    assert MODULE.tree_attention_scratch(1, 130, 1, 1, 256, 1000, 2, False) == (2 * 256 * 258, 3)
+
+
+def test_attention_scratch_is_bounded():
+    """A large batch goes in slices of 256 MiB at most; a single request takes what it needs."""
+    floats, counters = MODULE.tree_attention_scratch(1000, 64, 32, 8, 128, 100_000, 0, False)
+    assert 4 * floats <= 256 * 2**20 < 4 * (floats + floats // (counters // 16))
+    assert MODULE.tree_attention_scratch(9, 10_000, 32, 8, 128, 100_000, 256, False)[1] == 8 * 313
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_reason_is_a_sentence():
+    reason = r"^(no CUDA driver, or one that is older than CUDA \d+\.\d+|the CUDA driver sees no device)$"
+    assert re.match(reason, MODULE.cuda_device_error(0))
+    with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
+        MODULE.merge_states_cuda(*[0] * 6, 1, 128, 1, 0, 0)
+    with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
+        MODULE.accept_cuda(*accept_arguments())

@@ -1,0 +1,170 @@
+"""Launch of the tree attention kernels: block shapes, parts and scratch. The kernels: tree_attention_kernels.py.
+
+Scratch holds float32 [requests, parts, max_queries, heads, dim]. When the whole batch would need more than
+SCRATCH_BYTES, the batch is served in several launches, one after the other, through the same scratch; one request's
+need is the floor. Launches depend on shapes alone: nothing syncs, and the call can be captured in a CUDA graph.
+
+Nothing is tuned at run time: block shapes come from a table, so that the same call always runs the same program.
+"""
+
+import contextlib
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from .tree_attention_kernels import merge_parts_kernel, tree_attention_kernel
+
+MERGE_ROWS = 4
+SCRATCH_BYTES = 256 * 2**20
+LOG2E = 1.4426950408889634
+MOST_INT32 = 2**31 - 1
+MOST_SLOTS = 2**30  # of a request; slots are counted in 32 bits
+
+
+@dataclass(frozen=True, slots=True)
+class BlockShape:
+    """Compile-time shape of one launch: rows and slots per tile, slots per part, warps and pipeline stages."""
+
+    rows: int
+    slots: int
+    chunk: int
+    warps: int
+    stages: int
+
+
+def split_dim(dim: int, rows: int) -> tuple[int, int]:
+    """The pieces in which a head dimension is handled: powers of two, the second one 0 where one piece will do.
+
+    Padding costs arithmetic, never bytes: padded columns are not read. So blocks of few rows, which wait for memory,
+    take one padded piece. (There, Triton would also give every warp the same work: the second piece is narrower than
+    the block.) So do dims above 128, where two accumulators would spill.
+    """
+    padded = triton.next_power_of_2(dim)
+    first = padded // 2
+    rest = max(16, triton.next_power_of_2(dim - first))
+    return (first, rest) if rows >= 64 and dim <= 128 and rest < first else (padded, 0)
+
+
+def block_shape(rows: int, dim: int, element_size: int, major: int, paged: bool) -> BlockShape:
+    """The launch's shape, from the rows that share a KV head, the dim, the bytes per element and the GPU's generation.
+
+    The table holds the largest tiles found that compile without spilling, with every feature on and off, dense and
+    paged (tests/package/test_triton_aot.py holds it to that). Besides registers, two things decide. Prefetch: 32 to 64 KiB of K
+    and V under way per multiprocessor. And the part: at least eight slots for each row of the block, so that the
+    scratch (8 * dim bytes per row, written and read) stays at a quarter of what the part reads (4 * dim bytes per slot
+    of a 16-bit cache); and never under 256, so that its pipeline is worth filling.
+    """
+    wide, narrow, hopper = dim > 128, dim <= 64, major in (9, 10)
+    if element_size == 4:  # no tensor cores: operands go through registers, which leaves no room for a pipeline
+        return BlockShape(16, 32 if narrow or wide else 64, 256, 4 if narrow else 8, 1)
+    stages = 2 if wide else 3
+    if paged:  # page ids are prefetched as well, and Triton deals the stages out in equal shares
+        stages = 2 * stages - 1
+    if rows <= 16:
+        return BlockShape(16, 64, 256, 4, stages)
+    if rows <= 32:
+        return BlockShape(32, 64 if hopper and not wide else 32, 256, 4, stages)
+    if wide:
+        return BlockShape(64, 32, 512, 8, stages)
+    slots = 64 if narrow or hopper else 32  # Hopper's and Blackwell's MMA take q from shared memory
+    return BlockShape(64, slots, 512, 4, stages) if rows <= 64 else BlockShape(128, slots, 1024, 8, stages)
+
+
+def max_parts(kv_heads: int, capacity: int, window: int, num_splits: int, shape: BlockShape) -> int:
+    """Upper bound of the parts of one request: 256 programs over the KV heads, 16 to 128 parts, or `num_splits`."""
+    if window > 0:
+        capacity = min(capacity, window + shape.slots)
+    if num_splits > 0:
+        return max(1, min(num_splits, triton.cdiv(capacity, shape.slots)))
+    most = min(128, max(16, 256 // triton.next_power_of_2(kv_heads)))
+    return max(1, min(most, triton.cdiv(capacity, shape.chunk)))
+
+
+def tree_attention(
+    q, k_cache, v_cache, ancestors, depths, num_nodes, offsets, context_lens, page_table, query_starts, query_start,
+    max_queries, scale, window, softcap, sinks, alibi_slopes, out_scale, num_splits, out, lse,
+):  # fmt: skip
+    """Launch tree attention on checked arguments. Writes `out` and, unless it is None, `lse`.
+
+    q [batch, queries, heads, dim], or packed [tokens, heads, dim] with offsets int32 [batch + 1]; `out` alike, and
+    lse float32 without dim, contiguous. k_cache, v_cache [batch, slots, kv_heads, dim], or [pages, page_size, kv_heads,
+    dim] with page_table int32 [batch, max_pages]. ancestors int64 [batch or 1, nodes, words], depths int32
+    [batch or 1, nodes], num_nodes int32 [batch or 1]; ancestors None: no tree, a row sees exactly the context.
+    context_lens int32 [batch]. A request's first row is node query_start + query_starts[request] (int32 [batch] or
+    None), and it has at most max_queries rows. sinks, alibi_slopes float32 [heads] or None. window, softcap: 0 turns
+    them off. num_splits: parts per request, 0 lets each request's context length decide.
+
+    Whatever the numbers on the device are, nothing outside of the tensors is read: lengths are clamped to the cache's
+    capacity, offsets to the rows of q, and a page that does not exist reads as zeros.
+    """
+    batch, (heads, dim), kv_heads = context_lens.shape[0], q.shape[-2:], k_cache.shape[2]
+    if out.numel() == 0:
+        return
+    if batch == 0 or max_queries == 0:  # a packed q whose rows belong to nobody
+        out.zero_()
+        if lse is not None:
+            lse.fill_(float("-inf"))
+        return
+    group = heads // kv_heads
+    shape = block_shape(max_queries * group, dim, q.element_size(), _major(q.device), page_table is not None)
+    page_size, pages = k_cache.shape[1], min(k_cache.shape[0], MOST_INT32)
+    paging, capacity = 0, page_size
+    if page_table is not None:
+        paging, capacity = 1 if page_size % shape.slots == 0 else 2, page_table.shape[1] * page_size
+    capacity, page_size = min(capacity, MOST_SLOTS), min(page_size, MOST_INT32)
+    parts = max_parts(kv_heads, capacity, window, num_splits, shape)
+
+    requests, part_out, part_stats = batch, None, None
+    if parts > 1:
+        rows = parts * max_queries * heads
+        requests = min(batch, max(1, SCRATCH_BYTES // (rows * (dim + 2) * 4)))
+        part_out = torch.empty((requests * rows, dim), dtype=torch.float32, device=q.device)
+        part_stats = torch.empty((requests * rows, 2), dtype=torch.float32, device=q.device)
+
+    q_strides = (0, *q.stride()[:2]) if offsets is not None else q.stride()[:3]
+    out_strides = (0, *out.stride()[:2]) if offsets is not None else out.stride()[:3]
+    num_nodes_stride = _batch_stride(num_nodes)
+    nodes, words, node_stride = (0, 0, 0) if ancestors is None else (*ancestors.shape[1:], ancestors.stride(1))
+    common = dict(CHUNK=shape.chunk, BLOCK_N=shape.slots, WINDOW=window > 0, enable_fp_fusion=True)
+    with _on(q.device):
+        for first in range(0, batch, requests):
+            count = min(requests, batch - first)
+            blocks = triton.cdiv(max_queries * group, shape.rows)
+            tree_attention_kernel[(count * kv_heads * blocks, parts)](
+                q, k_cache, v_cache, out, lse, part_out, part_stats, ancestors, depths,
+                None if ancestors is None else num_nodes, offsets, context_lens, page_table, query_starts, sinks,
+                alibi_slopes, *q_strides, *out_strides, *k_cache.stride()[:3], *v_cache.stride()[:3],
+                _batch_stride(ancestors), node_stride, _batch_stride(depths), num_nodes_stride,
+                0 if page_table is None else page_table.stride(0),
+                first, batch, heads, max_queries, q.shape[0], nodes, words, capacity, page_size, pages, query_start,
+                scale / softcap if softcap > 0.0 else scale * LOG2E, softcap * LOG2E, window, out_scale, num_splits,
+                parts, GROUP=group, DIM=dim, **dict(zip(("DIM0", "DIM1"), split_dim(dim, shape.rows), strict=True)),
+                BLOCK_M=shape.rows, PAGING=paging, SOFTCAP=softcap > 0.0, SPLIT=parts > 1,
+                WIDEN=not q.is_cuda,                num_warps=shape.warps, num_stages=shape.stages, **common,
+            )  # fmt: skip
+            if parts > 1:
+                merge_parts_kernel[(triton.cdiv(max_queries * heads, MERGE_ROWS), count)](
+                    out, lse, part_out, part_stats, None if ancestors is None else num_nodes, offsets, context_lens,
+                    query_starts, sinks, *out_strides, num_nodes_stride, first, batch, heads, max_queries, q.shape[0],
+                    nodes, capacity, query_start, window, out_scale, num_splits, parts, DIM=dim,
+                    PADDED_DIM=triton.next_power_of_2(dim), ROWS=MERGE_ROWS, TREE=ancestors is not None,
+                    num_warps=4, num_stages=3, **common,
+                )  # fmt: skip
+
+
+@functools.cache
+def _major(device):
+    return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
+
+
+def _batch_stride(tensor):
+    return 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)
+
+
+def _on(device):
+    """The context of a tensor's GPU when it is not the current one: Triton launches on the current device."""
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
