@@ -28,19 +28,19 @@ import setuptools
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
-BINDINGS = tuple(f"csrc/bindings{of}.cpp" for of in ("", "_accept", "_exit", "_kv"))  # the only files that know Python
+BINDINGS = "csrc/bindings/"  # the only files that know Python
 KNOW_THE_BUILD = (
     "csrc/common/cpu/build_info.cpp",
     "csrc/common/cuda/errors.cu",
 )  # what was compiled, and for which GPUs
 # What takes longest is compiled first, so that no core is left alone with it at the end.
-LONGEST_FIRST = ("exit_tile_generic", "kernels_generic", "bindings", "exit_tile", "kernels", "row_passes")
+LONGEST_FIRST = ("tile_kernels_generic", "attention_generic", "module", "tile_kernels", "attention_", "row_passes")
 MODES = ("auto", "native", "cuda", "cpu")
 DEFAULT_ARCHS = ("8.0", "9.0", "10.0", "12.0")
 GIGABYTES_PER_JOB = 1.0  # the largest of our compilations, with room to spare
 
-# The instruction set of a file in csrc/cpu/ is the ending of its name. Each set includes the one before it. A file with
-# no such ending is compiled for the oldest processor, and decides at run time which of the others may be called.
+# The instruction set of a file in csrc/*/cpu/ is the ending of its name. Each set includes the one before it. A file
+# with no such ending is compiled for the oldest processor, and decides at run time which of the others may be called.
 _AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 _AVX512 = [*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mprefer-vector-width=512"]
 _AVX512_VNNI = [*_AVX512, "-mavx512vnni"]
@@ -282,8 +282,8 @@ class Build:
 
     def find_cpu_sources(self):
         """{file: its instruction set, or "generic"}, without the files that can't be compiled here."""
-        sources = dict.fromkeys(BINDINGS, "generic")
-        for path in sorted(Path("csrc/cpu").glob("*.cpp")):
+        sources = dict.fromkeys(map(str, sorted(Path(BINDINGS).glob("*.cpp"))), "generic")
+        for path in sorted(Path("csrc").glob("*/cpu/**/*.cpp")):
             isa = next((isa for isa in X86_FLAGS if path.stem.endswith(f"_{isa}")), "generic")
             if isa == "generic" or isa in self.isas:
                 sources[str(path)] = isa
@@ -301,7 +301,7 @@ class Build:
         known = {f"{major}.{minor}" for major, minor in codes}
         self.archs, self.ptx = parse_archs(archs(known) if callable(archs) else archs, known)
         self.nvcc_threads = positive_integer("NVCC_THREADS", 4 if len(os.sched_getaffinity(0)) >= 16 else 1)
-        self.cuda_sources = [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
+        self.cuda_sources = [str(path) for path in sorted(Path("csrc").glob("*/cuda/**/*.cu"))]
 
     def describe(self):
         """One line about what this build holds."""
@@ -352,10 +352,10 @@ class Build:
             lines.append(rule("nvcc", [*compile_cuda, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], True))
         for source in sorted((*self.cuda_sources, *self.cpu_sources), key=by_length):
             if source in self.cuda_sources:
-                specific = any(part in source for part in SPECIFIC_TO_ARCH)
+                specific = any(part in Path(source).stem for part in SPECIFIC_TO_ARCH)
                 flags = (gencode if specific else gencode_from_oldest)(self.archs, self.ptx)
             else:
-                flags = python if source in BINDINGS else X86_FLAGS.get(self.cpu_sources[source], [])
+                flags = python if source.startswith(BINDINGS) else X86_FLAGS.get(self.cpu_sources[source], [])
             flags = [*flags, *(self.macros() if source in KNOW_THE_BUILD else [])]
             compiler = "nvcc" if source in self.cuda_sources else "cxx"
             lines.append(f"build {self.object_of(source)}: {compiler} {source}\n  flags = {quote(flags)}\n")
@@ -367,7 +367,7 @@ class Build:
         """Where a source's object goes. The bindings have one with CUDA and one without, and neither replaces the
         other: a build that leaves CUDA out costs the next one nothing.
         """
-        return f"{self.folder}/{source}{'.cuda' if self.nvcc and source in BINDINGS else ''}.o"
+        return f"{self.folder}/{source}{'.cuda' if self.nvcc and source.startswith(BINDINGS) else ''}.o"
 
     def run(self, target):
         """Compile what has changed, and put the module at `target`."""

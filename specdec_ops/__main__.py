@@ -14,6 +14,7 @@ from . import (
     __version__,
     bound_head,
     build_topology,
+    early_exit,
     exit_confidence,
     exit_mlp,
     kv_propagate,
@@ -22,10 +23,9 @@ from . import (
     sample_children,
     sample_tokens,
     tree_accept,
+    tree_attention,
 )
 from ._core import dispatch, loader
-from .ops.attention import tree_attention
-from .ops.early_exit import exit_confidence
 
 # Far above the rounding of float32 on any backend, far below the error of a kernel that is wrong.
 TOLERANCE = 5e-3

@@ -23,11 +23,12 @@ from . import topology
 from .ops.acceptance import accept, accept_lossy, sample
 from .ops.attention.tree_attention import merge_states as _merge_states
 from .ops.attention.tree_attention import tree_attention as _tree_attention
-from .ops.early_exit import exit_mlp, head_bounds, quantized_head
+from .ops.early_exit import exit_mlp as _exit_mlp
+from .ops.early_exit import head_bounds, quantized_head
 from .ops.early_exit.exit_confidence import Confidence, Exit
 from .ops.early_exit.exit_confidence import early_exit as _early_exit
 from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
-from .ops.kv import kv_propagate
+from .ops.kv import kv_propagate as _kv_propagate
 
 _RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confidence, Exit)
 """What holds several results, each of which becomes an array. (A Topology stays one of tensors: the ops take it.)"""
@@ -131,7 +132,7 @@ exit_confidence = _shared(_exit_confidence)
 early_exit = _shared(_early_exit)
 quantize_head = _shared(quantized_head.quantize_head)
 bound_head = _shared(head_bounds.bound_head)
-exit_mlp = _shared(exit_mlp.exit_mlp)
-exit_features = _shared(exit_mlp.exit_features)
-entropy_stop = _shared(exit_mlp.entropy_stop)
-kv_propagate = _shared(kv_propagate.kv_propagate, writes=("k_caches", "v_caches"))
+exit_mlp = _shared(_exit_mlp.exit_mlp)
+exit_features = _shared(_exit_mlp.exit_features)
+entropy_stop = _shared(_exit_mlp.entropy_stop)
+kv_propagate = _shared(_kv_propagate.kv_propagate, writes=("k_caches", "v_caches"))

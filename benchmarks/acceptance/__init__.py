@@ -1,0 +1,1 @@
+"""Inputs, exact results and contestants of the family's ops."""

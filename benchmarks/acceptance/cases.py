@@ -1,4 +1,4 @@
-"""What is measured of acceptance: vocabularies, batches, trees and rules. Plain data, like benchmarks/harness/cases.py."""
+"""What is measured of acceptance: vocabularies, batches, trees and rules. Plain data, like harness/cases.py."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNSAMPLED = ("greedy", "match", "coin", "typical")  # their trees are made of th
 
 @dataclass(frozen=True)
 class AcceptCase:
-    """One cell: a rule, a tree, a batch of requests and a vocabulary. It has the interface of benchmarks.harness.cases.Case.
+    """One cell: a rule, a tree, a batch of requests and a vocabulary. Its interface is that of harness.cases.Case.
 
     What a call must read depends on what it accepts, so `bytes` is known only once the inputs are made: the target's
     rows on the accepted path and, for rules that compare, the draft's rows that score their children.

@@ -61,7 +61,7 @@ def report(preset: str, path: Path, columns: dict[str, str], say: Callable[[str]
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.acceptance.lengths", description=__doc__)
-    parser.add_argument("csv", nargs="?", type=Path, default=Path(__file__).parent / "results/local/acceptance.csv")
+    parser.add_argument("csv", nargs="?", type=Path, default=Path(__file__).parents[1] / "results/local/acceptance.csv")
     parser.add_argument("--full", action="store_const", const="full", default="standard", dest="preset")
     asked = parser.parse_args(arguments)
     columns = machine.describe("cpu", sys.argv[1:] if arguments is None else arguments)

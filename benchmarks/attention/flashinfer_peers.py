@@ -249,7 +249,7 @@ def compilations(preset: str) -> list[tuple[str, Case]]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m benchmarks.attention.flashinfer_peers PRESET 0/4`: run every fourth form once, to have its kernels compiled."""
+    """`python -m benchmarks.attention.flashinfer_peers PRESET 0/4`: compile the kernels of every fourth form."""
     from . import tree_attention as attention
 
     preset, shard = sys.argv[1:] if arguments is None else arguments

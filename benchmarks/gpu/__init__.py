@@ -1,0 +1,1 @@
+"""Everything on a machine with an NVIDIA GPU: python -m benchmarks.gpu."""

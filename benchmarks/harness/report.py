@@ -126,7 +126,7 @@ def summary(all_cells: list[Cell]) -> list[str]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m benchmarks.harness.report RESULT.csv` prints the tables again. Returns 1 when a kernel of ours was wrong."""
+    """`python -m benchmarks.harness.report RESULT.csv` prints the tables again. Returns 1 if one of ours was wrong."""
     arguments = sys.argv[1:] if arguments is None else arguments
     all_cells = cells(read(Path(arguments[0])))
     print("\n".join(summary(all_cells)))

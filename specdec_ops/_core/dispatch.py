@@ -95,7 +95,7 @@ PUBLIC_OPS = {
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _MAX_KERNEL_DIM = 256
 _MAX_FLOAT8_DIM = 128
-_MAX_CUDA_VOCAB = {"accept": 393216, "sample": 2**20}  # as in csrc/cuda/launchers.h
+_MAX_CUDA_VOCAB = {"accept": 393216, "sample": 2**20}  # as in csrc/acceptance/cuda/launchers.h
 _SIZED = ("tree_attention", *_MAX_CUDA_VOCAB)  # ops whose last dimension decides, too
 _resolved: dict[tuple, Callable] = {}
 

@@ -14,7 +14,7 @@ def load() -> tuple[ModuleType | None, str | None]:
     try:
         from specdec_ops import _C
     except ImportError as error:
-        source = Path(__file__).parent.parent
+        source = Path(__file__).parents[2]
         hint = f"run `pip install -e .` in {source}" if (source / "setup.py").exists() else "reinstall specdec_ops"
         return None, f"the compiled kernels are unavailable ({error}); {hint}"
     return _C, None

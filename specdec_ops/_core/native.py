@@ -11,7 +11,7 @@ from . import alloc, loader
 
 MOST_SLOTS = 2**30  # of a request: kernels count slots in 32 bits. Caches may have more, that nobody reaches
 MOST_INT32 = 2**31 - 1
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/specdec/params.h
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/types.h
 
 
 @functools.cache

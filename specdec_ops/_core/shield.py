@@ -3,7 +3,7 @@
 Compiled and Triton kernels get addresses and numbers, so nothing around a call reaches them. The definitions
 (backend="torch") are PyTorch code, and PyTorch lets a program change what such code means: autocast multiplies in 16
 bits, matmul precision does so inside of a float32 product, the default dtype decides what a float is, the default
-device where a tensor is made, a function mode anything. `_dispatch` shields each definition when it loads it; calls of
+device where a tensor is made, a function mode anything. `dispatch` shields each definition when it loads it; calls of
 other backends pay nothing. So is what makes the tensors of a head, once.
 
 Two of these are the process's, not the thread's: the default dtype, and the precision of matrix products. Where they

@@ -13,8 +13,8 @@ Two things hold for all of them. Most take *probabilities*, as the originals do;
 is passed, of 0 too: log 0 is -inf, which the ops give no probability. Rows are thereby normalised. This makes one
 copy of the probabilities, and softmax made another before: to save both, call the ops with the logits. vLLM's takes
 the target's logits, and passes them on. And where the original leaves the random numbers to the caller (sgl-kernel),
-they are honoured; where it makes them (FlashInfer, vLLM), they are those of specdec_ops.ops.acceptance.accept, so the same seeds
-give other tokens than the original's, of the same distribution.
+they are honoured; where it makes them (FlashInfer, vLLM), they are those of specdec_ops.ops.acceptance.accept, so the
+same seeds give other tokens than the original's, of the same distribution.
 
 Nothing here is copied; the interfaces were read from the projects' sources, and are theirs.
 """

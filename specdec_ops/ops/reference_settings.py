@@ -1,4 +1,4 @@
-"""What numbers of a request count as that come from the device, where they can't be refused: csrc/common/sampling_params.h.
+"""What numbers of a request count as that come from the device: see csrc/common/sampling_params.h.
 
 A temperature that is NaN or negative is none, which a status reports. Between the bounds kernels compute 1 / T without
 overflow; beyond them the law no longer changes, for any logits that a model gives.

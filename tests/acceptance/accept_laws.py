@@ -19,7 +19,7 @@ ROUNDING = 1e-14
 
 
 class Enumerated:
-    """A `choice` of accept_rules that follows a script of decisions and remembers which there were."""
+    """A `choice` of reference_rules that follows a script of decisions and remembers which there were."""
 
     def __init__(self, script):
         self.script, self.decisions, self.probability = script, [], 1.0

@@ -1,6 +1,6 @@
 """Wrong acceptance rules, each of them shipped or proposed somewhere: the enumeration has to tell them apart.
 
-They have the interface of accept_rules. Most are the right rule with one function replaced.
+They have the interface of reference_rules. Most are the right rule with one function replaced.
 """
 
 from unittest.mock import patch
@@ -13,7 +13,7 @@ from specdec_ops.ops.acceptance.reference_rules import excess, finish, proposal_
 
 
 def with_replaced(rule, **functions):
-    """The rule with some functions of accept_rules replaced."""
+    """The rule with some functions of reference_rules replaced."""
 
     def mutant(tree, choice):
         with patch.multiple(rules, **functions):

@@ -231,12 +231,16 @@ def test_every_order_gives_the_same(case):
 MUTANTS = {
     "no fence before a block says that it is done": NO_FENCE,
     "no barrier between the histogram and its sums": (
-        "row_cut.cuh",
+        "cuda/top_k_top_p.cuh",
         "bins[kCutBins - 1], last);\n  team.sync();",
         "bins[kCutBins - 1], last);",
     ),
-    "no barrier after the bins are cleared": ("row_cut.cuh", "bins[bin] = 0;\n  team.sync();", "bins[bin] = 0;"),
-    "one slot for all reductions": ("block.cuh", "turn_ ^= 1;", "turn_ = 0;"),
+    "no barrier after the bins are cleared": (
+        "cuda/top_k_top_p.cuh",
+        "bins[bin] = 0;\n  team.sync();",
+        "bins[bin] = 0;",
+    ),
+    "one slot for all reductions": ("block_team.cuh", "turn_ ^= 1;", "turn_ = 0;"),
 }
 
 

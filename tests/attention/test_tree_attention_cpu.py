@@ -122,7 +122,7 @@ def exp2_of(x: torch.Tensor, weights: bool) -> torch.Tensor:
 
 @pytest.mark.parametrize(("weights", "bound"), [(False, 3e-7), (True, 9e-5)], ids=("fp32", "bfloat16 weights"))
 def test_the_error_of_the_exponential(isa, weights, bound):
-    """The bounds that csrc/common/cpu/simd.h states, over all arguments that the kernels form: up to 2^8 above the maximum."""
+    """The bounds that csrc/common/cpu/simd.h states, over all arguments that kernels form: to 2^8 above the maximum."""
     x = torch.linspace(-126, 8, 1 << 20)
     relative = exp2_of(x, weights).double() / torch.exp2(x.double()) - 1
     assert relative.abs().max() < bound

@@ -1,4 +1,4 @@
-"""benchmarks/gpu/__main__.py on a machine that only looks like one with a GPU, and the plugin that lets tests resume."""
+"""benchmarks.gpu on a machine that only looks like one with a GPU, and the plugin that lets tests resume."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.gpu import __main__ as gpu
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SMI = 'printf "NVIDIA Imaginary 100, 9.0\\nNVIDIA Imaginary 100, 9.0\\n"'
 SELF_CHECK = """backends on cuda (1 x NVIDIA, SM 9.0)
   merge_states     cuda     yes (largest error 2e-07)

@@ -312,7 +312,7 @@ def test_planted_bug_in_shared_work(name):
 
 
 WRONG = {
-    "screen: a bound without the copy's error": ("screen_figures.cuh", "bound.by_error * error_norm + noise", "noise"),
+    "screen: a bound without the copy's error": ("screen_stats.cuh", "bound.by_error * error_norm + noise", "noise"),
     "screen: candidates that are too deep": (
         "screened_exit.cuh",
         "!(plan.cut > clamped + error.all) || clamped > plan.deep",
@@ -321,7 +321,7 @@ WRONG = {
     "screen: rows that fall back and are not listed": ("screened_exit.cuh", "settled ? 0 : 1;", "0;"),
     "pieces that are not waited for": ("exit_confidence.cuh", "cp_async_wait<Shape::kStages - 2>();", ""),
     "squares of every tile": ("exit_confidence.cuh", "next_tile == first);", "true);"),
-    "equals that go to the higher entry": ("block.cuh", "(0xffffffffu - uint32_t(id))", "uint32_t(id)"),
+    "equals that go to the higher entry": ("block_team.cuh", "(0xffffffffu - uint32_t(id))", "uint32_t(id)"),
     "a running maximum without its decay": ("exit_state.cuh", "state.sum *= decay;", ""),
     "a merge that stops early": ("exit_state.cuh", "rank < listed && any", "rank < 1"),
     "dims of int8 heads in the order of memory": (

@@ -27,7 +27,8 @@ EMULATOR_FLAGS = {"plain": ["-O2"], "address": SANITIZERS["address"], "thread": 
 SHARED = ["-shared", "-Wl,-Bsymbolic"]
 PROGRAMS = ["planted_bugs", "device_names"]
 EMULATOR = ["emulator", "shared_memory", "fiber", "collectives"]
-# Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/cuda/OP*.cu, and those of an op it calls.
+# Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/*/cuda/**/OP*.cu, and those of an op it
+# calls.
 OPS = {
     "build_topology": "BuildTopologyParams",
     "merge_states": "MergeStatesParams",
@@ -102,13 +103,13 @@ def ninja_file():
             compiled(f"{build}/{op}_entry", "tests/emulator/entry.cpp", [*own, *names])
             for kernel in own_kernels_of(op):
                 if object_of(build, kernel) == f"{build}/{kernel}":
-                    compiled(f"{build}/{kernel}", f"csrc/cuda/{kernel}.cu", flags)
+                    compiled(f"{build}/{kernel}", source_of(kernel), flags)
             objects = [object_of(build, name) for name in (*EMULATOR, f"{op}_entry", *kernels_of(op), "replay")]
             linked(f"{build}/{op}", objects, flags)
 
     # The join of tree_attention's parts without its fences.
     unfenced = "tree_attention_bf16_64"
-    compiled("thread/unfenced", f"csrc/cuda/{unfenced}.cu", [*SANITIZERS["thread"], "-DSPECDEC_WITHOUT_FENCES"])
+    compiled("thread/unfenced", source_of(unfenced), [*SANITIZERS["thread"], "-DSPECDEC_WITHOUT_FENCES"])
     kernels = ["unfenced" if name == unfenced else name for name in kernels_of("tree_attention")]
     objects = [object_of("thread", name) for name in (*EMULATOR, "tree_attention_entry", *kernels, "replay")]
     linked("thread/tree_attention_unfenced", objects, SANITIZERS["thread"])
@@ -132,7 +133,13 @@ def object_of(build, name):
 
 
 def own_kernels_of(op):
-    return sorted(path.stem for path in (ROOT / "csrc/cuda").glob(f"{op}*.cu"))
+    return sorted(path.stem for path in (ROOT / "csrc").glob(f"*/cuda/**/{op}*.cu"))
+
+
+def source_of(kernel):
+    """The path of a CUDA source, from the root of the repository, by its name without the suffix."""
+    (path,) = (ROOT / "csrc").glob(f"*/cuda/**/{kernel}.cu")
+    return str(path.relative_to(ROOT))
 
 
 def kernels_of(op):

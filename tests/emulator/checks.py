@@ -13,7 +13,7 @@ from .accept_kernels import counters_are_zero
 SANITIZERS = [sanitizer for sanitizer in build.SANITIZERS if sanitizer != "plain"]
 RACE = "WARNING: ThreadSanitizer: data race"
 # Bugs to plant are (file, the line, what becomes of it). This one is in every kernel whose last block joins the parts.
-NO_FENCE = ("arrival.cuh", "  device_fence();\n  team.sync();", "  team.sync();")
+NO_FENCE = ("last_block.cuh", "  device_fence();\n  team.sync();", "  team.sync();")
 
 _STATE = ("out", "lse")
 _EXIT = ("token", "max_prob", "margin", "entropy", "logsumexp", "status")
@@ -78,13 +78,13 @@ def poison(launch):
 
 
 def reveals(launch, file, old, new, only=None):
-    """Whether a launch has another result if a file of csrc/specdec has `new` for `old`, or reports it."""
+    """Whether a launch has another result if a file of csrc has `new` for `old`, or reports it."""
     poison(launch)
     kernels.run(launch)
     expected = outputs(launch)
     poison(launch)
     try:
-        got = mutants.replay(launch, "plain", f"specdec/{file}", old, new, only)
+        got = mutants.replay(launch, "plain", file, old, new, only)
     except build.CannotRun as reason:
         pytest.skip(str(reason))
     except RuntimeError:
@@ -93,9 +93,9 @@ def reveals(launch, file, old, new, only=None):
 
 
 def assert_race(launch, file, old, new, only=None):
-    """ThreadSanitizer sees a race in a launch if a file of csrc/specdec has `new` for `old` (mutants.replay)."""
+    """ThreadSanitizer sees a race in a launch if a file of csrc has `new` for `old` (mutants.replay)."""
     try:
         with pytest.raises(RuntimeError, match=RACE):
-            mutants.replay(launch, "thread", f"specdec/{file}", old, new, only)
+            mutants.replay(launch, "thread", file, old, new, only)
     except build.CannotRun as reason:
         pytest.skip(str(reason))

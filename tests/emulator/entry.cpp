@@ -4,8 +4,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/cuda/launch.h"
+#include "acceptance/cuda/launchers.h"
+#include "attention/cuda/launchers.h"
+#include "early_exit/cuda/launchers.h"
 #include "emulator.h"
+#include "kv/cuda/launchers.h"
+#include "topology/cuda/launchers.h"
 
 #define SPECDEC_EXPORT extern "C" __attribute__((visibility("default")))
 

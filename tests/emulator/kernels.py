@@ -28,15 +28,7 @@ _C_TYPES = {
 }
 _COUNTS = {"kMaxEos": 8, "kMostLayers": 8, "kMostParts": 16, "kMostKvLayers": 32}
 _PREFIXES = {"draft_sampling": "draft_", "ScreenedParams": "screen_"}  # of the fields of a structure in another one
-_HEADERS = (
-    "params.h",
-    "accept_params.h",
-    "accept_launch.h",
-    "exit_params.h",
-    "exit_launch.h",
-    "mlp_launch.h",
-    "kv_params.h",
-)
+_HEADERS = ("*/params.h", "*/cuda/*_launch.h")
 
 
 class Launch(NamedTuple):
@@ -120,7 +112,7 @@ IMPLEMENTATIONS = {"build_topology": build_topology, "merge_states": merge_state
 
 @functools.cache
 def params_type(op):
-    """The ctypes structure of an op's parameters, read from the headers in csrc/specdec."""
+    """The ctypes structure of an op's parameters, read from the headers in csrc."""
     return type(build.OPS[op], (ctypes.Structure,), {"_fields_": fields_of(build.OPS[op])})
 
 
@@ -129,7 +121,7 @@ def fields_of(struct, prefix=""):
 
     A PerRequest is a pointer NAMEs and a number NAME. The third of an array of structures has fields NAME2_*.
     """
-    text = "".join((build.ROOT / "csrc/specdec" / header).read_text() for header in _HEADERS)
+    text = "".join(path.read_text() for header in _HEADERS for path in (build.ROOT / "csrc").glob(header))
     body = re.search(rf"struct {struct} \{{(.*?)\n\}};", re.sub(r"//.*", "", text), re.DOTALL)[1]
     fields = []
     for declaration in filter(None, map(str.strip, body.split(";"))):

@@ -17,26 +17,27 @@ from tests.emulator import build, kernels
 # Of a worker's files the longest come first, so that no other worker waits for it at the end.
 LONGEST_FIRST = (
     "test_triton_aot",
-    "test_exit_cuda",
+    "test_exit_confidence_cuda",
     "test_bounded_exit_cuda",
     "test_accept",
     "test_packaging",
-    "test_screened_head",
+    "test_screened_exit",
     "test_bounded_exit",
     "test_tree_attention_mutants",
-    "test_cuda_emulated",
+    "test_tree_attention_cuda",
     "test_cuda_build",
     "test_bounded_exit_triton",
     "test_accept_cuda",
-    "test_draft_cuda",
+    "test_exit_mlp_cuda",
     "test_accept_pitfalls",
-    "test_exit_triton",
+    "test_exit_confidence_triton",
 )
 # Compilers, sanitizers, statistics and programs: not for `make quick`.
 LEFT_OUT_IF_QUICK = (
     "*_aot", "*_cuda", "*_triton", "*_triton_*", "*_mutants", "*_statistics", "*_properties", "*_enumeration",
-    "test_accept_pitfalls_inputs", "test_benchmarks*", "test_build_options", "test_compat_trees", "test_cuda_*",
-    "test_dlpack", "test_emulator", "test_examples*", "test_gpu*", "test_import", "test_library*", "test_packaging",
+    "test_accept_pitfalls_inputs", "test_benchmarks*", "test_build_options", "test_compat_trees", "test_cuda_build",
+    "test_dlpack", "test_emulator", "test_examples*", "test_gpu*", "test_import", "test_library", "test_accept_library",
+    "test_packaging",
 )  # fmt: skip
 
 
@@ -107,7 +108,7 @@ def quick_ones(items):
     """Every op on the backends cpu and torch, and one interpreted and one emulated case of each module."""
     seen, ones = set(), []
     for item in items:
-        name = item.module.__name__
+        name = Path(item.path).stem
         if any(fnmatch(name, pattern) for pattern in LEFT_OUT_IF_QUICK):
             continue
         if kind := slow_kind(item):

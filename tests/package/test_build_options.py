@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 KNOWN = {"8.0", "9.0", "10.0", "10.3", "12.0"}
 OPTIONS = ("SPECDEC_OPS_BUILD", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME", "NVCC_THREADS", "MAX_JOBS", "CXX")
 
@@ -398,7 +398,7 @@ def test_the_roof_of_arithmetic_stays_in_registers(build, isa, instruction):
     if isa not in made.isas:
         pytest.skip(f"{made.cxx_name} does not know {isa}")
     flags = [*build.CXX_FLAGS, *build.X86_FLAGS[isa], "-Icsrc", "-S", "-o", "-"]
-    source = ROOT / f"csrc/cpu/instrument_loops_{isa}.cpp"
+    source = ROOT / f"csrc/common/cpu/isa/benchmark_loops_{isa}.cpp"
     text = subprocess.run([*made.cxx, *flags, str(source)], check=True, capture_output=True, text=True).stdout
     lines = text.splitlines()
     products = [index for index, line in enumerate(lines) if instruction in line]

@@ -18,7 +18,7 @@ if MODULE is None or not MODULE.build_info()["cuda"]:
     pytest.skip(reason, allow_module_level=True)
 
 ARCHS = MODULE.build_info()["archs"].split()
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 # With this many registers per thread, a block of 256 threads leaves room for three more on every multiprocessor.
 MOST_REGISTERS = 64
 # Blocks of acceptance and sampling have 512 threads, those that walk 384, and one fits a multiprocessor.
@@ -180,7 +180,7 @@ def test_ptx_fits_later_architectures(kernel, arch, ptx, cuobjdump, tmp_path):
 
 @pytest.mark.parametrize(("source", "arch"), FROM_SOURCES.items())
 def test_sources_fit_later_architectures(source, arch, cuobjdump, tmp_path):
-    assert_fits(compiled_for(arch, ROOT / f"csrc/cuda/{source}.cu", tmp_path, cuobjdump))
+    assert_fits(compiled_for(arch, ROOT / f"csrc/attention/cuda/instantiations/{source}.cu", tmp_path, cuobjdump))
 
 
 def attention_shape(function):

@@ -17,7 +17,7 @@ from examples.ngram_decode import FALSE_ALARM, SAMPLING_RULES, Rule, check_law, 
 from examples.ngram_model import Counts, NgramModel, advance, context_of, standard_library
 from specdec_ops import Tree, tree_accept
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ import torch
 
 from examples import sorted_draft, sorted_exit
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 LAYERS = sorted_draft.QUICK.exits[-1]
 
 

@@ -14,7 +14,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SITE_PACKAGES = sysconfig.get_path("purelib")
 pytest.importorskip("pybind11", reason="building needs pybind11")
 pytest.importorskip("ninja", reason="building needs ninja")
@@ -41,9 +41,9 @@ assert importlib.util.find_spec("triton_kernels.tree_attention") is None, "that 
 import triton_kernels.matmul
 assert triton_kernels.WHOSE == triton_kernels.matmul.WHOSE == "theirs", triton_kernels
 import specdec_ops
-for op in ("build_topology", "merge_states", "tree_attention"):
+for op in ("topology.build_topology", "attention.merge_states", "attention.tree_attention"):
     origin = importlib.util.find_spec("specdec_ops.triton_kernels." + op).origin
-    assert origin.endswith("triton_kernels/" + op + ".py"), origin
+    assert origin.endswith("triton_kernels/" + op.replace(".", "/") + ".py"), origin
 """
 NO_TRITON_KERNELS = """
 import importlib, importlib.util, specdec_ops
@@ -156,7 +156,7 @@ def test_sdist_is_complete(source):
 def test_wheel_is_complete(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "specdec_ops").rglob("*.py")}
-    expected |= {f"specdec_ops/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").glob("*.py")}
+    expected |= {f"specdec_ops/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").rglob("*.py")}
     assert not expected - names, "missing from the wheel"
     others = {name for name in names - expected if ".dist-info/" not in name}
     assert len(others) == 1 and re.fullmatch(r"specdec_ops/_C\..*\.so", others.pop()), "more than one compiled module"
@@ -233,7 +233,7 @@ assert importlib.util.find_spec("triton_kernels.matmul") is None
 
 
 def test_only_what_changed_is_compiled(source, editable):
-    file = source / "csrc" / "cpu" / "build_topology.cpp"
+    file = source / "csrc" / "topology" / "cpu" / "build_topology.cpp"
     file.write_text(file.read_text() + "\n// changed\n")
     build = (sys.executable, "setup.py", "build_ext", "--inplace")
     assert compiled(run(*build, cwd=source, SPECDEC_OPS_BUILD="cpu")) == ["csrc/topology/cpu/build_topology.cpp"]

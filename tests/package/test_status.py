@@ -10,27 +10,27 @@ import torch
 import specdec_ops
 from specdec_ops import AcceptStatus, ExitStatus, TopologyStatus
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 HEADERS = {
     AcceptStatus: "csrc/acceptance/params.h",
     ExitStatus: "csrc/early_exit/params.h",
-    TopologyStatus: "csrc/specdec/params.h",
+    TopologyStatus: "csrc/topology/params.h",
 }
 # The constants of the Triton kernels by the file that has them: what bit each of them is.
 TRITON = {
-    "rows.py": {
+    "common/token_rows.py": {
         "TARGET_INVALID": AcceptStatus.TARGET_INVALID,
         "DRAFT_INVALID": AcceptStatus.DRAFT_INVALID,
         "SETTING_INVALID": AcceptStatus.SETTING_INVALID,
     },
-    "accept_state.py": {
+    "acceptance/accept_state.py": {
         "TOKEN_IMPOSSIBLE": AcceptStatus.DRAFT_TOKEN_IMPOSSIBLE,
         "RESIDUAL_EMPTY": AcceptStatus.RESIDUAL_EMPTY,
         "TREE_INVALID": AcceptStatus.TREE_INVALID,
     },
-    "exit_kernels.py": {"INVALID": ExitStatus.INVALID, "SETTING_INVALID": ExitStatus.SETTING_INVALID},
-    "screen_kernels.py": {"FELL_BACK": ExitStatus.FELL_BACK},
-    "build_topology.py": {
+    "early_exit/exit_kernels.py": {"INVALID": ExitStatus.INVALID, "SETTING_INVALID": ExitStatus.SETTING_INVALID},
+    "early_exit/screen_kernels.py": {"FELL_BACK": ExitStatus.FELL_BACK},
+    "topology/build_topology.py": {
         "OUT_OF_RANGE": TopologyStatus.PARENT_OUT_OF_RANGE,
         "NOT_BEFORE": TopologyStatus.PARENT_NOT_BEFORE,
         "BAD_COUNT": TopologyStatus.NUM_NODES_OUT_OF_RANGE,
@@ -80,7 +80,7 @@ def test_no_kernel_of_triton_has_a_bit_of_its_own():
     """Whatever is stored into a status, or added to one, has a name that the table above knows."""
     known = {constant for names in TRITON.values() for constant in names}
     seen = set()
-    for path in (ROOT / "triton_kernels").glob("*.py"):
+    for path in (ROOT / "triton_kernels").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             written = []
             if isinstance(node, ast.AugAssign) and getattr(node.target, "id", "") in ("bits", "status", "unsound"):

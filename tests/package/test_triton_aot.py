@@ -116,7 +116,7 @@ def measured():
     import specdec_ops
 
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["TRITON_CACHE_DIR"] = str(Path(__file__).parent.parent / "build" / "triton")
+    env["TRITON_CACHE_DIR"] = str(Path(__file__).parents[2] / "build" / "triton")
     env["PYTHONPATH"] = str(Path(specdec_ops.__file__).parents[1])
     running = {
         arch: subprocess.Popen([sys.executable, __file__, str(arch)], env=env, stdout=subprocess.PIPE, text=True)

@@ -23,7 +23,7 @@ def accept(
     draft_top_p, draft_top_ps, seed, seeds, position, positions, eos, thresholds, replacement, child_rows, tokens,
     nodes, num_accepted, next_tokens, status, finished,
 ) -> None:  # fmt: skip
-    """Accept drafted tokens by one of RULES, on checked arguments; specdec_ops/ops/acceptance/reference_accept.py defines the result.
+    """Accept drafted tokens by one of RULES, on checked arguments; reference_accept.py defines the result.
 
     target [batch, nodes, vocab] logits, or for "greedy" int32 ids [batch, nodes]; draft_tokens int32 [batch, nodes], or
     [batch, nodes - 1] for a chain, which is first_child None; draft_logits [batch, rows, draft_vocab] or None;

@@ -51,10 +51,10 @@ def block_shape(rows: int, dim: int, element_size: int, major: int, paged: bool)
     """The launch's shape, from the rows that share a KV head, the dim, the bytes per element and the GPU's generation.
 
     The table holds the largest tiles found that compile without spilling, with every feature on and off, dense and
-    paged (tests/package/test_triton_aot.py holds it to that). Besides registers, two things decide. Prefetch: 32 to 64 KiB of K
-    and V under way per multiprocessor. And the part: at least eight slots for each row of the block, so that the
-    scratch (8 * dim bytes per row, written and read) stays at a quarter of what the part reads (4 * dim bytes per slot
-    of a 16-bit cache); and never under 256, so that its pipeline is worth filling.
+    paged (tests/package/test_triton_aot.py holds it to that). Besides registers, two things decide. Prefetch: 32 to 64
+    KiB of K and V under way per multiprocessor. And the part: at least eight slots for each row of the block, so that
+    the scratch (8 * dim bytes per row, written and read) stays at a quarter of what the part reads (4 * dim bytes per
+    slot of a 16-bit cache); and never under 256, so that its pipeline is worth filling.
     """
     wide, narrow, hopper = dim > 128, dim <= 64, major in (9, 10)
     if element_size == 4:  # no tensor cores: operands go through registers, which leaves no room for a pipeline

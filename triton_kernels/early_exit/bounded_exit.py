@@ -15,7 +15,7 @@ from .exit_kernels import COUNTERS, LISTS
 
 
 def bounded_exit(*arguments) -> None:
-    """Launch on checked arguments, of at least one row; specdec_ops/ops/early_exit/reference_bounded_exit.py defines the result."""
+    """Launch on checked arguments, of at least one row; reference_bounded_exit.py defines the result."""
     hidden, head, scales, norm_weight, norm_eps, bias, temperature, temperatures, token_map, threshold, thresholds = (
         arguments[:11]
     )

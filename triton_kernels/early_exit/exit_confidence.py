@@ -37,8 +37,8 @@ class BlockShape:
 
 
 # The launches' shapes by hidden rows. 24 to 64 KiB of the head under way per program, two of which fit a multiprocessor
-# of Hopper, and nothing spills (tests/package/test_triton_aot.py); chosen by that, not yet by time on a GPU. Float32 has no
-# tensor cores: its operands go through registers, which leaves few for a pipeline.
+# of Hopper, and nothing spills (tests/package/test_triton_aot.py); chosen by that, not yet by time on a GPU. Float32
+# has no tensor cores: its operands go through registers, which leaves few for a pipeline.
 SIXTEEN_BITS = {16: BlockShape(16, 64, 128, 4, 5), 32: BlockShape(32, 64, 128, 4, 4), 64: BlockShape(64, 128, 64, 8, 4)}
 EIGHT_BITS = {16: BlockShape(16, 128, 128, 4, 4), 32: BlockShape(32, 64, 128, 4, 5), 64: BlockShape(64, 64, 128, 8, 4)}
 FLOAT32 = {16: BlockShape(16, 64, 32, 4, 2), 32: BlockShape(32, 64, 32, 4, 2), 64: BlockShape(64, 64, 16, 8, 2)}
@@ -90,7 +90,7 @@ def exit_confidence(
     measure, level, token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status, exited, active_rows,
     inverse, num_active,
 ) -> None:  # fmt: skip
-    """Launch on checked arguments, of at least one row; specdec_ops/ops/early_exit/reference_exit_confidence.py defines the result.
+    """Launch on checked arguments, of at least one row; reference_exit_confidence.py defines the result.
 
     head [vocab, dim] contiguous: float32, bfloat16, float16, or int8 with scales float32 [vocab].
     """

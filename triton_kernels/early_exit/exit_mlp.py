@@ -101,7 +101,7 @@ def block_shape(rows: int, inputs: int, outputs: int, weight: torch.dtype, inter
 
 
 def exit_mlp(features, weights, biases, threshold, score, stop) -> None:
-    """Launch on checked arguments, of at least one row; specdec_ops/ops/early_exit/reference_exit_mlp.py defines the result.
+    """Launch on checked arguments, of at least one row; reference_exit_mlp.py defines the result.
 
     features [rows, inputs] with a unit last stride, weights [outputs, inputs] contiguous, of 16 or 32 bits each.
     """

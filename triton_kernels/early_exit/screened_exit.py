@@ -22,7 +22,7 @@ MOST_PARTS = 64
 
 
 def screened_exit(*arguments) -> None:
-    """Launch on checked arguments, of at least one row; specdec_ops/ops/early_exit/reference_screened_exit.py defines the result."""
+    """Launch on checked arguments, of at least one row; reference_screened_exit.py defines the result."""
     hidden, head, _, norm_weight, norm_eps, bias, temperature, temperatures, token_map, threshold, thresholds = (
         arguments[:11]
     )

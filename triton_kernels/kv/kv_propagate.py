@@ -145,7 +145,7 @@ def kv_propagate(
     hidden, norm_weights, k_weights, v_weights, norm_eps, cosines, sines, interleaved, requests, slots, page_table,
     k_caches, v_caches,
 ) -> None:  # fmt: skip
-    """Launch on checked arguments, of at least one row; specdec_ops/ops/kv/reference_kv_propagate.py defines the result.
+    """Launch on checked arguments, of at least one row; reference_kv_propagate.py defines the result.
 
     hidden [rows, dim] and caches have a unit last stride, weights are contiguous, all of one type.
     """

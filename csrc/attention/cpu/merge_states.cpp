@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "attention/cpu/kernels.h"
+#include "attention/cpu/row_kernels.h"
 #include "common/cpu/isa.h"
 
 namespace specdec {

@@ -213,7 +213,7 @@ cudaError_t launch_tree_attention(const TreeAttentionParams& call, int device, c
   return error;
 }
 
-// One dtype, cache and compiled dimension. Instantiated in csrc/cuda/tree_attention_*.cu.
+// One dtype, cache and compiled dimension. Instantiated in attention/cuda/instantiations.
 template <class T, class Cache, int kDim>
 cudaError_t tree_attention(const TreeAttentionParams& call, int device, cudaStream_t stream) {
   const int rows = tree_attention_rows(call, kDim, has_room_for_128(kDim, device) ? 128 : 64);

@@ -280,7 +280,7 @@ cudaError_t pick_rows(const ExitLaunch& launch, int device, cudaStream_t stream)
   return result;
 }
 
-// Heads of one type. Instantiated in csrc/cuda/exit_confidence_*.cu.
+// Heads of one type. Instantiated in early_exit/cuda/instantiations.
 template <class Element>
 cudaError_t exit_confidence_of(const ExitLaunch& launch, int device, cudaStream_t stream) {
   if constexpr (std::is_same_v<Element, float>) {

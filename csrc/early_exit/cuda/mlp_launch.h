@@ -1,7 +1,6 @@
 // A call of the CUDA kernel of exit_mlp: the parameters that all backends share, and where scratch lies.
 #pragma once
 
-#include "acceptance/cuda/accept_launch.h"
 #include "early_exit/params.h"
 
 namespace specdec {

@@ -471,7 +471,7 @@ cudaError_t launch_screen(const ScreenLaunch& arguments, int device, cudaStream_
                          ExitShared<Shape>::bytes(listed_of(p)), device, stream, launch);
 }
 
-// The first two launches for a head of a type. Instantiated in csrc/cuda/screened_exit_*.cu.
+// The first two launches for a head of a type. Instantiated in early_exit/cuda/instantiations.
 template <class Full>
 cudaError_t screen_of(const ScreenLaunch& launch, int device, cudaStream_t stream) {
   constexpr int kParts = std::is_same_v<Full, float> ? 2 : 1, kMany = kParts == 1 ? 32 : 16;

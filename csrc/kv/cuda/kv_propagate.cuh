@@ -454,7 +454,7 @@ cudaError_t launch_kv_propagate(KvLaunch& kv, int device, cudaStream_t stream) {
                 KvShared<Shape>::bytes(), device, stream, kv);
 }
 
-// The fewest rows of a block that hold all. Instantiated in csrc/cuda/kv_propagate_*.cu.
+// The fewest rows of a block that hold all. Instantiated in kv/cuda/instantiations.
 template <class T>
 cudaError_t kv_propagate(KvLaunch& kv, int device, cudaStream_t stream) {
   if (kv.call.rows <= 8) return launch_kv_propagate<T, 8>(kv, device, stream);

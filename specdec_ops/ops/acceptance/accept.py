@@ -7,8 +7,8 @@ import functools
 
 import torch
 
-from specdec_ops._core import library
 from specdec_ops._core.checks import is_int, wrong
+from specdec_ops._core.library import short_cut
 from specdec_ops.topology import Topology
 from specdec_ops.vocab_map import VocabMap
 
@@ -451,7 +451,7 @@ def _num_nodes(op: str, num_steps, steps: int, batch: int, target: torch.Tensor)
     elif not 0 <= num_steps <= steps:
         raise ValueError(wrong(op, "num_steps", f"an int from 0 to {steps}", num_steps))
     device = target.device
-    if device.type == "cpu" and library.short_cut(target):
+    if device.type == "cpu" and short_cut(target):
         return _constant(num_steps + 1)
     return torch.full((1,), num_steps + 1, dtype=torch.int32, device=device)
 

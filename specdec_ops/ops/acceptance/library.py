@@ -1,4 +1,4 @@
-"""The acceptance and sampling ops as torch.library operators; see _library for when a call goes through them.
+"""The acceptance and sampling ops as torch.library operators; _core.library says when a call goes through them.
 
 `accept` is one operator for all acceptance rules and `sample` one for both samplers, as their implementations are.
 """

@@ -1,7 +1,7 @@
 """The definition of greedy_accept, match_accept, chain_accept, tree_accept, typical_accept and longest_path_accept.
 
-The rules are in accept_rules; here are the rows, the links, the noise and the outputs of one request after another. All
-arithmetic is float64.
+The rules are in reference_rules; here are the rows, the links, the noise and the outputs of one request after another.
+All arithmetic is float64.
 """
 
 import torch
@@ -328,11 +328,11 @@ def walk(rule, tree, choice, thresholds, replacement, width):
     if rule == "greedy" or (rule == "kseq" and tree.greedy):
         path, following = reference_rules.greedy(tree, choice)
     elif rule in ("recursive", "traversal"):
-        path, following = getattr(accept_rules, rule)(tree, choice, replacement)
+        path, following = getattr(reference_rules, rule)(tree, choice, replacement)
     elif rule in ("coin", "typical"):
-        path, following = getattr(accept_rules, rule)(tree, choice, *thresholds)
+        path, following = getattr(reference_rules, rule)(tree, choice, *thresholds)
     else:
-        path, following = getattr(accept_rules, rule)(tree, choice)
+        path, following = getattr(reference_rules, rule)(tree, choice)
     return path, None if following is None else [following]
 
 

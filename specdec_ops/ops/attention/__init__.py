@@ -1,0 +1,1 @@
+"""Attention over a tree of queries, and the merge of partial results."""

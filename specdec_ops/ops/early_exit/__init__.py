@@ -1,0 +1,1 @@
+"""Confidence of hidden rows at an exit, and whether to leave there."""

@@ -1,4 +1,4 @@
-"""The early exit ops as torch.library operators; see _library for when a call goes through them."""
+"""The early exit ops as torch.library operators; see specdec_ops._core.library for when a call goes through them."""
 
 import torch
 

@@ -38,7 +38,7 @@ def screened_exit_cuda(hidden, *others):
 def _scratch(sizes_of, arguments, device):
     """What follows the other arguments: scratch, counters and multiprocessors, the device and the stream.
 
-    Scratch may hold anything and is this call's alone; the counters are the stream's, see _native._counters.
+    Scratch may hold anything and is this call's alone; the counters are the stream's, see specdec_ops._core.native.
     """
     rows, _, vocab, top_k = arguments[-1]
     index, stream = _stream(device)
@@ -93,7 +93,7 @@ def exit_mlp_cpu(*arguments):
 def exit_mlp_cuda(features, weights, *others):
     """See specdec_ops.ops.early_exit.reference_exit_mlp for the arguments.
 
-    Scratch may hold anything and is this call's alone; for the counters see _native._counters.
+    Scratch may hold anything and is this call's alone; for the counters see specdec_ops._core.native.
     """
     arguments = _mlp_arguments(features, weights, *others)
     scratch_bytes, counters = _mlp_scratch(*features.shape, tuple(weight.shape[0] for weight in weights))

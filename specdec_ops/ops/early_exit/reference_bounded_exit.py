@@ -16,7 +16,8 @@ def bounded_exit(*arguments) -> None:
     """Write what exit_confidence does, of the entries that each row has seen when its decision is certain.
 
     Args:
-        arguments: those of specdec_ops.ops.early_exit.reference_exit_confidence, with a measure and its outputs among them; then
+        arguments: those of specdec_ops.ops.early_exit.reference_exit_confidence, with a measure and its outputs among
+        them; then
             norms_after float32 [parts], not below the length of any row of the head behind a part; the parts' ends; and
             the output seen int32 [rows].
     """

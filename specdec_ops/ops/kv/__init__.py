@@ -1,0 +1,1 @@
+"""K and V of rows that left early."""

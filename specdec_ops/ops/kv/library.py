@@ -1,4 +1,4 @@
-"""kv_propagate as a torch.library operator that writes to its last two arguments; see _library."""
+"""kv_propagate as a torch.library operator that writes to its last two arguments; see specdec_ops._core.library."""
 
 import torch
 

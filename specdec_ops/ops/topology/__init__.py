@@ -1,0 +1,1 @@
+"""The definition of build_topology, whose public side is specdec_ops/topology.py."""
