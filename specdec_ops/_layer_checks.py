@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ._core.checks import describe_dtype, wrong, wrong_device, wrong_grad
+from ._core.checks import argument_error, describe_dtype, device_error, grad_error
 
 OP = "LayerCache"
 _OPTIONS = frozenset(("scale", "window", "softcap", "sinks", "alibi_slopes", "num_splits"))
@@ -17,9 +17,9 @@ _OPTIONS = frozenset(("scale", "window", "softcap", "sinks", "alibi_slopes", "nu
 def check_rows(name: str, rows, count: int | None, like: torch.Tensor) -> None:
     """Hidden rows `[count, dim]` of the dtype and on the device of `like`, which ends with dim. None: any count."""
     if not isinstance(rows, torch.Tensor) or rows.dtype != like.dtype:
-        raise TypeError(wrong(OP, name, _rows(count, like), rows))
+        raise TypeError(argument_error(OP, name, _rows(count, like), rows))
     if rows.dim() != 2 or rows.shape[1] != like.shape[-1] or (count is not None and rows.shape[0] != count):
-        raise ValueError(wrong(OP, name, _rows(count, like), rows))
+        raise ValueError(argument_error(OP, name, _rows(count, like), rows))
     _check_place(name, rows, like)
 
 
@@ -32,12 +32,12 @@ def check_heads(rows: int, q, k, v, cache: torch.Tensor) -> None:
     _, _, kv_heads, head_dim = cache.shape
     for name, value, heads in (("k", k, kv_heads), ("v", v, kv_heads), ("q", q, None)):
         if not isinstance(value, torch.Tensor) or value.dtype != cache.dtype:
-            raise TypeError(wrong(OP, name, _vectors(rows, heads, cache), value))
+            raise TypeError(argument_error(OP, name, _vectors(rows, heads, cache), value))
         shape = value.shape
         if len(shape) != 3 or shape[0] != rows or shape[2] != head_dim:
-            raise ValueError(wrong(OP, name, _vectors(rows, heads, cache), value))
+            raise ValueError(argument_error(OP, name, _vectors(rows, heads, cache), value))
         if shape[1] != heads if heads else shape[1] < 1 or shape[1] % kv_heads:
-            raise ValueError(wrong(OP, name, _vectors(rows, heads, cache), value))
+            raise ValueError(argument_error(OP, name, _vectors(rows, heads, cache), value))
         _check_place(name, value, cache)
 
 
@@ -48,9 +48,9 @@ def _vectors(rows: int, heads: int | None, cache: torch.Tensor) -> str:
 
 def _check_place(name: str, value: torch.Tensor, like: torch.Tensor) -> None:
     if value.device != like.device:
-        raise ValueError(wrong_device(OP, name, like.device, value))
+        raise ValueError(device_error(OP, name, like.device, value))
     if value.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(wrong_grad(OP))
+        raise RuntimeError(grad_error(OP))
 
 
 def check_options(options: dict) -> None:
@@ -64,7 +64,7 @@ def counts_of(counts: Sequence[int] | None, rows: int, batch: int) -> tuple[int,
     """Rows per request, which make `rows` together. None: the same number for each."""
     if counts is None:
         if rows % batch:
-            raise ValueError(wrong(OP, "rows", f"a multiple of the batch of {batch}, without counts", rows))
+            raise ValueError(argument_error(OP, "rows", f"a multiple of the batch of {batch}, without counts", rows))
         return (rows // batch,) * batch
     must = f"{batch} ints that sum to {rows}"
     counts = tuple(index_of("counts", must, count) for count in items_of("counts", must, counts))
@@ -79,13 +79,13 @@ def items_of(name: str, must: str, values) -> list:
     try:
         return list(values)
     except TypeError:
-        raise TypeError(wrong(OP, name, must, values)) from None
+        raise TypeError(argument_error(OP, name, must, values)) from None
 
 
 def index_of(name: str, must: str, value) -> int:
     """An int, also one of NumPy's."""
     if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(wrong(OP, name, must, value))
+        raise TypeError(argument_error(OP, name, must, value))
     return operator.index(value)
 
 

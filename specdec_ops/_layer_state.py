@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from ._core.checks import is_int, wrong
+from ._core.checks import argument_error, is_int
 from ._layer_checks import OP, ascending
 
 
@@ -58,7 +58,7 @@ class State(NamedTuple):
         for request, (start, count) in enumerate(zip(starts, counts, strict=True)):
             if start + count > self.slots:
                 must = f"at most {self.slots - start} for request {request} ({self.slots} slots in all)"
-                raise ValueError(wrong(OP, "rows", must, count))
+                raise ValueError(argument_error(OP, "rows", must, count))
             if not tree and count and contexts[request] is not None:
                 raise ValueError(
                     f"specdec_ops.{OP}: parents must be given while request {request} has a tree, got None"
@@ -76,9 +76,9 @@ class State(NamedTuple):
         if requests is not None and len(requests) != batch:
             raise ValueError(f"specdec_ops.{OP}: requests must be {batch} bools, got {len(requests)}")
         if most is not None and not is_int(most):
-            raise TypeError(wrong(OP, "most", "an int or None", most))
+            raise TypeError(argument_error(OP, "most", "an int or None", most))
         if most is not None and most < 1:
-            raise ValueError(wrong(OP, "most", "at least 1", most))
+            raise ValueError(argument_error(OP, "most", "at least 1", most))
         starts, stops = list(self.lengths[group + 1]), list(self.lengths[group])
         for request in range(batch):
             if requests is not None and not requests[request]:
@@ -100,7 +100,7 @@ class State(NamedTuple):
             context = self.contexts[request]
             limit = self.lengths[0][request] if context is None else context
             if not 0 <= length <= limit:
-                raise ValueError(wrong(OP, f"lengths[{request}]", f"from 0 to {limit}", length))
+                raise ValueError(argument_error(OP, f"lengths[{request}]", f"from 0 to {limit}", length))
         rows = tuple(tuple(map(min, row, lengths)) for row in self.lengths)
         return self._replace(lengths=rows, contexts=(None,) * len(lengths))
 
@@ -141,11 +141,11 @@ class State(NamedTuple):
         """The run's next layer has K and V."""
         self._must_be_open(run)
         if not is_int(layer):
-            raise TypeError(wrong(OP, "layer", "an int", layer))
+            raise TypeError(argument_error(OP, "layer", "an int", layer))
         if layer != self.layer or layer >= self.exits[run.group]:
             left = range(self.layer, self.exits[run.group])
             must = f"{self.layer}, the next layer of the open run" if left else "left out, as all layers have attended"
-            raise ValueError(wrong(OP, "layer", must, layer))
+            raise ValueError(argument_error(OP, "layer", must, layer))
         return State(*self[:-1], layer + 1)  # as _replace does, in half the time
 
     def finish(self, run: OpenRun) -> State:
@@ -178,9 +178,9 @@ class State(NamedTuple):
     def check_group(self, name: str, group: int) -> None:
         """Raise unless there is such a group."""
         if not is_int(group):
-            raise TypeError(wrong(OP, name, "an int", group))
+            raise TypeError(argument_error(OP, name, "an int", group))
         if not 0 <= group < len(self.exits):
-            raise ValueError(wrong(OP, name, f"from 0 to {len(self.exits) - 1}", group))
+            raise ValueError(argument_error(OP, name, f"from 0 to {len(self.exits) - 1}", group))
 
 
 def kept(path: Sequence[int], context: int, length: int) -> int:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from ._core import alloc
-from ._core.checks import INT32_MAX, as_int32, is_int, wrong, wrong_device
+from ._core.checks import INT32_MAX, argument_error, as_int32, device_error, is_int
 from ._layer_checks import OP as _OP
 from ._layer_checks import ascending, check_heads, check_options, check_rows, counts_of, index_of, items_of
 from ._layer_state import State, kept
@@ -125,9 +125,9 @@ class LayerCache:
         sizes = {"slots": slots, "kv_heads": kv_heads, "head_dim": head_dim, "dim": dim, "batch": batch}
         for name, size in sizes.items():
             if not is_int(size):
-                raise TypeError(wrong(_OP, name, "an int", size))
+                raise TypeError(argument_error(_OP, name, "an int", size))
             if not 1 <= size <= INT32_MAX:
-                raise ValueError(wrong(_OP, name, "at least 1" if size < 1 else "below 2**31", size))
+                raise ValueError(argument_error(_OP, name, "at least 1" if size < 1 else "below 2**31", size))
         self.exits = tuple(items_of("exits", "ascending ints", exits))
         if not self.exits or not all(map(is_int, self.exits)) or not ascending(self.exits, least=1):
             raise ValueError(f"specdec_ops.{_OP}: exits must be ascending ints from 1 on, got {self.exits}")
@@ -176,7 +176,7 @@ class LayerCache:
         """The rows that wait at the entry of group `boundary`: (slot of the first, [rows, dim], a view)."""
         self._state.check_group("boundary", boundary)
         if not is_int(request) or not 0 <= request < self.batch:
-            raise ValueError(wrong(_OP, "request", f"an int from 0 to {self.batch - 1}", request))
+            raise ValueError(argument_error(_OP, "request", f"an int from 0 to {self.batch - 1}", request))
         start, stop = self.lengths[boundary + 1][request], self.lengths[boundary][request]
         first = request * self.slots
         return start, self._hidden[boundary, first + start : first + stop]
@@ -204,9 +204,9 @@ class LayerCache:
         if parents is not None:
             parents = as_int32(_OP, "parents", f"[{len(rows)}]", parents)
             if parents.shape != (len(rows),):
-                raise ValueError(wrong(_OP, "parents", f"int32 or int64 [{len(rows)}]", parents))
+                raise ValueError(argument_error(_OP, "parents", f"int32 or int64 [{len(rows)}]", parents))
             if parents.device != self.device:
-                raise ValueError(wrong_device(_OP, "parents", self.device, parents))
+                raise ValueError(device_error(_OP, "parents", self.device, parents))
         state = self._state.append(counts, tree=parents is not None)
         self._hidden[0].index_copy_(0, self._slot_ids(state.newest, counts), rows)
         if parents is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ._core import alloc, library
-from ._core.checks import INT32_MAX, as_int32, is_int, wrong, wrong_device, wrong_strides
+from ._core.checks import INT32_MAX, argument_error, as_int32, device_error, is_int, strides_error
 from .tree import MAX_NODES, Tree
 
 
@@ -55,7 +55,9 @@ class Topology:
         """
         trees = list(trees) if isinstance(trees, Iterable) and not isinstance(trees, Tree) else trees
         if not isinstance(trees, list) or not trees or not all(isinstance(tree, Tree) for tree in trees):
-            raise TypeError(wrong("Topology.from_trees", "trees", "a sequence of at least one specdec_ops.Tree", trees))
+            raise TypeError(
+                argument_error("Topology.from_trees", "trees", "a sequence of at least one specdec_ops.Tree", trees)
+            )
         sizes = np.array([len(tree) for tree in trees], np.int32)
         batch, nodes = len(trees), int(sizes.max())
         tables = {name: np.full((batch, nodes), -1, np.int32) for name in ("parents", "first_child", "next_sibling")}
@@ -120,7 +122,7 @@ class Topology:
         n is an int, or an integer tensor [batch] or [1] on this device.
         """
         if not isinstance(part, slice) or not (isinstance(part.stop, torch.Tensor | None) or is_int(part.stop)):
-            raise TypeError(wrong("Topology", "the index", "a slice [:n] with an int or a tensor", part))
+            raise TypeError(argument_error("Topology", "the index", "a slice [:n] with an int or a tensor", part))
         if part.start not in (None, 0) or part.step not in (None, 1) or (is_int(part.stop) and part.stop < 0):
             raise ValueError(f"specdec_ops.Topology: a slice must be [:n] with n of 0 or more, got {part}")
         if part.stop is None:
@@ -139,7 +141,7 @@ class Topology:
         elif is_int(depth):
             limit = max(-1, min(depth, INT32_MAX))
         else:
-            raise TypeError(wrong("Topology.truncate", "depth", "an int, or int32 or int64 [batch]", depth))
+            raise TypeError(argument_error("Topology.truncate", "depth", "an int, or int32 or int64 [batch]", depth))
         kept = (self._exists() & (self.depths <= limit)).to(torch.int32)
         return self._with_num_nodes(kept.cumprod(dim=-1).sum(dim=-1).to(torch.int32))
 
@@ -171,9 +173,9 @@ class Topology:
 
 def _int_up_to(op: str, name: str, value, high: int) -> int:
     if not is_int(value):
-        raise TypeError(wrong(op, name, "an int, or int32 or int64 [batch]", value))
+        raise TypeError(argument_error(op, name, "an int, or int32 or int64 [batch]", value))
     if not 0 <= value <= high:
-        raise ValueError(wrong(op, name, f"from 0 to {high}", value))
+        raise ValueError(argument_error(op, name, f"from 0 to {high}", value))
     return value
 
 
@@ -204,14 +206,16 @@ def build_topology(
     if not isinstance(parents, torch.Tensor) or parents.dtype != torch.int32:
         if isinstance(parents, Tree):
             must = "int32 or int64 [batch, nodes]"
-            raise TypeError(f"{wrong('build_topology', 'parents', must, parents)}; tree.to(device) makes its Topology")
+            raise TypeError(
+                f"{argument_error('build_topology', 'parents', must, parents)}; tree.to(device) makes its Topology"
+            )
         parents = as_int32("build_topology", "parents", "[batch, nodes]", parents)
     if parents.dim() != 2:
-        raise ValueError(wrong("build_topology", "parents", "int32 or int64 [batch, nodes]", parents))
+        raise ValueError(argument_error("build_topology", "parents", "int32 or int64 [batch, nodes]", parents))
     batch, nodes = parents.shape
     if batch > INT32_MAX or nodes > MAX_NODES:
         raise ValueError(
-            wrong("build_topology", "parents", f"of at most 2**31 - 1 trees of {MAX_NODES} nodes", parents)
+            argument_error("build_topology", "parents", f"of at most 2**31 - 1 trees of {MAX_NODES} nodes", parents)
         )
     if num_nodes is None:
         num_nodes = alloc.empty((batch,), torch.int32, parents.device).fill_(nodes)
@@ -228,16 +232,16 @@ def _check_num_nodes(num_nodes, batch: int, device) -> torch.Tensor:
     if num_nodes.dim() == 0:
         num_nodes = num_nodes.expand(batch)
     if num_nodes.shape != (batch,):
-        raise ValueError(wrong("build_topology", "num_nodes", f"int32 or int64 [{batch}]", num_nodes))
+        raise ValueError(argument_error("build_topology", "num_nodes", f"int32 or int64 [{batch}]", num_nodes))
     if num_nodes.device != device:
-        raise ValueError(wrong_device("build_topology", "num_nodes", device, num_nodes))
+        raise ValueError(device_error("build_topology", "num_nodes", device, num_nodes))
     return num_nodes
 
 
 def _written(out: Topology, parents: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The tensors of `out` that build_topology writes, in the order of its implementations."""
     if not isinstance(out, Topology):
-        raise TypeError(wrong("build_topology", "out", "a Topology", out))
+        raise TypeError(argument_error("build_topology", "out", "a Topology", out))
     if out.parents is parents:
         raise ValueError("specdec_ops.build_topology: out.parents must not be parents itself")
     batch, nodes = parents.shape
@@ -249,7 +253,7 @@ def _written(out: Topology, parents: torch.Tensor) -> tuple[torch.Tensor, ...]:
         dtype = torch.int64 if name == "ancestors" else torch.int32
         if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():
             must = f"contiguous {str(dtype).removeprefix('torch.')} {list(shape)}"
-            raise ValueError(wrong_strides("build_topology", f"out.{name}", must, tensor))
+            raise ValueError(strides_error("build_topology", f"out.{name}", must, tensor))
         if tensor.device != parents.device:
-            raise ValueError(wrong_device("build_topology", f"out.{name}", parents.device, tensor))
+            raise ValueError(device_error("build_topology", f"out.{name}", parents.device, tensor))
     return tensors

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ._core.checks import INT32_MAX, is_int, wrong
+from ._core.checks import INT32_MAX, argument_error, is_int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False, init=False)
@@ -40,15 +40,17 @@ class VocabMap:
             try:
                 ids = torch.as_tensor(ids, device="cpu")
             except (RuntimeError, TypeError, ValueError) as error:
-                raise TypeError(wrong("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids)) from error
+                raise TypeError(
+                    argument_error("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids)
+                ) from error
         if ids.dtype not in (torch.int32, torch.int64):
-            raise TypeError(wrong("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids))
+            raise TypeError(argument_error("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids))
         if ids.dim() != 1 or ids.shape[0] < 1:
-            raise ValueError(wrong("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids))
+            raise ValueError(argument_error("VocabMap", "draft_to_target", "int32 or int64 [draft_vocab]", ids))
         if not is_int(vocab):
-            raise TypeError(wrong("VocabMap", "vocab", "an int", vocab))
+            raise TypeError(argument_error("VocabMap", "vocab", "an int", vocab))
         if not 1 <= vocab <= INT32_MAX:
-            raise ValueError(wrong("VocabMap", "vocab", "from 1 to 2**31 - 1", vocab))
+            raise ValueError(argument_error("VocabMap", "vocab", "from 1 to 2**31 - 1", vocab))
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocab:
             must = f"of ids from 0 to {vocab - 1}"

@@ -16,7 +16,7 @@ enum class AcceptRule : int32_t {
   kMatch = 1,
   kRecursive = 2,
   kTraversal = 3,
-  kCoin = 4,
+  kTargetOnly = 4,
   kKseq = 5,
   kTypical = 6,
   kLongestPath = 7,
@@ -96,13 +96,13 @@ struct AcceptParams {
   int32_t first_token_node;  // 1 for a chain, else 0
   int32_t eos[kMaxEos];
   int32_t eos_count;
-  float thresholds[2];  // coin: single, accumulated; typical: epsilon, delta
+  float thresholds[2];  // target_only: single, accumulated; typical: epsilon, delta
   bool target_is_ids, replacement, child_rows;
 };
 
 enum class SampleDomain : int32_t { kSample = 0, kDraft = 1 };
 
-// `count` tokens of every row: one race's best, or with replacement one race each.
+// `count` tokens of every row: one draw's best, or with replacement one draw each.
 struct SampleParams {
   const void* logits;              // [batch, rows, vocab]
   const int32_t* draft_to_target;  // [vocab], or nullptr: the ids of the row are the tokens

@@ -22,8 +22,9 @@ SPECDEC_WALK bool is_eos(const AcceptParams& p, int32_t token) {
 
 // The distribution of one row: weight exp2((z - max) * scale) of every kept id, z > cut or (z == cut and id <= cut_id),
 // times inverse_sum. Ids are the row's own: draft ids for a row of a reduced vocabulary.
-struct Law {
-  float max, scale, inverse_sum;  // max: the greatest logit, of a law that was stated anew of those not excluded
+struct TokenDistribution {
+  float max, scale,
+      inverse_sum;  // max: the greatest logit, of a distribution that was stated anew of those not excluded
   float cut;
   int32_t cut_id;
   int32_t argmax;  // the lowest of equals; for an invalid row the id that stands for it
@@ -32,9 +33,9 @@ struct Law {
   float entropy;  // natural, over the kept ids; computed when asked for, and 0 if one_hot
 };
 
-// c * q, q the law of a draft row.
+// c * q, q the distribution of a draft row.
 struct Term {
-  Law law;
+  TokenDistribution distribution;
   int32_t row;
   float factor;
 };
@@ -51,7 +52,7 @@ enum class WeightKind : int32_t {
 struct Weights {
   WeightKind kind;
   int32_t node;
-  Law target;
+  TokenDistribution target;
   int32_t terms;
   Term first;
   const Term* more;
@@ -67,7 +68,7 @@ struct Proposal {
 
 struct Pass {
   float sum;
-  int32_t winner;  // of the race, if one was asked for; -1 if no weight is above 0
+  int32_t winner;  // of the draw, if one was asked for; -1 if no weight is above 0
 };
 
 // sum of min(p, rho * q) at several rho. Seven points at once are three steps of bisection.
@@ -81,11 +82,11 @@ struct WalkState {
   int32_t node, child, level;
   bool opened, draft_opened;  // whether `target` and `draft` have been read
   bool rejected;              // whether a child was
-  bool raced;                 // whether the last pass ran the residual's race
+  bool drew;                  // whether the last pass ran the residual's draw
   int32_t winner;             // of it
-  Law target;                 // of the node's row
-  Law draft;                  // parent rows: of the node's draft row
-  Law edge;                   // child rows: of the draft row that proposed this node
+  TokenDistribution target;   // of the node's row
+  TokenDistribution draft;    // parent rows: of the node's draft row
+  TokenDistribution edge;     // child rows: of the draft row that proposed this node
   float mass;                 // N
   float left;                 // parent rows, without replacement: sum of q over the tokens that are not excluded
   float summed;               // the same when it was summed last: below that, differences have been taken
@@ -182,17 +183,17 @@ class WalkBase {
 
   // Rows
 
-  SPECDEC_WALK Law target_law(int32_t node, bool with_entropy = false) {
-    const Law law = rows.target_law(node, with_entropy);
-    if (!law.valid) status |= kTargetInvalid;
-    return law;
+  SPECDEC_WALK TokenDistribution target_distribution(int32_t node, bool with_entropy = false) {
+    const TokenDistribution distribution = rows.target_distribution(node, with_entropy);
+    if (!distribution.valid) status |= kTargetInvalid;
+    return distribution;
   }
-  SPECDEC_WALK Law draft_law(int32_t row) {
-    const Law law = rows.draft_law(row);
-    if (!law.valid) status |= kDraftInvalid;
-    return law;
+  SPECDEC_WALK TokenDistribution draft_distribution(int32_t row) {
+    const TokenDistribution distribution = rows.draft_distribution(row);
+    if (!distribution.valid) status |= kDraftInvalid;
+    return distribution;
   }
-  SPECDEC_WALK static Weights plain(int32_t node, const Law& target) {
+  SPECDEC_WALK static Weights plain(int32_t node, const TokenDistribution& target) {
     Weights w{};
     w.kind = WeightKind::kResidual;
     w.node = node;
@@ -201,14 +202,14 @@ class WalkBase {
   }
   // Draws from the weights. If rounding left nothing of them: from p, if possible without the excluded tokens.
   SPECDEC_WALK int32_t draw(const Weights& weights, const NoiseKey& noise) {
-    Pass pass = rows.race(weights, noise);
+    Pass pass = rows.draw(weights, noise);
     if (pass.winner >= 0) return pass.winner;
     status |= kResidualEmpty;
     Weights all = plain(weights.node, weights.target);
-    pass = rows.race(all, noise);
+    pass = rows.draw(all, noise);
     if (pass.winner >= 0) return pass.winner;
     all.with_excluded = true;
-    return rows.race(all, noise).winner;
+    return rows.draw(all, noise).winner;
   }
 
   // Results
@@ -254,13 +255,14 @@ class WalkBase {
 };
 
 // The names of WalkBase, which a class template that derives from it does not see by itself.
-#define SPECDEC_WALK_NAMES(Rows)                                                                                  \
-  using Base = WalkBase<Rows>;                                                                                    \
-  using Base::p, Base::rows, Base::scratch, Base::request, Base::num_nodes, Base::position, Base::seed;           \
-  using Base::status, Base::greedy, Base::link, Base::first_child, Base::next_sibling, Base::token_of;            \
-  using Base::unless_padding, Base::next_child, Base::is_token, Base::ends_text, Base::ends_at;                   \
-  using Base::children_to_try, Base::key, Base::coin, Base::target_law, Base::draft_law, Base::plain, Base::draw; \
-  using Base::output_row, Base::write_node, Base::write_end, Base::clear_marks, Base::claim;                      \
+#define SPECDEC_WALK_NAMES(Rows)                                                                           \
+  using Base = WalkBase<Rows>;                                                                             \
+  using Base::p, Base::rows, Base::scratch, Base::request, Base::num_nodes, Base::position, Base::seed;    \
+  using Base::status, Base::greedy, Base::link, Base::first_child, Base::next_sibling, Base::token_of;     \
+  using Base::unless_padding, Base::next_child, Base::is_token, Base::ends_text, Base::ends_at;            \
+  using Base::children_to_try, Base::key, Base::coin, Base::target_distribution, Base::draft_distribution, \
+      Base::plain, Base::draw;                                                                             \
+  using Base::output_row, Base::write_node, Base::write_end, Base::clear_marks, Base::claim;               \
   using Base::Base
 
 }  // namespace specdec

@@ -19,15 +19,15 @@ class PathWalk : WalkBase<Rows> {
       const PathMark mark = scratch.marks[node];
       const int32_t first = claim_children(node, children_to_try(node, mark.depth));
       if (first < 0) continue;
-      const Law law = target_law(node, true);
-      const float threshold = typical_threshold(law);
+      const TokenDistribution distribution = target_distribution(node, true);
+      const float threshold = typical_threshold(distribution);
       for (int32_t child = first; is_child(child, node); child = next_child(child)) {
         const int32_t token = token_of(child);
         if (!is_token(token)) {
           status |= kDraftTokenImpossible;
           continue;
         }
-        const float probability = rows.target_probability(law, node, token);
+        const float probability = rows.target_probability(distribution, node, token);
         if (probability > threshold) reach(child, node, mark.depth + 1, mark.score + Rows::log(probability));
       }
     }
@@ -35,7 +35,7 @@ class PathWalk : WalkBase<Rows> {
     for (int32_t node = end, i = level; i >= 0; node = scratch.marks[node].parent, --i) write_node(i, node);
     int32_t next = -1;
     if (!ends_at(end)) {
-      Weights weights = plain(end, target_law(end, true));
+      Weights weights = plain(end, target_distribution(end, true));
       weights.kind = WeightKind::kThreshold;
       weights.threshold = typical_threshold(weights.target);
       next = draw(weights, key(kNoiseBonus, end));
@@ -56,8 +56,8 @@ class PathWalk : WalkBase<Rows> {
       const int32_t depth = scratch.marks[node].depth;
       const int32_t first = claim_children(node, ends_text(token_of(node)) ? -1 : children_to_try(node, depth));
       if (first < 0) continue;
-      const Law target = target_law(node);
-      Law draft{};
+      const TokenDistribution target = target_distribution(node);
+      TokenDistribution draft{};
       bool opened = greedy || !p.draft;
       for (int32_t child = first; is_child(child, node); child = next_child(child)) {
         if (!is_token(token_of(child))) {
@@ -65,7 +65,7 @@ class PathWalk : WalkBase<Rows> {
           continue;
         }
         if (!opened) {
-          draft = draft_law(node);
+          draft = draft_distribution(node);
           if (!draft.valid) break;
           opened = true;
         }
@@ -106,11 +106,12 @@ class PathWalk : WalkBase<Rows> {
     }
     return best;
   }
-  SPECDEC_WALK float typical_threshold(const Law& law) const {
-    const float bound = p.thresholds[1] * Rows::exp(-law.entropy);
+  SPECDEC_WALK float typical_threshold(const TokenDistribution& distribution) const {
+    const float bound = p.thresholds[1] * Rows::exp(-distribution.entropy);
     return bound < p.thresholds[0] ? bound : p.thresholds[0];
   }
-  SPECDEC_WALK bool passes_alone(int32_t node, int32_t child, const Law& target, const Law& draft) {
+  SPECDEC_WALK bool passes_alone(int32_t node, int32_t child, const TokenDistribution& target,
+                                 const TokenDistribution& draft) {
     const int32_t token = token_of(child);
     const float probability = rows.target_probability(target, node, token);
     const Proposal proposal = greedy || !p.draft ? Proposal{1.0f, true} : rows.draft_proposal(draft, node, token);
@@ -138,11 +139,11 @@ class PathWalk : WalkBase<Rows> {
         for (int32_t i = 0; i < p.width; ++i) next[i] = -1;
       return;
     }
-    Weights weights = plain(end, target_law(end));
+    Weights weights = plain(end, target_distribution(end));
     if (greedy && weights.target.valid) return rows.top_logits(end, p.width, next);
     NoiseDomain domain = kNoiseBonus;
     if (level > 0 && p.draft && !greedy && children_to_try(end, level) >= 0) {
-      const Law draft = draft_law(end);
+      const TokenDistribution draft = draft_distribution(end);
       if (draft.valid) {
         domain = kNoiseResidual;
         weights.terms = 1;
@@ -153,7 +154,7 @@ class PathWalk : WalkBase<Rows> {
         }
       }
     }
-    rows.race_top(weights, key(domain, end), p.width, next);
+    rows.draw_top(weights, key(domain, end), p.width, next);
   }
 };
 

@@ -1,11 +1,12 @@
-// Rules that reject siblings one after the other and remember what that leaves of the target's law.
+// Rules that reject siblings one after the other and remember what that leaves of the target's distribution.
 //
 // Which sums may be differences, in float32? Those on the target's side: N, and 1 - alpha. A node is left with N, or
-// with S + 1 - alpha, in just as large a part of all runs, so an error of 1e-7 in them moves the result's law by 1e-7,
-// however small they are. What is left of a draft row is another matter: children are drawn without a coin, so a row
-// that has lost nearly all of its probability to the first of them is met in nearly all runs, and its later children
-// are judged by the rest alone. So that rest is summed wherever a difference would lose bits, and where it is too small
-// a number, the row's law is stated anew, in proportion to the greatest probability that is left (take_from_draft).
+// with S + 1 - alpha, in just as large a part of all runs, so an error of 1e-7 in them moves the result's distribution
+// by 1e-7, however small they are. What is left of a draft row is another matter: children are drawn without a coin, so
+// a row that has lost nearly all of its probability to the first of them is met in nearly all runs, and its later
+// children are judged by the rest alone. So that rest is summed wherever a difference would lose bits, and where it is
+// too small a number, the row's distribution is stated anew, in proportion to the greatest probability that is left
+// (take_from_draft).
 #pragma once
 
 #include "acceptance/walk_base.h"
@@ -63,11 +64,12 @@ class RejectionWalk : WalkBase<Rows> {
   }
 
  private:
-  // A child to be tested: what its draft gave it (1 where drafts are deterministic), and its own row's law, if any.
+  // A child to be tested: what its draft gave it (1 where drafts are deterministic), and its own row's distribution, if
+  // any.
   struct Candidate {
     int32_t child, token;
     float proposal;
-    Law edge;
+    TokenDistribution edge;
   };
 
   SPECDEC_WALK bool child_rows() const { return p.draft && p.child_rows; }
@@ -85,7 +87,7 @@ class RejectionWalk : WalkBase<Rows> {
     return s;
   }
   SPECDEC_WALK void open(WalkState& s) {
-    if (!s.opened) s.target = target_law(s.node);
+    if (!s.opened) s.target = target_distribution(s.node);
     s.opened = true;
   }
 
@@ -94,14 +96,14 @@ class RejectionWalk : WalkBase<Rows> {
   SPECDEC_WALK Candidate next_candidate(WalkState& s) {
     for (; s.child >= 0; advance(s)) {
       open(s);
-      Candidate candidate{s.child, token_of(s.child), 1.0f, Law{}};
+      Candidate candidate{s.child, token_of(s.child), 1.0f, TokenDistribution{}};
       if (is_token(candidate.token)) {
         if (child_rows()) {
-          candidate.edge = draft_law(s.child);
+          candidate.edge = draft_distribution(s.child);
           if (!candidate.edge.valid) continue;
         }
         if (parent_rows() && !s.draft_opened) {
-          s.draft = draft_law(s.node);
+          s.draft = draft_distribution(s.node);
           s.draft_opened = s.draft.valid;
           if (!s.draft_opened) break;
         }
@@ -113,7 +115,7 @@ class RejectionWalk : WalkBase<Rows> {
       status |= kDraftTokenImpossible;
     }
     s.child = -1;
-    return {-1, -1, 0.0f, Law{}};
+    return {-1, -1, 0.0f, TokenDistribution{}};
   }
   SPECDEC_WALK void advance(WalkState& s) { s.child = own(next_child(s.child), s.node); }
   // Traversal alone can come to a node from a second parent.
@@ -151,9 +153,9 @@ class RejectionWalk : WalkBase<Rows> {
     w.first = {s.draft, s.node, 1.0f};
     return rows.pass(w).sum;
   }
-  static constexpr float kSafePart = 0.125f;       // a difference of that part of a sum has lost three bits
-  static constexpr float kLeastLeft = 0x1p-64f;    // what is 2^-62 of that is still a normal number
-  static constexpr float kMostFactor = 0x1p+120f;  // of a path that is kept with a probability below 2^-50
+  static constexpr float kSafePart = 0.125f;      // a difference of that part of a sum has lost three bits
+  static constexpr float kLeastLeft = 0x1p-64f;   // what is 2^-62 of that is still a normal number
+  static constexpr float kMaxFactor = 0x1p+120f;  // of a path that is kept with a probability below 2^-50
 
   SPECDEC_WALK Weights weights_of(const WalkState& s) const {
     Weights w = plain(s.node, s.target);
@@ -173,12 +175,12 @@ class RejectionWalk : WalkBase<Rows> {
     if (s.factor > 0) w -= s.factor * rows.draft_probability(s.draft, s.node, token);
     for (int32_t i = 0; i < s.terms; ++i) {
       const Term& term = scratch.terms[s.first_term + i];
-      w -= term.factor * rows.draft_probability(term.law, term.row, token);
+      w -= term.factor * rows.draft_probability(term.distribution, term.row, token);
     }
     return w > 0 ? w : 0.0f;
   }
 
-  // Rejects the child that s.child is or was: one pass where the new N is not at hand, which runs the residual's race
+  // Rejects the child that s.child is or was: one pass where the new N is not at hand, which runs the residual's draw
   // as well if the walk can only end here.
   SPECDEC_WALK void reject(WalkState& s, const Candidate& candidate, bool ends_here) {
     const float before = s.mass;
@@ -194,12 +196,12 @@ class RejectionWalk : WalkBase<Rows> {
       const float factor = before / s.alpha;
       if (rows.leader()) {
         scratch.terms[s.first_term + s.terms] = {candidate.edge, candidate.child,
-                                                 factor < kMostFactor ? factor : kMostFactor};
+                                                 factor < kMaxFactor ? factor : kMaxFactor};
       }
       s.terms++;
     } else {
       const float factor = s.factor + before / (s.alpha * s.left);
-      s.factor = factor < kMostFactor ? factor : kMostFactor;
+      s.factor = factor < kMaxFactor ? factor : kMaxFactor;
     }
     rows.sync();
     rows.exclude(candidate.token);
@@ -209,9 +211,9 @@ class RejectionWalk : WalkBase<Rows> {
       take_from_draft(s, candidate.proposal);
       if (!(s.left > 0)) s.child = -1;
     }
-    s.raced = ends_here && s.child < 0;
+    s.drew = ends_here && s.child < 0;
     const Weights weights = weights_of(s);
-    const Pass pass = s.raced ? rows.race(weights, key(kNoiseResidual, s.node)) : rows.pass(weights);
+    const Pass pass = s.drew ? rows.draw(weights, key(kNoiseResidual, s.node)) : rows.pass(weights);
     s.mass = pass.sum;
     s.winner = pass.winner;
   }
@@ -245,7 +247,7 @@ class RejectionWalk : WalkBase<Rows> {
     int32_t next = -1;
     if (!ends_at(s.node)) {
       open(s);
-      if (s.raced && s.winner >= 0) {
+      if (s.drew && s.winner >= 0) {
         next = s.winner;
       } else {
         next = draw(weights_of(s), key(s.rejected ? kNoiseResidual : kNoiseBonus, s.node));

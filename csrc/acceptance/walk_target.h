@@ -1,5 +1,5 @@
 // Rules that look at the target first: matching its own draw, one coin against the mass of the children, and K drafts
-// against a scaled ratio. None of them changes a row's law on the way.
+// against a scaled ratio. None of them changes a row's distribution on the way.
 #pragma once
 
 #include "acceptance/walk_base.h"
@@ -39,10 +39,10 @@ class MatchWalk : WalkBase<Rows> {
       const int32_t* ids = static_cast<const int32_t*>(p.target);
       return ids[request * p.target_stride_batch + node * p.target_stride_node];
     }
-    const Law law = target_law(node);
-    if (law.one_hot) return law.argmax;
+    const TokenDistribution distribution = target_distribution(node);
+    if (distribution.one_hot) return distribution.argmax;
     const uint32_t at = uint32_t(position) + uint32_t(level) + 1;  // wraps around
-    return draw(plain(node, law), noise_key(seed, int32_t(at), kNoiseSample, 0));
+    return draw(plain(node, distribution), noise_key(seed, int32_t(at), kNoiseSample, 0));
   }
 };
 
@@ -56,26 +56,26 @@ class CoinWalk : WalkBase<Rows> {
   SPECDEC_WALK void run() {
     int32_t node = 0, level = 0;
     bool rejected = false;
-    Law law{};
+    TokenDistribution distribution{};
     write_node(0, 0);
     for (;;) {
       const int32_t first = children_to_try(node, level);
       rejected = false;
-      if (!ends_at(node)) law = target_law(node);
-      const int32_t child = first < 0 ? -1 : accepted(node, first, law, rejected);
+      if (!ends_at(node)) distribution = target_distribution(node);
+      const int32_t child = first < 0 ? -1 : accepted(node, first, distribution, rejected);
       if (child < 0) break;
       clear_tried(node, child, rejected);
       node = child;
       write_node(++level, node);
     }
     int32_t next = -1;
-    if (!ends_at(node)) next = draw(plain(node, law), key(rejected ? kNoiseResidual : kNoiseBonus, node));
+    if (!ends_at(node)) next = draw(plain(node, distribution), key(rejected ? kNoiseResidual : kNoiseBonus, node));
     clear_tried(node, -1, rejected);
     write_end(level, next);
   }
 
  private:
-  SPECDEC_WALK int32_t accepted(int32_t node, int32_t child, const Law& law, bool& rejected) {
+  SPECDEC_WALK int32_t accepted(int32_t node, int32_t child, const TokenDistribution& distribution, bool& rejected) {
     const float u = coin_of(key(kNoiseAccept, 1), node);
     float sum = 0.0f;
     for (; child >= 0; child = next_child(child)) {
@@ -83,7 +83,7 @@ class CoinWalk : WalkBase<Rows> {
       if (!is_token(token)) {
         status |= kDraftTokenImpossible;
       } else if (!rows.excluded(token)) {
-        const float probability = rows.target_probability(law, node, token);
+        const float probability = rows.target_probability(distribution, node, token);
         sum += probability;
         if (probability > 0 && (u * p.thresholds[1] < sum || probability >= p.thresholds[0])) return child;
         rows.sync();
@@ -117,7 +117,7 @@ class KseqWalk : WalkBase<Rows> {
     for (;;) {
       at = Level{};
       const int32_t first = children_to_try(node, level);
-      if (!ends_at(node)) at.target = target_law(node);
+      if (!ends_at(node)) at.target = target_distribution(node);
       const int32_t child = first < 0 ? -1 : accepted(node, first, at);
       if (child < 0) break;
       node = child;
@@ -140,18 +140,18 @@ class KseqWalk : WalkBase<Rows> {
 
  private:
   struct Level {
-    Law target, draft;
+    TokenDistribution target, draft;
     float rho, gain;
     bool opened, rejected;
   };
-  static constexpr int kMostPasses = 12;  // 36 bisections: fp32 is exhausted long before
+  static constexpr int kMaxPasses = 12;  // 36 bisections: fp32 is exhausted long before
 
   SPECDEC_WALK int32_t accepted(int32_t node, int32_t first, Level& at) {
     for (int32_t child = first; child >= 0; child = next_child(child)) {
       const int32_t token = token_of(child);
       if (is_token(token)) {
         if (!at.opened) {
-          at.draft = draft_law(node);
+          at.draft = draft_distribution(node);
           if (!at.draft.valid) return -1;
           at.opened = true;
           find_rho(node, first, at);
@@ -179,7 +179,7 @@ class KseqWalk : WalkBase<Rows> {
     float low = 1.0f, high = draws, beta_at_high = -1.0f;
     at.rho = at.gain = 1.0f;
     if (draws <= 1.0f) return;
-    for (int pass = 0; pass < kMostPasses && is_wide(low, high); ++pass) {
+    for (int pass = 0; pass < kMaxPasses && is_wide(low, high); ++pass) {
       const float from = low, step = (high - low) * (1.0f / (kRhoPoints + 1));
       const RhoSums sums = rows.rho_sums(node, at.target, at.draft, from, step);
       uint32_t enough = 0;  // bit i: point i is at or above the root

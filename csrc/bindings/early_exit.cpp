@@ -17,7 +17,7 @@ using RowNumber = std::tuple<float, Address>;
 ExitParams exit_params(std::tuple<Address, int32_t, int64_t> hidden, std::tuple<Address, int32_t, Address> head,
                        std::tuple<Address, int32_t, float> norm, Address bias, RowNumber temperature, Address token_map,
                        RowNumber threshold, int32_t measure, int32_t level,
-                       std::tuple<Address, Address, Address, Address, Address, Address, Address, Address> figures,
+                       std::tuple<Address, Address, Address, Address, Address, Address, Address, Address> stats,
                        std::tuple<Address, Address, Address, Address> decision,
                        std::tuple<int32_t, int32_t, int32_t, int32_t> sizes) {
   ExitParams p{};
@@ -38,14 +38,14 @@ ExitParams exit_params(std::tuple<Address, int32_t, int64_t> hidden, std::tuple<
   p.thresholds = pointer<float>(std::get<1>(threshold));
   p.measure = static_cast<ExitMeasure>(measure);
   p.level = static_cast<ExitLevel>(level);
-  p.token = pointer<int32_t>(std::get<0>(figures));
-  p.max_prob = pointer<float>(std::get<1>(figures));
-  p.margin = pointer<float>(std::get<2>(figures));
-  p.entropy = pointer<float>(std::get<3>(figures));
-  p.logsumexp = pointer<float>(std::get<4>(figures));
-  p.top_tokens = pointer<int32_t>(std::get<5>(figures));
-  p.top_logprobs = pointer<float>(std::get<6>(figures));
-  p.status = pointer<int32_t>(std::get<7>(figures));
+  p.token = pointer<int32_t>(std::get<0>(stats));
+  p.max_prob = pointer<float>(std::get<1>(stats));
+  p.margin = pointer<float>(std::get<2>(stats));
+  p.entropy = pointer<float>(std::get<3>(stats));
+  p.logsumexp = pointer<float>(std::get<4>(stats));
+  p.top_tokens = pointer<int32_t>(std::get<5>(stats));
+  p.top_logprobs = pointer<float>(std::get<6>(stats));
+  p.status = pointer<int32_t>(std::get<7>(stats));
   p.exited = pointer<bool>(std::get<0>(decision));
   p.active_rows = pointer<int32_t>(std::get<1>(decision));
   p.inverse = pointer<int32_t>(std::get<2>(decision));
@@ -75,7 +75,7 @@ struct Screened<ExitParams (*)(Args...)> {
   }
 };
 
-// The same arguments, then what bounds add: norms_after, the ends of the parts, at most kMostParts; seen.
+// The same arguments, then what bounds add: norms_after, the ends of the parts, at most kMaxParts; seen.
 template <class MakeParams>
 struct Bounded;
 template <class... Args>
@@ -90,7 +90,7 @@ struct Bounded<ExitParams (*)(Args...)> {
   }
 };
 
-// Layers are (weight, type of its elements, bias, outputs), at most kMostLayers.
+// Layers are (weight, type of its elements, bias, outputs), at most kMaxLayers.
 MlpParams mlp_params(std::tuple<Address, int32_t, int64_t> features,
                      std::vector<std::tuple<Address, int32_t, Address, int32_t>> layers, float threshold, Address score,
                      Address stop, std::tuple<int32_t, int32_t> sizes) {

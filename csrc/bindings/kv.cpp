@@ -30,7 +30,7 @@ KvLayer kv_layer(const Layer& layer) {
   return l;
 }
 
-// At most kMostKvLayers layers.
+// At most kMaxKvLayers layers.
 KvPropagateParams kv_propagate_params(std::tuple<Address, int32_t, int64_t> hidden, std::vector<Layer> layers,
                                       float norm_eps, std::tuple<Address, Address, int32_t, bool> rotation,
                                       std::tuple<Address, Address, Address> places,

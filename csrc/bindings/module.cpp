@@ -130,7 +130,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "read_bytes",
       [](Address address, size_t bytes, int threads, int streams, int ahead, bool nearest) {
-        if (threads < 1 || streams < 1 || streams > kMostReadStreams || ahead < 0)
+        if (threads < 1 || streams < 1 || streams > kMaxReadStreams || ahead < 0)
           throw std::invalid_argument("read_bytes needs a thread, 1 to 16 streams and no negative distance");
         py::gil_scoped_release unlocked;
         return read_bytes(pointer<void>(address), bytes, {threads, streams, ahead, nearest});

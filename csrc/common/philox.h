@@ -76,9 +76,9 @@ SPECDEC_HOST_DEVICE float coin_of(const NoiseKey& key, int32_t id) {
 }
 
 // In (0, 1]; E of it is never below it, so weight / v bounds a token's score before a logarithm is taken.
-SPECDEC_HOST_DEVICE float race_uniform(uint32_t number) { return (float(number) + 0.5f) * 0x1p-32f; }
+SPECDEC_HOST_DEVICE float draw_uniform(uint32_t number) { return (float(number) + 0.5f) * 0x1p-32f; }
 
 // Infinite where the uniform has rounded to 1: such a token has score 0.
-SPECDEC_HOST_DEVICE float race_exponential(float uniform) { return -log1pf(-uniform); }
+SPECDEC_HOST_DEVICE float draw_exponential(float uniform) { return -log1pf(-uniform); }
 
 }  // namespace specdec

@@ -11,20 +11,20 @@
 
 namespace specdec {
 
-constexpr float kLeastTemperature = 1e-20f, kMostTemperature = 1e20f;
+constexpr float kLeastTemperature = 1e-20f, kMaxTemperature = 1e20f;
 
 SPECDEC_HOST_DEVICE bool is_temperature(float temperature) { return temperature >= 0; }
 
 // Of the acceptance and sampling ops, where 0 is the argmax.
 SPECDEC_HOST_DEVICE float sampling_temperature(float temperature) {
   if (!(temperature >= kLeastTemperature)) return 0.0f;
-  return temperature < kMostTemperature ? temperature : kMostTemperature;
+  return temperature < kMaxTemperature ? temperature : kMaxTemperature;
 }
 
 // Of the early exit ops, which divide by it, also by what stands for none.
 SPECDEC_HOST_DEVICE float softmax_temperature(float temperature) {
   if (!(temperature >= kLeastTemperature)) return kLeastTemperature;
-  return temperature < kMostTemperature ? temperature : kMostTemperature;
+  return temperature < kMaxTemperature ? temperature : kMaxTemperature;
 }
 
 }  // namespace specdec

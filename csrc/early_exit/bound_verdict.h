@@ -48,11 +48,11 @@ SPECDEC_BOUND ExitVerdict exit_verdict(const SeenPart& seen, float ceiling, doub
                                        ExitMeasure measure, float limit) {
   constexpr double kRoom = 1e-4;      // relative
   constexpr double kLeadRoom = 1e-6;  // of the difference of two probabilities
-  constexpr double kMostAbove = 600;  // exp of which times any vocabulary is finite
+  constexpr double kMaxAbove = 600;   // exp of which times any vocabulary is finite
   if (seen.invalid) return {true, false, true};
   if (!(seen.sum > 0)) return {false, false, false};
   const double u = (double(ceiling) - seen.max) / temperature, peak = exp(u);
-  if (!(u <= kMostAbove)) return {false, false, false};
+  if (!(u <= kMaxAbove)) return {false, false, false};
   const bool above = u > 0;
   const double rest = left * peak, all = seen.sum + rest;
   double low, high;

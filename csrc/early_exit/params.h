@@ -23,7 +23,7 @@ enum ExitStatus : int32_t {
   kExitSettingInvalid = 4,  // a temperature of NaN or below 0
 };
 
-constexpr int32_t kMostListed = 16;  // of top_k
+constexpr int32_t kMaxTopK = 16;  // of top_k
 
 struct ExitParams {
   const void* hidden;         // [rows, dim]
@@ -82,18 +82,18 @@ struct ScreenedParams {
 
 // The same, reading the head in parts until every decision is certain (specdec_ops.HeadBounds,
 // early_exit/bound_verdict.h).
-constexpr int32_t kMostParts = 16;
+constexpr int32_t kMaxParts = 16;
 
 struct BoundedParams {
   ExitParams exit;
   const float* norms_after;  // [parts], not below the length of any row of the head behind the part; the last one is 0
-  int32_t* seen;             // [rows]: entries that the row's figures are of
-  int32_t ends[kMostParts];  // of the parts in the vocabulary, ascending, the last one is vocab
+  int32_t* seen;             // [rows]: entries that the row's statistics are of
+  int32_t ends[kMaxParts];   // of the parts in the vocabulary, ascending, the last one is vocab
   int32_t parts;
 };
 
 // A decision model: linear layers, ReLU between them, a sigmoid at the end.
-constexpr int32_t kMostLayers = 8;
+constexpr int32_t kMaxLayers = 8;
 
 struct MlpLayer {
   const void* weight;  // [outputs, inputs], contiguous
@@ -107,7 +107,7 @@ struct MlpParams {
   float* score;          // [rows]
   bool* stop;            // [1]
   int64_t features_stride_row;
-  MlpLayer layers[kMostLayers];
+  MlpLayer layers[kMaxLayers];
   DType features_dtype;
   int32_t count, rows, inputs;
   float threshold;

@@ -19,7 +19,7 @@ struct KvLayer {
   DType norm_dtype;
 };
 
-constexpr int32_t kMostKvLayers = 32;  // of a launch, whose parameters may have 4 KB
+constexpr int32_t kMaxKvLayers = 32;  // of a launch, whose parameters may have 4 KB
 
 struct KvPropagateParams {
   const void* hidden;         // [rows, dim]
@@ -28,7 +28,7 @@ struct KvPropagateParams {
   const int32_t* requests;    // [rows] or nullptr: all rows are of request 0
   const int32_t* slots;       // [rows]
   const int32_t* page_table;  // [batch, max_pages], contiguous, or nullptr: dense
-  KvLayer layers[kMostKvLayers];
+  KvLayer layers[kMaxKvLayers];
   int64_t hidden_stride_row;
   int64_t slots_each, page_size;  // of a request: max_pages * page_size where the cache is paged
   DType dtype;                    // of hidden, the weights and the caches

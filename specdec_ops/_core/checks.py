@@ -38,7 +38,7 @@ def describe_dtype(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def wrong(op: str, name: str, must: str, value) -> str:
+def argument_error(op: str, name: str, must: str, value) -> str:
     """The uniform sentence, and what would help where something like a tensor stands for one."""
     sentence = f"specdec_ops.{op}: {name} must be {must}, got {describe(value)}"
     if isinstance(value, torch.nn.Module):
@@ -48,12 +48,12 @@ def wrong(op: str, name: str, must: str, value) -> str:
     return sentence
 
 
-def wrong_strides(op: str, name: str, must: str, value: torch.Tensor) -> str:
+def strides_error(op: str, name: str, must: str, value: torch.Tensor) -> str:
     """The same sentence for a tensor whose memory layout does not fit."""
-    return f"{wrong(op, name, must, value)} with strides {list(value.stride())}"
+    return f"{argument_error(op, name, must, value)} with strides {list(value.stride())}"
 
 
-def wrong_device(op: str, name: str, device: torch.device, value: torch.Tensor) -> str:
+def device_error(op: str, name: str, device: torch.device, value: torch.Tensor) -> str:
     """The same sentence for a tensor that lies elsewhere than the op's first argument."""
     return f"specdec_ops.{op}: {name} must be on {device}, got a tensor on {value.device}"
 
@@ -71,7 +71,7 @@ def wrong_batch(op: str, batch: int, got: int) -> str:
     return f"specdec_ops.{op}: topology must have a batch of {must}, got {got}"
 
 
-def wrong_grad(op: str) -> str:
+def grad_error(op: str) -> str:
     """What to say of an input that requires grad: a missing gradient must not go unnoticed."""
     return (
         f"specdec_ops.{op}: an input requires grad, but this op has no backward; "
@@ -96,7 +96,7 @@ def as_int32(op: str, name: str, layout: str, value) -> torch.Tensor:
     of range.
     """
     if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int32, torch.int64):
-        raise TypeError(wrong(op, name, f"int32 or int64 {layout}", value))
+        raise TypeError(argument_error(op, name, f"int32 or int64 {layout}", value))
     return value if value.dtype == torch.int32 else value.clamp(-INT32_MAX - 1, INT32_MAX).to(torch.int32)
 
 
@@ -105,14 +105,14 @@ def as_int64(op: str, name: str, layout: str, value: torch.Tensor) -> torch.Tens
     if value.dtype == torch.uint64:
         return value.view(torch.int64)
     if value.dtype not in _SHORTER_INTS:
-        raise TypeError(wrong(op, name, f"int64, uint64, int32 or uint32 {layout}", value))
+        raise TypeError(argument_error(op, name, f"int64, uint64, int32 or uint32 {layout}", value))
     return value.to(torch.int64)
 
 
 def as_float32(op: str, name: str, value) -> float:
     """A number as kernels get it, infinite where float32 has none so great. NaN is refused."""
     if value != value:
-        raise ValueError(wrong(op, name, "a number, not NaN", value))
+        raise ValueError(argument_error(op, name, "a number, not NaN", value))
     if -FLOAT_MAX <= value <= FLOAT_MAX:
         return float(value)
     return math.inf if value > 0 else -math.inf

@@ -9,8 +9,8 @@ import torch
 
 from . import alloc, loader
 
-MOST_SLOTS = 2**30  # of a request: kernels count slots in 32 bits. Caches may have more, that nobody reaches
-MOST_INT32 = 2**31 - 1
+MAX_SLOTS = 2**30  # of a request: kernels count slots in 32 bits. Caches may have more, that nobody reaches
+MAX_INT32 = 2**31 - 1
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # DType in csrc/common/types.h
 
 
@@ -171,11 +171,11 @@ def _tree_attention_arguments(
     if offsets is not None:
         q_strides, out_strides = (0, *q_strides), (0, *out_strides)
     if page_table is None:
-        cache_sizes, page_table_stride = (min(k_cache.shape[1], MOST_SLOTS), 0, 0), 0
+        cache_sizes, page_table_stride = (min(k_cache.shape[1], MAX_SLOTS), 0, 0), 0
     else:
         pages, page_size = k_cache.shape[:2]
-        slots = min(page_table.shape[1] * page_size, MOST_SLOTS)
-        cache_sizes = slots, min(pages, MOST_INT32), min(page_size, MOST_INT32)
+        slots = min(page_table.shape[1] * page_size, MAX_SLOTS)
+        cache_sizes = slots, min(pages, MAX_INT32), min(page_size, MAX_INT32)
         page_table_stride = page_table.stride(0)
     if ancestors is None:
         topology_sizes = (0, 0, 1)

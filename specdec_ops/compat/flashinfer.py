@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 
 from specdec_ops import chain_accept
-from specdec_ops._core.checks import wrong
+from specdec_ops._core.checks import argument_error
 
 from ._chains import coins, masses
 
@@ -100,25 +100,25 @@ def _added(output, counts):
 def _check(draft_probs, draft_token_ids, target_probs, accepted, emitted) -> int:
     """Check tensors against draft_token_ids [batch, steps] and the vocabulary of target_probs; return the batch."""
     if not isinstance(draft_token_ids, torch.Tensor) or draft_token_ids.dtype not in (torch.int32, torch.int64):
-        raise TypeError(wrong(_NAME, "draft_token_ids", "int32 or int64 [batch, steps]", draft_token_ids))
+        raise TypeError(argument_error(_NAME, "draft_token_ids", "int32 or int64 [batch, steps]", draft_token_ids))
     if draft_token_ids.dim() != 2:
-        raise ValueError(wrong(_NAME, "draft_token_ids", "int32 or int64 [batch, steps]", draft_token_ids))
+        raise ValueError(argument_error(_NAME, "draft_token_ids", "int32 or int64 [batch, steps]", draft_token_ids))
     for name, probs in (("target_probs", target_probs), ("draft_probs", draft_probs)):
         if not isinstance(probs, torch.Tensor) or not probs.is_floating_point():
-            raise TypeError(wrong(_NAME, name, "a tensor of floats", probs))
+            raise TypeError(argument_error(_NAME, name, "a tensor of floats", probs))
     batch, steps = draft_token_ids.shape
     if target_probs.dim() != 3 or target_probs.shape[:2] != (batch, steps + 1) or target_probs.shape[2] < 1:
-        raise ValueError(wrong(_NAME, "target_probs", f"[{batch}, {steps + 1}, vocab]", target_probs))
+        raise ValueError(argument_error(_NAME, "target_probs", f"[{batch}, {steps + 1}, vocab]", target_probs))
     vocab = target_probs.shape[2]
     if draft_probs.shape != (batch, steps, vocab):
-        raise ValueError(wrong(_NAME, "draft_probs", f"[{batch}, {steps}, {vocab}]", draft_probs))
+        raise ValueError(argument_error(_NAME, "draft_probs", f"[{batch}, {steps}, {vocab}]", draft_probs))
     for name, counts in (("accepted_token_num", accepted), ("emitted_draft_token_num", emitted)):
         if counts is None:
             continue
         if not isinstance(counts, torch.Tensor) or counts.dtype not in (torch.int32, torch.int64):
-            raise TypeError(wrong(_NAME, f"maybe_output_{name}", f"int32 or int64 [{batch}]", counts))
+            raise TypeError(argument_error(_NAME, f"maybe_output_{name}", f"int32 or int64 [{batch}]", counts))
         if counts.shape != (batch,):
-            raise ValueError(wrong(_NAME, f"maybe_output_{name}", f"int32 or int64 [{batch}]", counts))
+            raise ValueError(argument_error(_NAME, f"maybe_output_{name}", f"int32 or int64 [{batch}]", counts))
     return batch
 
 
@@ -144,5 +144,5 @@ def _spread_out(name: str, value, batch: int, device) -> torch.Tensor:
         return torch.full((batch,), signed, dtype=torch.int64, device=device)
     if value.dtype not in (torch.int64, torch.uint64) or value.dim() != 1 or value.shape[0] not in (1, batch):
         must = f"int64 or uint64 [1] or [{batch}]"
-        raise ValueError(wrong(_NAME, name, must, value))
+        raise ValueError(argument_error(_NAME, name, must, value))
     return value.view(torch.int64).to(device).expand(batch)

@@ -43,7 +43,7 @@ import functools
 import torch
 
 from specdec_ops import build_topology
-from specdec_ops._core.checks import is_int, wrong
+from specdec_ops._core.checks import argument_error, is_int
 from specdec_ops.ops.acceptance.checks import check_fraction
 
 from ._links import follow, siblings, sum_along, write
@@ -376,4 +376,4 @@ def _shaped(op: str, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) ->
 
 
 def _wrong(op: str, name: str, must: str, value) -> str:
-    return wrong(f"{_MODULE}.{op}", name, must, value)
+    return argument_error(f"{_MODULE}.{op}", name, must, value)

@@ -40,7 +40,7 @@ from typing import Any
 import torch
 
 from specdec_ops import chain_accept, sample_tokens
-from specdec_ops._core.checks import wrong
+from specdec_ops._core.checks import argument_error
 
 from ._chains import coins, masses
 
@@ -231,31 +231,33 @@ def _are_distributions(rows) -> bool:
 def _check_distributions(name: str, probs) -> None:
     if _can_look(probs) and bool(_looks_wrong(probs).any()):
         must = "distributions, which hold nothing below 0 and sum to 1"
-        raise ValueError(wrong(_NAME, name, must, probs))
+        raise ValueError(argument_error(_NAME, name, must, probs))
 
 
 def _check_rates(synthetic_mode, rates, longest: int) -> None:
     if not synthetic_mode:
         if rates is not None:
-            raise ValueError(wrong(_NAME, "synthetic_conditional_rates", "None without synthetic_mode", rates))
+            raise ValueError(argument_error(_NAME, "synthetic_conditional_rates", "None without synthetic_mode", rates))
     elif not isinstance(rates, torch.Tensor) or not rates.is_floating_point():
-        raise TypeError(wrong(_NAME, "synthetic_conditional_rates", "a tensor of floats in synthetic_mode", rates))
+        raise TypeError(
+            argument_error(_NAME, "synthetic_conditional_rates", "a tensor of floats in synthetic_mode", rates)
+        )
     elif rates.dim() != 1 or rates.shape[0] < longest:
-        raise ValueError(wrong(_NAME, "synthetic_conditional_rates", f"[steps], of at least {longest}", rates))
+        raise ValueError(argument_error(_NAME, "synthetic_conditional_rates", f"[steps], of at least {longest}", rates))
 
 
 def _check_rows(name: str, rows, tokens: int) -> None:
     if not isinstance(rows, torch.Tensor) or not rows.is_floating_point():
-        raise TypeError(wrong(_NAME, name, f"a tensor of floats [{tokens}, vocab]", rows))
+        raise TypeError(argument_error(_NAME, name, f"a tensor of floats [{tokens}, vocab]", rows))
     if rows.dim() != 2 or rows.shape[0] != tokens or rows.shape[1] < 1:
-        raise ValueError(wrong(_NAME, name, f"[{tokens}, vocab]", rows))
+        raise ValueError(argument_error(_NAME, name, f"[{tokens}, vocab]", rows))
 
 
 def _check(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target) -> None:
     batch, longest = len(num_draft_tokens), max(num_draft_tokens, default=0)
     _check_rows("target_logits", target, sum(num_draft_tokens))
     if max_spec_len < longest:
-        raise ValueError(wrong(_NAME, "max_spec_len", f"at least {longest}", max_spec_len))
+        raise ValueError(argument_error(_NAME, "max_spec_len", f"at least {longest}", max_spec_len))
     shape = tuple(target.shape)
     for name, tensor, must in (
         ("draft_probs", draft_probs, shape),
@@ -263,4 +265,4 @@ def _check(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens,
         ("cu_num_draft_tokens", cu_num_draft_tokens, (batch,)),
     ):
         if tensor is not None and tuple(tensor.shape) != must:
-            raise ValueError(wrong(_NAME, name, str(list(must)), tensor))
+            raise ValueError(argument_error(_NAME, name, str(list(must)), tensor))

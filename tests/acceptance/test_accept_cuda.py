@@ -60,9 +60,9 @@ def accept_launch(case, path):
     return launch_of(case.run, functools.partial(accept_kernels.accept_launch, path=path))
 
 
-def options_of(rule, laws=True):
+def options_of(rule, distributions=True):
     options = {"width": 3} if rule == "longest" else {}
-    return {**options, **LAWS} if laws and rule != "greedy" else options
+    return {**options, **LAWS} if distributions and rule != "greedy" else options
 
 
 def trees_of(rule, sizes=(9, 1, 7)):
@@ -84,7 +84,7 @@ def test_both_paths_are_right(rule, path):
 @pytest.mark.parametrize("rule", ["recursive", "traversal"])
 @pytest.mark.parametrize("options", [{"draft_rows": "child"}, {"draft_vocab": 500, **LAWS}, {"one_hot": True, **LAWS}])
 def test_eager_drafts(rule, options):
-    """Laws of rows for single nodes, of a reduced vocabulary, and no draft rows at all."""
+    """Distributions of rows for single nodes, of a reduced vocabulary, and no draft rows at all."""
     bands = Bands()
     for seed in range(2):
         case = make_case(rule, trees_of(rule), 900, seed=seed, **options)
@@ -184,7 +184,7 @@ def test_eager_reads_every_row_once():
 
 
 def test_sampling_reads_a_row_twice():
-    """Once for the law, once (from the cache) for the race; at temperature 0 once."""
+    """Once for the distribution, once (from the cache) for the race; at temperature 0 once."""
     logits = torch.randn(3, ROW).to(torch.bfloat16)
     for temperature, rows in ((1.0, 6), (0.0, 3)):
         function = functools.partial(sample_tokens, logits, seeds=1, positions=2, temperature=temperature)

@@ -170,7 +170,7 @@ def test_coins_are_exact_in_float32():
     assert (torch.tensor(2**24 - 1).float() + 0.5) * 2.0**-24 == 1
 
 
-def race_share(exponential_of, gap, resolution):
+def draw_share(exponential_of, gap, resolution):
     """Probability that a token whose logit is `gap` below a single other one wins the race, over the exact value.
 
     The other token's exponential is averaged exactly; of this one's only small values matter, which are its 2^18
@@ -207,8 +207,8 @@ def single_log_clamped(k):
 @pytest.mark.parametrize("gap", [14, 16, 18, 20])
 def test_the_tail_is_resolved(gap):
     """Here and, rounded to float32, in kernels: tokens 20 below the top get their share to one part in a thousand."""
-    assert race_share(reference_philox.exponentials_of, gap, 2.0**-32) == pytest.approx(1, abs=1e-3)
-    assert race_share(single_log1p, gap, 2.0**-32) == pytest.approx(1, abs=1e-3)
+    assert draw_share(reference_philox.exponentials_of, gap, 2.0**-32) == pytest.approx(1, abs=1e-3)
+    assert draw_share(single_log1p, gap, 2.0**-32) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ def test_the_tail_is_resolved(gap):
 )
 def test_other_formulas_fail_in_the_tail(formula, resolution, least, greatest):
     """Mutants, at a gap of 18: -log(u) of 24 bits, of 32 bits rounded to float32, and clamped below 1 (vLLM #54143)."""
-    assert least <= race_share(formula, 18, resolution) <= greatest
+    assert least <= draw_share(formula, 18, resolution) <= greatest
 
 
 def test_race_is_a_draw_from_its_weights():

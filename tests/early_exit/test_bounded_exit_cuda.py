@@ -61,7 +61,7 @@ def assert_decided_alike(got, expected):
 
 
 def assert_near_whole(got, expected, rows=slice(None)):
-    """Figures but for the order of their sums."""
+    """Stats but for the order of their sums."""
     for name in FIGURES:
         torch.testing.assert_close(got[name][rows], expected[name][rows], rtol=2e-5, atol=2e-6, msg=name)
 

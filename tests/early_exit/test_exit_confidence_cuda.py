@@ -64,7 +64,7 @@ def int8_case(rows, dim, vocab, dtype, **options):
 
 
 def assert_near(got, case, tolerance, **options):
-    """Figures near the definition's, and the same tokens where they are clear."""
+    """Stats near the definition's, and the same tokens where they are clear."""
     exact = case.exact(top_k=2)
     clear = exact.top_logprobs[:, 0] - exact.top_logprobs[:, 1] > tolerance
     assert torch.equal(got["token"][clear], exact.token[clear])
@@ -318,12 +318,12 @@ WRONG = {
         "!(plan.cut > clamped + error.all) || clamped > plan.deep",
         "clamped > plan.deep",
     ),
-    "screen: rows that fall back and are not listed": ("screened_exit.cuh", "settled ? 0 : 1;", "0;"),
+    "screen: rows that fall back and are not top_k": ("screened_exit.cuh", "settled ? 0 : 1;", "0;"),
     "pieces that are not waited for": ("exit_confidence.cuh", "cp_async_wait<Shape::kStages - 2>();", ""),
     "squares of every tile": ("exit_confidence.cuh", "next_tile == first);", "true);"),
     "equals that go to the higher entry": ("block_team.cuh", "(0xffffffffu - uint32_t(id))", "uint32_t(id)"),
     "a running maximum without its decay": ("exit_state.cuh", "state.sum *= decay;", ""),
-    "a merge that stops early": ("exit_state.cuh", "rank < listed && any", "rank < 1"),
+    "a merge that stops early": ("exit_state.cuh", "rank < top_k && any", "rank < 1"),
     "dims of int8 heads in the order of memory": (
         "exit_rows.cuh",
         "if constexpr (Shape::kIsInt8) {",

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 
 from specdec_ops._core import dispatch
-from specdec_ops._core.native import MOST_SLOTS
+from specdec_ops._core.native import MAX_SLOTS
 
 from . import build
 
@@ -26,7 +26,7 @@ _C_TYPES = {
     "float": ctypes.c_float,
     "bool": ctypes.c_bool,
 }
-_COUNTS = {"kMaxEos": 8, "kMostLayers": 8, "kMostParts": 16, "kMostKvLayers": 32}
+_COUNTS = {"kMaxEos": 8, "kMaxLayers": 8, "kMaxParts": 16, "kMaxKvLayers": 32}
 _PREFIXES = {"draft_sampling": "draft_", "ScreenedParams": "screen_"}  # of the fields of a structure in another one
 _HEADERS = ("*/params.h", "*/cuda/*_launch.h")
 
@@ -65,11 +65,11 @@ def tree_attention_launch(
         middle = "row" if name in ("q", "out") else "slot"
         own |= dict(zip((f"{name}_stride_{axis}" for axis in ("batch", middle, "head")), strides, strict=True))
     sizes = {"batch": context_lens.shape[0], "queries": q.shape[-3], "heads": q.shape[-2], "dim": q.shape[-1]}
-    sizes |= {"kv_heads": k_cache.shape[2], "slots": min(k_cache.shape[1], MOST_SLOTS), "topology_batch": 1}
+    sizes |= {"kv_heads": k_cache.shape[2], "slots": min(k_cache.shape[1], MAX_SLOTS), "topology_batch": 1}
     sizes |= {"dtype": DTYPES[q.dtype], "float8_cache": k_cache.dtype == torch.float8_e4m3fn}
     if page_table is not None:
         pages, page_size = k_cache.shape[:2]
-        sizes |= {"slots": min(page_table.shape[1] * page_size, MOST_SLOTS), "pages": pages, "page_size": page_size}
+        sizes |= {"slots": min(page_table.shape[1] * page_size, MAX_SLOTS), "pages": pages, "page_size": page_size}
         sizes["page_table_stride"] = page_table.stride(0)
     if ancestors is not None:
         sizes |= dict(zip(("topology_batch", "nodes", "words"), ancestors.shape, strict=True))

@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[2]
 # With this many registers per thread, a block of 256 threads leaves room for three more on every multiprocessor.
 MOST_REGISTERS = 64
 # Blocks of acceptance and sampling have 512 threads, those that walk 384, and one fits a multiprocessor.
-ACCEPTANCE = {"accept_walk_kernel": 168, "accept_laws_kernel": 128, "accept_race_kernel": 128, "sample_kernel": 128}
+ACCEPTANCE = {
+    "accept_walk_kernel": 168,
+    "accept_distributions_kernel": 128,
+    "accept_draw_kernel": 128,
+    "sample_kernel": 128,
+}
 # Of early exit: two blocks of 256 threads fill a multiprocessor. Heads of 16 bits for 8 to 64 hidden rows, float32 ones
 # for 8 and 32, int8 ones for 8 to 32, and for 8 and 16 in two parts.
 # The screened form for few and many rows and three dtypes of heads.
@@ -286,7 +291,7 @@ def test_too_large_a_vocabulary_is_a_sentence():
 
 
 def test_scratch_of_acceptance():
-    """Rules that keep nothing need none; the eager path keeps a table of laws, and one counter for each row."""
+    """Rules that keep nothing need none; the eager path keeps a table, and one counter for each row."""
     recursive, traversal, lazy, eager = 2, 3, 1, 2
     assert MODULE.accept_scratch(recursive, 8, 60, 128_256, 59, False, True, False, lazy) == (0, 0)
     bytes_needed, counters = MODULE.accept_scratch(traversal, 8, 60, 128_256, 59, False, True, False, lazy)

@@ -2,10 +2,10 @@
 //
 // With at least as many requests as threads, a thread owns a request from its first row to its last. With fewer, the
 // requests go one after the other and the threads share each row, chunk by chunk. Either way a request's result is the
-// same. A row is read from memory once, when its law is made; its exponentials are kept for the passes that follow,
-// which are over the last rows of target and draft, or over those of the path where a walk goes back on it. Scratch: a
-// thread holds one bit and eight bytes per token (traversal up to 64) and, by rule, states of one request's nodes;
-// filters hold eight bytes per token more.
+// same. A row is read from memory once, when its distribution is made; its exponentials are kept for the passes that
+// follow, which are over the last rows of target and draft, or over those of the path where a walk goes back on it.
+// Scratch: a thread holds one bit and eight bytes per token (traversal up to 64) and, by rule, states of one request's
+// nodes; filters hold eight bytes per token more.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -25,7 +25,7 @@ struct Workspace {
   std::vector<WalkState> states;
   std::vector<Term> terms;
   std::vector<PathMark> marks;
-  std::vector<LawRow> rows;
+  std::vector<DistributionRow> rows;
   std::vector<uint64_t> excluded;
   std::vector<KeptRow> kept_target, kept_draft;  // of node i, or row i, at i % size
   RowReader reader;
@@ -51,29 +51,31 @@ class CpuRows {
     if (p.rule == AcceptRule::kGreedy) target_settings.temperature = 0.0f;
   }
 
-  Law target_law(int32_t node, bool with_entropy) {
-    return w.reader.law(target_row(node), p.target_dtype, p.vocab, target_settings, with_entropy,
-                        &kept(w.kept_target, node));
+  TokenDistribution target_distribution(int32_t node, bool with_entropy) {
+    return w.reader.distribution(target_row(node), p.target_dtype, p.vocab, target_settings, with_entropy,
+                                 &kept(w.kept_target, node));
   }
-  Law draft_law(int32_t row) {
-    return w.reader.law(draft_row(row), p.draft_dtype, p.draft_vocab, draft_settings, false, &kept(w.kept_draft, row));
+  TokenDistribution draft_distribution(int32_t row) {
+    return w.reader.distribution(draft_row(row), p.draft_dtype, p.draft_vocab, draft_settings, false,
+                                 &kept(w.kept_draft, row));
   }
-  float target_probability(const Law& law, int32_t node, int32_t token) const {
-    return probability(law, target_row(node), p.target_dtype, token);
+  float target_probability(const TokenDistribution& distribution, int32_t node, int32_t token) const {
+    return probability(distribution, target_row(node), p.target_dtype, token);
   }
-  float draft_probability(const Law& law, int32_t row, int32_t token) const {
-    return draft_proposal(law, row, token).probability;
+  float draft_probability(const TokenDistribution& distribution, int32_t row, int32_t token) const {
+    return draft_proposal(distribution, row, token).probability;
   }
-  Proposal draft_proposal(const Law& law, int32_t row, int32_t token) const {
+  Proposal draft_proposal(const TokenDistribution& distribution, int32_t row, int32_t token) const {
     const int32_t id = p.target_to_draft ? p.target_to_draft[token] : token;
     if (id < 0) return {0.0f, false};
-    if (law.one_hot) return {id == law.argmax ? 1.0f : 0.0f, id == law.argmax};
+    if (distribution.one_hot) return {id == distribution.argmax ? 1.0f : 0.0f, id == distribution.argmax};
     const float z = logit_at(draft_row(row), p.draft_dtype, id);
-    if (!is_kept(law, z, id)) return {0.0f, false};
-    return {std::exp2((z - law.max) * law.scale) * law.inverse_sum, z > -std::numeric_limits<float>::infinity()};
+    if (!is_kept(distribution, z, id)) return {0.0f, false};
+    return {std::exp2((z - distribution.max) * distribution.scale) * distribution.inverse_sum,
+            z > -std::numeric_limits<float>::infinity()};
   }
-  float greatest_of_draft(const Law& law, int32_t row) {
-    return w.reader.greatest_left(law_row_of_draft({law, row, 1.0f}), p.vocab, w.excluded.data());
+  float greatest_of_draft(const TokenDistribution& distribution, int32_t row) {
+    return w.reader.greatest_left(distribution_row_of_draft({distribution, row, 1.0f}), p.vocab, w.excluded.data());
   }
 
   void exclude(int32_t token) { w.excluded[token / 64] |= uint64_t(1) << (token % 64); }
@@ -81,17 +83,18 @@ class CpuRows {
   bool excluded(int32_t token) const { return w.excluded[token / 64] >> (token % 64) & 1; }
 
   Pass pass(const Weights& weights) { return run(weights, nullptr); }
-  Pass race(const Weights& weights, const NoiseKey& noise) { return run(weights, &noise); }
-  void race_top(const Weights& weights, const NoiseKey& noise, int32_t count, int32_t* out) {
+  Pass draw(const Weights& weights, const NoiseKey& noise) { return run(weights, &noise); }
+  void draw_top(const Weights& weights, const NoiseKey& noise, int32_t count, int32_t* out) {
     WeightPass pass = pass_of(weights, &noise);
-    w.reader.race_top(pass, p.vocab, count, out);
+    w.reader.draw_top(pass, p.vocab, count, out);
   }
   void top_logits(int32_t node, int32_t count, int32_t* out) {
     w.reader.top_logits(target_row(node), p.target_dtype, p.vocab, count, out);
   }
-  RhoSums rho_sums(int32_t node, const Law& target, const Law& draft, float from, float step) {
-    return w.reader.rho_sums(law_row_of_target(node, target), law_row_of_draft({draft, node, 1.0f}), from, step,
-                             p.vocab);
+  RhoSums rho_sums(int32_t node, const TokenDistribution& target, const TokenDistribution& draft, float from,
+                   float step) {
+    return w.reader.rho_sums(distribution_row_of_target(node, target), distribution_row_of_draft({draft, node, 1.0f}),
+                             from, step, p.vocab);
   }
 
   bool leader() const { return true; }
@@ -115,27 +118,31 @@ class CpuRows {
   const void* draft_row(int32_t row) const {
     return row_at(p.draft, p.draft_dtype, request * p.draft_stride_batch + row * p.draft_stride_row);
   }
-  static float probability(const Law& law, const void* row, DType dtype, int32_t id) {
-    if (law.one_hot) return id == law.argmax ? 1.0f : 0.0f;
+  static float probability(const TokenDistribution& distribution, const void* row, DType dtype, int32_t id) {
+    if (distribution.one_hot) return id == distribution.argmax ? 1.0f : 0.0f;
     const float z = logit_at(row, dtype, id);
-    return is_kept(law, z, id) ? std::exp2((z - law.max) * law.scale) * law.inverse_sum : 0.0f;
+    return is_kept(distribution, z, id)
+               ? std::exp2((z - distribution.max) * distribution.scale) * distribution.inverse_sum
+               : 0.0f;
   }
-  static bool is_kept(const Law& law, float z, int32_t id) { return z > law.cut || (z == law.cut && id <= law.cut_id); }
+  static bool is_kept(const TokenDistribution& distribution, float z, int32_t id) {
+    return z > distribution.cut || (z == distribution.cut && id <= distribution.cut_id);
+  }
 
-  LawRow law_row_of_target(int32_t node, const Law& law) const {
-    return kept(w.kept_target, node).law_row(target_row(node), p.target_dtype, nullptr, law, 1.0f);
+  DistributionRow distribution_row_of_target(int32_t node, const TokenDistribution& distribution) const {
+    return kept(w.kept_target, node).distribution_row(target_row(node), p.target_dtype, nullptr, distribution, 1.0f);
   }
-  LawRow law_row_of_draft(const Term& term) const {
+  DistributionRow distribution_row_of_draft(const Term& term) const {
     return kept(w.kept_draft, term.row)
-        .law_row(draft_row(term.row), p.draft_dtype, p.target_to_draft, term.law, term.factor);
+        .distribution_row(draft_row(term.row), p.draft_dtype, p.target_to_draft, term.distribution, term.factor);
   }
   WeightPass pass_of(const Weights& weights, const NoiseKey* noise) {
     WeightPass pass{};
     pass.kind = weights.kind;
-    pass.target = law_row_of_target(weights.node, weights.target);
+    pass.target = distribution_row_of_target(weights.node, weights.target);
     pass.terms = weights.terms;
-    if (weights.terms > 0) pass.first = law_row_of_draft(weights.first);
-    for (int32_t i = 0; i + 1 < weights.terms; ++i) w.rows[i] = law_row_of_draft(weights.more[i]);
+    if (weights.terms > 0) pass.first = distribution_row_of_draft(weights.first);
+    for (int32_t i = 0; i + 1 < weights.terms; ++i) w.rows[i] = distribution_row_of_draft(weights.more[i]);
     pass.more = w.rows.data();
     pass.gain = weights.gain;
     pass.rho = weights.rho;

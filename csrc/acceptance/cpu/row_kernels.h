@@ -12,10 +12,10 @@
 
 namespace specdec {
 
-constexpr int64_t kChunk = 16384;      // 32 or 64 KB: half of a small second-level cache with both rows of a pair
-constexpr int kGroup = 64;             // tokens whose weights are made at once: one word of a bit set
-constexpr int64_t kMostKept = 262144;  // entries of a row whose weights are kept: 1 MB
-constexpr int kSumBlock = 2048;        // entries whose values are kept in the first-level cache: 8 KB of float32
+constexpr int64_t kChunk = 16384;     // 32 or 64 KB: half of a small second-level cache with both rows of a pair
+constexpr int kGroup = 64;            // tokens whose weights are made at once: one word of a bit set
+constexpr int64_t kMaxKept = 262144;  // entries of a row whose weights are kept: 1 MB
+constexpr int kSumBlock = 2048;       // entries whose values are kept in the first-level cache: 8 KB of float32
 
 struct RowSpan {
   const void* row;
@@ -42,26 +42,26 @@ constexpr int kThresholds = 7;
 
 // A row as a distribution. With `map`, entry map[x] is token x's, and none if that is -1. Where its scan has kept
 // `weights`, the probability of entry x is weights[x] * scales[x / kSumBlock]; zeros follow to a multiple of kGroup.
-struct LawRow {
+struct DistributionRow {
   const void* row;
   DType dtype;
   const int32_t* map;
-  Law law;
+  TokenDistribution distribution;
   float factor;
   const float* weights;
   const float* scales;
 };
 
-// Takes part in a race whatever may still win: weight / uniform above the bound.
-struct RaceSink {
+// Takes part in a draw whatever may still win: weight / uniform above the bound.
+struct DrawSink {
   float bound;
-  void (*offer)(RaceSink* sink, float weight, float uniform, int32_t token);
+  void (*offer)(DrawSink* sink, float weight, float uniform, int32_t token);
 };
 
 struct WeightPass {
   WeightKind kind;
-  LawRow target, first;
-  const LawRow* more;
+  DistributionRow target, first;
+  const DistributionRow* more;
   int32_t terms;  // of `first` and `more`
   float gain, rho, threshold;
   const uint64_t* excluded;  // bit set over the vocabulary, or nullptr
@@ -79,12 +79,12 @@ struct RowKernels {
   // Mass of the entries that a cut keeps, as `sum` and `log_sum`.
   ScanPart (*kept)(const RowSpan& span, float max, float scale, const Cut& cut);
   // Sum of the weights of tokens [begin, end), which are offered to the sink if there is one.
-  float (*weigh)(const WeightPass& pass, int64_t begin, int64_t end, RaceSink* sink);
+  float (*weigh)(const WeightPass& pass, int64_t begin, int64_t end, DrawSink* sink);
   // kRhoPoints sums of min(p, (from + (i + 1) * step) * q).
-  void (*rho_sums)(const LawRow& target, const LawRow& draft, float from, float step, int64_t begin, int64_t end,
-                   float* sums);
+  void (*rho_sums)(const DistributionRow& target, const DistributionRow& draft, float from, float step, int64_t begin,
+                   int64_t end, float* sums);
   // Offers the values themselves: the bound is a value.
-  void (*top)(const RowSpan& span, RaceSink* sink);
+  void (*top)(const RowSpan& span, DrawSink* sink);
 };
 
 namespace generic {

@@ -4,7 +4,7 @@
 // cache, sums the exponentials and fetches the next block, so memory is read once and while there is work to do, and no
 // exponential is taken in vain. The place of the maximum is looked for once, in the first block that has it.
 //
-// Weights are made 64 tokens at a time, in a buffer, from as many rows as they have terms. A race multiplies its bound
+// Weights are made 64 tokens at a time, in a buffer, from as many rows as they have terms. A draw multiplies its bound
 // by the uniforms and passes on what is above it; the logarithm is taken for those few (an exponential is never below
 // its uniform). Groups whose greatest weight could not win with the least uniform, and groups without weight, as most
 // are after a filter, need no noise at all.
@@ -248,12 +248,13 @@ static ScanPart kept_of(const RowSpan& span, float max, float scale, const Cut& 
 
 // Probabilities of the tokens [token, token + count) of one row; 0 beyond them.
 template <class Storage>
-static void fill_plain(const LawRow& from, int64_t token, int count, float* out) {
+static void fill_plain(const DistributionRow& from, int64_t token, int count, float* out) {
   const auto* at = static_cast<const typename Storage::Element*>(from.row) + token;
-  const Law& law = from.law;
-  const Vec max = splat(law.max), scale = splat(law.scale), inverse_sum = splat(law.inverse_sum);
-  const bool all = law.cut == minus_infinity();
-  const Cut cut{law.cut, law.cut_id};
+  const TokenDistribution& distribution = from.distribution;
+  const Vec max = splat(distribution.max), scale = splat(distribution.scale),
+            inverse_sum = splat(distribution.inverse_sum);
+  const bool all = distribution.cut == minus_infinity();
+  const Cut cut{distribution.cut, distribution.cut_id};
   for (int i = 0; i < kGroup; i += kWidth) {
     if (i >= count) {
       store(out + i, splat(0.0f));
@@ -265,35 +266,37 @@ static void fill_plain(const LawRow& from, int64_t token, int count, float* out)
   }
 }
 template <class Storage>
-static void fill_mapped(const LawRow& from, int64_t token, int count, float* out) {
-  const Law& law = from.law;
+static void fill_mapped(const DistributionRow& from, int64_t token, int count, float* out) {
+  const TokenDistribution& distribution = from.distribution;
   for (int i = 0; i < kGroup; i++) {
     const int32_t id = i < count ? from.map[token + i] : -1;
     const float z = id < 0 ? minus_infinity() : load_one<Storage>(from.row, id);
-    out[i] = z > law.cut || (z == law.cut && id >= 0 && id <= law.cut_id) ? z : minus_infinity();
+    out[i] =
+        z > distribution.cut || (z == distribution.cut && id >= 0 && id <= distribution.cut_id) ? z : minus_infinity();
   }
-  const Vec max = splat(law.max), scale = splat(law.scale), inverse_sum = splat(law.inverse_sum);
+  const Vec max = splat(distribution.max), scale = splat(distribution.scale),
+            inverse_sum = splat(distribution.inverse_sum);
   for (int i = 0; i < kGroup; i += kWidth) store(out + i, exp2((load(out + i) - max) * scale) * inverse_sum);
 }
-static void fill_one_hot(const LawRow& from, int64_t token, int count, float* out) {
+static void fill_one_hot(const DistributionRow& from, int64_t token, int count, float* out) {
   for (int i = 0; i < kGroup; i++) {
     const int64_t id = i >= count ? -1 : from.map ? from.map[token + i] : token + i;
-    out[i] = id == from.law.argmax ? 1.0f : 0.0f;
+    out[i] = id == from.distribution.argmax ? 1.0f : 0.0f;
   }
 }
 template <class Storage>
-static SPECDEC_INLINE void fill_of(const LawRow& from, int64_t token, int count, float* out) {
+static SPECDEC_INLINE void fill_of(const DistributionRow& from, int64_t token, int count, float* out) {
   if (from.map) return fill_mapped<Storage>(from, token, count, out);
   fill_plain<Storage>(from, token, count, out);
 }
 // What the scan has kept of them.
-static SPECDEC_INLINE void fill_kept(const LawRow& from, int64_t token, float* out) {
+static SPECDEC_INLINE void fill_kept(const DistributionRow& from, int64_t token, float* out) {
   const Vec scale = splat(from.scales[token / kSumBlock]);
   for (int i = 0; i < kGroup; i += kWidth) store(out + i, load(from.weights + token + i) * scale);
 }
-static SPECDEC_INLINE void fill(const LawRow& from, int64_t token, int count, float* out) {
+static SPECDEC_INLINE void fill(const DistributionRow& from, int64_t token, int count, float* out) {
   if (from.weights) return fill_kept(from, token, out);
-  if (from.law.one_hot) return fill_one_hot(from, token, count, out);
+  if (from.distribution.one_hot) return fill_one_hot(from, token, count, out);
   switch (from.dtype) {
     case DType::kFloat32:
       return fill_of<Float32>(from, token, count, out);
@@ -305,7 +308,8 @@ static SPECDEC_INLINE void fill(const LawRow& from, int64_t token, int count, fl
 }
 
 // max(0, p - factor * q) of 64 tokens, of two rows that are kept.
-static SPECDEC_INLINE void weigh_kept_pair(const LawRow& target, const LawRow& draft, int64_t token, float* weight) {
+static SPECDEC_INLINE void weigh_kept_pair(const DistributionRow& target, const DistributionRow& draft, int64_t token,
+                                           float* weight) {
   const Vec p_scale = splat(target.scales[token / kSumBlock]);
   const Vec q_scale = splat(draft.factor * draft.scales[token / kSumBlock]);
   const float *p = target.weights + token, *q = draft.weights + token;
@@ -319,7 +323,7 @@ static void weigh_any(const WeightPass& pass, int64_t token, int count, float* w
   fill(pass.target, token, count, weight);
   const Vec zero = splat(0.0f);
   for (int term = 0; term < pass.terms; term++) {
-    const LawRow& row = term == 0 ? pass.first : pass.more[term - 1];
+    const DistributionRow& row = term == 0 ? pass.first : pass.more[term - 1];
     fill(row, token, count, other);
     const Vec factor = splat(row.factor), gain = splat(pass.gain), inverse_rho = splat(1.0f / pass.rho);
     for (int i = 0; i < kGroup; i += kWidth) {
@@ -349,7 +353,7 @@ static SPECDEC_INLINE void weigh_group(const WeightPass& pass, int64_t token, in
   for (uint64_t bits = excluded; bits; bits &= bits - 1) weight[__builtin_ctzll(bits)] = 0.0f;
 }
 
-static SPECDEC_INLINE void offer_above(RaceSink* sink, Vec values, Vec uniforms, int64_t token) {
+static SPECDEC_INLINE void offer_above(DrawSink* sink, Vec values, Vec uniforms, int64_t token) {
   unsigned lanes = lanes_above(values, uniforms * splat(sink->bound));
   if (!lanes) return;
   alignas(64) float value[kWidth], uniform[kWidth];
@@ -361,11 +365,11 @@ static SPECDEC_INLINE void offer_above(RaceSink* sink, Vec values, Vec uniforms,
   }
 }
 
-static void race_group(const WeightPass& pass, const float* weight, int64_t token, RaceSink* sink) {
+static void draw_group(const WeightPass& pass, const float* weight, int64_t token, DrawSink* sink) {
   for (int i = 0; i < kGroup; i += 4 * kWidth) {
     Vec uniform[4];
     if (pass.noisy) {
-      race_uniforms(pass.noise, int32_t(token + i), uniform);
+      draw_uniforms(pass.noise, int32_t(token + i), uniform);
     } else {
       for (Vec& u : uniform) u = splat(1.0f);
     }
@@ -373,7 +377,7 @@ static void race_group(const WeightPass& pass, const float* weight, int64_t toke
   }
 }
 
-static float weigh(const WeightPass& pass, int64_t begin, int64_t end, RaceSink* sink) {
+static float weigh(const WeightPass& pass, int64_t begin, int64_t end, DrawSink* sink) {
   alignas(64) float weight[kGroup], other[kGroup];
   Vec sum = splat(0.0f);
   for (int64_t at = begin; at < end; at += kSumBlock) {
@@ -389,15 +393,15 @@ static float weigh(const WeightPass& pass, int64_t begin, int64_t end, RaceSink*
       }
       part = part + group;
       // No uniform is below 2^-33.
-      if (sink && any_above(top, splat(sink->bound * 0x1p-33f))) race_group(pass, weight, token, sink);
+      if (sink && any_above(top, splat(sink->bound * 0x1p-33f))) draw_group(pass, weight, token, sink);
     }
     sum = sum + part;
   }
   return total(sum);
 }
 
-static void rho_sums(const LawRow& target, const LawRow& draft, float from, float step, int64_t begin, int64_t end,
-                     float* sums) {
+static void rho_sums(const DistributionRow& target, const DistributionRow& draft, float from, float step, int64_t begin,
+                     int64_t end, float* sums) {
   alignas(64) float p[kGroup], q[kGroup];
   Vec rho[kRhoPoints], sum[kRhoPoints];
   SPECDEC_UNROLL
@@ -417,7 +421,7 @@ static void rho_sums(const LawRow& target, const LawRow& draft, float from, floa
 }
 
 template <class Storage>
-static void top_of(const RowSpan& span, RaceSink* sink) {
+static void top_of(const RowSpan& span, DrawSink* sink) {
   const auto* row = static_cast<const typename Storage::Element*>(span.row);
   for (int64_t i = span.begin; i < span.end; i += kWidth)
     offer_above(sink, load_some<Storage>(row + i, span.end - i), splat(1.0f), i);
@@ -463,7 +467,7 @@ static int64_t collect(const RowSpan& span, float threshold, float* values, int3
 static ScanPart kept(const RowSpan& span, float max, float scale, const Cut& cut) {
   SPECDEC_BY_DTYPE(span.dtype, kept_of<Storage>(span, max, scale, cut));
 }
-static void top(const RowSpan& span, RaceSink* sink) { SPECDEC_BY_DTYPE(span.dtype, top_of<Storage>(span, sink)); }
+static void top(const RowSpan& span, DrawSink* sink) { SPECDEC_BY_DTYPE(span.dtype, top_of<Storage>(span, sink)); }
 
 #undef SPECDEC_BY_DTYPE
 

@@ -1,4 +1,4 @@
-// Passes over whole rows: chunks on a team of threads, results merged in the order of the chunks.
+// Passes over whole rows: chunks on a pool of threads, results merged in the order of the chunks.
 #include "acceptance/cpu/row_reader.h"
 
 #include <algorithm>
@@ -22,17 +22,17 @@ constexpr float kLeastScore = 0x1p-92f;
 // A bound just below a score: w / v is at least the score, but both are rounded.
 float just_below(float score) { return score * (1.0f - 0x1p-20f); }
 
-float score_of(float weight, float uniform, bool noisy) { return noisy ? weight / race_exponential(uniform) : weight; }
+float score_of(float weight, float uniform, bool noisy) { return noisy ? weight / draw_exponential(uniform) : weight; }
 
-// The winner of a race.
-struct Winner : RaceSink {
+// The winner of a draw.
+struct Winner : DrawSink {
   float score = 0.0f;
   int32_t token = -1;
   bool noisy;
 
   explicit Winner(bool noisy) : noisy(noisy) {
     bound = 0.0f;
-    offer = [](RaceSink* sink, float weight, float uniform, int32_t token) {
+    offer = [](DrawSink* sink, float weight, float uniform, int32_t token) {
       Winner& self = *static_cast<Winner*>(sink);
       self.take(score_of(weight, uniform, self.noisy), token);
     };
@@ -46,7 +46,7 @@ struct Winner : RaceSink {
 };
 
 // The best `count`, as a heap whose first is the worst of them.
-struct Best : RaceSink {
+struct Best : DrawSink {
   struct Entry {
     float score;
     int32_t token;
@@ -63,7 +63,7 @@ struct Best : RaceSink {
   Best(size_t count, bool noisy, bool values, float least = 0.0f)
       : count(count), least(least), noisy(noisy), values(values) {
     bound = values ? -kInfinity : just_below(least);
-    offer = [](RaceSink* sink, float weight, float uniform, int32_t token) {
+    offer = [](DrawSink* sink, float weight, float uniform, int32_t token) {
       Best& self = *static_cast<Best*>(sink);
       self.take({score_of(weight, uniform, self.noisy), token});
     };
@@ -81,24 +81,25 @@ struct Best : RaceSink {
   }
 };
 
-bool keeps(const Law& law, float value, int64_t id) {
-  return value > law.cut || (value == law.cut && id <= law.cut_id);
+bool keeps(const TokenDistribution& distribution, float value, int64_t id) {
+  return value > distribution.cut || (value == distribution.cut && id <= distribution.cut_id);
 }
 
 // The greatest value of a row among what is kept and not excluded.
-struct GreatestLeft : RaceSink {
-  const Law* law;
+struct GreatestLeft : DrawSink {
+  const TokenDistribution* distribution;
   const uint64_t* excluded;
 
-  GreatestLeft(const Law& law, const uint64_t* excluded) : law(&law), excluded(excluded) {
+  GreatestLeft(const TokenDistribution& distribution, const uint64_t* excluded)
+      : distribution(&distribution), excluded(excluded) {
     bound = -kInfinity;
-    offer = [](RaceSink* sink, float value, float, int32_t token) {
+    offer = [](DrawSink* sink, float value, float, int32_t token) {
       GreatestLeft& self = *static_cast<GreatestLeft*>(sink);
       self.meet(value, token, token);
     };
   }
   void meet(float value, int32_t id, int64_t token) {
-    if (value > bound && keeps(*law, value, id) && !(excluded[token / 64] >> (token % 64) & 1)) bound = value;
+    if (value > bound && keeps(*distribution, value, id) && !(excluded[token / 64] >> (token % 64) & 1)) bound = value;
   }
 };
 
@@ -150,14 +151,14 @@ float logit_at(const void* row, DType dtype, int64_t place) {
   return half & 0x8000 ? -value : value;
 }
 
-Pass RowReader::weigh(WeightPass& pass, int64_t vocab, bool race) {
+Pass RowReader::weigh(WeightPass& pass, int64_t vocab, bool draw) {
   const int64_t chunks = chunks_of(vocab);
   sums_.resize(chunks);
   pass.noisy = true;
-  std::vector<Winner> winners(race ? team_.threads() : 0, Winner(true));
+  std::vector<Winner> winners(draw ? pool_.threads() : 0, Winner(true));
   const auto run = [&] {
-    team_.run(chunks, [&](int64_t chunk, int worker) {
-      RaceSink* sink = race ? &winners[worker] : nullptr;
+    pool_.run(chunks, [&](int64_t chunk, int worker) {
+      DrawSink* sink = draw ? &winners[worker] : nullptr;
       sums_[chunk] = kernels_.weigh(pass, chunk * kChunk, std::min((chunk + 1) * kChunk, vocab), sink);
     });
   };
@@ -165,7 +166,7 @@ Pass RowReader::weigh(WeightPass& pass, int64_t vocab, bool race) {
   double sum = 0;
   for (const float part : sums_) sum += part;
   Pass result{float(sum), -1};
-  if (!race || !(sum > 0)) return result;
+  if (!draw || !(sum > 0)) return result;
   for (const bool noisy : {true, false}) {
     if (!noisy) {  // every score is 0, which takes a single token and a uniform that rounded to 1
       pass.noisy = false;
@@ -182,24 +183,24 @@ Pass RowReader::weigh(WeightPass& pass, int64_t vocab, bool race) {
 }
 
 // The best `count` with a score of at least that; then -1.
-int RowReader::best_of_race(const WeightPass& pass, int64_t vocab, int count, float least, int32_t* out) {
-  std::vector<Best> parts(team_.threads(), Best(size_t(count), pass.noisy, false, least));
-  team_.run(chunks_of(vocab), [&](int64_t chunk, int worker) {
+int RowReader::best_of_draw(const WeightPass& pass, int64_t vocab, int count, float least, int32_t* out) {
+  std::vector<Best> parts(pool_.threads(), Best(size_t(count), pass.noisy, false, least));
+  pool_.run(chunks_of(vocab), [&](int64_t chunk, int worker) {
     kernels_.weigh(pass, chunk * kChunk, std::min((chunk + 1) * kChunk, vocab), &parts[worker]);
   });
   return write_best(parts, count, out);
 }
 
-int RowReader::race_top(WeightPass& pass, int64_t vocab, int count, int32_t* out) {
+int RowReader::draw_top(WeightPass& pass, int64_t vocab, int count, int32_t* out) {
   const bool alone = pass.terms == 0;
   pass.noisy = true;
-  int found = best_of_race(pass, vocab, count, alone ? kLeastScore : 0.0f, out);
+  int found = best_of_draw(pass, vocab, count, alone ? kLeastScore : 0.0f, out);
   if (!alone) {
     pass.noisy = false;
-    return found ? found : best_of_race(pass, vocab, count, 0.0f, out);
+    return found ? found : best_of_draw(pass, vocab, count, 0.0f, out);
   }
   if (found == count) return found;
-  // The rest of the same race, with weights relative to the greatest of those left: that is one factor for all scores.
+  // The rest of the same draw, with weights relative to the greatest of those left: that is one factor for all scores.
   const int64_t words = (vocab + 63) / 64;
   drawn_.assign(words, 0);
   if (pass.excluded) std::copy_n(pass.excluded, words, drawn_.begin());
@@ -209,13 +210,13 @@ int RowReader::race_top(WeightPass& pass, int64_t vocab, int count, int32_t* out
     for (; marked < found; marked++) drawn_[out[marked] / 64] |= uint64_t(1) << (out[marked] % 64);
     const float max = greatest_left(pass.target, vocab, pass.excluded);
     if (!(max > -kInfinity)) break;
-    pass.target.law.max = max;
-    pass.target.law.inverse_sum = 1.0f;
+    pass.target.distribution.max = max;
+    pass.target.distribution.inverse_sum = 1.0f;
     pass.noisy = true;
-    int more = best_of_race(pass, vocab, count - found, kLeastScore, out + found);
+    int more = best_of_draw(pass, vocab, count - found, kLeastScore, out + found);
     if (!more) {  // it takes a single token and a uniform that rounded to 1
       pass.noisy = false;
-      more = best_of_race(pass, vocab, 1, 0.0f, out + found);
+      more = best_of_draw(pass, vocab, 1, 0.0f, out + found);
     }
     found += more;
   }
@@ -223,10 +224,11 @@ int RowReader::race_top(WeightPass& pass, int64_t vocab, int count, int32_t* out
   return found;
 }
 
-float RowReader::greatest_left(const LawRow& row, int64_t vocab, const uint64_t* excluded) {
-  if (row.law.one_hot) return excluded[row.law.argmax / 64] >> (row.law.argmax % 64) & 1 ? -kInfinity : 0.0f;
-  std::vector<GreatestLeft> parts(team_.threads(), GreatestLeft(row.law, excluded));
-  team_.run(chunks_of(vocab), [&](int64_t chunk, int worker) {
+float RowReader::greatest_left(const DistributionRow& row, int64_t vocab, const uint64_t* excluded) {
+  if (row.distribution.one_hot)
+    return excluded[row.distribution.argmax / 64] >> (row.distribution.argmax % 64) & 1 ? -kInfinity : 0.0f;
+  std::vector<GreatestLeft> parts(pool_.threads(), GreatestLeft(row.distribution, excluded));
+  pool_.run(chunks_of(vocab), [&](int64_t chunk, int worker) {
     const int64_t begin = chunk * kChunk, end = std::min(begin + kChunk, vocab);
     if (!row.map) return kernels_.top({row.row, row.dtype, begin, end}, &parts[worker]);
     for (int64_t token = begin; token < end; token++) {
@@ -240,17 +242,18 @@ float RowReader::greatest_left(const LawRow& row, int64_t vocab, const uint64_t*
 }
 
 int RowReader::top_logits(const void* row, DType dtype, int64_t size, int count, int32_t* out) {
-  std::vector<Best> parts(team_.threads(), Best(size_t(count), false, true));
-  team_.run(chunks_of(size), [&](int64_t chunk, int worker) {
+  std::vector<Best> parts(pool_.threads(), Best(size_t(count), false, true));
+  pool_.run(chunks_of(size), [&](int64_t chunk, int worker) {
     kernels_.top({row, dtype, chunk * kChunk, std::min((chunk + 1) * kChunk, size)}, &parts[worker]);
   });
   return write_best(parts, count, out);
 }
 
-RhoSums RowReader::rho_sums(const LawRow& target, const LawRow& draft, float from, float step, int64_t vocab) {
+RhoSums RowReader::rho_sums(const DistributionRow& target, const DistributionRow& draft, float from, float step,
+                            int64_t vocab) {
   const int64_t chunks = chunks_of(vocab);
   sums_.resize(chunks * kRhoPoints);
-  team_.run(chunks, [&](int64_t chunk, int) {
+  pool_.run(chunks, [&](int64_t chunk, int) {
     kernels_.rho_sums(target, draft, from, step, chunk * kChunk, std::min((chunk + 1) * kChunk, vocab),
                       &sums_[chunk * kRhoPoints]);
   });

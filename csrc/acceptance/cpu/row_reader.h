@@ -1,4 +1,4 @@
-// Rows of logits as distributions, and races over them, on a team of threads.
+// Rows of logits as distributions, and draws over them, on a pool of threads.
 #pragma once
 
 #include <cstddef>
@@ -24,40 +24,41 @@ float logit_at(const void* row, DType dtype, int64_t place);
 // exponential.
 struct KeptRow {
   const void* row = nullptr;
-  float max, inverse_sum;                    // of the law that the weights are of: a walk may state a row's law anew
-  std::unique_ptr<float[]> weights, scales;  // of every entry, and of every kSumBlock of them: see LawRow
+  float max, inverse_sum;  // of the distribution that the weights are of: a walk may state a row's distribution anew
+  std::unique_ptr<float[]> weights, scales;  // of every entry, and of every kSumBlock of them: see DistributionRow
 
-  LawRow law_row(const void* of, DType dtype, const int32_t* map, const Law& law, float factor) const {
-    const bool has = row == of && !map && law.max == max && law.inverse_sum == inverse_sum;
-    return {of, dtype, map, law, factor, has ? weights.get() : nullptr, has ? scales.get() : nullptr};
+  DistributionRow distribution_row(const void* of, DType dtype, const int32_t* map,
+                                   const TokenDistribution& distribution, float factor) const {
+    const bool has = row == of && !map && distribution.max == max && distribution.inverse_sum == inverse_sum;
+    return {of, dtype, map, distribution, factor, has ? weights.get() : nullptr, has ? scales.get() : nullptr};
   }
 };
 
 // Scratch and threads; one for each row that is worked on at a time.
 class RowReader {
  public:
-  explicit RowReader(int threads) : kernels_(row_kernels()), team_(threads) {}
+  explicit RowReader(int threads) : kernels_(row_kernels()), pool_(threads) {}
 
   // One pass over the row; filters add passes (see row_filter.cpp). `keep` gets its weights; nothing where a filter,
   // temperature 0 or the entropy is asked for, and where they are too many.
-  Law law(const void* row, DType dtype, int64_t size, const RowSettings& settings, bool with_entropy,
-          KeptRow* keep = nullptr);
+  TokenDistribution distribution(const void* row, DType dtype, int64_t size, const RowSettings& settings,
+                                 bool with_entropy, KeptRow* keep = nullptr);
 
-  // Sum of the weights of `vocab` tokens and, with a race, its winner or -1.
-  Pass weigh(WeightPass& pass, int64_t vocab, bool race);
+  // Sum of the weights of `vocab` tokens and, with a draw, its winner or -1.
+  Pass weigh(WeightPass& pass, int64_t vocab, bool draw);
 
-  // The best `count` of a race, then -1. Returns how many there are. From p alone every possible token can come,
+  // The best `count` of a draw, then -1. Returns how many there are. From p alone every possible token can come,
   // however unlikely it is next to those before it. From a residual those come whose score float32 can hold, or if
   // there are none, the greatest weights.
-  int race_top(WeightPass& pass, int64_t vocab, int count, int32_t* out);
+  int draw_top(WeightPass& pass, int64_t vocab, int count, int32_t* out);
 
-  // The greatest entry that the law keeps, of tokens that are not excluded; -inf if there is none.
-  float greatest_left(const LawRow& row, int64_t vocab, const uint64_t* excluded);
+  // The greatest entry that the distribution keeps, of tokens that are not excluded; -inf if there is none.
+  float greatest_left(const DistributionRow& row, int64_t vocab, const uint64_t* excluded);
 
   // The greatest logits above -inf.
   int top_logits(const void* row, DType dtype, int64_t size, int count, int32_t* out);
 
-  RhoSums rho_sums(const LawRow& target, const LawRow& draft, float from, float step, int64_t vocab);
+  RhoSums rho_sums(const DistributionRow& target, const DistributionRow& draft, float from, float step, int64_t vocab);
 
  private:
   struct View {
@@ -70,18 +71,19 @@ class RowReader {
     double mass;
   };
 
-  int best_of_race(const WeightPass& pass, int64_t vocab, int count, float least, int32_t* out);
+  int best_of_draw(const WeightPass& pass, int64_t vocab, int count, float least, int32_t* out);
   ScanPart scan(const View& view, ScanKind kind, float scale, KeptRow* keep);
-  Kept filter(const View& row, const RowSettings& settings, const Law& law, double mass);
-  Cut narrow(const View& view, ScanKind kind, double target, const Law& law, double* reached);
-  Cut last_of(const View& view, float low, float high, ScanKind kind, double target, double above, const Law& law,
-              double* reached);
-  void sums_above(const View& view, ScanKind kind, const Law& law, const float* thresholds, double* sums);
+  Kept filter(const View& row, const RowSettings& settings, const TokenDistribution& distribution, double mass);
+  Cut narrow(const View& view, ScanKind kind, double target, const TokenDistribution& distribution, double* reached);
+  Cut last_of(const View& view, float low, float high, ScanKind kind, double target, double above,
+              const TokenDistribution& distribution, double* reached);
+  void sums_above(const View& view, ScanKind kind, const TokenDistribution& distribution, const float* thresholds,
+                  double* sums);
   int64_t collect(const View& view, float threshold, std::vector<float>& values, std::vector<int32_t>& places);
-  ScanPart kept(const View& view, const Law& law, const Cut& cut);
+  ScanPart kept(const View& view, const TokenDistribution& distribution, const Cut& cut);
 
   const RowKernels& kernels_;
-  Team team_;
+  ThreadPool pool_;
   std::vector<ScanPart> parts_;
   std::vector<float> sums_;
   std::vector<float> top_values_, values_;  // collected entries: those of top-k, and those around a cut

@@ -1,5 +1,5 @@
-// Sampling on CPUs: the law of a row, then one race over it. With at least as many rows as threads a thread owns a row,
-// else the threads share each row, chunk by chunk.
+// Sampling on CPUs: the distribution of a row, then one draw over it. With at least as many rows as threads a thread
+// owns a row, else the threads share each row, chunk by chunk.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
@@ -28,14 +28,14 @@ class RowSampler {
   // Returns the row's status.
   int32_t run() {
     const bool drafting = p.domain == SampleDomain::kDraft;
-    const Law law = reader.law(logits, p.dtype, p.vocab, settings, false, &kept);
+    const TokenDistribution distribution = reader.distribution(logits, p.dtype, p.vocab, settings, false, &kept);
     int drawn = 0;
-    if (law.valid || !drafting) drawn = draw(law);
+    if (distribution.valid || !drafting) drawn = draw(distribution);
     std::fill(tokens + drawn, tokens + p.count, -1);
-    if (logprobs || logsumexp) describe(law, law.valid || !drafting ? drawn : -1);
+    if (logprobs || logsumexp) describe(distribution, distribution.valid || !drafting ? drawn : -1);
     if (p.draft_to_target)
       for (int i = 0; i < drawn; ++i) tokens[i] = p.draft_to_target[tokens[i]];
-    return law.valid ? 0 : drafting ? kDraftInvalid : kTargetInvalid;
+    return distribution.valid ? 0 : drafting ? kDraftInvalid : kTargetInvalid;
   }
 
  private:
@@ -57,17 +57,17 @@ class RowSampler {
   }
 
   // Writes ids of the row; returns how many there are.
-  int draw(const Law& law) {
-    if (law.one_hot && (p.replacement || !law.valid || p.count == 1)) {
+  int draw(const TokenDistribution& distribution) {
+    if (distribution.one_hot && (p.replacement || !distribution.valid || p.count == 1)) {
       const int drawn = p.replacement ? p.count : 1;
-      std::fill(tokens, tokens + drawn, law.argmax);
+      std::fill(tokens, tokens + drawn, distribution.argmax);
       return drawn;
     }
-    if (law.one_hot) return reader.top_logits(logits, p.dtype, p.vocab, p.count, tokens);
+    if (distribution.one_hot) return reader.top_logits(logits, p.dtype, p.vocab, p.count, tokens);
     WeightPass pass{};
-    pass.target = kept.law_row(logits, p.dtype, nullptr, law, 1.0f);
+    pass.target = kept.distribution_row(logits, p.dtype, nullptr, distribution, 1.0f);
     pass.noise = noise(0);
-    if (!p.replacement && p.count > 1) return reader.race_top(pass, p.vocab, p.count, tokens);
+    if (!p.replacement && p.count > 1) return reader.draw_top(pass, p.vocab, p.count, tokens);
     for (int32_t i = 0; i < p.count; ++i) {
       pass.noise = noise(uint32_t(i));
       tokens[i] = reader.weigh(pass, p.vocab, true).winner;
@@ -77,10 +77,11 @@ class RowSampler {
 
   // Natural logarithms of q, for the tokens while they are still ids of the row. At temperature 0, where it would say
   // nothing, of temperature 1 without filters. drawn -1: there is no distribution.
-  void describe(Law law, int drawn) {
-    if (law.valid && law.one_hot) law = reader.law(logits, p.dtype, p.vocab, {1.0f, 0, 1.0f}, false);
+  void describe(TokenDistribution distribution, int drawn) {
+    if (distribution.valid && distribution.one_hot)
+      distribution = reader.distribution(logits, p.dtype, p.vocab, {1.0f, 0, 1.0f}, false);
     const double temperature = settings.temperature > 0 ? settings.temperature : 1.0;
-    const double total = law.max / temperature - std::log(double(law.inverse_sum));
+    const double total = distribution.max / temperature - std::log(double(distribution.inverse_sum));
     if (logsumexp) *logsumexp = drawn < 0 ? -kInfinity : float(total);
     if (!logprobs) return;
     for (int32_t i = 0; i < p.count; ++i) {

@@ -21,7 +21,7 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kFewToSort = 1024;
 constexpr double kFewToCopy = 8192;
-constexpr int kMostPasses = 14;  // enough to tell any two floats apart
+constexpr int kMaxPasses = 14;  // enough to tell any two floats apart
 
 // Unsigned integers in the order of the floats they stand for; both zeros have one.
 uint32_t key_of(float value) {
@@ -36,18 +36,21 @@ float value_of(uint32_t key) {
   return value;
 }
 
-float weight_of(const Law& law, float value) { return std::exp2((value - law.max) * law.scale); }
+float weight_of(const TokenDistribution& distribution, float value) {
+  return std::exp2((value - distribution.max) * distribution.scale);
+}
 
 int64_t chunks_of(int64_t size) { return (size + kChunk - 1) / kChunk; }
 
 }  // namespace
 
-void RowReader::sums_above(const View& view, ScanKind kind, const Law& law, const float* thresholds, double* sums) {
+void RowReader::sums_above(const View& view, ScanKind kind, const TokenDistribution& distribution,
+                           const float* thresholds, double* sums) {
   const int64_t chunks = chunks_of(view.size);
   sums_.resize(chunks * kThresholds);
-  team_.run(chunks, [&](int64_t chunk, int) {
+  pool_.run(chunks, [&](int64_t chunk, int) {
     const RowSpan span{view.row, view.dtype, chunk * kChunk, std::min((chunk + 1) * kChunk, view.size)};
-    kernels_.above(span, kind, law.max, law.scale, thresholds, &sums_[chunk * kThresholds]);
+    kernels_.above(span, kind, distribution.max, distribution.scale, thresholds, &sums_[chunk * kThresholds]);
   });
   std::fill(sums, sums + kThresholds, 0.0);
   for (int64_t i = 0; i < chunks * kThresholds; i++) sums[i % kThresholds] += sums_[i];
@@ -60,7 +63,7 @@ int64_t RowReader::collect(const View& view, float threshold, std::vector<float>
   values.resize(view.size);
   places.resize(view.size);
   counts_.resize(chunks);
-  team_.run(chunks, [&](int64_t chunk, int) {
+  pool_.run(chunks, [&](int64_t chunk, int) {
     const RowSpan span{view.row, view.dtype, chunk * kChunk, std::min((chunk + 1) * kChunk, view.size)};
     counts_[chunk] = kernels_.collect(span, threshold, &values[chunk * kChunk], &places[chunk * kChunk]);
   });
@@ -72,21 +75,21 @@ int64_t RowReader::collect(const View& view, float threshold, std::vector<float>
   return found;
 }
 
-ScanPart RowReader::kept(const View& view, const Law& law, const Cut& cut) {
+ScanPart RowReader::kept(const View& view, const TokenDistribution& distribution, const Cut& cut) {
   const int64_t chunks = chunks_of(view.size);
   parts_.resize(chunks);
-  team_.run(chunks, [&](int64_t chunk, int) {
+  pool_.run(chunks, [&](int64_t chunk, int) {
     const RowSpan span{view.row, view.dtype, chunk * kChunk, std::min((chunk + 1) * kChunk, view.size)};
-    parts_[chunk] = kernels_.kept(span, law.max, law.scale, cut);
+    parts_[chunk] = kernels_.kept(span, distribution.max, distribution.scale, cut);
   });
   double sum = 0, log_sum = 0;
   for (int64_t chunk = 0; chunk < chunks; chunk++) sum += parts_[chunk].sum, log_sum += parts_[chunk].log_sum;
-  return {law.max, 0, false, float(sum), float(log_sum)};
+  return {distribution.max, 0, false, float(sum), float(log_sum)};
 }
 
 // The cut itself, among the few entries of (low, high]; `above` is the amount above high.
 Cut RowReader::last_of(const View& view, float low, float high, ScanKind kind, double target, double above,
-                       const Law& law, double* reached) {
+                       const TokenDistribution& distribution, double* reached) {
   const int64_t found = collect(view, low, values_, places_);
   order_.clear();
   for (int64_t i = 0; i < found; i++)
@@ -95,19 +98,20 @@ Cut RowReader::last_of(const View& view, float low, float high, ScanKind kind, d
   *reached = above;
   for (const uint64_t entry : order_) {
     const float value = value_of(~uint32_t(entry >> 32));
-    *reached += kind == ScanKind::kSum ? weight_of(law, value) : 1.0f;
+    *reached += kind == ScanKind::kSum ? weight_of(distribution, value) : 1.0f;
     if (*reached >= target) return {value, int64_t(uint32_t(entry))};
   }
   return {-kInfinity, std::numeric_limits<int64_t>::max()};  // the whole row does not reach it
 }
 
-Cut RowReader::narrow(const View& view, ScanKind kind, double target, const Law& law, double* reached) {
-  float low = -kInfinity, high = law.max, thresholds[kThresholds];
+Cut RowReader::narrow(const View& view, ScanKind kind, double target, const TokenDistribution& distribution,
+                      double* reached) {
+  float low = -kInfinity, high = distribution.max, thresholds[kThresholds];
   double above = 0, within = double(view.size), sums[kThresholds];
-  const float step = 1.0f / law.scale;  // halves a weight
-  for (int i = 0; i < kThresholds; i++) thresholds[i] = law.max - step * float(1 << i) * 0.75f;
-  for (int pass = 0; pass < kMostPasses && within > kFewToSort && key_of(high) - key_of(low) > 1; pass++) {
-    sums_above(view, kind, law, thresholds, sums);
+  const float step = 1.0f / distribution.scale;  // halves a weight
+  for (int i = 0; i < kThresholds; i++) thresholds[i] = distribution.max - step * float(1 << i) * 0.75f;
+  for (int pass = 0; pass < kMaxPasses && within > kFewToSort && key_of(high) - key_of(low) > 1; pass++) {
+    sums_above(view, kind, distribution, thresholds, sums);
     double reached_at_low = -1;
     for (int i = 0; i < kThresholds && reached_at_low < 0; i++) {
       if (!(thresholds[i] < high && thresholds[i] > low)) continue;
@@ -120,22 +124,23 @@ Cut RowReader::narrow(const View& view, ScanKind kind, double target, const Law&
       }
     }
     if (reached_at_low >= 0) {
-      const double least = kind == ScanKind::kSum ? std::max(weight_of(law, low), 1e-38f) : 1.0;
+      const double least = kind == ScanKind::kSum ? std::max(weight_of(distribution, low), 1e-38f) : 1.0;
       within = (reached_at_low - above) / least;
     }
     const uint64_t from = key_of(low), range = key_of(high) - from;
     for (int i = 0; i < kThresholds; i++)
       thresholds[i] = value_of(uint32_t(from + range * uint64_t(kThresholds - i) / (kThresholds + 1)));
   }
-  return last_of(view, low, high, kind, target, above, law, reached);
+  return last_of(view, low, high, kind, target, above, distribution, reached);
 }
 
-RowReader::Kept RowReader::filter(const View& row, const RowSettings& settings, const Law& law, double mass) {
+RowReader::Kept RowReader::filter(const View& row, const RowSettings& settings, const TokenDistribution& distribution,
+                                  double mass) {
   View view = row;
   Cut cut{-kInfinity, std::numeric_limits<int64_t>::max()};
   if (settings.top_k > 0 && settings.top_k < row.size) {
     double reached = 0;
-    cut = narrow(row, ScanKind::kPeak, settings.top_k, law, &reached);
+    cut = narrow(row, ScanKind::kPeak, settings.top_k, distribution, &reached);
     if (cut.value > -kInfinity && settings.top_k <= kFewToCopy) {
       // Of the entries that equal the cut some may be beyond it; they are dropped.
       const float below = std::nextafter(cut.value, -kInfinity);
@@ -145,15 +150,15 @@ RowReader::Kept RowReader::filter(const View& row, const RowSettings& settings, 
         if (top_values_[i] > cut.value || top_places_[i] <= cut.last)
           top_values_[size] = top_values_[i], top_places_[size++] = top_places_[i];
       view = {top_values_.data(), DType::kFloat32, size};
-      mass = kept(view, law, {-kInfinity, size}).sum;
+      mass = kept(view, distribution, {-kInfinity, size}).sum;
     } else {
-      mass = kept(row, law, cut).sum;
+      mass = kept(row, distribution, cut).sum;
     }
   }
   if (settings.top_p < 1) {
     double reached = 0;
     const double target = std::max(double(settings.top_p) * mass, 1e-300);
-    Cut shorter = narrow(view, ScanKind::kSum, target, law, &reached);
+    Cut shorter = narrow(view, ScanKind::kSum, target, distribution, &reached);
     if (shorter.value > -kInfinity && view.row != row.row) shorter.last = top_places_[shorter.last];
     if (shorter.value > cut.value || (shorter.value == cut.value && shorter.last < cut.last)) {
       cut = shorter;
@@ -163,52 +168,52 @@ RowReader::Kept RowReader::filter(const View& row, const RowSettings& settings, 
   return {cut, mass};
 }
 
-Law RowReader::law(const void* row, DType dtype, int64_t size, const RowSettings& settings, bool with_entropy,
-                   KeptRow* keep) {
+TokenDistribution RowReader::distribution(const void* row, DType dtype, int64_t size, const RowSettings& settings,
+                                          bool with_entropy, KeptRow* keep) {
   const View view{row, dtype, size};
   const bool greedy = !(settings.temperature > 0);
   const float scale = greedy ? 0.0f : 1.44269504f / settings.temperature;
   const bool filtered = (settings.top_k > 0 && settings.top_k < size) || settings.top_p < 1;
   const ScanKind kind = greedy ? ScanKind::kPeak : with_entropy && !filtered ? ScanKind::kEntropy : ScanKind::kSum;
   if (keep) keep->row = nullptr;
-  if (kind != ScanKind::kSum || filtered || size > kMostKept) keep = nullptr;
+  if (kind != ScanKind::kSum || filtered || size > kMaxKept) keep = nullptr;
   const ScanPart part = scan(view, kind, scale, keep);
 
-  Law law{};
-  law.max = part.max;
-  law.scale = scale;
-  law.inverse_sum = 1.0f;
-  law.cut = -kInfinity;
-  law.cut_id = kEveryId;
-  law.argmax = int32_t(part.argmax);
-  law.valid = !part.has_nan && std::isfinite(part.max);
-  law.one_hot = greedy || !law.valid;
-  if (law.one_hot) return law;
+  TokenDistribution distribution{};
+  distribution.max = part.max;
+  distribution.scale = scale;
+  distribution.inverse_sum = 1.0f;
+  distribution.cut = -kInfinity;
+  distribution.cut_id = kEveryId;
+  distribution.argmax = int32_t(part.argmax);
+  distribution.valid = !part.has_nan && std::isfinite(part.max);
+  distribution.one_hot = greedy || !distribution.valid;
+  if (distribution.one_hot) return distribution;
 
   double mass = part.sum, log_mass = part.log_sum;
   if (filtered) {
-    const Kept left = filter(view, settings, law, mass);
-    law.cut = left.cut.value;
-    law.cut_id = int32_t(std::min<int64_t>(left.cut.last, kEveryId));
+    const Kept left = filter(view, settings, distribution, mass);
+    distribution.cut = left.cut.value;
+    distribution.cut_id = int32_t(std::min<int64_t>(left.cut.last, kEveryId));
     mass = left.mass;
     if (with_entropy) {
-      const ScanPart exact = kept(view, law, left.cut);
+      const ScanPart exact = kept(view, distribution, left.cut);
       mass = exact.sum;
       log_mass = exact.log_sum;
     }
   }
-  law.inverse_sum = float(1.0 / mass);
+  distribution.inverse_sum = float(1.0 / mass);
   if (keep) {
     keep->row = row;
-    keep->max = law.max;
-    keep->inverse_sum = law.inverse_sum;
+    keep->max = distribution.max;
+    keep->inverse_sum = distribution.inverse_sum;
     for (int64_t block = 0; block * kSumBlock < size; block++) {
       float& top = keep->scales[block];
-      top = std::exp2((top - law.max) * scale) * law.inverse_sum;
+      top = std::exp2((top - distribution.max) * scale) * distribution.inverse_sum;
     }
   }
-  if (with_entropy) law.entropy = float(std::log(mass) - 0.6931471805599453 * log_mass / mass);
-  return law;
+  if (with_entropy) distribution.entropy = float(std::log(mass) - 0.6931471805599453 * log_mass / mass);
+  return distribution;
 }
 
 ScanPart RowReader::scan(const View& view, ScanKind kind, float scale, KeptRow* keep) {
@@ -221,7 +226,7 @@ ScanPart RowReader::scan(const View& view, ScanKind kind, float scale, KeptRow* 
   }
   float *weights = keep ? keep->weights.get() : nullptr, *tops = keep ? keep->scales.get() : nullptr;
   parts_.resize(chunks);
-  team_.run(chunks, [&](int64_t chunk, int) {
+  pool_.run(chunks, [&](int64_t chunk, int) {
     const RowSpan span{view.row, view.dtype, chunk * kChunk, std::min((chunk + 1) * kChunk, view.size)};
     parts_[chunk] = kernels_.scan(span, kind, scale, weights, tops);
   });

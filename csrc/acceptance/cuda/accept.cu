@@ -16,7 +16,7 @@ namespace {
 
 constexpr int64_t kEagerRows = 128;
 constexpr int32_t kEagerVocab = 16384;
-constexpr int64_t kMostBlocks = 0x7fffffff;
+constexpr int64_t kMaxBlocks = 0x7fffffff;
 
 bool takes_eager_path(const AcceptLaunch& launch) {
   if (launch.call.target_is_ids || launch.launch_path == AcceptPath::kLazy) return false;
@@ -44,18 +44,18 @@ cudaError_t accept_cuda(const AcceptLaunch& arguments, int device, cudaStream_t 
   lay_out(launch, eager);
   const size_t reduce_bytes = SharedMemory::bytes<uint32_t>(TeamReducer::kWords);
   const int64_t row_blocks = int64_t(p.batch) * table_rows(p) * launch.spans;
-  if (row_blocks > kMostBlocks) return cudaErrorInvalidValue;
+  if (row_blocks > kMaxBlocks) return cudaErrorInvalidValue;
   const dim3 span_threads(team_threads(min(p.vocab, kEagerSpan)));
   if (eager) {
-    const cudaError_t error = specdec::launch(accept_laws_kernel, dim3(unsigned(row_blocks)), span_threads,
+    const cudaError_t error = specdec::launch(accept_distributions_kernel, dim3(unsigned(row_blocks)), span_threads,
                                               reduce_bytes + CutScratch::bytes(), device, stream, launch);
     if (error != cudaSuccess) return error;
   }
-  const dim3 walk_threads(p.target_is_ids ? kWarpSize : min(kWarpSize + team_threads(p.vocab), kWalkMostThreads));
+  const dim3 walk_threads(p.target_is_ids ? kWarpSize : min(kWarpSize + team_threads(p.vocab), kWalkMaxThreads));
   const cudaError_t error =
       specdec::launch(accept_walk_kernel, dim3(p.batch), walk_threads, WalkShared::bytes(p), device, stream, launch);
   if (error != cudaSuccess || !eager) return error;
-  return specdec::launch(accept_race_kernel, dim3(unsigned(p.batch * launch.spans)), span_threads, reduce_bytes, device,
+  return specdec::launch(accept_draw_kernel, dim3(unsigned(p.batch * launch.spans)), span_threads, reduce_bytes, device,
                          stream, launch);
 }
 

@@ -1,17 +1,17 @@
 // Acceptance on a GPU: from rows of logits to accepted tokens.
 //
 // Lazy path, one launch: a block owns a request. Its first warp walks the tree (accept_walk.h), all lanes alike, and
-// the other warps are a team that serves it: the law of a row, the sum of a node's weights, a race. The walk posts a
-// task in shared memory and waits until it is served. So each pass over a row is compiled once, whatever the number of
-// rules that ask for it, the walk's state takes no registers from the passes, and a block reads what the walk asks for
-// and nothing else: the rows of the nodes it reaches, one pass for the law (three with top-k or top-p, as a rule), one
-// for each rejection that needs a sum, one for the race that draws the next token. The links and tokens of the tree are
-// copied to shared memory first, for a walk is a chain of dependent reads.
+// the other warps are a team that serves it: the distribution of a row, the sum of a node's weights, a draw. The walk
+// posts a task in shared memory and waits until it is served. So each pass over a row is compiled once, whatever the
+// number of rules that ask for it, the walk's state takes no registers from the passes, and a block reads what the walk
+// asks for and nothing else: the rows of the nodes it reaches, one pass for the distribution (three with top-k or
+// top-p, as a rule), one for each rejection that needs a sum, one for the draw that draws the next token. The links and
+// tokens of the tree are copied to shared memory first, for a walk is a chain of dependent reads.
 //
-// Eager path, three launches, for few requests, where one block each would leave the GPU idle: the laws of all rows
-// that have a node, each row split over blocks, the last one of which merges the parts in the order of the row and
-// applies the filters; then the walk as above, with laws from memory and without its last race; then that race, split
-// over blocks in the same way. No block ever waits for another one.
+// Eager path, three launches, for few requests, where one block each would leave the GPU idle: the distributions of all
+// rows that have a node, each row split over blocks, the last one of which merges the parts in the order of the row and
+// applies the filters; then the walk as above, with distributions from memory and without its last draw; then that
+// draw, split over blocks in the same way. No block ever waits for another one.
 //
 // Shared memory: one bit per token of the vocabulary for tokens that can't be drawn any more, 16 KiB for cuts, 12 bytes
 // per node. Scratch in global memory: what the rule keeps per node or level, and the tables of the eager path.
@@ -26,26 +26,26 @@
 namespace specdec {
 
 constexpr int kPostedBarrier = 2, kServedBarrier = 3;
-constexpr int32_t kMostStagedNodes = 1024;
-constexpr int kWalkMostThreads = 384;  // the walk's warp and a team: more would leave the walk too few registers
+constexpr int32_t kMaxStagedNodes = 1024;
+constexpr int kWalkMaxThreads = 384;  // the walk's warp and a team: more would leave the walk too few registers
 
-enum class Task : int32_t {
+enum class TaskKind : int32_t {
   kStop,
-  kTargetLaw,
-  kDraftLaw,
+  kTargetDistribution,
+  kDraftDistribution,
   kTargetProbability,
   kDraftProbability,
   kPass,
-  kRace,
-  kRaceTop,
+  kDraw,
+  kDrawTop,
   kTopLogits,
   kRhoSums,
   kGreatestOfDraft,
-  kDeferRace
+  kDeferDraw
 };
 
-struct Order {
-  Task task;
+struct Task {
+  TaskKind kind;
   int32_t row, count;  // count: or a token
   bool with_entropy;
   float low, step;
@@ -55,7 +55,7 @@ struct Order {
 };
 
 struct Answer {
-  Law law;
+  TokenDistribution distribution;
   Pass pass;
   RhoSums rho;
 };
@@ -63,7 +63,7 @@ struct Answer {
 struct WalkShared {
   uint32_t* slots;  // of the reductions
   uint32_t* bits;   // excluded tokens
-  Order* order;
+  Task* task;
   Answer* answer;
   AcceptParams* call;  // with links and tokens in shared memory
   int32_t* nodes;      // [3, nodes] tokens, first children, next siblings; or target ids, tokens, ...
@@ -72,61 +72,61 @@ struct WalkShared {
   __device__ WalkShared(SharedMemory& memory, const AcceptParams& p)
       : slots(memory.take<uint32_t>(TeamReducer::kWords)),
         bits(memory.take<uint32_t>(bit_words(p))),
-        order(memory.take<Order>(1)),
+        task(memory.take<Task>(1)),
         answer(memory.take<Answer>(1)),
         call(memory.take<AcceptParams>(1)),
         nodes(memory.take<int32_t>(staged(p))),
         cut(memory) {}
   static size_t bytes(const AcceptParams& p) {
     return SharedMemory::bytes<uint32_t>(TeamReducer::kWords) + SharedMemory::bytes<uint32_t>(bit_words(p)) +
-           SharedMemory::bytes<Order>(1) + SharedMemory::bytes<Answer>(1) + SharedMemory::bytes<AcceptParams>(1) +
+           SharedMemory::bytes<Task>(1) + SharedMemory::bytes<Answer>(1) + SharedMemory::bytes<AcceptParams>(1) +
            SharedMemory::bytes<int32_t>(staged(p)) + CutScratch::bytes();
   }
   __host__ __device__ static int32_t staged(const AcceptParams& p) {
-    return p.nodes <= kMostStagedNodes ? 4 * p.nodes : 0;
+    return p.nodes <= kMaxStagedNodes ? 4 * p.nodes : 0;
   }
 };
 
 // What the walk knows of the models: orders to the team, and reads of single logits.
-class WalkerRows {
+class ControlWarp {
  public:
-  __device__ WalkerRows(const AcceptLaunch& launch, const WalkShared& shared, int32_t request)
+  __device__ ControlWarp(const AcceptLaunch& launch, const WalkShared& shared, int32_t request)
       : shared_(shared),
         rows_{*shared.call, request},
-        laws_(laws_of(launch, request)),
+        distributions_(distributions_of(launch, request)),
         nodes_(launch.call.nodes),
         threads_(int32_t(blockDim.x)) {}
 
   __device__ bool leader() const { return threadIdx.x == 0; }
   __device__ void sync() const { warp_sync(); }
 
-  __device__ Law target_law(int32_t node, bool with_entropy) {
-    if (laws_ != nullptr) return laws_[node];
+  __device__ TokenDistribution target_distribution(int32_t node, bool with_entropy) {
+    if (distributions_ != nullptr) return distributions_[node];
     if (leader()) {
-      shared_.order->row = node;
-      shared_.order->with_entropy = with_entropy;
+      shared_.task->row = node;
+      shared_.task->with_entropy = with_entropy;
     }
-    post(Task::kTargetLaw);
-    return shared_.answer->law;
+    post(TaskKind::kTargetDistribution);
+    return shared_.answer->distribution;
   }
-  __device__ Law draft_law(int32_t row) {
-    if (laws_ != nullptr) return laws_[nodes_ + row];
-    if (leader()) shared_.order->row = row;
-    post(Task::kDraftLaw);
-    return shared_.answer->law;
+  __device__ TokenDistribution draft_distribution(int32_t row) {
+    if (distributions_ != nullptr) return distributions_[nodes_ + row];
+    if (leader()) shared_.task->row = row;
+    post(TaskKind::kDraftDistribution);
+    return shared_.answer->distribution;
   }
-  __device__ float target_probability(const Law& law, int32_t node, int32_t token) const {
-    return proposal(Task::kTargetProbability, law, node, token).probability;
+  __device__ float target_probability(const TokenDistribution& distribution, int32_t node, int32_t token) const {
+    return proposal(TaskKind::kTargetProbability, distribution, node, token).probability;
   }
-  __device__ float draft_probability(const Law& law, int32_t row, int32_t token) const {
-    return draft_proposal(law, row, token).probability;
+  __device__ float draft_probability(const TokenDistribution& distribution, int32_t row, int32_t token) const {
+    return draft_proposal(distribution, row, token).probability;
   }
-  __device__ Proposal draft_proposal(const Law& law, int32_t row, int32_t token) const {
-    return proposal(Task::kDraftProbability, law, row, token);
+  __device__ Proposal draft_proposal(const TokenDistribution& distribution, int32_t row, int32_t token) const {
+    return proposal(TaskKind::kDraftProbability, distribution, row, token);
   }
-  __device__ float greatest_of_draft(const Law& law, int32_t row) {
-    if (leader()) shared_.order->weights.first = {law, row, 1.0f};
-    post(Task::kGreatestOfDraft);
+  __device__ float greatest_of_draft(const TokenDistribution& distribution, int32_t row) {
+    if (leader()) shared_.task->weights.first = {distribution, row, 1.0f};
+    post(TaskKind::kGreatestOfDraft);
     return shared_.answer->pass.sum;
   }
 
@@ -139,39 +139,40 @@ class WalkerRows {
   __device__ bool excluded(int32_t token) const { return has_token(shared_.bits, token); }
 
   __device__ Pass pass(const Weights& weights) {
-    if (leader()) shared_.order->weights = weights;
-    post(Task::kPass);
+    if (leader()) shared_.task->weights = weights;
+    post(TaskKind::kPass);
     return shared_.answer->pass;
   }
-  // With laws in memory the last race is left to a launch of its own, and any token stands for its winner.
-  __device__ Pass race(const Weights& weights, const NoiseKey& noise) {
-    const bool later = laws_ != nullptr && noise.domain != kNoiseSample;
+  // With distributions in memory the last draw is left to a launch of its own, and any token stands for its winner.
+  __device__ Pass draw(const Weights& weights, const NoiseKey& noise) {
+    const bool later = distributions_ != nullptr && noise.domain != kNoiseSample;
     give(weights, noise);
-    post(later ? Task::kDeferRace : Task::kRace);
+    post(later ? TaskKind::kDeferDraw : TaskKind::kDraw);
     return later ? Pass{1.0f, 0} : shared_.answer->pass;
   }
-  __device__ void race_top(const Weights& weights, const NoiseKey& noise, int32_t count, int32_t* out) {
+  __device__ void draw_top(const Weights& weights, const NoiseKey& noise, int32_t count, int32_t* out) {
     give(weights, noise);
     give_output(0, count, out);
-    post(Task::kRaceTop);
+    post(TaskKind::kDrawTop);
   }
   __device__ void top_logits(int32_t node, int32_t count, int32_t* out) {
     give_output(node, count, out);
-    post(Task::kTopLogits);
+    post(TaskKind::kTopLogits);
   }
-  __device__ RhoSums rho_sums(int32_t node, const Law& target, const Law& draft, float low, float step) {
+  __device__ RhoSums rho_sums(int32_t node, const TokenDistribution& target, const TokenDistribution& draft, float low,
+                              float step) {
     if (leader()) {
-      shared_.order->weights.node = node;
-      shared_.order->weights.target = target;
-      shared_.order->weights.first = {draft, node, 1.0f};
-      shared_.order->low = low;
-      shared_.order->step = step;
+      shared_.task->weights.node = node;
+      shared_.task->weights.target = target;
+      shared_.task->weights.first = {draft, node, 1.0f};
+      shared_.task->low = low;
+      shared_.task->step = step;
     }
-    post(Task::kRhoSums);
+    post(TaskKind::kRhoSums);
     return shared_.answer->rho;
   }
   __device__ void stop() {
-    if (leader()) shared_.order->task = Task::kStop;
+    if (leader()) shared_.task->kind = TaskKind::kStop;
     if (threads_ > kWarpSize) group_sync<kPostedBarrier>(threads_);
   }
 
@@ -184,41 +185,41 @@ class WalkerRows {
  private:
   __device__ void give(const Weights& weights, const NoiseKey& noise) {
     if (!leader()) return;
-    shared_.order->weights = weights;
-    shared_.order->noise = noise;
+    shared_.task->weights = weights;
+    shared_.task->noise = noise;
   }
   __device__ void give_output(int32_t row, int32_t count, int32_t* out) {
     if (!leader()) return;
-    shared_.order->row = row;
-    shared_.order->count = count;
-    shared_.order->out = out;
+    shared_.task->row = row;
+    shared_.task->count = count;
+    shared_.task->out = out;
   }
-  // One element of a row: the code for it is large next to the order for it.
-  __device__ Proposal proposal(Task task, const Law& law, int32_t row, int32_t token) const {
+  // One element of a row: the code for it is large next to the task for it.
+  __device__ Proposal proposal(TaskKind task, const TokenDistribution& distribution, int32_t row, int32_t token) const {
     if (leader()) {
-      shared_.order->weights.target = law;
-      shared_.order->row = row;
-      shared_.order->count = token;
+      shared_.task->weights.target = distribution;
+      shared_.task->row = row;
+      shared_.task->count = token;
     }
     post(task);
     return {shared_.answer->pass.sum, shared_.answer->pass.winner != 0};
   }
-  __device__ void post(Task task) const {
-    if (leader()) shared_.order->task = task;
+  __device__ void post(TaskKind task) const {
+    if (leader()) shared_.task->kind = task;
     group_sync<kPostedBarrier>(threads_);
     group_sync<kServedBarrier>(threads_);
   }
 
   const WalkShared& shared_;
   RequestRows rows_;
-  const Law* laws_;  // [2, nodes] of target and draft rows, or nullptr
+  const TokenDistribution* distributions_;  // [2, nodes] of target and draft rows, or nullptr
   int32_t nodes_, threads_;
 };
 
-// The team's side: one order after the other.
-class Servants {
+// The team's side: one task after the other.
+class WorkerWarps {
  public:
-  __device__ Servants(const AcceptLaunch& launch, const WalkShared& shared, int32_t request)
+  __device__ WorkerWarps(const AcceptLaunch& launch, const WalkShared& shared, int32_t request)
       : launch_(launch),
         shared_(shared),
         rows_{*shared.call, request},
@@ -227,8 +228,8 @@ class Servants {
   __device__ __forceinline__ void run() {
     for (;;) {
       group_sync<kPostedBarrier>(int(blockDim.x));
-      if (shared_.order->task == Task::kStop) return;
-      serve(*shared_.order);
+      if (shared_.task->kind == TaskKind::kStop) return;
+      serve(*shared_.task);
       group_sync<kServedBarrier>(int(blockDim.x));
     }
   }
@@ -236,83 +237,84 @@ class Servants {
  private:
   __device__ bool leader() const { return reduce_.team.rank == 0; }
 
-  __device__ __forceinline__ void serve(const Order& order) {
-    switch (order.task) {
-      case Task::kStop:
+  __device__ __forceinline__ void serve(const Task& task) {
+    switch (task.kind) {
+      case TaskKind::kStop:
         break;
-      case Task::kTargetLaw:
-      case Task::kDraftLaw:
-        answer_law(order);
+      case TaskKind::kTargetDistribution:
+      case TaskKind::kDraftDistribution:
+        answer_distribution(task);
         break;
-      case Task::kTargetProbability:
-      case Task::kDraftProbability:
+      case TaskKind::kTargetProbability:
+      case TaskKind::kDraftProbability:
         if (leader()) {
-          const Proposal found = proposal(order);
+          const Proposal found = proposal(task);
           shared_.answer->pass = {found.probability, found.possible};
         }
         break;
-      case Task::kPass:
-      case Task::kRace:
-      case Task::kRaceTop:
-        answer_race(order);
+      case TaskKind::kPass:
+      case TaskKind::kDraw:
+      case TaskKind::kDrawTop:
+        answer_draw(task);
         break;
-      case Task::kGreatestOfDraft: {
-        const float greatest = greatest_of_draft(reduce_, rows_, order.weights.first, shared_.bits);
+      case TaskKind::kGreatestOfDraft: {
+        const float greatest = greatest_of_draft(reduce_, rows_, task.weights.first, shared_.bits);
         if (leader()) shared_.answer->pass.sum = greatest;
         break;
       }
-      case Task::kTopLogits:
-        answer_top_logits(order);
+      case TaskKind::kTopLogits:
+        answer_top_logits(task);
         break;
-      case Task::kRhoSums: {
-        const RhoSums sums = rho_sums_of(reduce_, rows_, order.weights, order.low, order.step);
+      case TaskKind::kRhoSums: {
+        const RhoSums sums = rho_sums_of(reduce_, rows_, task.weights, task.low, task.step);
         if (leader()) shared_.answer->rho = sums;
         break;
       }
-      case Task::kDeferRace:
-        defer_race(order);
+      case TaskKind::kDeferDraw:
+        defer_draw(task);
         break;
     }
   }
 
-  __device__ __forceinline__ void answer_law(const Order& order) {
-    const bool of_target = order.task == Task::kTargetLaw;
-    const Row row = of_target ? rows_.target(order.row) : rows_.draft(order.row);
+  __device__ __forceinline__ void answer_distribution(const Task& task) {
+    const bool of_target = task.kind == TaskKind::kTargetDistribution;
+    const Row row = of_target ? rows_.target(task.row) : rows_.draft(task.row);
     const Sampling sampling = row_sampling(rows_, of_target);
-    const LawPart part = law_part(reduce_, row, whole(row), scale_of(sampling.temperature));
-    const Law law = finished_law(reduce_, shared_.cut, row, part, sampling, of_target && order.with_entropy);
-    if (leader()) shared_.answer->law = law;
+    const DistributionPart part = distribution_part(reduce_, row, whole(row), scale_of(sampling.temperature));
+    const TokenDistribution distribution =
+        finished_distribution(reduce_, shared_.cut, row, part, sampling, of_target && task.with_entropy);
+    if (leader()) shared_.answer->distribution = distribution;
   }
 
-  __device__ Proposal proposal(const Order& order) const {
-    const bool of_target = order.task == Task::kTargetProbability;
-    const int32_t id = of_target ? order.count : rows_.draft_id(order.count);
+  __device__ Proposal proposal(const Task& task) const {
+    const bool of_target = task.kind == TaskKind::kTargetProbability;
+    const int32_t id = of_target ? task.count : rows_.draft_id(task.count);
     if (id < 0) return {0.0f, false};
-    const Law& law = order.weights.target;
-    if (law.one_hot) return {id == law.argmax ? 1.0f : 0.0f, id == law.argmax};
-    const float logit = logit_at(of_target ? rows_.target(order.row) : rows_.draft(order.row), id);
-    return {probability_of(law, logit, id), logit > negative_infinity() && keeps(law, logit, id)};
+    const TokenDistribution& distribution = task.weights.target;
+    if (distribution.one_hot) return {id == distribution.argmax ? 1.0f : 0.0f, id == distribution.argmax};
+    const float logit = logit_at(of_target ? rows_.target(task.row) : rows_.draft(task.row), id);
+    return {probability_of(distribution, logit, id), logit > negative_infinity() && keeps(distribution, logit, id)};
   }
 
-  // The best tokens of one race come out one by one: each pass looks below the one before. Where p alone is raced for
-  // and a score is not sure, the drawn tokens are excluded, and the rest of the race is one relative to the greatest
+  // The best tokens of one draw come out one by one: each pass looks below the one before. Where p alone is drew for
+  // and a score is not sure, the drawn tokens are excluded, and the rest of the draw is one relative to the greatest
   // logit left: that is one factor for all scores.
-  __device__ __forceinline__ void answer_race(const Order& order) {
-    const bool many = order.task == Task::kRaceTop;
-    const NoiseKey noise = order.noise;
+  __device__ __forceinline__ void answer_draw(const Task& task) {
+    const bool many = task.kind == TaskKind::kDrawTop;
+    const NoiseKey noise = task.noise;
     uint64_t limit = kNoLimit;
-    for (int32_t i = 0; i < (many ? order.count : 1);) {
-      const WeightsSum sum = pass_over(reduce_, rows_, order.weights, shared_.bits, {0, rows_.p.vocab},
-                                       order.task != Task::kPass, noise, limit);
+    for (int32_t i = 0; i < (many ? task.count : 1);) {
+      const WeightsSum sum = pass_over(reduce_, rows_, task.weights, shared_.bits, {0, rows_.p.vocab},
+                                       task.kind != TaskKind::kPass, noise, limit);
       const bool stated = limit == kNoLimit && i > 0;  // it has been so for this token
-      if (many && i > 0 && !stated && !is_sure(sum.best) && state_anew(order, i)) {
+      if (many && i > 0 && !stated && !is_sure(sum.best) && state_anew(task, i)) {
         limit = kNoLimit;
         continue;
       }
       limit = sum.best;
       if (leader()) {
         if (many) {
-          order.out[i] = token_or_none(sum.best);
+          task.out[i] = token_or_none(sum.best);
         } else {
           shared_.answer->pass = {sum.sum, token_or_none(sum.best)};
         }
@@ -320,46 +322,47 @@ class Servants {
       ++i;
     }
     if (many && leader()) {
-      for (int32_t i = 0; i < order.count; ++i) {
-        if (order.out[i] >= 0) shared_.bits[order.out[i] / 32] = 0;
+      for (int32_t i = 0; i < task.count; ++i) {
+        if (task.out[i] >= 0) shared_.bits[task.out[i] / 32] = 0;
       }
     }
   }
 
-  // Excludes the first `drawn` tokens and makes the target's law relative to what is left. False where that can't be.
-  __device__ bool state_anew(const Order& order, int32_t drawn) {
-    const Weights& weights = order.weights;
+  // Excludes the first `drawn` tokens and makes the target's distribution relative to what is left. False where that
+  // can't be.
+  __device__ bool state_anew(const Task& task, int32_t drawn) {
+    const Weights& weights = task.weights;
     if (weights.terms > 0 || weights.target.one_hot) return false;
     if (leader()) {
       for (int32_t i = 0; i < drawn; ++i) {
-        if (order.out[i] >= 0) shared_.bits[order.out[i] / 32] |= 1u << order.out[i] % 32;
+        if (task.out[i] >= 0) shared_.bits[task.out[i] / 32] |= 1u << task.out[i] % 32;
       }
     }
     reduce_.team.sync();
     const float max = greatest_left(reduce_, rows_.target(weights.node), weights.target,
                                     [&](int32_t id) { return !has_token(shared_.bits, id); });
     if (leader() && max > negative_infinity()) {
-      shared_.order->weights.target.max = max;
-      shared_.order->weights.target.inverse_sum = 1.0f;
+      shared_.task->weights.target.max = max;
+      shared_.task->weights.target.inverse_sum = 1.0f;
     }
     reduce_.team.sync();
     return max > negative_infinity();
   }
 
-  __device__ void answer_top_logits(const Order& order) {
+  __device__ void answer_top_logits(const Task& task) {
     uint64_t limit = kNoLimit;
-    for (int32_t i = 0; i < order.count; ++i) {
-      limit = greatest_logit(reduce_, rows_.target(order.row), {0, rows_.p.vocab}, limit);
-      if (leader()) order.out[i] = token_or_none(limit);
+    for (int32_t i = 0; i < task.count; ++i) {
+      limit = greatest_logit(reduce_, rows_.target(task.row), {0, rows_.p.vocab}, limit);
+      if (leader()) task.out[i] = token_or_none(limit);
     }
   }
 
-  __device__ void defer_race(const Order& order) {
-    const LastRace race = race_of(launch_, rows_.request);
+  __device__ void defer_draw(const Task& task) {
+    const LastDraw draw = draw_of(launch_, rows_.request);
     for (int32_t word = reduce_.team.rank; word < bit_words(rows_.p); word += reduce_.team.size) {
-      race.bits[word] = shared_.bits[word];
+      draw.bits[word] = shared_.bits[word];
     }
-    if (leader()) *race.order = {order.noise, order.weights, true};
+    if (leader()) *draw.deferred = {task.noise, task.weights, true};
   }
 
   const AcceptLaunch& launch_;
@@ -404,19 +407,19 @@ __device__ inline void stage(const AcceptLaunch& launch, const WalkShared& share
   }
 }
 
-__global__ void __launch_bounds__(kWalkMostThreads, 1) accept_walk_kernel(AcceptLaunch launch) {
+__global__ void __launch_bounds__(kWalkMaxThreads, 1) accept_walk_kernel(AcceptLaunch launch) {
   SharedMemory memory;
   const WalkShared shared(memory, launch.call);
   const int32_t request = blockIdx.x;
   stage(launch, shared, request);
   block_sync();
   if (threadIdx.x < kWarpSize) {
-    WalkerRows rows(launch, shared, request);
-    if (launch.spans > 0 && rows.leader()) race_of(launch, request).order->wanted = false;
+    ControlWarp rows(launch, shared, request);
+    if (launch.spans > 0 && rows.leader()) draw_of(launch, request).deferred->wanted = false;
     accept_walk(*shared.call, request, rows, walk_scratch_of(launch, request));
     rows.stop();
   } else {
-    Servants(launch, shared, request).run();
+    WorkerWarps(launch, shared, request).run();
   }
 }
 

@@ -15,9 +15,9 @@ struct AcceptLaunch {
   AcceptPath launch_path;
 
   // Filled in by the launcher.
-  int32_t spans;                                                      // blocks that share a row; 0: the lazy path
-  int64_t stride;                                                     // bytes of a request's scratch
-  int64_t states, terms, marks, laws, parts, race, bits, race_parts;  // where each begins in it
+  int32_t spans;   // blocks that share a row; 0: the lazy path
+  int64_t stride;  // bytes of a request's scratch
+  int64_t states, terms, marks, distributions, parts, draw, bits, draw_parts;  // where each begins in it
 };
 
 struct SampleLaunch {

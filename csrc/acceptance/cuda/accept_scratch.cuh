@@ -12,21 +12,21 @@ namespace specdec {
 
 constexpr int32_t kEagerSpan = 8192;  // tokens of a row that one block reads: two chunks for each of 512 threads
 
-// The race that the eager walk leaves to the last launch.
-struct RaceOrder {
+// The draw that the eager walk leaves to the last launch.
+struct DeferredDraw {
   NoiseKey noise;
   Weights weights;
   bool wanted;
 };
-struct LastRace {
-  RaceOrder* order;
+struct LastDraw {
+  DeferredDraw* deferred;
   uint32_t* bits;   // [bit_words] excluded tokens
   uint64_t* parts;  // [spans] the best key of each span
 };
 
 __host__ __device__ inline int32_t bit_words(const AcceptParams& p) { return (p.vocab + 31) / 32; }
 __host__ __device__ inline int32_t spans_of(int32_t vocab) { return (vocab + kEagerSpan - 1) / kEagerSpan; }
-// Rows of a request that have a law in the table: the target's, then the draft's.
+// Rows of a request that have a distribution in the table: the target's, then the draft's.
 __host__ __device__ inline int32_t table_rows(const AcceptParams& p) {
   return p.draft != nullptr ? 2 * p.nodes : p.nodes;
 }
@@ -46,11 +46,11 @@ inline CallScratch lay_out(AcceptLaunch& launch, bool eager) {
   launch.terms = take(needs.terms ? p.nodes * int64_t(sizeof(Term)) : 0);
   launch.marks = take(needs.marks ? p.nodes * int64_t(sizeof(PathMark)) : 0);
   if (eager) {
-    launch.laws = take(table_rows(p) * int64_t(sizeof(Law)));
-    launch.parts = take(int64_t(table_rows(p)) * launch.spans * int64_t(sizeof(LawPart)));
-    launch.race = take(sizeof(RaceOrder));
+    launch.distributions = take(table_rows(p) * int64_t(sizeof(TokenDistribution)));
+    launch.parts = take(int64_t(table_rows(p)) * launch.spans * int64_t(sizeof(DistributionPart)));
+    launch.draw = take(sizeof(DeferredDraw));
     launch.bits = take(bit_words(p) * int64_t(sizeof(uint32_t)));
-    launch.race_parts = take(launch.spans * int64_t(sizeof(uint64_t)));
+    launch.draw_parts = take(launch.spans * int64_t(sizeof(uint64_t)));
   }
   launch.stride = end;
   return {end * p.batch, eager ? (int64_t(table_rows(p)) + 1) * p.batch : 0};
@@ -65,15 +65,15 @@ __device__ __forceinline__ WalkScratch walk_scratch_of(const AcceptLaunch& launc
   return {scratch_at<WalkState>(launch, request, launch.states), scratch_at<Term>(launch, request, launch.terms),
           scratch_at<PathMark>(launch, request, launch.marks)};
 }
-__device__ __forceinline__ Law* laws_of(const AcceptLaunch& launch, int32_t request) {
-  return launch.spans == 0 ? nullptr : scratch_at<Law>(launch, request, launch.laws);
+__device__ __forceinline__ TokenDistribution* distributions_of(const AcceptLaunch& launch, int32_t request) {
+  return launch.spans == 0 ? nullptr : scratch_at<TokenDistribution>(launch, request, launch.distributions);
 }
-__device__ __forceinline__ LawPart* parts_of(const AcceptLaunch& launch, int32_t request, int32_t row) {
-  return scratch_at<LawPart>(launch, request, launch.parts) + int64_t(row) * launch.spans;
+__device__ __forceinline__ DistributionPart* parts_of(const AcceptLaunch& launch, int32_t request, int32_t row) {
+  return scratch_at<DistributionPart>(launch, request, launch.parts) + int64_t(row) * launch.spans;
 }
-__device__ __forceinline__ LastRace race_of(const AcceptLaunch& launch, int32_t request) {
-  return {scratch_at<RaceOrder>(launch, request, launch.race), scratch_at<uint32_t>(launch, request, launch.bits),
-          scratch_at<uint64_t>(launch, request, launch.race_parts)};
+__device__ __forceinline__ LastDraw draw_of(const AcceptLaunch& launch, int32_t request) {
+  return {scratch_at<DeferredDraw>(launch, request, launch.draw), scratch_at<uint32_t>(launch, request, launch.bits),
+          scratch_at<uint64_t>(launch, request, launch.draw_parts)};
 }
 
 __device__ inline Sampling row_sampling(const RequestRows& rows, bool of_target) {

@@ -93,7 +93,7 @@ __device__ __forceinline__ void load_logits(const Row& row, int32_t first, float
 // Threads for passes over that many tokens: a warp for every 256, a power of two up to what a team can have.
 inline int team_threads(int32_t tokens) {
   int threads = kWarpSize;
-  while (threads < kTeamMostThreads && threads * kChunk < tokens) threads *= 2;
+  while (threads < kTeamMaxThreads && threads * kChunk < tokens) threads *= 2;
   return threads;
 }
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ Span whole(const Row& row) { return {0, row.vocab}; }
 // use(first token, logits) for every chunk of this thread, in ascending order. Tokens beyond the end of the row read as
 // -inf. The next chunk is on its way while one is used: for passes that have much to do with each.
 template <class Use>
-__device__ __forceinline__ void for_each_chunk(const Team& team, const Row& row, Span span, const Use& use) {
+__device__ __forceinline__ void for_each_chunk(const BlockTeam& team, const Row& row, Span span, const Use& use) {
   const int64_t step = kChunk * team.size;
   int64_t first = span.begin + kChunk * team.rank;
   RawChunk raw{};
@@ -128,7 +128,7 @@ __device__ __forceinline__ void for_each_chunk(const Team& team, const Row& row,
 
 // The same for passes that have little to do with a chunk, and wait for memory: four chunks are on their way at once.
 template <class Use>
-__device__ __forceinline__ void stream_chunks(const Team& team, const Row& row, Span span, const Use& use) {
+__device__ __forceinline__ void stream_chunks(const BlockTeam& team, const Row& row, Span span, const Use& use) {
   constexpr int kAtOnce = 4;
   const int64_t step = kChunk * team.size;
   int64_t first = span.begin + kChunk * team.rank;

@@ -11,7 +11,7 @@ CallScratch lay_out(SampleLaunch& launch) {
   const SampleParams& p = launch.call;
   launch.spans = (p.vocab + kSampleSpan - 1) / kSampleSpan;
   const int64_t rows = int64_t(p.batch) * p.rows;
-  launch.keys = rows * launch.spans * int64_t(sizeof(LawPart));
+  launch.keys = rows * launch.spans * int64_t(sizeof(DistributionPart));
   launch.drawn = launch.keys + rows * launch.spans * p.count * int64_t(sizeof(uint64_t));
   launch.statuses = launch.drawn + rows * p.count * int64_t(sizeof(int32_t));
   return {launch.statuses + rows * int64_t(sizeof(int32_t)), rows + p.batch};

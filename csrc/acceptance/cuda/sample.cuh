@@ -1,13 +1,13 @@
-// Sampling on a GPU, in one launch: the law of each row, then the best tokens of a race over it.
+// Sampling on a GPU, in one launch: the distribution of each row, then the best tokens of a weighted draw from it.
 //
-// A block has one span of 8,192 tokens of one row. It reads the span once for its part of the law and again (from the
-// cache) for the span's best `count` tokens, whose scores are with respect to the greatest logit of the span. The block
-// that arrives last at the row merges the parts in the order of the row, scales the scores to the greatest logit of
-// all, and picks the winners. A row with top-k or top-p has no race before its cut is known, so there the last block
-// does the rest alone; other rows have other last blocks. So it does where later tokens are so unlikely next to the
-// first that their scores are not sure: it goes on with the rest of the race, relative to the greatest logit that is
-// left, which is one factor for all scores. It also describes the tokens, as the acceptance ops need it.
-// A second counter brings a request's rows together, for its status.
+// A block has one span of 8,192 tokens of one row. It reads the span once for its part of the distribution and again
+// (from the cache) for the span's best `count` tokens, whose scores are with respect to the greatest logit of the span.
+// The block that arrives last at the row merges the parts in the order of the row, scales the scores to the greatest
+// logit of all, and picks the winners. A row with top-k or top-p draws nothing before its cut is known, so there the
+// last block does the rest alone; other rows have other last blocks. So it does where later tokens are so unlikely next
+// to the first that their scores are not sure: it goes on with the rest of the draw, relative to the greatest logit
+// that is left, which is one factor for all scores. It also describes the tokens, as the acceptance ops need it. A
+// second counter brings a request's rows together, for its status.
 #pragma once
 
 #include "acceptance/cuda/accept_launch.h"
@@ -28,21 +28,21 @@ __device__ __forceinline__ NoiseKey sample_noise(const SampleParams& p, int32_t 
 }
 
 // The best token of a span below a limit; 0: none.
-__device__ inline uint64_t race_row(TeamReducer& reduce, const Row& row, const Law& law, Span span,
-                                    const NoiseKey& noise, uint64_t limit) {
+__device__ inline uint64_t draw_row(TeamReducer& reduce, const Row& row, const TokenDistribution& distribution,
+                                    Span span, const NoiseKey& noise, uint64_t limit) {
   Best best;
   for_each_chunk(reduce.team, row, span, [&](int32_t first, const float (&logit)[kChunk]) {
     float weight[kChunk];
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      weight[i] = first + i < row.vocab ? kept_weight(law, logit[i], first + i) : 0.0f;
+      weight[i] = first + i < row.vocab ? kept_weight(distribution, logit[i], first + i) : 0.0f;
     }
-    race_chunk(noise, first, weight, limit, best);
+    draw_chunk(noise, first, weight, limit, best);
   });
   return reduce.greatest(best.key);
 }
 
-// The key of a race whose weights are scaled. What becomes 0 drops out.
+// The key of a draw whose weights are scaled. What becomes 0 drops out.
 __device__ __forceinline__ uint64_t scaled_key(uint64_t key, float factor) {
   const uint32_t high = uint32_t(key >> 32), is_score = high & 0x80000000u;
   const float scaled = float_of(high & 0x7fffffffu) * factor;
@@ -57,7 +57,7 @@ struct SampledRow {
   int64_t place;
   Row logits;
   Sampling sampling;
-  bool is_cut, by_logit;  // by_logit: the greatest logits, without a race
+  bool is_cut, by_logit;  // by_logit: the greatest logits, without a draw
 
   __device__ SampledRow(const SampleLaunch& launch, int64_t place)
       : launch(launch),
@@ -72,7 +72,9 @@ struct SampledRow {
 
   // At temperature 0 a row is described as if it were 1.
   __device__ float temperature() const { return by_logit ? 1.0f : sampling.temperature; }
-  __device__ LawPart* parts() const { return reinterpret_cast<LawPart*>(launch.scratch) + place * launch.spans; }
+  __device__ DistributionPart* parts() const {
+    return reinterpret_cast<DistributionPart*>(launch.scratch) + place * launch.spans;
+  }
   __device__ uint64_t* keys() const {  // [spans, count]
     return reinterpret_cast<uint64_t*>(launch.scratch + launch.keys) + place * launch.spans * p.count;
   }
@@ -85,20 +87,22 @@ struct SampledRow {
   __device__ NoiseKey noise(int32_t draw) const { return sample_noise(p, request, row, p.replacement ? draw : 0); }
 
   // The next of the best tokens of a span.
-  __device__ uint64_t next_key(TeamReducer& reduce, const Law& law, Span span, int32_t draw, uint64_t limit) const {
+  __device__ uint64_t next_key(TeamReducer& reduce, const TokenDistribution& distribution, Span span, int32_t draw,
+                               uint64_t limit) const {
     if (by_logit) return greatest_logit(reduce, logits, span, limit);
-    return race_row(reduce, logits, law, span, noise(draw), p.replacement ? kNoLimit : limit);
+    return draw_row(reduce, logits, distribution, span, noise(draw), p.replacement ? kNoLimit : limit);
   }
 
   // The next of the best tokens of all spans.
-  __device__ uint64_t next_merged(TeamReducer& reduce, const Law& law, int32_t draw, uint64_t limit) const {
+  __device__ uint64_t next_merged(TeamReducer& reduce, const TokenDistribution& distribution, int32_t draw,
+                                  uint64_t limit) const {
     uint64_t best = 0;
     const int32_t count = launch.spans * p.count;
     for (int32_t i = reduce.team.rank; i < count; i += reduce.team.size) {
       if (p.replacement && i % p.count != draw) continue;
       const float span_max = max_of(parts()[i / p.count]);
       uint64_t key = keys()[i];
-      if (!by_logit && key != 0) key = scaled_key(key, fast_exp2((span_max - law.max) * law.scale));
+      if (!by_logit && key != 0) key = scaled_key(key, fast_exp2((span_max - distribution.max) * distribution.scale));
       if (key > best && (p.replacement || key < limit)) best = key;
     }
     return reduce.greatest(best);
@@ -111,22 +115,22 @@ struct SampledRow {
     return true;
   }
   // The best token of the row that is not among those drawn.
-  __device__ uint64_t next_left(TeamReducer& reduce, const Law& law, int32_t draws) const {
+  __device__ uint64_t next_left(TeamReducer& reduce, const TokenDistribution& distribution, int32_t draws) const {
     Best best;
     for_each_chunk(reduce.team, logits, whole(logits), [&](int32_t first, const float (&logit)[kChunk]) {
       float weight[kChunk];
 #pragma unroll
       for (int i = 0; i < kChunk; ++i) {
-        weight[i] = first + i < logits.vocab ? kept_weight(law, logit[i], first + i) : 0.0f;
+        weight[i] = first + i < logits.vocab ? kept_weight(distribution, logit[i], first + i) : 0.0f;
         if (weight[i] > 0.0f && !is_left(first + i, draws)) weight[i] = 0.0f;
       }
-      race_chunk(noise(0), first, weight, kNoLimit, best);
+      draw_chunk(noise(0), first, weight, kNoLimit, best);
     });
     return reduce.greatest(best.key);
   }
 
   // By one thread: token `draw` and its description. id -1: there is none.
-  __device__ void write(const Law& described, int32_t draw, int32_t id) const {
+  __device__ void write(const TokenDistribution& described, int32_t draw, int32_t id) const {
     const int64_t to = place * p.count + draw;
     p.tokens[to] = id >= 0 && p.draft_to_target != nullptr ? p.draft_to_target[id] : id;
     if (p.logprobs == nullptr) return;
@@ -136,18 +140,18 @@ struct SampledRow {
 };
 
 __device__ inline void write_span(TeamReducer& reduce, const SampledRow& row, Span span, int32_t index) {
-  const LawPart part = law_part(reduce, row.logits, span, scale_of(row.temperature()));
+  const DistributionPart part = distribution_part(reduce, row.logits, span, scale_of(row.temperature()));
   if (reduce.team.rank == 0) row.parts()[index] = part;
   if (row.is_cut) return;
-  Law law = law_of(part, row.temperature());
+  TokenDistribution distribution = distribution_of(part, row.temperature());
   uint64_t limit = kNoLimit;
   for (int32_t draw = 0; draw < row.p.count; ++draw) {
-    if (!law.valid) {
+    if (!distribution.valid) {
       limit = 0;
     } else if (row.by_logit && draw == 0) {
       limit = part.best;
     } else {
-      limit = row.next_key(reduce, law, span, draw, limit);
+      limit = row.next_key(reduce, distribution, span, draw, limit);
     }
     if (reduce.team.rank == 0) row.keys()[int64_t(index) * row.p.count + draw] = limit;
   }
@@ -157,52 +161,52 @@ __device__ inline void write_span(TeamReducer& reduce, const SampledRow& row, Sp
 __device__ inline int32_t write_row(TeamReducer& reduce, const CutScratch& cut, const SampledRow& row) {
   const SampleParams& p = row.p;
   const float scale = scale_of(row.temperature());
-  LawPart part = row.parts()[0];
+  DistributionPart part = row.parts()[0];
   for (int32_t i = 1; i < row.launch.spans; ++i) part = merged(part, row.parts()[i], scale);
   Sampling sampling = row.sampling;
   sampling.temperature = row.temperature();
   if (row.by_logit) sampling.top_k = 0, sampling.top_p = 1.0f;
-  const Law law = finished_law(reduce, cut, row.logits, part, sampling, false);
+  const TokenDistribution distribution = finished_distribution(reduce, cut, row.logits, part, sampling, false);
 
   const bool drafting = p.domain == SampleDomain::kDraft, leader = reduce.team.rank == 0;
-  const bool repeats_argmax = !law.valid || (row.by_logit && p.replacement);
-  Law raced = law;    // relative to the greatest logit that is left
-  bool anew = false;  // whether that is another than the row's
+  const bool repeats_argmax = !distribution.valid || (row.by_logit && p.replacement);
+  TokenDistribution rescaled = distribution;  // relative to the greatest logit that is left
+  bool anew = false;                          // whether that is another than the row's
   uint64_t limit = kNoLimit;
   for (int32_t draw = 0; draw < p.count; ++draw) {
     int32_t id = -1;
     if (repeats_argmax) {
-      if ((law.valid || !drafting) && (draw == 0 || p.replacement)) id = law.argmax;
+      if ((distribution.valid || !drafting) && (draw == 0 || p.replacement)) id = distribution.argmax;
     } else if (limit != 0) {
       if (anew) {
         reduce.team.sync();  // drawn() is read by all
-        limit = row.next_left(reduce, raced, draw);
+        limit = row.next_left(reduce, rescaled, draw);
       } else {
-        limit = row.is_cut ? row.next_key(reduce, law, whole(row.logits), draw, limit)
-                           : row.next_merged(reduce, law, draw, limit);
+        limit = row.is_cut ? row.next_key(reduce, distribution, whole(row.logits), draw, limit)
+                           : row.next_merged(reduce, distribution, draw, limit);
       }
       if (draw > 0 && !row.by_logit && !p.replacement && !is_sure(limit)) {
         anew = true;
         reduce.team.sync();
-        raced.max =
-            greatest_left(reduce, row.logits, law, [&](int32_t candidate) { return row.is_left(candidate, draw); });
-        limit = raced.max > negative_infinity() ? row.next_left(reduce, raced, draw) : 0;
+        rescaled.max = greatest_left(reduce, row.logits, distribution,
+                                     [&](int32_t candidate) { return row.is_left(candidate, draw); });
+        limit = rescaled.max > negative_infinity() ? row.next_left(reduce, rescaled, draw) : 0;
       }
       id = token_or_none(limit);
     }
     if (leader) {
-      row.write(law, draw, id);
+      row.write(distribution, draw, id);
       row.drawn()[draw] = id;
     }
   }
   if (leader && p.logsumexp != nullptr) {
-    const float total = law.max / row.temperature() - logf(law.inverse_sum);
-    p.logsumexp[row.place] = law.valid ? total : negative_infinity();
+    const float total = distribution.max / row.temperature() - logf(distribution.inverse_sum);
+    p.logsumexp[row.place] = distribution.valid ? total : negative_infinity();
   }
-  return law.valid ? 0 : drafting ? kDraftInvalid : kTargetInvalid;
+  return distribution.valid ? 0 : drafting ? kDraftInvalid : kTargetInvalid;
 }
 
-__global__ void __launch_bounds__(kTeamMostThreads, 1) sample_kernel(SampleLaunch launch) {
+__global__ void __launch_bounds__(kTeamMaxThreads, 1) sample_kernel(SampleLaunch launch) {
   const SampleParams& p = launch.call;
   if (p.rows == 0) {  // nothing to sample, but the status is an output
     if (threadIdx.x == 0) p.status[blockIdx.x] = 0;

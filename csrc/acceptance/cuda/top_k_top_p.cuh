@@ -52,15 +52,15 @@ __device__ __forceinline__ uint64_t rank_of(float logit, int32_t id) {
 
 struct Selection {
   Row row;
-  const Law* law;  // its cut holds already: what it drops measures nothing
+  const TokenDistribution* distribution;  // its cut holds already: what it drops measures nothing
   bool by_mass;
 
   __device__ __forceinline__ Measure measure(float logit, int32_t id) const {
-    if (logit == negative_infinity() || !keeps(*law, logit, id)) return 0;
-    return by_mass ? Measure(weight_of(*law, logit) * kCutMassOfOne) : Measure(1);
+    if (logit == negative_infinity() || !keeps(*distribution, logit, id)) return 0;
+    return by_mass ? Measure(weight_of(*distribution, logit) * kCutMassOfOne) : Measure(1);
   }
   __device__ __forceinline__ int first_bin(float logit) const {
-    return int(fminf((law->max - logit) * law->scale * kCutBinsPerHalving, float(kCutBins - 1)));
+    return int(fminf((distribution->max - logit) * distribution->scale * kCutBinsPerHalving, float(kCutBins - 1)));
   }
 };
 
@@ -78,7 +78,7 @@ __device__ inline bool in_question(const Selection& selection, const Narrowed& n
 }
 
 // Fills the bins with what is in question: by the first bins, or else by the ten bits of the rank from `digit` on.
-__device__ inline void fill_bins(const Team& team, const CutScratch& scratch, const Selection& selection,
+__device__ inline void fill_bins(const BlockTeam& team, const CutScratch& scratch, const Selection& selection,
                                  const Narrowed& narrowed, int digit) {
   for (int bin = team.rank; bin < kCutBins; bin += team.size) scratch.bins[bin] = 0;
   team.sync();
@@ -129,7 +129,7 @@ __device__ inline uint64_t sum_of_bins(TeamReducer& reduce, const CutScratch& sc
 }
 
 // Whether all tokens in question fit.
-__device__ inline bool collect(const Team& team, const CutScratch& scratch, const Selection& selection,
+__device__ inline bool collect(const BlockTeam& team, const CutScratch& scratch, const Selection& selection,
                                const Narrowed& narrowed) {
   if (team.rank == 0) *scratch.candidates = 0;
   team.sync();
@@ -150,7 +150,8 @@ __device__ inline bool collect(const Team& team, const CutScratch& scratch, cons
 
 // The candidate at which the goal is reached: found[0] is its rank, found[2] the measure up to it. Candidates lie in
 // the order of their arrival, so each is compared with all.
-__device__ inline void candidate_of_goal(const Team& team, const CutScratch& scratch, uint64_t before, uint64_t goal) {
+__device__ inline void candidate_of_goal(const BlockTeam& team, const CutScratch& scratch, uint64_t before,
+                                         uint64_t goal) {
   const int count = int(*scratch.candidates);
   for (int i = team.rank; i < count; i += team.size) {
     const uint64_t rank = scratch.ranks[i];
@@ -173,9 +174,9 @@ __device__ inline uint64_t part_of(float top_p, uint64_t total) {
 
 // Cuts the row where the k greatest, or that part of the mass, are reached. Returns the measure of what is kept.
 __device__ inline uint64_t cut_row(TeamReducer& reduce, const CutScratch& scratch, const Row& row, bool by_mass,
-                                   int32_t top_k, float top_p, Law& law) {
-  const Team& team = reduce.team;
-  const Selection selection{row, &law, by_mass};
+                                   int32_t top_k, float top_p, TokenDistribution& distribution) {
+  const BlockTeam& team = reduce.team;
+  const Selection selection{row, &distribution, by_mass};
   Narrowed narrowed{-1, 63, 0, 0};
   uint64_t goal = 0;
   int digit = 32 + kRankIdBits;
@@ -194,8 +195,8 @@ __device__ inline uint64_t cut_row(TeamReducer& reduce, const CutScratch& scratc
   } while (!collect(team, scratch, selection, narrowed));
   candidate_of_goal(team, scratch, narrowed.before, goal);
   const uint64_t rank = scratch.found[0], kept = scratch.found[2];
-  law.cut = from_ordered(~uint32_t(rank >> kRankIdBits));
-  law.cut_id = int32_t(rank & ((1u << kRankIdBits) - 1));
+  distribution.cut = from_ordered(~uint32_t(rank >> kRankIdBits));
+  distribution.cut_id = int32_t(rank & ((1u << kRankIdBits) - 1));
   team.sync();  // everyone has read `found`
   return kept;
 }
@@ -215,18 +216,19 @@ __device__ __forceinline__ bool cuts(const Sampling& sampling, int32_t vocab) {
 }
 
 // What one team has to do to a merged part of a row: top-k, then top-p, and the entropy if it is wanted.
-__device__ inline Law finished_law(TeamReducer& reduce, const CutScratch& scratch, const Row& row, const LawPart& part,
-                                   const Sampling& sampling, bool with_entropy) {
-  Law law = law_of(part, sampling.temperature);
-  if (law.one_hot) return law;
+__device__ inline TokenDistribution finished_distribution(TeamReducer& reduce, const CutScratch& scratch,
+                                                          const Row& row, const DistributionPart& part,
+                                                          const Sampling& sampling, bool with_entropy) {
+  TokenDistribution distribution = distribution_of(part, sampling.temperature);
+  if (distribution.one_hot) return distribution;
   const bool by_count = sampling.top_k > 0 && sampling.top_k < row.vocab, by_mass = sampling.top_p < 1.0f;
 #pragma unroll 1
   for (int filter = by_count ? 0 : 1; filter < (by_mass ? 2 : 1); ++filter) {
-    const uint64_t kept = cut_row(reduce, scratch, row, filter == 1, sampling.top_k, sampling.top_p, law);
-    if (filter == 1) law.inverse_sum = kCutMassOfOne / float(kept);
+    const uint64_t kept = cut_row(reduce, scratch, row, filter == 1, sampling.top_k, sampling.top_p, distribution);
+    if (filter == 1) distribution.inverse_sum = kCutMassOfOne / float(kept);
   }
-  if (with_entropy || (by_count && !by_mass)) add_up(reduce, row, law);
-  return law;
+  if (with_entropy || (by_count && !by_mass)) add_up(reduce, row, distribution);
+  return distribution;
 }
 
 }  // namespace specdec

@@ -1,4 +1,4 @@
-// Passes over the weights of a node: their sum, and the token that wins a race among them.
+// Passes over the weights of a node: their sum, and the token that wins a draw among them.
 //
 // Weights are made from the rows each time; nothing of the size of a vocabulary is ever written. A thread makes the
 // weights of a chunk of 8 tokens from 16 bytes of the target's row and as much of each draft row, takes the noise of
@@ -48,13 +48,13 @@ __device__ inline void draft_probabilities(const RequestRows& rows, const Term& 
     }
     load_logits(row, first, probability);
 #pragma unroll
-    for (int i = 0; i < kChunk; ++i) probability[i] = probability_of(term.law, probability[i], first + i);
+    for (int i = 0; i < kChunk; ++i) probability[i] = probability_of(term.distribution, probability[i], first + i);
     return;
   }
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) {
     const int32_t id = first + i < rows.p.vocab ? rows.draft_id(first + i) : -1;
-    probability[i] = id >= 0 ? probability_of(term.law, logit_at(row, id), id) : 0.0f;
+    probability[i] = id >= 0 ? probability_of(term.distribution, logit_at(row, id), id) : 0.0f;
   }
 }
 
@@ -87,15 +87,15 @@ __device__ inline void weigh(const RequestRows& rows, const Weights& w, const ui
 constexpr uint64_t kNoLimit = ~uint64_t{0};
 constexpr float kAlmostOne = 1.0f - 0x1p-19f;  // room for the rounding of E
 
-// The best token of a race so far. Any score above 0 is better than none, where the greatest weight decides.
+// The best token of a draw so far. Any score above 0 is better than none, where the greatest weight decides.
 struct Best {
   uint64_t key = 0;
   float score = 0;
 
   __device__ __forceinline__ void meet(float weight, uint32_t number, int32_t token, uint64_t limit) {
-    const float v = race_uniform(number);
+    const float v = draw_uniform(number);
     if (!(weight > 0.0f) || weight < score * v * kAlmostOne) return;
-    const float own = weight / race_exponential(v);
+    const float own = weight / draw_exponential(v);
     const uint64_t own_key = key_of(own > 0.0f ? 0x80000000u | bits_of(own) : bits_of(weight), token);
     if (own_key <= key || own_key >= limit) return;
     key = own_key;
@@ -114,7 +114,7 @@ constexpr float kLeastScore = 0x1p-92f;
 __device__ __forceinline__ bool is_sure(uint64_t key) { return score_of(key) >= kLeastScore; }
 
 // Lets the tokens of a chunk meet.
-__device__ __forceinline__ void race_chunk(const NoiseKey& noise, int32_t first, const float (&weight)[kChunk],
+__device__ __forceinline__ void draw_chunk(const NoiseKey& noise, int32_t first, const float (&weight)[kChunk],
                                            uint64_t limit, Best& best) {
 #pragma unroll
   for (int quad = 0; quad < kChunk / 4; ++quad) {
@@ -125,14 +125,14 @@ __device__ __forceinline__ void race_chunk(const NoiseKey& noise, int32_t first,
 }
 
 struct WeightsSum {
-  uint64_t best;  // key of the race's winner among those below the limit; 0: none
+  uint64_t best;  // key of the draw's winner among those below the limit; 0: none
   float sum;
   uint32_t unused;
 };
 
-// The sum of a span's weights and, if it races, the best token whose key is below a limit.
+// The sum of a span's weights and, if it draws, the best token whose key is below a limit.
 __device__ inline WeightsSum pass_over(TeamReducer& reduce, const RequestRows& rows, const Weights& w,
-                                       const uint32_t* bits, Span span, bool races, const NoiseKey& noise,
+                                       const uint32_t* bits, Span span, bool draws, const NoiseKey& noise,
                                        uint64_t limit) {
   Best best;
   float sum = 0;
@@ -144,7 +144,7 @@ __device__ inline WeightsSum pass_over(TeamReducer& reduce, const RequestRows& r
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) chunk_sum += weight[i];
     sum += chunk_sum;
-    if (races && chunk_sum > 0) race_chunk(noise, first, weight, limit, best);
+    if (draws && chunk_sum > 0) draw_chunk(noise, first, weight, limit, best);
   });
   return reduce(WeightsSum{best.key, sum, 0}, [](const WeightsSum& a, const WeightsSum& b) {
     return WeightsSum{a.best > b.best ? a.best : b.best, a.sum + b.sum, 0};
@@ -174,14 +174,15 @@ __device__ inline RhoSums rho_sums_of(TeamReducer& reduce, const RequestRows& ro
   });
 }
 
-// The greatest logit of a row that its law keeps, of ids that are left; -inf: none.
+// The greatest logit of a row that its distribution keeps, of ids that are left; -inf: none.
 template <class IsLeft>
-__device__ inline float greatest_left(TeamReducer& reduce, const Row& row, const Law& law, const IsLeft& is_left) {
+__device__ inline float greatest_left(TeamReducer& reduce, const Row& row, const TokenDistribution& distribution,
+                                      const IsLeft& is_left) {
   float best = negative_infinity();
   for_each_chunk(reduce.team, row, whole(row), [&](int32_t first, const float (&logit)[kChunk]) {
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
-      if (logit[i] > best && keeps(law, logit[i], first + i) && is_left(first + i)) best = logit[i];
+      if (logit[i] > best && keeps(distribution, logit[i], first + i) && is_left(first + i)) best = logit[i];
     }
   });
   return from_ordered(uint32_t(reduce.greatest(ordered(best))));
@@ -192,14 +193,14 @@ __device__ inline float greatest_of_draft(TeamReducer& reduce, const RequestRows
                                           const uint32_t* bits) {
   const Row row = rows.draft(term.row);
   if (rows.p.target_to_draft == nullptr) {
-    return greatest_left(reduce, row, term.law, [&](int32_t id) { return !has_token(bits, id); });
+    return greatest_left(reduce, row, term.distribution, [&](int32_t id) { return !has_token(bits, id); });
   }
   float best = negative_infinity();
   for (int32_t token = reduce.team.rank; token < rows.p.vocab; token += reduce.team.size) {
     const int32_t id = has_token(bits, token) ? -1 : rows.draft_id(token);
     if (id < 0) continue;
     const float logit = logit_at(row, id);
-    if (logit > best && keeps(term.law, logit, id)) best = logit;
+    if (logit > best && keeps(term.distribution, logit, id)) best = logit;
   }
   return from_ordered(uint32_t(reduce.greatest(ordered(best))));
 }

@@ -1,9 +1,9 @@
 // Attention with the packed query rows as the vector dimension.
 //
-// A lane's rows are cut into blocks of a few vectors. For a tile of slots the kernel forms S^T [slot][row], turns it
+// A task's rows are cut into blocks of a few vectors. For a tile of slots the kernel forms S^T [slot][row], turns it
 // into weights P^T [slot][row] and adds V^T P^T to O^T [dim][row]. Rows lie along the lanes of a vector, so the running
 // maximum and sum are plain vector operations, a tree mask is one vector mask per slot, and K is never transposed: its
-// elements are broadcast, or loaded as a matrix tile. Only Q is transposed, once per lane and chunk.
+// elements are broadcast, or loaded as a matrix tile. Only Q is transposed, once per task and split.
 //
 // Per tile, K and V come from memory once for all row blocks: 2 * dim * sizeof(element) bytes a slot. Tiles of plain
 // context carry no mask. Tiles that reach into the tree, past the window's edge or past the end are masked from the
@@ -28,7 +28,7 @@ constexpr float kNoMaximum = -1e30f;  // finite, so that subtracting it from its
 constexpr float kMaximumSlack = 8.0f;
 
 template <class Engine>
-class Wide {
+class AttentionKernel {
   using Storage = typename Engine::Storage;
   using Element = typename Storage::Element;
   static constexpr int kTile = Engine::kTile;
@@ -39,18 +39,18 @@ class Wide {
     return size_t(round_up(rows, kWidth)) * (Engine::Output::depth(dim) + 2);
   }
 
-  static size_t scratch_size(int rows, int dim, int lanes) {
+  static size_t scratch_size(int rows, int dim, int tasks) {
     const size_t padded = round_up(rows, kWidth);
-    return lanes * (padded * (Engine::query_depth(dim) + 3) + 64) + Engine::key_floats(dim) +
+    return tasks * (padded * (Engine::query_depth(dim) + 3) + 64) + Engine::key_floats(dim) +
            Engine::value_floats(dim) + size_t(kTile) * (2 * dim + (1 + Engine::kWeightFloats) * kBlockRows) + 16 * 16;
   }
 
-  static void attend(const Lane* const* lanes, int count, int begin, int end, float* scratch, float* const* partials) {
-    alignas(Wide) unsigned char storage[kMostTogether * sizeof(Wide)];
-    Wide* runs = reinterpret_cast<Wide*>(storage);
+  static void attend(const Task* const* tasks, int count, int begin, int end, float* scratch, float* const* partials) {
+    alignas(AttentionKernel) unsigned char storage[kMaxTogether * sizeof(AttentionKernel)];
+    AttentionKernel* runs = reinterpret_cast<AttentionKernel*>(storage);
     Engine::enter();
     for (int i = 0; i < count; i++) {
-      new (runs + i) Wide(*lanes[i], scratch, partials[i]);
+      new (runs + i) AttentionKernel(*tasks[i], scratch, partials[i]);
       runs[i].pack_queries();
       runs[i].clear();
     }
@@ -60,12 +60,12 @@ class Wide {
     Engine::leave();
   }
 
-  static void merge(const Lane& lane, float* partial, const float* later) {
-    const int dim = Engine::Output::depth(lane.params->dim), rows = round_up(lane.rows, kWidth);
+  static void merge(const Task& task, float* partial, const float* later) {
+    const int dim = Engine::Output::depth(task.params->dim), rows = round_up(task.rows, kWidth);
     float *m = partial + size_t(rows) * dim, *l = m + rows;
     const float *m2 = later + size_t(rows) * dim, *l2 = m2 + rows;
-    for (int row = 0, vecs; row < lane.rows; row += vecs * kWidth) {
-      vecs = block_vecs(lane.rows - row);
+    for (int row = 0, vecs; row < task.rows; row += vecs * kWidth) {
+      vecs = block_vecs(task.rows - row);
       for (int j = 0; j < vecs; j++) {
         const int r = row + j * kWidth;
         const Vec top = maximum(load(m + r), load(m2 + r));
@@ -78,26 +78,26 @@ class Wide {
     }
   }
 
-  static void finish(const Lane& lane, float* partial, float* scratch) {
-    Wide run(lane, scratch, partial);
-    for (int row = 0, vecs; row < lane.rows; row += vecs * kWidth) {
-      vecs = block_vecs(lane.rows - row);
+  static void finish(const Task& task, float* partial, float* scratch) {
+    AttentionKernel run(task, scratch, partial);
+    for (int row = 0, vecs; row < task.rows; row += vecs * kWidth) {
+      vecs = block_vecs(task.rows - row);
       run.write_block(row, vecs);
     }
   }
 
  private:
-  // Takes what the lane itself needs from the scratch, and moves `scratch` past it.
-  Wide(const Lane& lane, float*& scratch, float* partial)
-      : lane_(lane),
-        p_(*lane.params),
-        slots_(lane),
+  // Takes what the task itself needs from the scratch, and moves `scratch` past it.
+  AttentionKernel(const Task& task, float*& scratch, float* partial)
+      : task_(task),
+        p_(*task.params),
+        slots_(task),
         dim_(p_.dim),
-        rows_(round_up(lane.rows, kWidth)),
+        rows_(round_up(task.rows, kWidth)),
         group_(p_.heads / p_.kv_heads),
         q_(take(scratch, size_t(rows_) * Engine::query_depth(dim_))),
         slope_(take(scratch, rows_)),
-        rows_see_(lane, take(scratch, rows_), reinterpret_cast<int32_t*>(take(scratch, rows_))) {
+        rows_see_(task, take(scratch, rows_), reinterpret_cast<int32_t*>(take(scratch, rows_))) {
     out_ = partial;
     depth_out_ = Engine::Output::depth(dim_);
     max_ = out_ + size_t(rows_) * depth_out_;
@@ -115,8 +115,8 @@ class Wide {
     return taken;
   }
 
-  // The buffers of the tile at hand, which lanes that run together share.
-  void take_shared(float*& scratch, const Wide* first) {
+  // The buffers of the tile at hand, which tasks that run together share.
+  void take_shared(float*& scratch, const AttentionKernel* first) {
     if (first) {
       k_copy_ = first->k_copy_, v_copy_ = first->v_copy_, k_packed_ = first->k_packed_, v_packed_ = first->v_packed_;
       s_ = first->s_, p_t_ = first->p_t_;
@@ -139,10 +139,10 @@ class Wide {
   }
 
   const Element* query(int row) const {
-    const int packed = lane_.first_row + row;
-    return static_cast<const Element*>(p_.q) + lane_.request * p_.q_stride_batch +
-           (lane_.first_query + packed / group_) * p_.q_stride_row +
-           (lane_.kv_head * group_ + packed % group_) * p_.q_stride_head;
+    const int packed = task_.first_row + row;
+    return static_cast<const Element*>(p_.q) + task_.request * p_.q_stride_batch +
+           (task_.first_query + packed / group_) * p_.q_stride_row +
+           (task_.kv_head * group_ + packed % group_) * p_.q_stride_head;
   }
 
   // kWidth words of a query from word d on: floats, or pairs of bfloat16 as they lie. Words past the end are 0.
@@ -161,12 +161,12 @@ class Wide {
     const int used = dim_ / Engine::kPairs;
     if constexpr (Engine::kQueriesByRow) {
       std::memset(q_, 0, size_t(rows_) * depth * sizeof(float));
-      for (int r = 0; r < lane_.rows; r++) {
+      for (int r = 0; r < task_.rows; r++) {
         for (int d = 0; d < used; d += kWidth) store(q_ + r * depth + d, query_words(r, d, used));
       }
     }
-    for (int row = 0, vecs; !Engine::kQueriesByRow && row < lane_.rows; row += vecs * kWidth) {
-      vecs = block_vecs(lane_.rows - row);
+    for (int row = 0, vecs; !Engine::kQueriesByRow && row < task_.rows; row += vecs * kWidth) {
+      vecs = block_vecs(task_.rows - row);
       const int width = vecs * kWidth;
       float* block = q_ + size_t(row) * depth;
       if (depth > used) std::memset(block + size_t(used) * width, 0, size_t(depth - used) * width * sizeof(float));
@@ -174,14 +174,14 @@ class Wide {
         for (int d = 0; d < used; d += kWidth) {
           Vec lines[kWidth];
           for (int r = 0; r < kWidth; r++)
-            lines[r] = row + first + r < lane_.rows ? query_words(row + first + r, d, used) : splat(0.0f);
+            lines[r] = row + first + r < task_.rows ? query_words(row + first + r, d, used) : splat(0.0f);
           transpose(lines);
           for (int i = 0; i < kWidth && d + i < used; i++) store(block + size_t(d + i) * width + first, lines[i]);
         }
     }
     rows_see_.fill(rows_);
     for (int r = 0; r < rows_ && p_.alibi_slopes; r++)
-      slope_[r] = p_.alibi_slopes[lane_.kv_head * group_ + (lane_.first_row + min_of(r, lane_.rows - 1)) % group_];
+      slope_[r] = p_.alibi_slopes[task_.kv_head * group_ + (task_.first_row + min_of(r, task_.rows - 1)) % group_];
   }
 
   void clear() {
@@ -200,21 +200,21 @@ class Wide {
     t.begin = begin;
     t.count = min_of(kTile, end - begin);
     t.padded = round_up(t.count, Engine::kStep);
-    t.rows = lane_.rows;
-    const bool all_seen = begin >= rows_see_.all_see() && begin + t.count <= lane_.context_len;
+    t.rows = task_.rows;
+    const bool all_seen = begin >= rows_see_.all_see() && begin + t.count <= task_.context_len;
     t.masked = !all_seen || t.padded > t.count;
     for (int g = 0; g * kGroupSlots < round_up(t.padded, kGroupSlots); g++)
       slots_.template gather<Engine::kPairs>(begin + g * kGroupSlots, end, t.k[g], t.v[g],
                                              k_copy_ + size_t(g) * kGroupSlots * dim_, v_copy_of(g));
     asides_ = 0;
     if (!all_seen) set_aside(t);
-    t.ahead = lane_.fetch_ahead ? slots_.ahead(begin + kTile, kTile) : Ahead{};
+    t.ahead = task_.fetch_ahead ? slots_.ahead(begin + kTile, kTile) : Ahead{};
     Engine::pack_keys(t, dim_, k_packed_);
     Engine::pack_values(t, dim_, v_packed_);
-    for (int row = 0, vecs; row < lane_.rows; row += vecs * kWidth) {
-      vecs = block_vecs(lane_.rows - row);
-      const int rows = min_of(vecs * kWidth, lane_.rows - row);
-      if (begin >= lane_.context_len && !rows_see_.anyone_sees(row, rows, begin, t.count)) continue;
+    for (int row = 0, vecs; row < task_.rows; row += vecs * kWidth) {
+      vecs = block_vecs(task_.rows - row);
+      const int rows = min_of(vecs * kWidth, task_.rows - row);
+      if (begin >= task_.context_len && !rows_see_.anyone_sees(row, rows, begin, t.count)) continue;
       if (vecs == 1) block<1>(row, t);
       if constexpr (Engine::kMaxVecs >= 2)
         if (vecs == 2) block<2>(row, t);
@@ -236,7 +236,7 @@ class Wide {
 
   // Looks at the slots that some row may not see: those at the window's edge, and the tree's.
   void set_aside(Tile<Element, kTile>& t) {
-    const int edge = min_of(rows_see_.all_see() - t.begin, t.count), tree = max_of(lane_.context_len - t.begin, 0);
+    const int edge = min_of(rows_see_.all_see() - t.begin, t.count), tree = max_of(task_.context_len - t.begin, 0);
     Vec sum = splat(0.0f);
     for (int i = 0; i < edge; i++) sum = sum + times_zero(t.v, i);
     for (int i = tree; i < t.count; i++) sum = sum + times_zero(t.v, i);
@@ -264,7 +264,7 @@ class Wide {
         const Vec s = load(s_ + ((i - from) * kVecs + j) * kWidth), top = load(max_ + row + j * kWidth);
         store(weights + j * kWidth, exp2(fma(s, splat(exponent_scale_), splat(0.0f) - top)));
       }
-      for (int r = 0; r < min_of(kVecs * kWidth, lane_.rows - row); r++) {
+      for (int r = 0; r < min_of(kVecs * kWidth, task_.rows - row); r++) {
         if (!rows_see_.sees(row + r, slot)) continue;
         for (int d = 0; d < dim_; d++) {
           if (d % kWidth == 0) store(values, Storage::load_vec(slots_.v_at(slot) + d));
@@ -373,11 +373,11 @@ class Wide {
   void write_block(int row, int vecs) {
     const int width = vecs * kWidth;
     alignas(64) float factor[kBlockRows], log_sum[kBlockRows];
-    for (int r = 0; r < width && row + r < lane_.rows; r++) {
+    for (int r = 0; r < width && row + r < task_.rows; r++) {
       float m = max_[row + r], l = sum_[row + r], keep = 1.0f;
-      const int packed = lane_.first_row + row + r;
+      const int packed = task_.first_row + row + r;
       if (p_.sinks) {
-        const float sink = p_.sinks[lane_.kv_head * group_ + packed % group_] * kLog2e;
+        const float sink = p_.sinks[task_.kv_head * group_ + packed % group_] * kLog2e;
         const float top = max_of(m, sink);
         keep = __builtin_exp2f(m - top);
         l = l * keep + __builtin_exp2f(sink - top);
@@ -387,13 +387,13 @@ class Wide {
       log_sum[r] = l > 0 ? (m + __builtin_log2f(l)) * kLn2 : (l == 0 ? -__builtin_inff() : l);
     }
     const float* block = out_ + size_t(row) * depth_out_;
-    for (int first = 0; first < width && row + first < lane_.rows; first += kWidth) {
-      const int count = min_of(kWidth, lane_.rows - row - first);
+    for (int first = 0; first < width && row + first < task_.rows; first += kWidth) {
+      const int count = min_of(kWidth, task_.rows - row - first);
       Element* to[kWidth];
       for (int r = 0; r < count; r++) {
-        const int packed = lane_.first_row + row + first + r, head = lane_.kv_head * group_ + packed % group_;
-        const int64_t query = lane_.first_query + packed / group_;
-        to[r] = static_cast<Element*>(p_.out) + lane_.request * p_.out_stride_batch + query * p_.out_stride_row +
+        const int packed = task_.first_row + row + first + r, head = task_.kv_head * group_ + packed % group_;
+        const int64_t query = task_.first_query + packed / group_;
+        to[r] = static_cast<Element*>(p_.out) + task_.request * p_.out_stride_batch + query * p_.out_stride_row +
                 head * p_.out_stride_head;
         if (p_.lse) p_.lse[lse_row(query) * p_.heads + head] = log_sum[first + r];
       }
@@ -405,11 +405,11 @@ class Wide {
     }
   }
 
-  int64_t lse_row(int64_t query) const { return p_.offsets ? query : int64_t(lane_.request) * p_.queries + query; }
+  int64_t lse_row(int64_t query) const { return p_.offsets ? query : int64_t(task_.request) * p_.queries + query; }
 
-  const Lane& lane_;
+  const Task& task_;
   const TreeAttentionParams& p_;
-  const LaneSlots<Element> slots_;
+  const TaskSlots<Element> slots_;
   const int dim_, rows_, group_;
   float *q_, *slope_;
   Visibility rows_see_;
@@ -423,7 +423,8 @@ class Wide {
 };
 
 template <class Engine>
-const LaneKernel kWideKernel = {Wide<Engine>::partial_size, Wide<Engine>::scratch_size, Wide<Engine>::attend,
-                                Wide<Engine>::merge, Wide<Engine>::finish};
+const TaskKernel kAttentionKernel = {AttentionKernel<Engine>::partial_size, AttentionKernel<Engine>::scratch_size,
+                                     AttentionKernel<Engine>::attend, AttentionKernel<Engine>::merge,
+                                     AttentionKernel<Engine>::finish};
 
 }  // namespace specdec::SPECDEC_ISA

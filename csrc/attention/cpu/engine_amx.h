@@ -97,7 +97,7 @@ static void pack_tails(const Group<uint16_t>* groups, int padded, int dim, float
 }
 
 template <int kTileValue>
-struct MatrixEngine {
+struct AmxEngine {
   using Storage = BFloat16;
   using Element = uint16_t;
   using Output = ColumnOutput;

@@ -59,14 +59,14 @@ struct RowOutput {
   }
 };
 
-struct MatrixRowsEngine {
+struct AmxRowsEngine {
   using Storage = BFloat16;
   using Element = uint16_t;
   using Output = RowOutput;
   static constexpr bool kQueriesByRow = false;
   static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
   static constexpr int kPairs = 2, kWeightFloats = 2, kMaxVecs = 1, kTile = 64, kSpan = kTile, kStep = 32;
-  using Scores = MatrixEngine<kTile>;
+  using Scores = AmxEngine<kTile>;
 
   static int query_depth(int dim) { return Scores::query_depth(dim); }
   static size_t key_floats(int dim) { return Scores::key_floats(dim); }

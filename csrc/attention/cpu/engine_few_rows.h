@@ -12,7 +12,7 @@
 namespace specdec::SPECDEC_ISA {
 
 // Outputs as [rows][dim].
-struct NarrowOutput {
+struct FewRowsOutput {
   static SPECDEC_INLINE int depth(int dim) { return dim; }
 
   template <int kVecs>
@@ -44,10 +44,10 @@ struct NarrowOutput {
 
 // kGroupRows rows are multiplied at a time: 4, or 1 when a kv head serves one head and one row asks.
 template <class StorageType, int kGroupRows>
-struct NarrowEngine {
+struct FewRowsEngine {
   using Storage = StorageType;
   using Element = typename Storage::Element;
-  using Output = NarrowOutput;
+  using Output = FewRowsOutput;
   static constexpr bool kQueriesByRow = true;
   static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
   static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = 1, kTile = 64, kSpan = kTile,
@@ -151,15 +151,15 @@ struct NarrowEngine {
 };
 
 template <class Storage, int kMaxVecs, int kTile>
-static const LaneKernel* select_for_storage(int rows) {
-  if (rows == 1) return &kWideKernel<NarrowEngine<Storage, 1>>;
-  if (rows <= kMostNarrowRows) return &kWideKernel<NarrowEngine<Storage, 4>>;
-  return &kWideKernel<FloatEngine<Storage, kMaxVecs, kTile>>;
+static const TaskKernel* select_for_storage(int rows) {
+  if (rows == 1) return &kAttentionKernel<FewRowsEngine<Storage, 1>>;
+  if (rows <= kMaxFewRows) return &kAttentionKernel<FewRowsEngine<Storage, 4>>;
+  return &kAttentionKernel<FmaEngine<Storage, kMaxVecs, kTile>>;
 }
 
 // The kernels that compute in fp32, for every dtype.
 template <int kMaxVecs, int kTile>
-static const LaneKernel* select_float_kernel(DType dtype, int rows) {
+static const TaskKernel* select_float_kernel(DType dtype, int rows) {
   switch (dtype) {
     case DType::kFloat32:
       return select_for_storage<Float32, kMaxVecs, kTile>(rows);

@@ -20,10 +20,10 @@ struct InterleavedOutput {
 
   template <int kVecs>
   static SPECDEC_INLINE void scale(float* out, int depth, const Vec (&factor)[kVecs]) {
-    NarrowOutput::scale(out, depth, factor);
+    FewRowsOutput::scale(out, depth, factor);
   }
   static void merge(float* out, const float* later, int depth, int vecs, int j, Vec a, Vec b) {
-    NarrowOutput::merge(out, later, depth, vecs, j, a, b);
+    FewRowsOutput::merge(out, later, depth, vecs, j, a, b);
   }
 
   static SPECDEC_INLINE size_t place(int dim, int, int row, int d) {
@@ -44,7 +44,7 @@ struct InterleavedOutput {
 
 // kGroupRows rows are multiplied at a time: 4, or 1 when a kv head serves one head and one row asks.
 template <int kGroupRows>
-struct NarrowPairsEngine {
+struct FewRowsBf16Engine {
   using Storage = BFloat16;
   using Element = uint16_t;
   using Output = InterleavedOutput;

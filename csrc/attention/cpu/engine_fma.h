@@ -89,7 +89,7 @@ static SPECDEC_INLINE void accumulate_rows(const float* v, int depth, int dim, c
 // multiplication. fp32 keys are copied too: a copy keeps many more misses in flight than products that wait for their
 // keys one by one (1.1 to 1.5 times faster on a cold cache).
 template <class StorageType, int kMaxVecsValue, int kTileValue>
-struct FloatEngine {
+struct FmaEngine {
   using Storage = StorageType;
   using Element = typename Storage::Element;
   static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = kMaxVecsValue, kTile = kTileValue;

@@ -1,6 +1,6 @@
-// Where the K and V of a lane's slots lie, and how sixteen of them are taken together.
+// Where the K and V of a task's slots lie, and how sixteen of them are taken together.
 //
-// Whoever made the lane has seen to it that every page which one of its rows sees exists. Other entries of the page
+// Whoever made the task has seen to it that every page which one of its rows sees exists. Other entries of the page
 // table may hold anything, and so may the slots of their pages: an entry that names no page stands for zeros.
 #pragma once
 
@@ -9,9 +9,9 @@
 namespace specdec::SPECDEC_ISA {
 
 template <class Element>
-class LaneSlots {
+class TaskSlots {
  public:
-  explicit LaneSlots(const Lane& lane) : lane_(lane), p_(*lane.params) {}
+  explicit TaskSlots(const Task& task) : task_(task), p_(*task.params) {}
 
   const Element* v_at(int slot) const { return v_of(place_of(slot)); }
 
@@ -45,9 +45,9 @@ class LaneSlots {
     v = {v_copy, p_.dim};
   }
 
-  // Up to `most` slots to fetch ahead, even if they are another chunk's: as a rule the same thread goes on with it.
+  // Up to `most` slots to fetch ahead, even if they are another split's: as a rule the same thread goes on with it.
   Ahead ahead(int slot, int most) const {
-    const int count = min_of(most, lane_.slots - slot);
+    const int count = min_of(most, task_.slots - slot);
     if (count <= 0 || (p_.page_table && slot % p_.page_size + count > p_.page_size)) return Ahead{};
     const Place place = place_of(slot);
     if (!place.exists) return Ahead{};
@@ -69,21 +69,21 @@ class LaneSlots {
   };
 
   Place place_of(int slot) const {
-    if (!p_.page_table) return {lane_.request, slot, true};
-    const int page = p_.page_table[lane_.request * p_.page_table_stride + slot / p_.page_size];
+    if (!p_.page_table) return {task_.request, slot, true};
+    const int page = p_.page_table[task_.request * p_.page_table_stride + slot / p_.page_size];
     return {page, slot % p_.page_size, page >= 0 && page < p_.pages};
   }
 
   const Element* k_of(const Place& place) const {
     return static_cast<const Element*>(p_.k_cache) + place.first * p_.k_stride_batch + place.slot * p_.k_stride_slot +
-           lane_.kv_head * p_.k_stride_head;
+           task_.kv_head * p_.k_stride_head;
   }
   const Element* v_of(const Place& place) const {
     return static_cast<const Element*>(p_.v_cache) + place.first * p_.v_stride_batch + place.slot * p_.v_stride_slot +
-           lane_.kv_head * p_.v_stride_head;
+           task_.kv_head * p_.v_stride_head;
   }
 
-  const Lane& lane_;
+  const Task& task_;
   const TreeAttentionParams& p_;
 };
 

@@ -34,7 +34,7 @@ template <class Element, int kTile>
 struct Tile {
   int begin, count, padded;  // first slot, slots, slots with padding
   bool masked;
-  int rows;  // of the lane
+  int rows;  // of the task
   Group<Element> k[kTile / kGroupSlots], v[kTile / kGroupSlots];
   Ahead ahead;
 };

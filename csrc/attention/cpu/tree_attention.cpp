@@ -1,15 +1,15 @@
-// Tree attention on CPUs: checks what only a kernel can see, cuts the call into lanes and chunks
+// Tree attention on CPUs: checks what only a kernel can see, cuts the call into tasks and splits
 // (attention/cpu/task.h), and runs them on OpenMP threads. The arithmetic is in attention/cpu/attention_kernel.h and
 // the engines it is compiled with.
 //
-// Lanes of many rows are worth a thread each, which folds their chunks as it goes. Lanes of few rows wait for memory:
-// the kv heads of a request go through a chunk together, so that the cache is read in the order in which it lies, and
-// chunks run side by side, as do the chunks of lanes that are fewer than the threads can share. The partial states of
-// chunks wait until all are there.
+// Tasks of many rows are worth a thread each, which folds their splits as it goes. Tasks of few rows wait for memory:
+// the kv heads of a request go through a split together, so that the cache is read in the order in which it lies, and
+// splits run side by side, as do the splits of tasks that are fewer than the threads can share. The partial states of
+// splits wait until all are there.
 //
-// Scratch: each thread holds one lane's packed queries, one tile of scores and up to two partial states, together at
+// Scratch: each thread holds one task's packed queries, one tile of scores and up to two partial states, together at
 // most about 3 MB whatever the context length. Waiting states take at most 16 MB, or what one request needs if that is
-// more (kMaxChunks states for each of its lanes). Buffers are freed at the end of the call.
+// more (kMaxSplits states for each of its tasks). Buffers are freed at the end of the call.
 #include <algorithm>
 #include <cmath>
 #include <new>
@@ -24,21 +24,21 @@
 namespace specdec {
 namespace {
 
-constexpr int kChunkSlots = 2048;
-constexpr int kMaxChunks = 64;
-constexpr int kChunkAlignment = 384;  // a multiple of every engine's tile (64, 96, 128)
+constexpr int kSplitSlots = 2048;
+constexpr int kMaxSplits = 64;
+constexpr int kSplitAlignment = 384;  // a multiple of every engine's tile (64, 96, 128)
 
 constexpr int kFewRows = 32;
-constexpr int kChunkSlotsOfFewRows = 256;
-constexpr int kMaxChunksOfFewRows = 32;
-constexpr int kChunkAlignmentOfFewRows = 64;
-constexpr int kMostInARow = 8;
+constexpr int kSplitSlotsOfFewRows = 256;
+constexpr int kMaxSplitsOfFewRows = 32;
+constexpr int kSplitAlignmentOfFewRows = 64;
+constexpr int kMaxInARow = 8;
 
-constexpr size_t kMostStates = size_t(1) << 22;  // floats of waiting partial states, unless one request needs more
-constexpr int kRowFloats = 1 << 17;              // a lane's output state, so that it stays in the second-level cache
+constexpr size_t kMaxStates = size_t(1) << 22;  // floats of waiting partial states, unless one request needs more
+constexpr int kRowFloats = 1 << 17;             // a task's output state, so that it stays in the second-level cache
 
-const LaneKernel* select_kernel(DType dtype, int rows, int dim) {
-  const LaneKernel* kernel = nullptr;
+const TaskKernel* select_kernel(DType dtype, int rows, int dim) {
+  const TaskKernel* kernel = nullptr;
   switch (current_isa()) {
     case Isa::kAmx:
 #ifdef SPECDEC_HAVE_AMX
@@ -165,21 +165,21 @@ void blank_row(const TreeAttentionParams& p, int b, int64_t row) {
 }
 
 struct Plan {
-  Lane lane;
-  const LaneKernel* kernel;
-  int chunk_slots, chunks;
+  Task task;
+  const TaskKernel* kernel;
+  int split_slots, splits;
 };
 
-// Chunk sizes depend on the request's length alone (and on num_splits, when the caller fixes it).
-void plan_chunks(Plan& plan, int num_splits) {
-  const int slots = std::max(plan.lane.slots, 1);
-  const bool few = plan.lane.rows <= kFewRows;
-  const int least = few ? kChunkSlotsOfFewRows : kChunkSlots, most = few ? kMaxChunksOfFewRows : kMaxChunks;
+// Split sizes depend on the request's length alone (and on num_splits, when the caller fixes it).
+void plan_splits(Plan& plan, int num_splits) {
+  const int slots = std::max(plan.task.slots, 1);
+  const bool few = plan.task.rows <= kFewRows;
+  const int least = few ? kSplitSlotsOfFewRows : kSplitSlots, most = few ? kMaxSplitsOfFewRows : kMaxSplits;
   const int wanted =
       num_splits > 0 ? (slots + num_splits - 1) / num_splits : std::max(least, (slots + most - 1) / most);
-  const int alignment = num_splits > 0 ? kGroupSlots : few ? kChunkAlignmentOfFewRows : kChunkAlignment;
-  plan.chunk_slots = (wanted + alignment - 1) / alignment * alignment;
-  plan.chunks = (slots + plan.chunk_slots - 1) / plan.chunk_slots;
+  const int alignment = num_splits > 0 ? kGroupSlots : few ? kSplitAlignmentOfFewRows : kSplitAlignment;
+  plan.split_slots = (wanted + alignment - 1) / alignment * alignment;
+  plan.splits = (slots + plan.split_slots - 1) / plan.split_slots;
 }
 
 // AMD's cores need software prefetching to walk the strided rows of one head (1.2 to 1.7 times faster on a cold cache).
@@ -211,9 +211,9 @@ std::vector<Plan> make_plans(const TreeAttentionParams& p) {
         const int first_row = r.first_row * group + first, count = std::min(per_group, rows - first);
         const int last_query = (first_row + count - 1) / group;
         const int slots = p.ancestors ? r.context_len + r.first_node + last_query + 1 : r.slots;
-        plan.lane = {&p, b, h, r.first_query, r.first_node, first_row, count, r.context_len, slots, fetch_ahead};
+        plan.task = {&p, b, h, r.first_query, r.first_node, first_row, count, r.context_len, slots, fetch_ahead};
         plan.kernel = select_kernel(p.dtype, count, p.dim);
-        plan_chunks(plan, p.num_splits);
+        plan_splits(plan, p.num_splits);
         plans.push_back(plan);
       }
   }
@@ -222,10 +222,10 @@ std::vector<Plan> make_plans(const TreeAttentionParams& p) {
   return plans;
 }
 
-// How many lanes may go through a chunk together: those of few rows whose heads are neighbours in the cache.
-int together(const Lane& lane) {
-  const TreeAttentionParams& p = *lane.params;
-  return lane.rows <= kFewRows && p.k_stride_head < p.k_stride_slot ? std::min(p.kv_heads, kMostTogether) : 1;
+// How many tasks may go through a split together: those of few rows whose heads are neighbours in the cache.
+int together(const Task& task) {
+  const TreeAttentionParams& p = *task.params;
+  return task.rows <= kFewRows && p.k_stride_head < p.k_stride_slot ? std::min(p.kv_heads, kMaxTogether) : 1;
 }
 
 struct Sizes {
@@ -235,19 +235,19 @@ struct Sizes {
 Sizes largest(const std::vector<Plan>& plans) {
   Sizes sizes;
   for (const Plan& plan : plans) {
-    const Lane& lane = plan.lane;
-    sizes.partial = std::max(sizes.partial, plan.kernel->partial_size(lane.rows, lane.params->dim));
-    sizes.scratch = std::max(sizes.scratch, plan.kernel->scratch_size(lane.rows, lane.params->dim, together(lane)));
+    const Task& task = plan.task;
+    sizes.partial = std::max(sizes.partial, plan.kernel->partial_size(task.rows, task.params->dim));
+    sizes.scratch = std::max(sizes.scratch, plan.kernel->scratch_size(task.rows, task.params->dim, together(task)));
   }
   sizes.partial = (sizes.partial + 15) & ~size_t(15);  // whole lines
   sizes.scratch = (sizes.scratch + 15) & ~size_t(15);
   return sizes;
 }
 
-void attend_chunk(const Plan& plan, int chunk, float* scratch, float* partial) {
-  const int begin = chunk * plan.chunk_slots;
-  const Lane* lane = &plan.lane;
-  plan.kernel->attend(&lane, 1, begin, std::min(begin + plan.chunk_slots, lane->slots), scratch, &partial);
+void attend_split(const Plan& plan, int split, float* scratch, float* partial) {
+  const int begin = split * plan.split_slots;
+  const Task* task = &plan.task;
+  plan.kernel->attend(&task, 1, begin, std::min(begin + plan.split_slots, task->slots), scratch, &partial);
 }
 
 // Floats on a cache line's boundary.
@@ -264,8 +264,8 @@ class Buffer {
   float* data_;
 };
 
-// Each thread takes whole lanes and folds chunks as it goes.
-void run_lanes(const Plan* plans, size_t count, const Sizes& sizes, int threads) {
+// Each thread takes whole tasks and folds splits as it goes.
+void run_tasks(const Plan* plans, size_t count, const Sizes& sizes, int threads) {
   threads = std::min<int>(threads, int(count));
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
@@ -273,86 +273,86 @@ void run_lanes(const Plan* plans, size_t count, const Sizes& sizes, int threads)
     float *partial = buffer.get() + sizes.scratch, *later = partial + sizes.partial;
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < count; i++) {
-      attend_chunk(plans[i], 0, buffer.get(), partial);
-      for (int c = 1; c < plans[i].chunks; c++) {
-        attend_chunk(plans[i], c, buffer.get(), later);
-        plans[i].kernel->merge(plans[i].lane, partial, later);
+      attend_split(plans[i], 0, buffer.get(), partial);
+      for (int c = 1; c < plans[i].splits; c++) {
+        attend_split(plans[i], c, buffer.get(), later);
+        plans[i].kernel->merge(plans[i].task, partial, later);
       }
-      plans[i].kernel->finish(plans[i].lane, partial, buffer.get());
+      plans[i].kernel->finish(plans[i].task, partial, buffer.get());
     }
   }
 }
 
-// Lanes [first, last) through one chunk.
+// Tasks [first, last) through one split.
 struct Work {
   size_t first, last;
-  int chunk;
+  int split;
 };
 
-// Cuts the plans into work: requests, their lanes, and chunk by chunk. Lanes of few rows are kept together as far as
+// Cuts the plans into work: requests, their tasks, and split by split. Tasks of few rows are kept together as far as
 // the threads allow; which ones makes no difference to the result.
 std::vector<Work> cut(const Plan* plans, size_t count, int threads) {
   std::vector<Work> work;
-  size_t chunks_in_all = 0;
-  for (size_t i = 0; i < count; i++) chunks_in_all += plans[i].chunks;
-  const size_t share = std::max<size_t>(chunks_in_all / (size_t(4) * threads), 1);
+  size_t splits_in_all = 0;
+  for (size_t i = 0; i < count; i++) splits_in_all += plans[i].splits;
+  const size_t share = std::max<size_t>(splits_in_all / (size_t(4) * threads), 1);
   for (size_t i = 0, next; i < count; i = next) {
-    for (next = i; next < count && plans[next].lane.request == plans[i].lane.request;) next++;
-    const size_t step = std::min<size_t>(share, together(plans[i].lane));
+    for (next = i; next < count && plans[next].task.request == plans[i].task.request;) next++;
+    const size_t step = std::min<size_t>(share, together(plans[i].task));
     for (size_t j = i, last; j < next; j = last) {
       last = j + 1;
-      while (last < next && last < j + step && plans[last].lane.first_row == plans[j].lane.first_row) last++;
-      for (int c = 0; c < plans[j].chunks; c++) work.push_back({j, last, c});
+      while (last < next && last < j + step && plans[last].task.first_row == plans[j].task.first_row) last++;
+      for (int c = 0; c < plans[j].splits; c++) work.push_back({j, last, c});
     }
   }
   return work;
 }
 
-// Chunks of one lane may run on different threads; their states are folded in the same order as above.
-void run_chunks(const Plan* plans, size_t count, const Sizes& sizes, int threads) {
+// Splits of one task may run on different threads; their states are folded in the same order as above.
+void run_splits(const Plan* plans, size_t count, const Sizes& sizes, int threads) {
   const std::vector<Work> work = cut(plans, count, threads);
   std::vector<size_t> first_state(count + 1, 0);
-  for (size_t i = 0; i < count; i++) first_state[i + 1] = first_state[i] + plans[i].chunks;
+  for (size_t i = 0; i < count; i++) first_state[i + 1] = first_state[i] + plans[i].splits;
   Buffer states(first_state[count] * sizes.partial);
   const auto state = [&](size_t i, int c) { return states.get() + (first_state[i] + c) * sizes.partial; };
   threads = std::min<int>(threads, int(work.size()));
-  // Few rows wait for memory: a chunk's last tile fetches the next one's first, so threads take some in a row.
-  const int share = std::clamp(int(work.size()) / (4 * threads), 1, kMostInARow);
-  const int in_a_row = plans[0].lane.rows <= kFewRows ? share : 1;
+  // Few rows wait for memory: a split's last tile fetches the next one's first, so threads take some in a row.
+  const int share = std::clamp(int(work.size()) / (4 * threads), 1, kMaxInARow);
+  const int in_a_row = plans[0].task.rows <= kFewRows ? share : 1;
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
     Buffer scratch(sizes.scratch);
 #pragma omp for schedule(dynamic, in_a_row)
     for (size_t w = 0; w < work.size(); w++) {
-      const auto [first, last, chunk] = work[w];
+      const auto [first, last, split] = work[w];
       const Plan& plan = plans[first];
-      const Lane* lanes[kMostTogether];
-      float* partials[kMostTogether];
-      for (size_t i = first; i < last; i++) lanes[i - first] = &plans[i].lane, partials[i - first] = state(i, chunk);
-      const int begin = chunk * plan.chunk_slots, end = std::min(begin + plan.chunk_slots, plan.lane.slots);
-      plan.kernel->attend(lanes, int(last - first), begin, end, scratch.get(), partials);
+      const Task* tasks[kMaxTogether];
+      float* partials[kMaxTogether];
+      for (size_t i = first; i < last; i++) tasks[i - first] = &plans[i].task, partials[i - first] = state(i, split);
+      const int begin = split * plan.split_slots, end = std::min(begin + plan.split_slots, plan.task.slots);
+      plan.kernel->attend(tasks, int(last - first), begin, end, scratch.get(), partials);
     }
 #pragma omp for schedule(dynamic, 1)
     for (size_t i = 0; i < count; i++) {
-      for (int c = 1; c < plans[i].chunks; c++) plans[i].kernel->merge(plans[i].lane, state(i, 0), state(i, c));
-      plans[i].kernel->finish(plans[i].lane, state(i, 0), scratch.get());
+      for (int c = 1; c < plans[i].splits; c++) plans[i].kernel->merge(plans[i].task, state(i, 0), state(i, c));
+      plans[i].kernel->finish(plans[i].task, state(i, 0), scratch.get());
     }
   }
 }
 
 // Runs plans in slices of whole requests whose waiting states stay within bounds.
 void run(const std::vector<Plan>& plans, const Sizes& sizes, int threads) {
-  const bool few_lanes = threads > 1 && plans.size() < size_t(4) * threads;
+  const bool few_tasks = threads > 1 && plans.size() < size_t(4) * threads;
   for (size_t begin = 0, end; begin < plans.size(); begin = end) {
-    const bool by_chunk = few_lanes || plans[begin].lane.rows <= kFewRows;
+    const bool by_split = few_tasks || plans[begin].task.rows <= kFewRows;
     size_t states = 0;
     for (end = begin; end < plans.size(); end++) {
-      const bool same_request = end > begin && plans[end].lane.request == plans[end - 1].lane.request;
-      if (!same_request && (few_lanes || plans[end].lane.rows <= kFewRows) != by_chunk) break;
-      states += plans[end].chunks * sizes.partial;
-      if (by_chunk && !same_request && end > begin && states > kMostStates) break;
+      const bool same_request = end > begin && plans[end].task.request == plans[end - 1].task.request;
+      if (!same_request && (few_tasks || plans[end].task.rows <= kFewRows) != by_split) break;
+      states += plans[end].splits * sizes.partial;
+      if (by_split && !same_request && end > begin && states > kMaxStates) break;
     }
-    (by_chunk ? run_chunks : run_lanes)(plans.data() + begin, end - begin, sizes, threads);
+    (by_split ? run_splits : run_tasks)(plans.data() + begin, end - begin, sizes, threads);
   }
 }
 

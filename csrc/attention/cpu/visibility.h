@@ -1,4 +1,4 @@
-// Which slots the rows of a lane see: the context, as far as the window reaches, and of the tree what the ancestor
+// Which slots the rows of a task see: the context, as far as the window reaches, and of the tree what the ancestor
 // words say.
 #pragma once
 
@@ -9,27 +9,27 @@ namespace specdec::SPECDEC_ISA {
 
 class Visibility {
  public:
-  Visibility(const Lane& lane, float* depth, int32_t* node)
-      : lane_(lane), p_(*lane.params), depth_(depth), node_(node) {
-    const int64_t tree = p_.topology_batch == 1 ? 0 : int64_t(lane.request) * p_.nodes;
+  Visibility(const Task& task, float* depth, int32_t* node)
+      : task_(task), p_(*task.params), depth_(depth), node_(node) {
+    const int64_t tree = p_.topology_batch == 1 ? 0 : int64_t(task.request) * p_.nodes;
     ancestors_ = p_.ancestors ? p_.ancestors + tree * p_.words : nullptr;
     depths_ = p_.depths ? p_.depths + tree : nullptr;
   }
 
-  // Reads the nodes and depths of `padded` rows; those past the lane's last one are like it.
+  // Reads the nodes and depths of `padded` rows; those past the task's last one are like it.
   void fill(int padded) {
     const int group = p_.heads / p_.kv_heads;
     float lowest = 0, highest = 0;
     for (int r = 0; r < padded; r++) {
-      node_[r] = lane_.first_node + (lane_.first_row + min_of(r, lane_.rows - 1)) / group;
+      node_[r] = task_.first_node + (task_.first_row + min_of(r, task_.rows - 1)) / group;
       depth_[r] = depths_ ? float(depths_[node_[r]]) : 0.0f;
       lowest = r == 0 ? depth_[0] : min_of(lowest, depth_[r]);
       highest = max_of(highest, depth_[r]);
     }
     first_seen_ = all_see_ = 0;
     if (p_.window == 0) return;
-    first_seen_ = min_of(lane_.context_len + int(lowest) - p_.window + 1, lane_.context_len);
-    all_see_ = min_of(lane_.context_len + int(highest) - p_.window + 1, lane_.context_len);
+    first_seen_ = min_of(task_.context_len + int(lowest) - p_.window + 1, task_.context_len);
+    all_see_ = min_of(task_.context_len + int(highest) - p_.window + 1, task_.context_len);
   }
 
   // Context slots before it are outside of every row's window.
@@ -40,20 +40,20 @@ class Visibility {
 
   // Depth-relative positions: context slots count backwards from the root's position, nodes by their depth.
   float position(int slot) const {
-    const int node = slot - lane_.context_len;
+    const int node = slot - task_.context_len;
     return node < 0 ? float(node) : float(depths_[node]);
   }
   SPECDEC_INLINE Vec row_positions(int row) const { return load(depth_ + row); }
 
   bool sees(int row, int slot) const {
-    const int node = slot - lane_.context_len;
+    const int node = slot - task_.context_len;
     if (p_.window > 0 && depth_[row] - position(slot) >= float(p_.window)) return false;
     return node < 0 || (ancestors_[int64_t(node_[row]) * p_.words + node / 64] >> (node % 64) & 1) != 0;
   }
 
   // Whether a row of [row, row + rows) has an ancestor among the `count` nodes from `slot` on.
   bool anyone_sees(int row, int rows, int slot, int count) const {
-    const int first = slot - lane_.context_len, last = first + count - 1;
+    const int first = slot - task_.context_len, last = first + count - 1;
     for (int w = first / 64; w <= last / 64; w++) {
       uint64_t range = ~uint64_t(0);
       if (w == first / 64) range &= ~uint64_t(0) << (first % 64);
@@ -71,7 +71,7 @@ class Visibility {
     int loaded = -1;
     for (int i = 0; i < slots; i++, slot++) {
       float* at = scores + i * kVecs * kWidth;
-      const int node = slot - lane_.context_len;
+      const int node = slot - task_.context_len;
       if (i >= seen) {
         for (int j = 0; j < kVecs; j++) store(at + j * kWidth, splat(-__builtin_inff()));
         continue;
@@ -94,7 +94,7 @@ class Visibility {
   }
 
  private:
-  const Lane& lane_;
+  const Task& task_;
   const TreeAttentionParams& p_;
   float* depth_;   // of each row
   int32_t* node_;  // of each row

@@ -79,9 +79,9 @@ TreeAttentionScratch tree_attention_scratch(const TreeAttentionParams& params) {
     if (most_rows == 64 && dim <= 192) continue;
     const int rows = tree_attention_rows(params, dim, most_rows);
     const TreeAttentionLaunch launch = tree_attention_launch(params, rows, dim);
-    if (launch.max_parts == 1) continue;
+    if (launch.max_splits == 1) continue;
     const int64_t counters = int64_t(launch.requests) * params.kv_heads * launch.row_blocks;
-    const int64_t floats = counters * launch.max_parts * rows * (dim + 2);
+    const int64_t floats = counters * launch.max_splits * rows * (dim + 2);
     most = {floats > most.floats ? floats : most.floats, counters > most.counters ? counters : most.counters};
   }
   return most;

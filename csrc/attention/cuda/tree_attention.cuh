@@ -1,6 +1,6 @@
 // Tree attention: every query row attends to its request's context and to its own ancestors among the draft nodes.
 //
-// What a block does. A block owns one (request, KV head), kRows packed query rows of it, and one part of its slots.
+// What a block does. A block owns one (request, KV head), kRows packed query rows of it, and one split of its slots.
 // Rows are the tree's rows times the query heads of the KV head's group, token-major, so that one matrix instruction
 // serves all heads of a group and K and V are read once per KV head and row block. A warp owns 16 rows. Tiles of slots
 // arrive by asynchronous copies, kStages deep; where a slot lies (its page) is looked up one tile further ahead, by one
@@ -15,19 +15,19 @@
 // whatever it is; but V is multiplied by a weight of 0, and 0 * NaN is NaN. So in masked tiles a warp looks at the
 // values it is about to multiply. Those that are not finite become 0, and are added to the rows that see them.
 //
-// Split over the slots. The number of parts is worked out by every block from the request's context length alone; the
-// grid has room for as many as the cache's capacity allows, and blocks without a part end at once. Parts leave their
+// Split over the slots. The number of splits is worked out by every block from the request's context length alone; the
+// grid has room for as many as the cache's capacity allows, and blocks without a split end at once. Splits leave their
 // unnormalised sums in scratch memory, and the last block to arrive joins them in the order of the slots, so the result
-// does not depend on who was last. It also sets the counter back to zero. A request with one part writes its result
+// does not depend on who was last. It also sets the counter back to zero. A request with one split writes its result
 // directly. Scratch is sized for requests that fill the cache; where a large batch would need more than 256 MiB,
 // several launches serve a slice of it each, one after the other, through the same scratch and counters.
 //
-// A row's result depends on its request alone, to the last bit: parts come from the context length, tiles lie on a grid
-// that does too, and each row's sums are made in the same order whatever the size of the block.
+// A row's result depends on its request alone, to the last bit: splits come from the context length, tiles lie on a
+// grid that does too, and each row's sums are made in the same order whatever the size of the block.
 //
 // Bytes: K and V once per KV head and row block (of 128 rows; of 64 for dims above 192 on devices with 99 KiB), q once
-// per part, out once; in the last part 8 per tree row and 64 nodes, twice, and 8 more per packed row and tail tile; 4
-// per slot for paged caches; with S > 1 parts 2 * S * (dim + 2) * 4 per row of scratch.
+// per split, out once; in the last split 8 per tree row and 64 nodes, twice, and 8 more per packed row and tail tile; 4
+// per slot for paged caches; with S > 1 splits 2 * S * (dim + 2) * 4 per row of scratch.
 //
 // Packing rows of a group is what XQA does, the split is Flash-Decoding's, the softmax FlashAttention-2's.
 #pragma once
@@ -39,17 +39,17 @@ namespace specdec {
 // A launch: the call and what the host derives from it. It serves `requests` of the batch, from first_request on.
 struct TreeAttentionLaunch {
   TreeAttentionParams call;
-  int32_t group, max_queries, row_blocks, max_parts;
+  int32_t group, max_queries, row_blocks, max_splits;
   int32_t first_request, requests;
 };
 
 // What a block works on. The same in all of its threads.
 struct BlockWork {
-  int32_t request, kv_head, first_row, part, parts;
+  int32_t request, kv_head, first_row, split, splits;
   int32_t first_q, own_rows;  // of the request, in q
   int32_t first_node;
   int32_t context;
-  int32_t begin, end;            // slots of this part
+  int32_t begin, end;            // slots of this split
   int32_t lowest;                // slots before it are outside of every row's window
   int32_t unmasked;              // context slots from it on are inside of every row's window
   int32_t real_begin, real_end;  // tree rows of this block that are real
@@ -60,9 +60,9 @@ struct BlockWork {
 __host__ __device__ __forceinline__ int32_t at_least(int32_t a, int32_t b) { return a > b ? a : b; }
 __host__ __device__ __forceinline__ int32_t at_most(int32_t a, int32_t b) { return a < b ? a : b; }
 
-// Into how many parts to cut this many slots: 256 a part up to 16 parts, then 512 a part up to about 256 blocks over
-// the KV heads, which fills the largest GPUs twice with a single request.
-__host__ __device__ __forceinline__ int32_t parts_of(int32_t slots, int32_t kv_heads, int32_t num_splits) {
+// Into how many splits to cut this many slots: 256 a split up to 16 splits, then 512 a split up to about 256 blocks
+// over the KV heads, which fills the largest GPUs twice with a single request.
+__host__ __device__ __forceinline__ int32_t splits_of(int32_t slots, int32_t kv_heads, int32_t num_splits) {
   if (num_splits > 0) return num_splits;
   const int32_t most = at_most(at_least(256 / kv_heads, 16), 128);
   const int32_t few = at_most(slots / 256 + (slots % 256 != 0), 16);
@@ -76,8 +76,8 @@ __device__ __forceinline__ BlockWork block_of(const TreeAttentionLaunch& launch)
   const TreeAttentionParams& p = launch.call;
   BlockWork work;
   int32_t rest = int32_t(blockIdx.x);
-  work.part = rest % launch.max_parts;
-  rest /= launch.max_parts;
+  work.split = rest % launch.max_splits;
+  rest /= launch.max_splits;
   work.first_row = rest % launch.row_blocks * Shape::kRows;
   rest /= launch.row_blocks;
   work.kv_head = rest % p.kv_heads;
@@ -117,21 +117,21 @@ __device__ __forceinline__ BlockWork block_work(const TreeAttentionLaunch& launc
   const TreeAttentionParams& p = launch.call;
   BlockWork work = block_of<Shape>(launch);
 
-  // Parts are cut from the context, in whole tiles; the last one has the nodes, too.
+  // Splits are cut from the context, in whole tiles; the last one has the nodes, too.
   const int32_t first = p.window > 0 ? at_least(work.context - p.window + 1, 0) / Shape::kSlots * Shape::kSlots : 0;
   const int32_t length = work.context - first;
-  const int32_t wanted = at_most(parts_of(length, p.kv_heads, p.num_splits), launch.max_parts);
+  const int32_t wanted = at_most(splits_of(length, p.kv_heads, p.num_splits), launch.max_splits);
   const int32_t tiles = length / Shape::kSlots + (length % Shape::kSlots != 0);
   const int32_t size = at_least((tiles + wanted - 1) / wanted, 1) * Shape::kSlots;
-  work.parts = at_least(length / size + (length % size != 0), 1);
+  work.splits = at_least(length / size + (length % size != 0), 1);
   int32_t last_slot = work.context;  // nodes after the block's last one are nobody's ancestors
   if (p.ancestors != nullptr) last_slot = at_most(work.context + at_least(work.first_node + work.real_end, 0), p.slots);
   if (work.real_begin >= work.real_end) {
-    work.parts = 1;
+    work.splits = 1;
     last_slot = first;
   }
-  work.begin = first + at_most(work.part, work.parts - 1) * size;
-  work.end = work.part + 1 == work.parts ? last_slot : work.begin + size;
+  work.begin = first + at_most(work.split, work.splits - 1) * size;
+  work.end = work.split + 1 == work.splits ? last_slot : work.begin + size;
 
   work.lowest = work.unmasked = 0;
   if (p.window > 0) {

@@ -1,7 +1,7 @@
-// What becomes of tree_attention's sums: a row's output and log-sum-exp, and the join of the parts of a request.
+// What becomes of tree_attention's sums: a row's output and log-sum-exp, and the join of the splits of a request.
 //
-// A part leaves [kRows, kDim] sums and [kRows, 2] maxima and totals. The last block to arrive reads them back, from the
-// L2 cache as a rule: a warp has a row, its lanes the columns, and 16 parts are under way at a time.
+// A split leaves [kRows, kDim] sums and [kRows, 2] maxima and totals. The last block to arrive reads them back, from
+// the L2 cache as a rule: a warp has a row, its lanes the columns, and 16 splits are under way at a time.
 #pragma once
 
 #include "attention/cuda/tree_attention.cuh"
@@ -61,77 +61,77 @@ __device__ __forceinline__ float scaled(float sum, const RowResult& result) {
 }
 
 template <class Shape>
-__device__ __forceinline__ float* part_scratch(const TreeAttentionLaunch& launch, int32_t block) {
+__device__ __forceinline__ float* split_scratch(const TreeAttentionLaunch& launch, int32_t block) {
   return launch.call.scratch + int64_t(block) * Shape::kRows * (Shape::kDim + 2);
 }
 
 template <class Shape>
-__device__ __forceinline__ void leave_part(const WarpRows<Shape>& sums, float* part, int warp, int lane) {
+__device__ __forceinline__ void leave_split(const WarpRows<Shape>& sums, float* split, int warp, int lane) {
   const int first_column = warp / Shape::kRowWarps * Shape::kColumns;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = warp % Shape::kRowWarps * 16 + lane / 4 + 8 * i;
     if (first_column == 0 && lane % 4 == 0) {
-      *reinterpret_cast<Pack<float, 2>*>(part + Shape::kRows * Shape::kDim +
+      *reinterpret_cast<Pack<float, 2>*>(split + Shape::kRows * Shape::kDim +
                                          row * 2) = {{sums.maximum[i], sums.total[i]}};
     }
 #pragma unroll
     for (int j = 0; j < Shape::kColumns / 8; ++j) {
       const int column = first_column + column_of<Shape>(j, lane);
-      *reinterpret_cast<Pack<float, 2>*>(part + row * Shape::kDim +
+      *reinterpret_cast<Pack<float, 2>*>(split + row * Shape::kDim +
                                          column) = {{sums.out[j][2 * i], sums.out[j][2 * i + 1]}};
     }
   }
 }
 
-// The maximum and the total of a row over all parts. Lane l has parts l, l + 32, ...
+// The maximum and the total of a row over all splits. Lane l has splits l, l + 32, ...
 template <class Shape>
-__device__ __forceinline__ Pack<float, 2> join_stats(const float* first_part, int32_t parts, int row, int lane) {
-  constexpr int64_t kPart = Shape::kRows * (Shape::kDim + 2);
-  const float* stats = first_part + Shape::kRows * Shape::kDim + row * 2;
+__device__ __forceinline__ Pack<float, 2> join_stats(const float* first_split, int32_t splits, int row, int lane) {
+  constexpr int64_t kSplit = Shape::kRows * (Shape::kDim + 2);
+  const float* stats = first_split + Shape::kRows * Shape::kDim + row * 2;
   float maximum = negative_infinity(), total = 0.0f;
-  for (int32_t part = lane; part < parts; part += kWarpSize) maximum = fmaxf(maximum, stats[part * kPart]);
+  for (int32_t split = lane; split < splits; split += kWarpSize) maximum = fmaxf(maximum, stats[split * kSplit]);
 #pragma unroll
   for (int bit = 1; bit < kWarpSize; bit *= 2) maximum = fmaxf(maximum, warp_shuffle_xor(maximum, bit));
   const float base = maximum == negative_infinity() ? 0.0f : maximum;
-  for (int32_t part = lane; part < parts; part += kWarpSize) {
-    total += stats[part * kPart + 1] * fast_exp2(stats[part * kPart] - base);
+  for (int32_t split = lane; split < splits; split += kWarpSize) {
+    total += stats[split * kSplit + 1] * fast_exp2(stats[split * kSplit] - base);
   }
 #pragma unroll
   for (int bit = 1; bit < kWarpSize; bit *= 2) total += warp_shuffle_xor(total, bit);
   return {{maximum, total}};
 }
 
-// The last block joins the parts, in the order of the slots.
+// The last block joins the splits, in the order of the slots.
 template <class Shape>
-__device__ __forceinline__ void join_parts(const TreeAttentionLaunch& launch, const BlockWork& work) {
+__device__ __forceinline__ void join_splits(const TreeAttentionLaunch& launch, const BlockWork& work) {
   using T = typename Shape::T;
-  constexpr int64_t kPart = Shape::kRows * (Shape::kDim + 2);
+  constexpr int64_t kSplit = Shape::kRows * (Shape::kDim + 2);
   constexpr int kAtOnce = 16;
   const TreeAttentionParams& p = launch.call;
   const int lane = threadIdx.x % kWarpSize;
-  const float* first_part = part_scratch<Shape>(launch, int32_t(blockIdx.x) - work.part);
+  const float* first_split = split_scratch<Shape>(launch, int32_t(blockIdx.x) - work.split);
 #pragma unroll 1
   for (int row = threadIdx.x / kWarpSize; row < Shape::kRows; row += Shape::kThreads / kWarpSize) {
     const RowTarget<T> target = row_target<T>(launch, work, row);
     if (!target.exists) continue;
-    const Pack<float, 2> joined = join_stats<Shape>(first_part, work.parts, row, lane);
+    const Pack<float, 2> joined = join_stats<Shape>(first_split, work.splits, row, lane);
     const float maximum = joined.element[0], base = maximum == negative_infinity() ? 0.0f : maximum;
     const RowResult result = finish_row(p, target, maximum, joined.element[1]);
     if (target.lse != nullptr && lane == 0) *target.lse = result.lse;
-    const float* stats = first_part + Shape::kRows * Shape::kDim + row * 2;
+    const float* stats = first_split + Shape::kRows * Shape::kDim + row * 2;
 #pragma unroll 1
     for (int column = lane * 4; column < p.dim; column += kWarpSize * 4) {
       float sum[4] = {};
 #pragma unroll 1
-      for (int32_t part = 0; part < work.parts; part += kAtOnce) {
+      for (int32_t split = 0; split < work.splits; split += kAtOnce) {
         Pack<float, 4> piece[kAtOnce];
         float weight[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {  // parts beyond the last one count as it, with weight 0
-          const int64_t at = at_most(part + i, work.parts - 1) * kPart;
-          piece[i] = *reinterpret_cast<const Pack<float, 4>*>(first_part + at + row * Shape::kDim + column);
-          weight[i] = part + i < work.parts ? fast_exp2(stats[at] - base) : 0.0f;
+        for (int i = 0; i < kAtOnce; ++i) {  // splits beyond the last one count as it, with weight 0
+          const int64_t at = at_most(split + i, work.splits - 1) * kSplit;
+          piece[i] = *reinterpret_cast<const Pack<float, 4>*>(first_split + at + row * Shape::kDim + column);
+          weight[i] = split + i < work.splits ? fast_exp2(stats[at] - base) : 0.0f;
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ void join_parts(const TreeAttentionLaunch& launch, co
 template <class T>
 __device__ __forceinline__ void blank_rows(const TreeAttentionLaunch& launch, const BlockWork& work) {
   const TreeAttentionParams& p = launch.call;
-  if (p.offsets == nullptr || work.first_row != 0 || work.part != 0) return;
+  if (p.offsets == nullptr || work.first_row != 0 || work.split != 0) return;
   const int32_t pieces = work.request == 0 ? 2 : 1;
   for (int32_t piece = 0; piece < pieces; ++piece) {
     const bool before = piece == 1;

@@ -84,7 +84,7 @@ __device__ __forceinline__ void attend(WarpRows<Shape>& sums, const SharedTiles<
       score_tile<Shape>(scores, shared.q + row_warp * 16 * Shape::kPitch, k, lane);
       const bool masked = is_masked<Shape>(work, tile);
       const uint32_t seen = adjust_scores<Shape>(scores, p, work, rows, tile, masked, lane);
-      soften<Shape>(sums, scores);
+      online_softmax<Shape>(sums, scores);
       const typename Shape::Cache* v = k + Shape::kTile + column_warp * Shape::kColumns;
       if (masked) {
         add_values<Shape, true>(sums, scores, v, seen, lane);
@@ -135,26 +135,26 @@ template <class Shape>
 __global__ void __launch_bounds__(Shape::kThreads, 1) tree_attention_kernel(TreeAttentionLaunch launch) {
   const BlockWork work = block_work<Shape>(launch);
   SPECDEC_SHARED(int32_t, arrived, );
-  if (work.part < work.parts) {
+  if (work.split < work.splits) {
     const int thread = threadIdx.x, lane = thread % kWarpSize, warp = thread / kWarpSize;
     blank_rows<typename Shape::T>(launch, work);
     const SharedTiles<Shape> shared(launch.call.words);
     WarpRows<Shape> sums;
     attend<Shape>(sums, shared, launch, work);
     const bool works = warp < Shape::kWorkers;
-    if (work.parts == 1) {
+    if (work.splits == 1) {
       if (works) write_result<Shape>(sums, shared.q, launch, work, warp, lane);
     } else {
-      if (works) leave_part<Shape>(sums, part_scratch<Shape>(launch, int32_t(blockIdx.x)), warp, lane);
+      if (works) leave_split<Shape>(sums, split_scratch<Shape>(launch, int32_t(blockIdx.x)), warp, lane);
       device_fence();
       block_sync();
-      int32_t* counter = launch.call.counters + int32_t(blockIdx.x) / launch.max_parts;
+      int32_t* counter = launch.call.counters + int32_t(blockIdx.x) / launch.max_splits;
       if (thread == 0) arrived = atomic_add(counter, 1);
       block_sync();
-      if (arrived == work.parts - 1) {
+      if (arrived == work.splits - 1) {
         device_fence();
-        join_parts<Shape>(launch, work);
-        if (thread == 0) atomic_add(counter, -work.parts);
+        join_splits<Shape>(launch, work);
+        if (thread == 0) atomic_add(counter, -work.splits);
       }
     }
   }
@@ -168,11 +168,11 @@ inline TreeAttentionLaunch tree_attention_launch(const TreeAttentionParams& call
   // At least one row block, so that padding is written.
   launch.row_blocks = int32_t((int64_t(launch.max_queries) * launch.group + rows - 1) / rows);
   launch.row_blocks = at_least(launch.row_blocks, 1);
-  // As many parts as a request that fills the cache has.
-  launch.max_parts = parts_of(call.slots, call.kv_heads, call.num_splits);
-  const int64_t blocks = int64_t(call.kv_heads) * launch.row_blocks * launch.max_parts;  // of a request
+  // As many splits as a request that fills the cache has.
+  launch.max_splits = splits_of(call.slots, call.kv_heads, call.num_splits);
+  const int64_t blocks = int64_t(call.kv_heads) * launch.row_blocks * launch.max_splits;  // of a request
   int64_t most = 0x7fffffff / blocks;
-  if (launch.max_parts > 1) most = kScratchBytes / (blocks * rows * (compiled_dim + 2) * int64_t(sizeof(float)));
+  if (launch.max_splits > 1) most = kScratchBytes / (blocks * rows * (compiled_dim + 2) * int64_t(sizeof(float)));
   if (most < launch.requests) launch.requests = most < 1 ? 1 : int32_t(most);
   return launch;
 }
@@ -187,7 +187,7 @@ inline int tree_attention_rows(const TreeAttentionParams& call, int compiled_dim
 }
 
 // What every device since 8.0 grants to a block that asks, what those for data centers do (8.0, 9.0, 10.0), and CUDA's
-// own part and `arrived` of it.
+// own split and `arrived` of it.
 constexpr size_t kSharedBytesPerBlock = 99 * 1024, kSharedBytesOfLarge = 163 * 1024, kSharedBytesOfCuda = 1024 + 128;
 
 // The most rows of a block. Dims above 192 have 128 on large devices only.
@@ -205,7 +205,7 @@ cudaError_t launch_tree_attention(const TreeAttentionParams& call, int device, c
   cudaError_t error = cudaSuccess;
   for (; slice.first_request < call.batch && error == cudaSuccess; slice.first_request += slice.requests) {
     const int64_t requests = at_most(slice.requests, call.batch - slice.first_request);
-    const int64_t blocks = requests * call.kv_heads * slice.row_blocks * slice.max_parts;
+    const int64_t blocks = requests * call.kv_heads * slice.row_blocks * slice.max_splits;
     if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
     error = launch(tree_attention_kernel<Shape>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
                    SharedTiles<Shape>::bytes(call.words), device, stream, slice);

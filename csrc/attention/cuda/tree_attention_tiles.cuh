@@ -20,7 +20,7 @@ namespace specdec {
 // A warp owns 16 rows. Two warps share them, each with all scores and half of the columns of the values, where a block
 // would have few warps otherwise: with few rows, or with 64 of many columns. Slots are never split
 // between warps: how a row's sum is rounded depends on the dimension alone, not on how many rows its neighbours have.
-// Warps beyond those that multiply help with copies and with the join of parts.
+// Warps beyond those that multiply help with copies and with the join of splits.
 //
 // Sizes are chosen for the 99 KiB of the smallest current devices (8.6, 8.9, 12.0) and for more than one block on the
 // larger ones. Only 128 rows of dim 256 do not fit there: those devices serve them as two blocks of 64.
@@ -109,7 +109,7 @@ __device__ __forceinline__ void score_tile(float (&scores)[Shape::kSlots / 8][4]
 
 // Online softmax: scores become weights, the rows' sums follow the new maximum.
 template <class Shape>
-__device__ __forceinline__ void soften(WarpRows<Shape>& rows, float (&scores)[Shape::kSlots / 8][4]) {
+__device__ __forceinline__ void online_softmax(WarpRows<Shape>& rows, float (&scores)[Shape::kSlots / 8][4]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     float maximum = rows.maximum[i];

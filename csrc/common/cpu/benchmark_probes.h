@@ -15,7 +15,7 @@ struct ReadWay {
   bool nearest = false;  // whether they are prefetched into the first cache (T0), not into the second (T1)
 };
 
-constexpr int kMostReadStreams = 16;
+constexpr int kMaxReadStreams = 16;
 
 // Reads a buffer once, and returns the exclusive or of its words.
 uint64_t read_bytes(const void* address, size_t bytes, const ReadWay& way);

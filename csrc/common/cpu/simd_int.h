@@ -183,7 +183,7 @@ static SPECDEC_INLINE float total(Vec v) {
 #endif
 
 // The uniforms of 4 * kWidth neighbouring tokens from `token` on, a multiple of 4.
-static SPECDEC_INLINE void race_uniforms(const NoiseKey& key, int32_t token, Vec (&uniform)[4]) {
+static SPECDEC_INLINE void draw_uniforms(const NoiseKey& key, int32_t token, Vec (&uniform)[4]) {
   Bits c[4] = {add_bits(splat_bits(uint32_t(token) / 4), quad_order()), splat_bits(key.position),
                splat_bits(key.domain), splat_bits(key.detail)};
   uint32_t k0 = key.seed_low, k1 = key.seed_high;

@@ -9,9 +9,9 @@
 
 namespace specdec {
 
-class Team {
+class ThreadPool {
  public:
-  explicit Team(int threads) : threads_(threads) {}
+  explicit ThreadPool(int threads) : threads_(threads) {}
   int threads() const { return threads_; }
 
   // Calls work(chunk) for every chunk; whoever is free takes the next one.

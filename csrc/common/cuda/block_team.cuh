@@ -13,12 +13,12 @@
 
 namespace specdec {
 
-constexpr int kTeamMostThreads = 512;
-constexpr int kTeamMostWarps = kTeamMostThreads / kWarpSize;
+constexpr int kTeamMaxThreads = 512;
+constexpr int kTeamMaxWarps = kTeamMaxThreads / kWarpSize;
 constexpr int kTeamBarrier = 1;
 
-struct Team {
-  int32_t rank, size;  // of this thread, and how many: whole warps, at most kTeamMostThreads
+struct BlockTeam {
+  int32_t rank, size;  // of this thread, and how many: whole warps, at most kTeamMaxThreads
 
   __device__ __forceinline__ void sync() const { group_sync<kTeamBarrier>(size); }
 };
@@ -48,20 +48,20 @@ __device__ __forceinline__ T from_lane_xor(const T& value, int lane_bits) {
 
 class TeamReducer {
  public:
-  static constexpr int kMostWords = 8;
-  static constexpr int kWords = 2 * kTeamMostWarps * kMostWords;  // of shared memory
+  static constexpr int kMaxWords = 8;
+  static constexpr int kWords = 2 * kTeamMaxWarps * kMaxWords;  // of shared memory
 
-  const Team team;
+  const BlockTeam team;
 
-  __device__ TeamReducer(Team team, uint32_t* slots) : team(team), slots_(slots) {}
+  __device__ TeamReducer(BlockTeam team, uint32_t* slots) : team(team), slots_(slots) {}
 
   // merge(a, b) of all threads' values. It must be associative up to rounding.
   template <class T, class Merge>
   __device__ T operator()(T value, Merge merge) {
-    static_assert(WordsOf<T>::kWords <= kMostWords);
+    static_assert(WordsOf<T>::kWords <= kMaxWords);
 #pragma unroll
     for (int lanes = kWarpSize / 2; lanes > 0; lanes /= 2) value = merge(value, from_lane_xor(value, lanes));
-    uint32_t* slot = slots_ + turn_ * (kTeamMostWarps * kMostWords);
+    uint32_t* slot = slots_ + turn_ * (kTeamMaxWarps * kMaxWords);
     turn_ ^= 1;
     if (team.rank % kWarpSize == 0) put(slot, team.rank / kWarpSize, value);
     team.sync();
@@ -88,7 +88,7 @@ class TeamReducer {
       const uint64_t other = warp_shuffle(up_to_here, lane - lanes);  // of any lane where there is none: not used
       if (lane >= lanes) up_to_here += other;
     }
-    uint32_t* slot = slots_ + turn_ * (kTeamMostWarps * kMostWords);
+    uint32_t* slot = slots_ + turn_ * (kTeamMaxWarps * kMaxWords);
     turn_ ^= 1;
     if (lane == kWarpSize - 1) put(slot, own_warp, up_to_here);
     team.sync();
@@ -105,13 +105,13 @@ class TeamReducer {
   __device__ static void put(uint32_t* slot, int warp, const T& value) {
     const WordsOf<T> words(value);
 #pragma unroll
-    for (int i = 0; i < WordsOf<T>::kWords; ++i) slot[warp * kMostWords + i] = words.word[i];
+    for (int i = 0; i < WordsOf<T>::kWords; ++i) slot[warp * kMaxWords + i] = words.word[i];
   }
   template <class T>
   __device__ static T get(const uint32_t* slot, int warp) {
     WordsOf<T> words{T{}};
 #pragma unroll
-    for (int i = 0; i < WordsOf<T>::kWords; ++i) words.word[i] = slot[warp * kMostWords + i];
+    for (int i = 0; i < WordsOf<T>::kWords; ++i) words.word[i] = slot[warp * kMaxWords + i];
     return words.value();
   }
 

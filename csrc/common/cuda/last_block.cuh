@@ -7,7 +7,7 @@
 namespace specdec {
 
 // Whether this block is the last of `blocks` to come here. What all of them wrote before is visible to the last one.
-__device__ inline bool arrives_last(const Team& team, int32_t* counter, int32_t blocks) {
+__device__ inline bool arrives_last(const BlockTeam& team, int32_t* counter, int32_t blocks) {
   SPECDEC_SHARED(int32_t, arrived, );
   device_fence();
   team.sync();

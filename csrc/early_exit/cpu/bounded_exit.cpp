@@ -1,10 +1,10 @@
 // Bounded abort on the CPU: the head is read a part at a time, by the rows that are still open.
 //
-// Behind each part a row's figures are written from what it has seen, and early_exit/bound_verdict.h says whether any
-// entry that is left could change its decision or what it returns. The ceiling of the unread logits is the row's length
-// times the greatest length of an unread entry (Cauchy and Schwarz), plus the greatest bias among them. Parts are read
-// as exit_confidence reads the head: a row that sees all of a head whose parts end at multiples of kExitChunk has its
-// very figures. Memory read: the parts that some row needed, the rows and their bounds.
+// Behind each part a row's statistics are written from what it has seen, and early_exit/bound_verdict.h says whether
+// any entry that is left could change its decision or what it returns. The ceiling of the unread logits is the row's
+// length times the greatest length of an unread entry (Cauchy and Schwarz), plus the greatest bias among them. Parts
+// are read as exit_confidence reads the head: a row that sees all of a head whose parts end at multiples of kExitChunk
+// has its very statistics. Memory read: the parts that some row needed, the rows and their bounds.
 //
 // Rounding, all of it outward. A product of n = dim numbers is summed in chains of at most n / 4 + 24 roundings, plus a
 // handful of scales, so it is at most (n / 4 + 64) 2^-24 |y| |W_v| above the exact one; numbers that a dot product of
@@ -50,9 +50,12 @@ std::vector<float> biases_after(const BoundedParams& b) {
 }
 
 SeenPart seen_part(const ExitParams& p, int row, const ExitState& state) {
-  return {
-      state.sum,      -double(state.log_sum) / temperature_of(p, row), state.value[0],
-      state.value[1], state.value[std::max(p.top_k, 1) - 1],           state.invalid || setting_status(p, row) != 0};
+  return {state.sum,
+          -double(state.weighted_logit_sum) / temperature_of(p, row),
+          state.value[0],
+          state.value[1],
+          state.value[std::max(p.top_k, 1) - 1],
+          state.invalid || setting_status(p, row) != 0};
 }
 
 // The rows of `open` whose decisions are not certain.
@@ -79,20 +82,20 @@ std::vector<int> still_open(const BoundedParams& b, const std::vector<int>& open
 
 void bounded_exit_cpu(const BoundedParams& b, int threads) {
   const ExitParams& p = b.exit;
-  const Team team = exit_team(p, threads);
+  const ThreadPool pool = exit_threads(p, threads);
   const ExitKernels kernels = exit_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32);
   std::vector<RowReach> reach(p.rows);
-  team.run(p.rows, [&](int64_t row, int) { reach[row] = reach_of(p, kernels, int(row)); });
+  pool.run(p.rows, [&](int64_t row, int) { reach[row] = reach_of(p, kernels, int(row)); });
   const std::vector<float> biases = biases_after(b);
   std::vector<ExitState> states(p.rows, empty_exit_state());
   std::vector<int> open(p.rows);
   std::iota(open.begin(), open.end(), 0);
   std::unique_ptr<HeadReader> reader;
   for (int part = 0, begin = 0; part < b.parts && !open.empty(); begin = b.ends[part++]) {
-    if (!reader || reader->rows() != open) reader = std::make_unique<HeadReader>(p, open, team);
+    if (!reader || reader->rows() != open) reader = std::make_unique<HeadReader>(p, open, pool);
     reader->read(begin, b.ends[part], states);
     for (int row : open) {
-      write_figures(p, row, states[row]);
+      write_stats(p, row, states[row]);
       b.seen[row] = b.ends[part];
     }
     if (part + 1 < b.parts) open = still_open(b, open, part, reach, biases[part], states);

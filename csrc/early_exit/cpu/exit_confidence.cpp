@@ -40,24 +40,24 @@ const float* tile_of(const float* vector, int64_t first, int count, float* padde
 }
 
 // Takes in what a later part of the vocabulary has left.
-void merge(ExitState& state, const ExitState& later, int listed, float temperature) {
+void merge(ExitState& state, const ExitState& later, int top_k, float temperature) {
   state.invalid |= later.invalid;
   if (later.sum > 0) {
     const float top = std::max(state.value[0], later.value[0]);
-    double sum = 0, log_sum = 0;
+    double sum = 0, weighted_logit_sum = 0;
     for (const ExitState* part : {static_cast<const ExitState*>(&state), &later}) {
       if (!(part->sum > 0)) continue;
       const double fall = double(part->value[0]) - top, decay = fall < 0 ? std::exp(fall / temperature) : 1.0;
       sum += part->sum * decay;
-      log_sum += (part->log_sum + part->sum * fall) * decay;
+      weighted_logit_sum += (part->weighted_logit_sum + part->sum * fall) * decay;
     }
     state.sum = float(sum);
-    state.log_sum = float(log_sum);
+    state.weighted_logit_sum = float(weighted_logit_sum);
   }
-  if (!(later.value[0] > state.value[listed - 1])) return;
+  if (!(later.value[0] > state.value[top_k - 1])) return;
   ExitState both = state;
   int mine = 0, theirs = 0;
-  for (int i = 0; i < listed; i++) {
+  for (int i = 0; i < top_k; i++) {
     const bool take_mine = state.value[mine] >= later.value[theirs];  // equals: the lower entry
     const ExitState& from = take_mine ? state : later;
     int& at = take_mine ? mine : theirs;
@@ -65,8 +65,8 @@ void merge(ExitState& state, const ExitState& later, int listed, float temperatu
     both.entry[i] = from.entry[at];
     at++;
   }
-  std::copy_n(both.value, listed, state.value);
-  std::copy_n(both.entry, listed, state.entry);
+  std::copy_n(both.value, top_k, state.value);
+  std::copy_n(both.entry, top_k, state.entry);
 }
 
 bool passes(const ExitParams& p, int row) {
@@ -87,7 +87,7 @@ bool passes(const ExitParams& p, int row) {
 ExitKernels exit_kernels(HeadType type, int dim, bool may_round) {
   ExitKernels kernels = kernels_of_isa();
 #ifdef SPECDEC_HAVE_AVX512_VNNI
-  if (type == HeadType::kInt8 && may_round && dim <= kMostIntegerDim && may_use_vnni()) {
+  if (type == HeadType::kInt8 && may_round && dim <= kMaxIntegerDim && may_use_vnni()) {
     kernels.packed_bytes = avx512_vnni::packed_bytes;
     kernels.pack = avx512_vnni::pack;
     kernels.multiply = avx512_vnni::multiply;
@@ -133,19 +133,19 @@ void decide_exits(const ExitParams& p) {
 
 ExitState empty_exit_state() {
   ExitState state{0.0f, 0.0f, false, {}, {}};
-  std::fill(state.value, state.value + kMostListed, kMinusInfinity);
-  std::fill(state.entry, state.entry + kMostListed, -1);
+  std::fill(state.value, state.value + kMaxTopK, kMinusInfinity);
+  std::fill(state.entry, state.entry + kMaxTopK, -1);
   return state;
 }
 
-HeadReader::HeadReader(const ExitParams& p, const std::vector<int>& rows, const Team& team)
+HeadReader::HeadReader(const ExitParams& p, const std::vector<int>& rows, const ThreadPool& pool)
     : p_(p),
       rows_(rows),
-      team_(team),
+      pool_(pool),
       kernels_(exit_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
-      listed_(std::max(2, p.top_k)),
+      top_k_(std::max(2, p.top_k)),
       packed_(kernels_, p.head_type, p.dim, int(rows.size()), p.rows) {
-  team_.run(rows_.size(), [&](int64_t n, int) {
+  pool_.run(rows_.size(), [&](int64_t n, int) {
     std::vector<float> y(hidden_stride(p_.dim));
     kernels_.normalise(p_, rows_[n], y.data());
     packed_.set(int(n), y.data());
@@ -155,13 +155,13 @@ HeadReader::HeadReader(const ExitParams& p, const std::vector<int>& rows, const 
 void HeadReader::read(int64_t begin, int64_t end, std::vector<ExitState>& states) {
   const int64_t chunks = (end - begin + kExitChunk - 1) / kExitChunk, count = int64_t(rows_.size());
   std::vector<ExitState> of_chunks(chunks * count);
-  team_.deal(chunks, [&](int64_t chunk) {
+  pool_.deal(chunks, [&](int64_t chunk) {
     const int64_t first = begin + chunk * kExitChunk;
     read_chunk(first, std::min<int64_t>(first + kExitChunk, end), &of_chunks[chunk * count]);
   });
-  team_.run(count, [&](int64_t n, int) {
+  pool_.run(count, [&](int64_t n, int) {
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
-      merge(states[rows_[n]], of_chunks[chunk * count + n], listed_, temperature_of(p_, rows_[n]));
+      merge(states[rows_[n]], of_chunks[chunk * count + n], top_k_, temperature_of(p_, rows_[n]));
     }
   });
 }
@@ -178,49 +178,50 @@ void HeadReader::read_chunk(int64_t begin, int64_t end, ExitState* states) {
     packed_.multiply(tile, [&](int n, float* logits) {
       std::fill(logits + count, logits + kExitTile, kMinusInfinity);
       const float factor = float(kLog2e / temperature_of(p_, rows_[n]));
-      kernels_.absorb(logits, tile_scales, tile_bias, int32_t(first), factor, listed_, states[n]);
+      kernels_.absorb(logits, tile_scales, tile_bias, int32_t(first), factor, top_k_, states[n]);
     });
   }
 }
 
-void write_figures(const ExitParams& p, int row, const ExitState& state) {
+void write_stats(const ExitParams& p, int row, const ExitState& state) {
   const float temperature = temperature_of(p, row);
   const bool sound = !state.invalid && state.sum > 0;
   const auto token_of = [&](int32_t entry) { return p.token_map ? p.token_map[entry] : entry; };
   p.token[row] = token_of(std::max(state.entry[0], 0));
   p.status[row] = setting_status(p, row) | (sound ? 0 : kExitInvalid);
   const bool valid = p.status[row] == 0;
-  const double sum = valid ? state.sum : 1.0, log_sum = std::log(sum), scale = 1.0 / temperature;
+  const double sum = valid ? state.sum : 1.0, weighted_logit_sum = std::log(sum), scale = 1.0 / temperature;
   const auto probability = [&](float value) {
     return value > kMinusInfinity ? std::exp((double(value) - state.value[0]) * scale) / sum : 0.0;
   };
   p.max_prob[row] = valid ? float(probability(state.value[0])) : 0.0f;
   p.margin[row] = valid ? float(probability(state.value[0]) - probability(state.value[1])) : 0.0f;
-  p.entropy[row] = valid ? float(std::max(0.0, log_sum - state.log_sum * scale / sum)) : 0.0f;
-  p.logsumexp[row] = valid ? float(state.value[0] * scale + log_sum) : kMinusInfinity;
+  p.entropy[row] = valid ? float(std::max(0.0, weighted_logit_sum - state.weighted_logit_sum * scale / sum)) : 0.0f;
+  p.logsumexp[row] = valid ? float(state.value[0] * scale + weighted_logit_sum) : kMinusInfinity;
   for (int k = 0; k < p.top_k; k++) {
     const int64_t at = int64_t(row) * p.top_k + k;
     const bool exists = valid && state.value[k] > kMinusInfinity;
     p.top_tokens[at] = exists ? token_of(state.entry[k]) : -1;
-    p.top_logprobs[at] = exists ? float((double(state.value[k]) - state.value[0]) * scale - log_sum) : kMinusInfinity;
+    p.top_logprobs[at] =
+        exists ? float((double(state.value[k]) - state.value[0]) * scale - weighted_logit_sum) : kMinusInfinity;
   }
 }
 
-void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& team) {
+void read_head(const ExitParams& p, const std::vector<int>& rows, const ThreadPool& pool) {
   std::vector<ExitState> states(p.rows, empty_exit_state());
-  HeadReader(p, rows, team).read(0, p.vocab, states);
-  for (int row : rows) write_figures(p, row, states[row]);
+  HeadReader(p, rows, pool).read(0, p.vocab, states);
+  for (int row : rows) write_stats(p, row, states[row]);
 }
 
-Team exit_team(const ExitParams& p, int threads) {
+ThreadPool exit_threads(const ExitParams& p, int threads) {
   const double products = double(p.vocab) * p.dim * p.rows;
-  return Team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+  return ThreadPool(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
 }
 
 void exit_confidence_cpu(const ExitParams& p, int threads) {
   std::vector<int> rows(p.rows);
   std::iota(rows.begin(), rows.end(), 0);
-  read_head(p, rows, exit_team(p, threads));
+  read_head(p, rows, exit_threads(p, threads));
   if (p.measure != ExitMeasure::kNone) decide_exits(p);
 }
 

@@ -16,13 +16,13 @@ constexpr int kHiddenStep = 64;    // hidden rows in float32 go on with zeros to
 
 // What a row knows of the part of the vocabulary that it has seen. Values are logits before the temperature.
 struct ExitState {
-  float sum;      // of exp((z - value[0]) / T)
-  float log_sum;  // of the same times (z - value[0])
+  float sum;                 // of exp((z - value[0]) / T)
+  float weighted_logit_sum;  // of the same times (z - value[0])
   bool invalid;
   // As many as are listed of the greatest logits, descending, the lowest entry first among equals, -inf where there are
   // no more; and their places in the vocabulary.
-  float value[kMostListed];
-  int32_t entry[kMostListed];
+  float value[kMaxTopK];
+  int32_t entry[kMaxTopK];
 };
 
 struct ExitTile {
@@ -46,7 +46,7 @@ struct ExitKernels {
   void (*multiply)(HeadType type, const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits);
   // Takes one row's logits in, which are -inf where a tile has no more. scales and bias are [kExitTile] or nullptr; the
   // logits are changed by them.
-  void (*absorb)(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int listed,
+  void (*absorb)(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int top_k,
                  ExitState& state);
 };
 

@@ -19,9 +19,9 @@ std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int
   const int64_t from = hidden_stride(inputs), to = hidden_stride(layer.outputs);
   std::vector<float> y(rows * to);
   const double products = double(rows) * inputs * layer.outputs;
-  const Team team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
-  team.run(rows, [&](int64_t row, int) { packed.set(int(row), &x[row * from]); });
-  team.run((layer.outputs + kExitTile - 1) / kExitTile, [&](int64_t at, int) {
+  const ThreadPool pool(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+  pool.run(rows, [&](int64_t row, int) { packed.set(int(row), &x[row * from]); });
+  pool.run((layer.outputs + kExitTile - 1) / kExitTile, [&](int64_t at, int) {
     const int64_t first = at * kExitTile;
     const int count = int(std::min<int64_t>(kExitTile, layer.outputs - first));
     const char* weight = static_cast<const char*>(layer.weight) + first * inputs * element_bytes(layer.type);

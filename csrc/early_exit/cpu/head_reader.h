@@ -8,8 +8,8 @@
 
 namespace specdec {
 
-constexpr int kExitChunk = 512;          // rows of the head that one thread takes at a time
-constexpr int kMostIntegerDim = 65'536;  // sums of int8 times uint8 fit into 32 bits
+constexpr int kExitChunk = 512;         // rows of the head that one thread takes at a time
+constexpr int kMaxIntegerDim = 65'536;  // sums of int8 times uint8 fit into 32 bits
 
 struct AlignedBytes {
   explicit AlignedBytes(size_t bytes) : memory(bytes + 63) {}
@@ -62,7 +62,7 @@ struct HiddenLength {
 };
 HiddenLength hidden_length(const ExitKernels& kernels, const std::vector<float>& y, int dim);
 
-Team exit_team(const ExitParams& p, int threads);
+ThreadPool exit_threads(const ExitParams& p, int threads);
 
 // What a row knows before it has seen anything.
 ExitState empty_exit_state();
@@ -70,7 +70,7 @@ ExitState empty_exit_state();
 // Some of a call's hidden rows on their way over the head.
 class HeadReader {
  public:
-  HeadReader(const ExitParams& p, const std::vector<int>& rows, const Team& team);
+  HeadReader(const ExitParams& p, const std::vector<int>& rows, const ThreadPool& pool);
 
   const std::vector<int>& rows() const { return rows_; }
 
@@ -82,19 +82,19 @@ class HeadReader {
 
   const ExitParams& p_;
   const std::vector<int> rows_;
-  const Team team_;
+  const ThreadPool pool_;
   const ExitKernels kernels_;
-  const int listed_;
+  const int top_k_;
   PackedRows packed_;
 };
 
-// Writes the figures of a row from what it has seen.
-void write_figures(const ExitParams& p, int row, const ExitState& state);
+// Writes the statistics of a row from what it has seen.
+void write_stats(const ExitParams& p, int row, const ExitState& state);
 
-// Writes the figures of these rows from the whole head.
-void read_head(const ExitParams& p, const std::vector<int>& rows, const Team& team);
+// Writes the statistics of these rows from the whole head.
+void read_head(const ExitParams& p, const std::vector<int>& rows, const ThreadPool& pool);
 
-// From the figures of all rows, which of them exit.
+// From the statistics of all rows, which of them exit.
 void decide_exits(const ExitParams& p);
 
 void screened_exit_cpu(const ScreenedParams& params, int threads);

@@ -40,10 +40,10 @@ struct ScreenScan {
 };
 
 struct ScreenKernels {
-  // Takes lower bounds of logits in among the `listed` greatest, descending. False if a logit is NaN or +inf. `count`
+  // Takes lower bounds of logits in among the `top_k` greatest, descending. False if a logit is NaN or +inf. `count`
   // is a multiple of kScreenStep, as below; padding is a logit of -inf.
   bool (*note)(const float* approximate, const float* error_norms, const float* norms, int count,
-               const ScreenBound& bound, int listed, float* lower);
+               const ScreenBound& bound, int top_k, float* lower);
   // The greatest error_norms[v] + norms[v].
   float (*longest)(const float* error_norms, const float* norms, int count);
   // Adds up the tail, and writes which entries are not in it. Returns how many.

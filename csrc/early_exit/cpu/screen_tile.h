@@ -19,7 +19,7 @@ static SPECDEC_INLINE Vec error_of(const ScreenBound& bound, Vec noise, Vec erro
 }
 
 static bool note(const float* approximate, const float* error_norms, const float* norms, int count,
-                 const ScreenBound& bound, int listed, float* lower) {
+                 const ScreenBound& bound, int top_k, float* lower) {
   constexpr unsigned kAll = kWidth == 16 ? 0xffffu : 0xffu;
   const Vec infinity = splat(__builtin_inff());
   unsigned finite = kAll;
@@ -28,11 +28,11 @@ static bool note(const float* approximate, const float* error_norms, const float
     finite &= lanes_above(infinity, a);
     const Vec error = error_of(bound, noise_of(bound, clamped, load(norms + i)), load(error_norms + i));
     const Vec low = a - error;
-    if (!any_above(low, splat(lower[listed - 1]))) continue;
+    if (!any_above(low, splat(lower[top_k - 1]))) continue;
     alignas(64) float each[kWidth];
     store(each, low);
     for (int lane = 0; lane < kWidth; lane++) {
-      int at = listed - 1;
+      int at = top_k - 1;
       if (!(each[lane] > lower[at])) continue;
       for (; at > 0 && each[lane] > lower[at - 1]; at--) lower[at] = lower[at - 1];
       lower[at] = each[lane];

@@ -73,7 +73,7 @@ struct Figure {
   double error() const { return std::max(bounds.high - value, value - bounds.low); }
 };
 
-struct Figures {
+struct Stats {
   Figure max_prob, margin, entropy;
 };
 
@@ -103,7 +103,7 @@ struct Known {
 };
 
 // `spread` is B above.
-Figures figures_of(const Known& known, const ScreenTail& tail, float reference, double temperature, double spread) {
+Stats stats_of(const Known& known, const ScreenTail& tail, float reference, double temperature, double spread) {
   const double first = known.first, second = known.second, sum = known.sum, fall = known.fall;
   Interval rest = {tail.lower, tail.upper};
   Interval rest_fall = tail.error < 300 ? Interval{tail.lower_fall, tail.upper_fall} : Interval{0, kInfinity};
@@ -134,10 +134,10 @@ Figures figures_of(const Known& known, const ScreenTail& tail, float reference, 
 
 class Screen {
  public:
-  Screen(const ScreenedParams& p, const Team& team, int first_row, int rows)
+  Screen(const ScreenedParams& p, const ThreadPool& pool, int first_row, int rows)
       : s_(p),
         p_(p.exit),
-        team_(team),
+        pool_(pool),
         full_(exit_kernels(p_.head_type, p_.dim, true)),
         small_(exit_kernels(HeadType::kInt8, p_.dim, true)),
         looks_(screen_kernels()),
@@ -151,18 +151,18 @@ class Screen {
         bounds_(rows),
         approximate_(new float[stride_ * rows]),
         found_(chunks_ * rows) {
-    team_.run(rows_, [&](int64_t row, int) { prepare(int(row)); });
+    pool_.run(rows_, [&](int64_t row, int) { prepare(int(row)); });
   }
 
   // Rows that need the whole head are added to `fallen`.
   void run(std::vector<int>& fallen) {
     std::vector<float> longest(chunks_);
-    team_.deal(chunks_, [&](int64_t chunk) { longest[chunk] = approximate(chunk); });
+    pool_.deal(chunks_, [&](int64_t chunk) { longest[chunk] = approximate(chunk); });
     const float most = *std::max_element(longest.begin(), longest.end());
     std::vector<char> answered(rows_);
-    const bool many = rows_ >= team_.threads();
-    (many ? team_ : Team(1)).run(rows_, [&](int64_t row, int) {
-      answered[row] = lengths_[row] * most < kGreatest && answer(int(row), many ? Team(1) : team_);
+    const bool many = rows_ >= pool_.threads();
+    (many ? pool_ : ThreadPool(1)).run(rows_, [&](int64_t row, int) {
+      answered[row] = lengths_[row] * most < kGreatest && answer(int(row), many ? ThreadPool(1) : pool_);
     });
     for (int row = 0; row < rows_; row++) {
       if (!answered[row]) fallen.push_back(first_row_ + row);
@@ -172,7 +172,7 @@ class Screen {
  private:
   struct Found {  // what a chunk says of a row
     bool sound;
-    float lower[kMostListed];
+    float lower[kMaxTopK];
   };
   struct Near {  // entries that are not far below the best, padded to whole steps of a scan, and the tail of the others
     std::vector<int32_t> entries;
@@ -233,18 +233,18 @@ class Screen {
       float* of_row = &approximate_[row * stride_];
       std::fill(of_row + end, of_row + begin + kExitChunk, -kInfinity);
       Found& found = found_[row * chunks_ + chunk];
-      std::fill(found.lower, found.lower + kMostListed, -kInfinity);
-      found.sound = looks_.note(of_row + begin, error_norms, norms, kExitChunk, bounds_[row], listed(), found.lower);
+      std::fill(found.lower, found.lower + kMaxTopK, -kInfinity);
+      found.sound = looks_.note(of_row + begin, error_norms, norms, kExitChunk, bounds_[row], top_k(), found.lower);
     }
     return looks_.longest(error_norms, norms, kExitChunk);
   }
 
-  int listed() const { return std::max(2, p_.top_k); }
+  int top_k() const { return std::max(2, p_.top_k); }
 
   // The entries that may be rechecked, ascending, and what all others may add.
-  Near look(int row, const ScreenScan& scan, const Team& team) {
+  Near look(int row, const ScreenScan& scan, const ThreadPool& pool) {
     std::vector<Part> parts(chunks_);
-    team.run(chunks_, [&](int64_t chunk, int) {
+    pool.run(chunks_, [&](int64_t chunk, int) {
       alignas(64) float padded[2][kExitChunk];
       int32_t entries[kExitChunk];
       const int64_t first = chunk * kExitChunk;
@@ -291,10 +291,10 @@ class Screen {
     return of;
   }
 
-  // The figures that come of what is known of a choice's logits.
-  Figures figures(int row, const Known& known, const ScreenTail& tail, const ScreenScan& scan) const {
+  // The statistics that come of what is known of a choice's logits.
+  Stats stats(int row, const Known& known, const ScreenTail& tail, const ScreenScan& scan) const {
     const double spread = lengths_[row] * *s_.error_gain / scan.temperature * kOutward;
-    return figures_of(known, tail, scan.reference, scan.temperature, spread);
+    return stats_of(known, tail, scan.reference, scan.temperature, spread);
   }
 
   // Whether a recheck should settle the row: judged by the approximations, before it is paid for. The greatest of them
@@ -306,7 +306,7 @@ class Screen {
     Known guess = near.guess;
     guess.sum = std::max(1.0, guess.sum - weight);
     guess.fall = std::max(0.0, guess.fall - fall - gap * weight);
-    return settled(first_row_ + row, figures(row, guess, tail, scan));
+    return settled(first_row_ + row, stats(row, guess, tail, scan));
   }
 
   // The least depth that promises to settle the row, or the deepest.
@@ -322,10 +322,10 @@ class Screen {
   }
 
   // The logits of these entries as exit_confidence has them.
-  std::vector<float> logits_of(int row, const std::vector<int32_t>& entries, const Team& team) {
+  std::vector<float> logits_of(int row, const std::vector<int32_t>& entries, const ThreadPool& pool) {
     std::vector<float> z(entries.size());
     const int64_t tiles = (int64_t(entries.size()) + kRecheckTile - 1) / kRecheckTile;
-    team.deal(tiles, [&](int64_t at) {
+    pool.deal(tiles, [&](int64_t at) {
       const int64_t first = at * kRecheckTile;
       const int count = int(std::min<int64_t>(kRecheckTile, int64_t(entries.size()) - first));
       const ExitTile tile = {p_.head, count, p_.dim, &entries[first]};
@@ -338,7 +338,7 @@ class Screen {
     return z;
   }
 
-  bool settled(int row, const Figures& f) const {
+  bool settled(int row, const Stats& f) const {
     if (!(f.max_prob.error() <= s_.tolerance && f.margin.error() <= s_.tolerance)) return false;
     const float limit = p_.thresholds ? p_.thresholds[row] : p_.threshold;
     const Interval& bounds = (p_.measure == ExitMeasure::kEntropy  ? f.entropy
@@ -350,12 +350,12 @@ class Screen {
 
   // Lower bounds of as many of the greatest logits as are listed. False where they cannot be trusted.
   bool lower_bounds(int row, float* lower) const {
-    std::fill(lower, lower + kMostListed, -kInfinity);
+    std::fill(lower, lower + kMaxTopK, -kInfinity);
     for (int64_t chunk = 0; chunk < chunks_; chunk++) {
       const Found& found = found_[row * chunks_ + chunk];
       if (!found.sound) return false;
-      for (int i = 0; i < listed(); i++) {
-        if (!(found.lower[i] > lower[listed() - 1])) break;
+      for (int i = 0; i < top_k(); i++) {
+        if (!(found.lower[i] > lower[top_k() - 1])) break;
         insert(found.lower[i], lower);
       }
     }
@@ -364,7 +364,8 @@ class Screen {
 
   // Puts the logits of a choice, padded to whole steps, in place of those of the last one, which is part of it. Returns
   // how many were read.
-  int recheck(int row, const Near& near, const Choice& choice, Choice& last, std::vector<float>& z, const Team& team) {
+  int recheck(int row, const Near& near, const Choice& choice, Choice& last, std::vector<float>& z,
+              const ThreadPool& pool) {
     std::vector<int32_t> entries;
     std::vector<size_t> unread;
     const size_t count = choice.places.size();
@@ -377,7 +378,7 @@ class Screen {
         unread.push_back(i);
       }
     }
-    const std::vector<float> read = logits_of(row, entries, team);
+    const std::vector<float> read = logits_of(row, entries, pool);
     for (size_t i = 0; i < read.size(); i++) all[unread[i]] = read[i];
     last = choice;
     z = all;
@@ -385,25 +386,25 @@ class Screen {
   }
 
   // Writes a row, or gives it up.
-  bool answer(int row, const Team& team) {
-    float lower[kMostListed];
+  bool answer(int row, const ThreadPool& pool) {
+    float lower[kMaxTopK];
     if (setting_status(p_, first_row_ + row) || !lower_bounds(row, lower)) return false;
     const float temperature = temperature_of(p_, first_row_ + row);
     const size_t limit = std::max<size_t>(kLeastLimit, p_.vocab / 8);
     int32_t reads = 0;
     for (float deepest : kDeepest) {
-      const ScreenScan scan = {bounds_[row], lower[0], lower[listed() - 1], lower[0] - deepest * temperature,
+      const ScreenScan scan = {bounds_[row], lower[0], lower[top_k() - 1], lower[0] - deepest * temperature,
                                temperature};
-      const Near near = look(row, scan, team);
+      const Near near = look(row, scan, pool);
       Choice last;
       std::vector<float> z;
       for (float depth = promising_depth(row, near, scan, deepest); depth <= deepest; depth += 2 * kFinest) {
         const Choice choice = choose(near, scan, depth);
         if (choice.places.empty() || choice.places.size() > limit) return false;
-        reads += recheck(row, near, choice, last, z, team);
+        reads += recheck(row, near, choice, last, z, pool);
         const ExitState best = best_of(z, near, choice);
         const Known of_best = known(z, best.value[0], best.value[1], temperature);
-        const Figures f = figures(row, of_best, choice.tail, scan);
+        const Stats f = stats(row, of_best, choice.tail, scan);
         if (!settled(first_row_ + row, f)) continue;
         write(first_row_ + row, best, f, temperature);
         s_.rechecked[first_row_ + row] = reads;
@@ -414,7 +415,7 @@ class Screen {
   }
 
   void insert(float value, float* lower) const {
-    int at = listed() - 1;
+    int at = top_k() - 1;
     for (; at > 0 && value > lower[at - 1]; at--) lower[at] = lower[at - 1];
     lower[at] = value;
   }
@@ -422,9 +423,9 @@ class Screen {
   // The greatest of what was chosen; equals stay in their order.
   ExitState best_of(const std::vector<float>& z, const Near& near, const Choice& choice) const {
     ExitState best{};
-    std::fill(best.value, best.value + kMostListed, -kInfinity);
-    std::fill(best.entry, best.entry + kMostListed, -1);
-    const int last = listed() - 1;
+    std::fill(best.value, best.value + kMaxTopK, -kInfinity);
+    std::fill(best.entry, best.entry + kMaxTopK, -1);
+    const int last = top_k() - 1;
     for (size_t i = 0; i < choice.places.size(); i++) {
       if (!(z[i] > best.value[last])) continue;
       int at = last;
@@ -438,7 +439,7 @@ class Screen {
     return best;
   }
 
-  void write(int row, const ExitState& best, const Figures& f, double temperature) const {
+  void write(int row, const ExitState& best, const Stats& f, double temperature) const {
     const auto token_of = [&](int32_t entry) { return p_.token_map ? p_.token_map[entry] : entry; };
     const double max_prob = f.max_prob.value;
     p_.token[row] = token_of(best.entry[0]);
@@ -458,7 +459,7 @@ class Screen {
 
   const ScreenedParams& s_;
   const ExitParams& p_;
-  const Team& team_;
+  const ThreadPool& pool_;
   const ExitKernels full_, small_;
   const ScreenKernels& looks_;
   const int first_row_, rows_;
@@ -475,12 +476,12 @@ class Screen {
 
 void screened_exit_cpu(const ScreenedParams& s, int threads) {
   const ExitParams& p = s.exit;
-  const Team team = exit_team(p, threads);
+  const ThreadPool pool = exit_threads(p, threads);
   std::vector<int> fallen;
   for (int row = 0; row < p.rows; row += kExitRowBlock) {
-    Screen(s, team, row, std::min(kExitRowBlock, p.rows - row)).run(fallen);
+    Screen(s, pool, row, std::min(kExitRowBlock, p.rows - row)).run(fallen);
   }
-  if (!fallen.empty()) read_head(p, fallen, team);
+  if (!fallen.empty()) read_head(p, fallen, pool);
   for (int row : fallen) {
     p.status[row] |= kExitFellBack;
     s.rechecked[row] = p.vocab;

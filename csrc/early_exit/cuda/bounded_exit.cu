@@ -18,7 +18,7 @@ CallScratch lay_out(BoundedLaunch& launch) {
   scratch.take<uint8_t>(shared.bytes);
   launch.keys = int64_t(p.rows) * launch.slots * 4 * int64_t(sizeof(float));
   launch.reach = scratch.take<RowReach>(p.rows);
-  launch.biases = scratch.take<float>((kMostParts - 1) * kBiasBlocks);
+  launch.biases = scratch.take<float>((kMaxParts - 1) * kBiasBlocks);
   launch.lists = scratch.take<int32_t>(2 * (int64_t(p.rows) + 1));
   return {scratch.bytes(), shared.counters};
 }
@@ -49,7 +49,7 @@ ExitLaunch part_of(const BoundedLaunch& launch, int32_t part) {
   of.counters = launch.counters;
   of.multiprocessors = launch.multiprocessors;
   of.part.slots = launch.slots;
-  if (part > 0) of.listed_rows = list_of(launch, part);
+  if (part > 0) of.row_list = list_of(launch, part);
   of.part.seen = b.seen;
   of.part.begin = begin;
   of.part.left = b.exit.vocab - b.ends[part];
@@ -75,7 +75,7 @@ cudaError_t bounded_exit_cuda(const BoundedLaunch& arguments, int device, cudaSt
   BoundedLaunch launch = arguments;
   const ExitParams& p = launch.call.exit;
   if (p.rows == 0) return cudaSuccess;
-  if (p.dim > kExitMostDims) return cudaErrorInvalidValue;
+  if (p.dim > kExitMaxDims) return cudaErrorInvalidValue;
   lay_out(launch);
   launch.hidden_aligned = is_aligned(p.hidden, p.hidden_stride_row * element_bytes(p.hidden_dtype));
   launch.norm_aligned = is_aligned(p.norm_weight, 0);

@@ -6,7 +6,7 @@
 // A part's launch is exit_confidence's (exit_confidence.cuh) with two ends. Its blocks share the part's tiles, which
 // begin where the part does, and have those rows that the part before has listed. The last block of a block of rows
 // merges their states with those of the parts before, which lie in the first slot, puts the sum back there and writes
-// figures: a row that is closed keeps those of the last part that it saw. The last block of all asks of each row
+// statistics: a row that is closed keeps those of the last part that it saw. The last block of all asks of each row
 // whether any unread logit can matter (bounded_exit.h, exit_part.cuh), and lists those for which one can. Where none is
 // left, or no part, it decides who exits, and later launches end at once.
 //
@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kMeasureThreads) measure_exit_kernel(BoundedLa
     auto* all = reinterpret_cast<double*>(launch.scratch + launch.reach);
     if (threadIdx.x == 0) all[2 * int64_t(block)] = reach.by_length;
     if (threadIdx.x == 0) all[2 * int64_t(block) + 1] = reach.floor;
-    const StoredStates stored(launch.scratch, launch.scratch + launch.keys, launch.slots, listed_of(p));
+    const StoredStates stored(launch.scratch, launch.scratch + launch.keys, launch.slots, top_k_of(p));
     if (int(threadIdx.x) < kWarpSize) stored.leave(block, 0, empty_state(), 0, lane);
     return;
   }

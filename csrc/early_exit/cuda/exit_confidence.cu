@@ -19,7 +19,7 @@ CallScratch lay_out(ExitLaunch& launch) {
   launch.slots = launch.part.slots > 0 ? launch.part.slots : launch.blocks;
   const int64_t states = int64_t(p.rows) * launch.slots;
   launch.keys = states * 4 * int64_t(sizeof(float));
-  return {launch.keys + states * listed_of(p) * int64_t(sizeof(uint64_t)), p.rows / kFewestRows + 2};
+  return {launch.keys + states * top_k_of(p) * int64_t(sizeof(uint64_t)), p.rows / kFewestRows + 2};
 }
 
 }  // namespace
@@ -33,7 +33,7 @@ cudaError_t exit_confidence_cuda(const ExitLaunch& arguments, int device, cudaSt
   ExitLaunch launch = arguments;
   const ExitParams& p = launch.call;
   if (p.rows == 0) return cudaSuccess;
-  if (p.dim > kExitMostDims) return cudaErrorInvalidValue;
+  if (p.dim > kExitMaxDims) return cudaErrorInvalidValue;
   lay_out(launch);
   launch.head_aligned = is_aligned(p.head, p.dim * element_bytes(p.head_type));
   launch.hidden_aligned = is_aligned(p.hidden, p.hidden_stride_row * element_bytes(p.hidden_dtype));

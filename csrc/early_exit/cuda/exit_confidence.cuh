@@ -35,23 +35,23 @@ struct ExitShared {
   float* logits;          // [kPass, kPitch]
   RowFactors factors;
   RowState* states;  // [kRows]
-  uint64_t* keys;    // [kRows, listed]
+  uint64_t* keys;    // [kRows, top_k]
   uint32_t* slots;
 
-  __device__ explicit ExitShared(int32_t listed) {
+  __device__ explicit ExitShared(int32_t top_k) {
     SharedMemory memory;
     stages = memory.take<unsigned char>(Shape::kStages * Shape::kStageBytes);
     logits = memory.take<float>(kPass * kPitch);
     factors.staged = memory.take<float>(Shape::kRows);
     factors.logit = memory.take<float>(Shape::kRows);
     states = memory.take<RowState>(Shape::kRows);
-    keys = memory.take<uint64_t>(Shape::kRows * listed);
+    keys = memory.take<uint64_t>(Shape::kRows * top_k);
     slots = memory.take<uint32_t>(TeamReducer::kWords);
   }
-  static constexpr size_t bytes(int32_t listed) {
+  static constexpr size_t bytes(int32_t top_k) {
     return SharedMemory::bytes<unsigned char>(Shape::kStages * Shape::kStageBytes) +
            SharedMemory::bytes<float>(kPass * kPitch) + 2 * SharedMemory::bytes<float>(Shape::kRows) +
-           SharedMemory::bytes<RowState>(Shape::kRows) + SharedMemory::bytes<uint64_t>(Shape::kRows * listed) +
+           SharedMemory::bytes<RowState>(Shape::kRows) + SharedMemory::bytes<uint64_t>(Shape::kRows * top_k) +
            SharedMemory::bytes<uint32_t>(TeamReducer::kWords);
   }
 };
@@ -167,9 +167,9 @@ __device__ __forceinline__ void see_head(const ExitLaunch& launch, const ExitSha
                                          const HiddenRows& rows, const OwnPlace& own_place) {
   const ExitParams& p = launch.call;
   const int lane = int(threadIdx.x) % kWarpSize;
-  const int32_t listed = listed_of(p);
+  const int32_t top_k = top_k_of(p);
   for (int n = int(threadIdx.x); n < Shape::kRows; n += Shape::kThreads) shared.states[n] = empty_state();
-  for (int i = int(threadIdx.x); i < Shape::kRows * listed; i += Shape::kThreads) shared.keys[i] = 0;
+  for (int i = int(threadIdx.x); i < Shape::kRows * top_k; i += Shape::kThreads) shared.keys[i] = 0;
   find_factors<Shape>(rows, shared.factors);
   block_sync();
   const HeadRows head = {p.head, nullptr, p.vocab, p.dim, launch.head_aligned};
@@ -180,12 +180,12 @@ __device__ __forceinline__ void see_head(const ExitLaunch& launch, const ExitSha
     hand_over<Shape>(shared, sums, own_place.rows, [&](int n, float (&z)[TileTerms<Shape>::kCount]) {
       terms.apply(z);
       RowState state = shared.states[n];
-      uint64_t own = lane < listed ? shared.keys[n * listed + lane] : 0;
-      list_keys(own, z, [&](int i) { return first + kWarpSize * i; }, listed, lane);
+      uint64_t own = lane < top_k ? shared.keys[n * top_k + lane] : 0;
+      list_keys(own, z, [&](int i) { return first + kWarpSize * i; }, top_k, lane);
       absorb(state, z, kLog2OfE / temperature_of(p, rows.row(n)));
       warp_sync();  // all lanes have read the state
       if (lane == 0) shared.states[n] = state;
-      if (lane < listed) shared.keys[n * listed + lane] = own;
+      if (lane < top_k) shared.keys[n * top_k + lane] = own;
     });
   });
 }
@@ -198,8 +198,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kRows < 64 ? 2 : kBloc
     exit_confidence_kernel(ExitLaunch launch) {
   const ExitParams& p = launch.call;
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
-  const int32_t first_row = int32_t(blockIdx.x) % launch.row_blocks * Shape::kRows, listed = listed_of(p);
-  const auto all_rows = [&] { return launch.listed_rows != nullptr ? launch.listed_rows[p.rows] : p.rows; };
+  const int32_t first_row = int32_t(blockIdx.x) % launch.row_blocks * Shape::kRows, top_k = top_k_of(p);
+  const auto all_rows = [&] { return launch.row_list != nullptr ? launch.row_list[p.rows] : p.rows; };
   if (first_row >= all_rows()) {
     if (blockIdx.x == 0 && threadIdx.x == 0 && launch.part.open != nullptr) launch.part.open[p.rows] = 0;
     return;
@@ -211,17 +211,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kRows < 64 ? 2 : kBloc
   if (threadIdx.x == 0) own_place = {int32_t(blockIdx.x) / launch.row_blocks, first_row / Shape::kRows, rows.count};
   if (int(threadIdx.x) < rows.count) {
     const int32_t row = first_row + int(threadIdx.x);
-    ids[threadIdx.x] = launch.listed_rows != nullptr ? launch.listed_rows[row] : row;
+    ids[threadIdx.x] = launch.row_list != nullptr ? launch.row_list[row] : row;
   }
   block_sync();
-  const ExitShared<Shape> shared(listed);
+  const ExitShared<Shape> shared(top_k);
   see_head<Shape>(launch, shared, rows, own_place);
   block_sync();
 
   const int32_t carried = launch.part.seen != nullptr ? 1 : 0;  // slots of what the parts before have left
-  const StoredStates stored(launch.scratch, launch.scratch + launch.keys, launch.slots, listed);
+  const StoredStates stored(launch.scratch, launch.scratch + launch.keys, launch.slots, top_k);
   for (int n = warp; n < rows.count; n += Shape::kThreads / kWarpSize) {
-    const uint64_t own = lane < listed ? shared.keys[n * listed + lane] : 0;
+    const uint64_t own = lane < top_k ? shared.keys[n * top_k + lane] : 0;
     stored.leave(rows.row(n), carried + own_place.block, shared.states[n], key_further_on(own, launch.part.begin),
                  lane);
   }
@@ -231,7 +231,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kRows < 64 ? 2 : kBloc
     const int32_t row = rows.row(n);
     uint64_t own;
     const RowState state = stored.merged(row, carried + launch.blocks, kLog2OfE / temperature_of(p, row), own, lane);
-    write_figures(p, row, state, own, launch.rechecked != nullptr ? kExitFellBack : 0, lane);
+    write_stats(p, row, state, own, launch.rechecked != nullptr ? kExitFellBack : 0, lane);
     if (launch.rechecked != nullptr && lane == 0) launch.rechecked[row] = p.vocab;
     if (launch.part.seen == nullptr) continue;
     if (lane == 0) launch.part.seen[row] = launch.part.begin + p.vocab;
@@ -250,13 +250,13 @@ constexpr size_t kExitSharedBytes = 99 * 1024 - 1024;
 
 template <class Shape>
 cudaError_t launch_exit_confidence(const ExitLaunch& arguments, int device, cudaStream_t stream) {
-  static_assert(ExitShared<Shape>::bytes(kMostListed) <= kExitSharedBytes, "every device can run it");
+  static_assert(ExitShared<Shape>::bytes(kMaxTopK) <= kExitSharedBytes, "every device can run it");
   ExitLaunch launch = arguments;
   launch.row_blocks = (launch.call.rows + Shape::kRows - 1) / Shape::kRows;
   const int64_t blocks = int64_t(launch.row_blocks) * launch.blocks;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   return specdec::launch(exit_confidence_kernel<Shape>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
-                         ExitShared<Shape>::bytes(listed_of(launch.call)), device, stream, launch);
+                         ExitShared<Shape>::bytes(top_k_of(launch.call)), device, stream, launch);
 }
 
 constexpr int max_of_all(int a) { return a; }
@@ -268,11 +268,11 @@ constexpr int max_of_all(int a, Rest... rest) {
 // Hidden rows of a block: the fewest that take all, as far as a head has them.
 template <class Element, class T, int kParts, int... kRows>
 cudaError_t pick_rows(const ExitLaunch& launch, int device, cudaStream_t stream) {
-  constexpr int kMost = max_of_all(kRows...);
+  constexpr int kMax = max_of_all(kRows...);
   cudaError_t result = cudaErrorInvalidValue;
   bool done = false;
   const auto offer = [&](auto rows) {
-    if (done || (launch.call.rows > rows() && rows() < kMost)) return;
+    if (done || (launch.call.rows > rows() && rows() < kMax)) return;
     done = true;
     result = launch_exit_confidence<HeadShape<Element, T, rows(), kParts>>(launch, device, stream);
   };

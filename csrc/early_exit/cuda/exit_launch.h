@@ -23,8 +23,8 @@ struct ExitLaunch {
   int32_t* counters;        // zero before the first call; every call leaves zeros
   int32_t multiprocessors;  // of the device
 
-  const int32_t* listed_rows;  // [rows + 1]: which, ascending, and how many in the last place; nullptr: all of them
-  int32_t* rechecked;          // [rows] of the screened form, whose rows fell back, else nullptr
+  const int32_t* row_list;  // [rows + 1]: which, ascending, and how many in the last place; nullptr: all of them
+  int32_t* rechecked;       // [rows] of the screened form, whose rows fell back, else nullptr
   PartParams part;
 
   // Filled in by the launcher.
@@ -62,8 +62,8 @@ struct BoundedLaunch {
   bool hidden_aligned, norm_aligned;  // as above
 };
 
-constexpr int32_t kExitVocabTile = 128;     // rows of the head that a block multiplies at once
-constexpr int32_t kExitMostDims = 1 << 28;  // so that bytes of a row fit into 32 bits
+constexpr int32_t kExitVocabTile = 128;    // rows of the head that a block multiplies at once
+constexpr int32_t kExitMaxDims = 1 << 28;  // so that bytes of a row fit into 32 bits
 
 // Blocks that share a head: two for each multiprocessor, or one for each tile if there are fewer.
 inline int32_t exit_blocks(int32_t vocab, int32_t multiprocessors) {

@@ -20,7 +20,7 @@ int32_t lay_out(MlpLaunch& launch) {
   const int32_t first_outputs = p.layers[0].outputs;
   launch.row_block = p.rows <= 16 ? 4 : 8;
   launch.row_blocks = blocks_of(p.rows, launch.row_block);
-  launch.units = int64_t(p.inputs) * first_outputs <= kSmallLayer ? kMlpMostUnits : kMlpUnits;
+  launch.units = int64_t(p.inputs) * first_outputs <= kSmallLayer ? kMlpMaxUnits : kMlpUnits;
   launch.splits = p.count == 1 ? 1 : blocks_of(first_outputs, launch.units);
   launch.fan = 1;
   while (int64_t(launch.fan) * launch.fan < launch.splits) ++launch.fan;

@@ -28,11 +28,11 @@
 namespace specdec {
 
 constexpr int kMlpThreads = 256, kMlpWarps = kMlpThreads / kWarpSize;
-constexpr int kMlpUnits = 16, kMlpMostUnits = 64;  // of a step, of a block
+constexpr int kMlpUnits = 16, kMlpMaxUnits = 64;  // of a step, of a block
 constexpr int kMlpWarpUnits = 4;
 constexpr int kMlpParts = kMlpWarps * kMlpWarpUnits / kMlpUnits;  // of the inputs
 constexpr int kMlpPacks = 2;                                      // of a unit's weights, that a lane has at once
-constexpr int kMlpMostChunk = kWarpSize * 8 * kMlpPacks * kMlpParts;
+constexpr int kMlpMaxChunk = kWarpSize * 8 * kMlpPacks * kMlpParts;
 
 // The block's dynamic shared memory.
 template <int kRows>
@@ -44,15 +44,15 @@ struct MlpShared {
 
   __device__ MlpShared() {
     SharedMemory memory;
-    x = memory.take<float>(kRows * kMlpMostChunk);
+    x = memory.take<float>(kRows * kMlpMaxChunk);
     sums = memory.take<float>(kMlpParts * kMlpUnits * kRows);
-    hidden = memory.take<float>(kMlpMostUnits * kRows);
+    hidden = memory.take<float>(kMlpMaxUnits * kRows);
     slots = memory.take<uint32_t>(TeamReducer::kWords);
   }
   static constexpr uint32_t bytes() {
-    return SharedMemory::bytes<float>(kRows * kMlpMostChunk) +
+    return SharedMemory::bytes<float>(kRows * kMlpMaxChunk) +
            SharedMemory::bytes<float>(kMlpParts * kMlpUnits * kRows) +
-           SharedMemory::bytes<float>(kMlpMostUnits * kRows) + SharedMemory::bytes<uint32_t>(TeamReducer::kWords);
+           SharedMemory::bytes<float>(kMlpMaxUnits * kRows) + SharedMemory::bytes<uint32_t>(TeamReducer::kWords);
   }
 };
 
@@ -106,7 +106,7 @@ __device__ __forceinline__ void load_features(float* x, const MlpBlock<kRows>& b
     for (int32_t k = threadIdx.x; k < chunk; k += kMlpThreads) {
       const bool exists = row < block.rows && begin + k < p.inputs;
       const float value = exists ? to_float(features[row * p.features_stride_row + begin + k]) : 0.0f;
-      x[row * kMlpMostChunk + place_of_input<kPack>(k)] = value;
+      x[row * kMlpMaxChunk + place_of_input<kPack>(k)] = value;
     }
   }
 }
@@ -181,7 +181,7 @@ __device__ __forceinline__ void multiply_units(const MlpShared<kRows>& shared, c
         const float* x = shared.x + (part * kMlpPacks + i) * kStep + four * kWarpSize + lane * kFour;
 #pragma unroll
         for (int row = 0; row < kRows; ++row) {
-          const auto inputs_of_row = *reinterpret_cast<const Pack<float, kFour>*>(x + row * kMlpMostChunk);
+          const auto inputs_of_row = *reinterpret_cast<const Pack<float, kFour>*>(x + row * kMlpMaxChunk);
 #pragma unroll
           for (int u = 0; u < kMlpWarpUnits; ++u) {
 #pragma unroll
@@ -312,7 +312,7 @@ __device__ __forceinline__ void later_layer(float* to, const float* x, const Mlp
 
 // Joins what the blocks of these rows have left. Whether this block is the one that has the second layer's outputs.
 template <int kRows>
-__device__ __forceinline__ bool join(const Team& team, const MlpBlock<kRows>& block) {
+__device__ __forceinline__ bool join(const BlockTeam& team, const MlpBlock<kRows>& block) {
   const MlpLaunch& launch = block.launch;
   const MlpLayer& layer = block.p.layers[1];
   const int32_t groups = mlp_groups(launch), group = block.split / launch.fan, first = group * launch.fan;
@@ -334,7 +334,7 @@ __global__ void __launch_bounds__(kMlpThreads, 1) exit_mlp_kernel(MlpLaunch laun
   const MlpParams& p = launch.call;
   const MlpBlock<kRows> block(launch);
   const MlpShared<kRows> shared;
-  const Team team = {int32_t(threadIdx.x), kMlpThreads};
+  const BlockTeam team = {int32_t(threadIdx.x), kMlpThreads};
   first_layer(shared, block);
   const float* results = shared.hidden;  // [kRows], where the model is a single layer
   if (p.count > 1) {

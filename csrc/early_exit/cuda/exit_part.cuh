@@ -48,7 +48,7 @@ __device__ inline int32_t list_open_rows(TeamReducer& reduce, const ExitLaunch& 
     int32_t row = place;
     ExitVerdict verdict = {};
     if (exists) {
-      if (launch.listed_rows != nullptr) row = launch.listed_rows[place];
+      if (launch.row_list != nullptr) row = launch.row_list[place];
       verdict = verdict_of(launch, stored, row, bias);
     }
     const bool goes_on = exists && (p.level != ExitLevel::kRow || !row_settled(verdict));

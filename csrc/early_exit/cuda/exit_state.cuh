@@ -16,8 +16,8 @@ constexpr float kLowestFall = -1e30f;  // 2 to the power of which is 0: -inf wou
 
 struct RowState {
   float max;
-  float sum;      // of exp((z - max) / T)
-  float log_sum;  // of the same times (z - max)
+  float sum;                 // of exp((z - max) / T)
+  float weighted_logit_sum;  // of the same times (z - max)
   uint32_t invalid;
 };
 
@@ -34,7 +34,7 @@ __device__ __forceinline__ float warp_max(float value) {
   return value;
 }
 
-__host__ __device__ __forceinline__ int32_t listed_of(const ExitParams& p) { return p.top_k > 2 ? p.top_k : 2; }
+__host__ __device__ __forceinline__ int32_t top_k_of(const ExitParams& p) { return p.top_k > 2 ? p.top_k : 2; }
 
 // A logit as a key; 0 for NaN and -inf, which are never listed.
 __device__ __forceinline__ uint64_t logit_key(float z, int32_t entry) {
@@ -47,17 +47,17 @@ __device__ __forceinline__ float logit_of(uint64_t key) {
 // The key of the same logit, whose entry is counted from `by` entries before.
 __device__ __forceinline__ uint64_t key_further_on(uint64_t key, int32_t by) { return key != 0 ? key - by : 0; }
 
-// Puts what the lanes offer (0 for nothing) among the `listed` greatest keys. Whether any got in.
-__device__ inline bool insert_keys(uint64_t& own, uint64_t offered, int32_t listed, int lane) {
-  uint64_t worst = warp_shuffle(own, listed - 1);
+// Puts what the lanes offer (0 for nothing) among the `top_k` greatest keys. Whether any got in.
+__device__ inline bool insert_keys(uint64_t& own, uint64_t offered, int32_t top_k, int lane) {
+  uint64_t worst = warp_shuffle(own, top_k - 1);
   uint32_t waiting = warp_ballot(offered > worst);
   const bool any = waiting != 0;
   while (waiting != 0) {
     const uint64_t key = warp_shuffle(offered, lowest_bit(waiting));
-    const int place = popcount(warp_ballot(lane < listed && own > key));
+    const int place = popcount(warp_ballot(lane < top_k && own > key));
     const uint64_t above = warp_shuffle(own, lane - 1);  // of any lane where there is none: not used
-    if (lane < listed && lane >= place) own = lane == place ? key : above;
-    worst = warp_shuffle(own, listed - 1);
+    if (lane < top_k && lane >= place) own = lane == place ? key : above;
+    worst = warp_shuffle(own, top_k - 1);
     waiting &= waiting - 1;
     waiting &= warp_ballot(offered > worst);
   }
@@ -66,18 +66,18 @@ __device__ inline bool insert_keys(uint64_t& own, uint64_t offered, int32_t list
 
 // Offers a lane's numbers: z[i] of entry(i).
 template <int kCount, class Entry>
-__device__ __forceinline__ void list_keys(uint64_t& own, const float (&z)[kCount], Entry entry, int32_t listed,
+__device__ __forceinline__ void list_keys(uint64_t& own, const float (&z)[kCount], Entry entry, int32_t top_k,
                                           int lane) {
   float peak = negative_infinity();
 #pragma unroll
   for (int i = 0; i < kCount; ++i) peak = fmaxf(peak, z[i]);
-  if (!(warp_max(peak) > logit_of(warp_shuffle(own, listed - 1)))) return;
+  if (!(warp_max(peak) > logit_of(warp_shuffle(own, top_k - 1)))) return;
 #pragma unroll 1
   for (int i = 0; i < kCount; ++i) {
     float offered = z[0];
 #pragma unroll
     for (int k = 1; k < kCount; ++k) offered = i == k ? z[k] : offered;
-    insert_keys(own, logit_key(offered, entry(i)), listed, lane);
+    insert_keys(own, logit_key(offered, entry(i)), top_k, lane);
   }
 }
 
@@ -97,43 +97,44 @@ __device__ __forceinline__ void absorb(RowState& state, const float (&z)[kCount]
   if (peak > state.max) {
     if (state.sum > 0.0f) {
       const float fall = fmaxf(state.max - peak, kLowestFall), decay = fast_exp2(fall * scale);
-      state.log_sum = (state.log_sum + state.sum * fall) * decay;
+      state.weighted_logit_sum = (state.weighted_logit_sum + state.sum * fall) * decay;
       state.sum *= decay;
     }
     state.max = peak;
   }
-  float sum = 0.0f, log_sum = 0.0f;
+  float sum = 0.0f, weighted_logit_sum = 0.0f;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
     const float fall = fmaxf(z[i] - state.max, kLowestFall), weight = fast_exp2(fall * scale);
     sum += weight;
-    log_sum += weight * fall;
+    weighted_logit_sum += weight * fall;
   }
   state.sum += warp_sum(sum);
-  state.log_sum += warp_sum(log_sum);
+  state.weighted_logit_sum += warp_sum(weighted_logit_sum);
 }
 
-// States of all rows in scratch: of each row [max, sum, log_sum, invalid][slots], and its keys [listed][slots].
+// States of all rows in scratch: of each row [max, sum, weighted_logit_sum, invalid][slots], and its keys
+// [top_k][slots].
 struct StoredStates {
   float* numbers;
   uint64_t* keys;
-  int32_t slots, listed;
+  int32_t slots, top_k;
 
-  __device__ StoredStates(uint8_t* numbers, uint8_t* keys, int32_t slots, int32_t listed)
+  __device__ StoredStates(uint8_t* numbers, uint8_t* keys, int32_t slots, int32_t top_k)
       : numbers(reinterpret_cast<float*>(numbers)),
         keys(reinterpret_cast<uint64_t*>(keys)),
         slots(slots),
-        listed(listed) {}
+        top_k(top_k) {}
 
   __device__ __forceinline__ float* of_row(int32_t row) const { return numbers + int64_t(row) * 4 * slots; }
-  __device__ __forceinline__ uint64_t* keys_of(int32_t row) const { return keys + int64_t(row) * listed * slots; }
+  __device__ __forceinline__ uint64_t* keys_of(int32_t row) const { return keys + int64_t(row) * top_k * slots; }
 
   // A warp leaves its row.
   __device__ __forceinline__ void leave(int32_t row, int32_t slot, const RowState& state, uint64_t own,
                                         int lane) const {
-    const float number = lane == 0 ? state.max : lane == 1 ? state.sum : lane == 2 ? state.log_sum : 0.0f;
+    const float number = lane == 0 ? state.max : lane == 1 ? state.sum : lane == 2 ? state.weighted_logit_sum : 0.0f;
     if (lane < 4) of_row(row)[lane * slots + slot] = lane == 3 ? float(state.invalid) : number;
-    if (lane < listed) keys_of(row)[int64_t(lane) * slots + slot] = own;
+    if (lane < top_k) keys_of(row)[int64_t(lane) * slots + slot] = own;
   }
 
   // A warp merges what is in the first `count` slots, in their order.
@@ -152,19 +153,19 @@ struct StoredStates {
       if (!(sum > 0.0f)) continue;
       const float fall = fmaxf(of[slot] - state.max, kLowestFall), decay = fast_exp2(fall * scale);
       state.sum += sum * decay;
-      state.log_sum += (of[2 * slots + slot] + sum * fall) * decay;
+      state.weighted_logit_sum += (of[2 * slots + slot] + sum * fall) * decay;
     }
     state.sum = warp_sum(state.sum);
-    state.log_sum = warp_sum(state.log_sum);
+    state.weighted_logit_sum = warp_sum(state.weighted_logit_sum);
     own = 0;
     // The second keys of the slots can't get in where none of the first did.
     bool any = true;
-    for (int32_t rank = 0; rank < listed && any; ++rank) {
+    for (int32_t rank = 0; rank < top_k && any; ++rank) {
       any = false;
       for (int32_t first = 0; first < count; first += kWarpSize) {
         const uint64_t* at = keys_of(row) + int64_t(rank) * slots;
         const uint64_t offered = first + lane < count ? at[first + lane] : 0;
-        any = insert_keys(own, offered, listed, lane) || any;
+        any = insert_keys(own, offered, top_k, lane) || any;
       }
     }
     return state;
@@ -172,13 +173,13 @@ struct StoredStates {
 };
 
 // A warp writes what its row has seen of the whole vocabulary.
-__device__ inline void write_figures(const ExitParams& p, int32_t row, const RowState& state, uint64_t own,
-                                     int32_t status, int lane) {
+__device__ inline void write_stats(const ExitParams& p, int32_t row, const RowState& state, uint64_t own,
+                                   int32_t status, int lane) {
   const uint64_t second = warp_shuffle(own, 1);
   const bool sound = state.invalid == 0 && state.sum > 0.0f;
   const int32_t bits = setting_status(p, row) | (sound ? 0 : kExitInvalid);
   const bool valid = bits == 0;
-  const float degrees = 1.0f / temperature_of(p, row), sum = valid ? state.sum : 1.0f, log_sum = logf(sum);
+  const float degrees = 1.0f / temperature_of(p, row), sum = valid ? state.sum : 1.0f, weighted_logit_sum = logf(sum);
   const float z = logit_of(own);
   const int32_t entry = own != 0 ? id_of(own) : 0;
   const int32_t token = p.token_map != nullptr ? p.token_map[entry] : entry;
@@ -189,14 +190,14 @@ __device__ inline void write_figures(const ExitParams& p, int32_t row, const Row
     p.status[row] = status | bits;
     p.max_prob[row] = valid ? first : 0.0f;
     p.margin[row] = valid ? first - next : 0.0f;
-    p.entropy[row] = valid ? fmaxf(log_sum - state.log_sum * degrees / sum, 0.0f) : 0.0f;
-    p.logsumexp[row] = valid ? state.max * degrees + log_sum : negative_infinity();
+    p.entropy[row] = valid ? fmaxf(weighted_logit_sum - state.weighted_logit_sum * degrees / sum, 0.0f) : 0.0f;
+    p.logsumexp[row] = valid ? state.max * degrees + weighted_logit_sum : negative_infinity();
   }
   if (lane < p.top_k) {
     const int64_t at = int64_t(row) * p.top_k + lane;
     const bool exists = valid && own != 0;
     p.top_tokens[at] = exists ? token : -1;
-    p.top_logprobs[at] = exists ? (z - state.max) * degrees - log_sum : negative_infinity();
+    p.top_logprobs[at] = exists ? (z - state.max) * degrees - weighted_logit_sum : negative_infinity();
   }
 }
 
@@ -207,7 +208,7 @@ __device__ __forceinline__ bool passes(const ExitParams& p, int32_t row) {
   return p.measure == ExitMeasure::kMargin ? p.margin[row] >= limit : p.entropy[row] <= limit;
 }
 
-// A block decides from the figures of all rows, and lists those that go on in their order.
+// A block decides from the statistics of all rows, and lists those that go on in their order.
 __device__ inline void decide(TeamReducer& reduce, const ExitParams& p) {
   bool together = p.level == ExitLevel::kAll;
   if (p.level != ExitLevel::kRow) {

@@ -1,6 +1,6 @@
 // The screened head's arithmetic on a GPU: how far an approximate logit may be off, what entries that are not rechecked
-// may add to the sums of a softmax, and bounds of the figures. See csrc/early_exit/cpu/screened_exit.cpp for why they
-// hold.
+// may add to the sums of a softmax, and bounds of the statistics. See csrc/early_exit/cpu/screened_exit.cpp for why
+// they hold.
 #pragma once
 
 #include "common/cuda/device.cuh"
@@ -47,7 +47,7 @@ struct ScreenTail {
   TailSums sums;
   TailMost most;
 };
-constexpr int kTailSums = int(sizeof(TailSums) / sizeof(float)), kTailMost = int(sizeof(TailMost) / sizeof(float));
+constexpr int kTailSums = int(sizeof(TailSums) / sizeof(float)), kTailMax = int(sizeof(TailMost) / sizeof(float));
 
 __device__ __forceinline__ TailSums sum_of(const TailSums& a, const TailSums& b) {
   return {
@@ -88,7 +88,7 @@ struct ScreenFigure {
   double value;
   Interval bounds;
 };
-struct ScreenFigures {
+struct ScreenStats {
   ScreenFigure max_prob, margin, entropy;
 };
 
@@ -113,9 +113,8 @@ __device__ inline void tail_intervals(const ScreenTail& tail, double spread, Int
 
 // sum and fall: of exp(s) and of exp(s) * -s over rechecked logits, s = (z - first) / T; first and second are the
 // greatest. fall comes with its sign turned. spread: gain * length / T.
-__device__ inline ScreenFigures screen_figures(double sum, double turned_fall, float first, float second,
-                                               const ScreenTail& tail, float reference, float temperature,
-                                               double spread) {
+__device__ inline ScreenStats screen_stats(double sum, double turned_fall, float first, float second,
+                                           const ScreenTail& tail, float reference, float temperature, double spread) {
   Interval rest, rest_fall;
   tail_intervals(tail, spread, rest, rest_fall);
   const double fall = -turned_fall;
@@ -136,7 +135,7 @@ __device__ inline ScreenFigures screen_figures(double sum, double turned_fall, f
           {nearest(entropy, log(size) + size_fall / size), entropy}};
 }
 
-__device__ inline bool is_settled(const ScreenFigures& f, ExitMeasure measure, float threshold, float tolerance) {
+__device__ inline bool is_settled(const ScreenStats& f, ExitMeasure measure, float threshold, float tolerance) {
   const auto error = [](const ScreenFigure& of) { return fmax(of.bounds.high - of.value, of.value - of.bounds.low); };
   if (!(error(f.max_prob) <= tolerance && error(f.margin) <= tolerance)) return false;
   const Interval bounds = measure == ExitMeasure::kEntropy  ? f.entropy.bounds

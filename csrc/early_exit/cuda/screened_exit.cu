@@ -18,7 +18,7 @@ ExitLaunch whole_head(const ScreenLaunch& launch) {
   whole.scratch = launch.scratch;
   whole.counters = launch.counters;
   whole.multiprocessors = launch.multiprocessors;
-  whole.listed_rows = reinterpret_cast<const int32_t*>(launch.scratch + launch.fallen);
+  whole.row_list = reinterpret_cast<const int32_t*>(launch.scratch + launch.fallen);
   whole.rechecked = launch.call.rechecked;
   return whole;
 }
@@ -38,7 +38,7 @@ CallScratch lay_out(ScreenLaunch& launch) {
   launch.counts = scratch.take<int32_t>(rows * launch.blocks * (kSteps + 1));
   launch.plans = scratch.take<ScreenPlan>(rows);
   launch.known = scratch.take<float>(parts * 4);
-  launch.known_keys = scratch.take<uint64_t>(parts * listed_of(p));
+  launch.known_keys = scratch.take<uint64_t>(parts * top_k_of(p));
   launch.tails = scratch.take<SpanTail>(parts);
   launch.fallen = scratch.take<int32_t>(rows + 1);
   return {scratch.bytes(), shared.counters + rows + 1};
@@ -55,7 +55,7 @@ cudaError_t screened_exit_cuda(const ScreenLaunch& arguments, int device, cudaSt
   ScreenLaunch launch = arguments;
   const ExitParams& p = launch.call.exit;
   if (p.rows == 0) return cudaSuccess;
-  if (p.dim > kExitMostDims || p.head_type == HeadType::kInt8) return cudaErrorInvalidValue;
+  if (p.dim > kExitMaxDims || p.head_type == HeadType::kInt8) return cudaErrorInvalidValue;
   lay_out(launch);
   launch.head_aligned = is_aligned(p.head, p.dim * element_bytes(p.head_type));
   launch.hidden_aligned = is_aligned(p.hidden, p.hidden_stride_row * element_bytes(p.hidden_dtype));

@@ -3,13 +3,13 @@
 //
 // First launch, the screen: blocks stream the copy as exit_confidence does a head, and leave each row's approximate
 // logits (4 bytes an entry) with the greatest lower bounds of logits and the sums of a softmax. From them the last
-// block plans how deep below the best a row's entries must be rechecked for its figures to be known well enough.
+// block plans how deep below the best a row's entries must be rechecked for its statistics to be known well enough.
 //
 // Second launch: a block has every spans-th group of 128 entries of one row, 2,048 in all. It adds up what the entries
-// that are not rechecked may add (screen_figures.cuh), gathers the others into tiles of the head, and multiplies them
-// as exit_confidence does: their logits are its logits bit for bit. The row's last block forms the figures with their
-// bounds. If they are settled it writes them, else the row goes onto the list of those that fell back; the last block
-// of all puts the list in order and, if it is empty, decides who exits.
+// that are not rechecked may add (screen_stats.cuh), gathers the others into tiles of the head, and multiplies them
+// as exit_confidence does: their logits are its logits bit for bit. The row's last block forms the statistics with
+// their bounds. If they are settled it writes them, else the row goes onto the list of those that fell back; the last
+// block of all puts the list in order and, if it is empty, decides who exits.
 //
 // Third launch: exit_confidence for the rows of the list; without any its blocks end at once.
 //
@@ -29,8 +29,8 @@
 namespace specdec {
 
 constexpr int32_t kSpanGroups = 16, kGroup = 128, kSpan = kSpanGroups * kGroup;
-constexpr int kSteps = 32;            // of counts
-constexpr int32_t kMostChosen = 512;  // entries of a span that may be rechecked
+constexpr int kSteps = 32;           // of counts
+constexpr int32_t kMaxChosen = 512;  // entries of a span that may be rechecked
 
 // What the first launch leaves of a row for the second one.
 struct ScreenPlan {
@@ -147,14 +147,14 @@ __device__ __forceinline__ void count_steps(const RowCounts& of, int n, const fl
 }
 
 // A warp chooses how many steps are rechecked, from the counts of its row (lane i has step i): the fewest with which
-// the entries that are left can't move the figures by more than they may, as far as can be told. Only a guess: the
+// the entries that are left can't move the statistics by more than they may, as far as can be told. Only a guess: the
 // second launch proves it or gives the row up.
 __device__ inline int32_t steps_to_recheck(const ScreenedParams& s, const RowState& state, float lead, float error,
                                            float spread, int32_t count, int32_t row, int lane) {
   const ExitParams& p = s.exit;
   const float degrees = 1.0f / temperature_of(p, row), sum = fmaxf(state.sum, 1.0f);
   const float max_prob = 1.0f / sum, margin = max_prob * (1.0f - expf(lead * degrees));
-  const float entropy = fmaxf(logf(sum) - state.log_sum * degrees * max_prob, 0.0f);
+  const float entropy = fmaxf(logf(sum) - state.weighted_logit_sum * degrees * max_prob, 0.0f);
   const float limit = p.thresholds != nullptr ? p.thresholds[row] : p.threshold;
   float allowed = s.tolerance * sum;  // of the sum, relative
   if (p.measure == ExitMeasure::kMaxProb) allowed = fminf(allowed, fabsf(max_prob - limit) * sum);
@@ -184,7 +184,7 @@ __device__ __forceinline__ void screen_head(const ScreenLaunch& launch, const Ex
                                             int32_t block) {
   const ExitParams& p = launch.call.exit;
   const int lane = int(threadIdx.x) % kWarpSize;
-  const int32_t listed = listed_of(p);
+  const int32_t top_k = top_k_of(p);
   const ScreenScratch scratch = {launch};
   const HeadRows head = {launch.call.values, nullptr, p.vocab, p.dim, launch.values_aligned};
   RowStager<Shape, Full> stager(rows, shared.factors);
@@ -206,15 +206,15 @@ __device__ __forceinline__ void screen_head(const ScreenLaunch& launch, const Ex
         sound = sound && plans[n].length * (error_norm + norm) < kGreatestProduct;
       }
       RowState state = shared.states[n];
-      uint64_t own = lane < listed ? shared.keys[n * listed + lane] : 0;
-      list_keys(own, low, [&](int i) { return first + kWarpSize * i; }, listed, lane);
+      uint64_t own = lane < top_k ? shared.keys[n * top_k + lane] : 0;
+      list_keys(own, low, [&](int i) { return first + kWarpSize * i; }, top_k, lane);
       const float degrees = 1.0f / temperature_of(p, rows.row(n));
       absorb(state, z, kLog2OfE * degrees);
       if (warp_ballot(!sound) != 0) state.invalid = 1;
       count_steps(counts, n, z, state.max, degrees, lane);
       warp_sync();  // all lanes have read the state
       if (lane == 0) shared.states[n] = state;
-      if (lane < listed) shared.keys[n * listed + lane] = own;
+      if (lane < top_k) shared.keys[n * top_k + lane] = own;
     });
   });
 }
@@ -224,7 +224,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) screen_kernel(ScreenLaunch
   const ExitParams& p = launch.call.exit;
   const int lane = int(threadIdx.x) % kWarpSize, warp = int(threadIdx.x) / kWarpSize;
   const int32_t row_block = int32_t(blockIdx.x) % launch.row_blocks, block = int32_t(blockIdx.x) / launch.row_blocks;
-  const int32_t first_row = row_block * Shape::kRows, listed = listed_of(p);
+  const int32_t first_row = row_block * Shape::kRows, top_k = top_k_of(p);
   SPECDEC_SHARED(int32_t, ids, [Shape::kRows]);
   const HiddenRows rows = {p, ids, min(Shape::kRows, p.rows - first_row), launch.hidden_aligned, launch.norm_aligned};
   if (int(threadIdx.x) < rows.count) ids[threadIdx.x] = first_row + int(threadIdx.x);
@@ -233,32 +233,32 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) screen_kernel(ScreenLaunch
   SPECDEC_SHARED(float, tops, [Shape::kRows]);
   SPECDEC_SHARED(int32_t, step_counts, [Shape::kRows * kSteps]);
   const RowCounts counts = {tops, step_counts};
-  const ExitShared<Shape> shared(listed);
+  const ExitShared<Shape> shared(top_k);
   for (int n = int(threadIdx.x); n < Shape::kRows; n += Shape::kThreads) tops[n] = negative_infinity();
   for (int i = int(threadIdx.x); i < Shape::kRows * kSteps; i += Shape::kThreads) step_counts[i] = 0;
   for (int n = int(threadIdx.x); n < Shape::kRows; n += Shape::kThreads) shared.states[n] = empty_state();
-  for (int i = int(threadIdx.x); i < Shape::kRows * listed; i += Shape::kThreads) shared.keys[i] = 0;
+  for (int i = int(threadIdx.x); i < Shape::kRows * top_k; i += Shape::kThreads) shared.keys[i] = 0;
   find_screen_factors<Shape, Full>(rows, shared.factors, plans);
   block_sync();
   screen_head<Shape, Full>(launch, shared, counts, rows, plans, block);
   block_sync();
 
   const ScreenScratch scratch = {launch};
-  const StoredStates stored(launch.scratch, launch.scratch + launch.keys, launch.blocks, listed);
+  const StoredStates stored(launch.scratch, launch.scratch + launch.keys, launch.blocks, top_k);
   for (int n = warp; n < rows.count; n += Shape::kThreads / kWarpSize) {
-    stored.leave(rows.row(n), block, shared.states[n], lane < listed ? shared.keys[n * listed + lane] : 0, lane);
+    stored.leave(rows.row(n), block, shared.states[n], lane < top_k ? shared.keys[n * top_k + lane] : 0, lane);
     int32_t* left = scratch.counts(rows.row(n), block);
     left[lane] = step_counts[n * kSteps + lane];
     if (lane == 0) left[kSteps] = int32_t(bits_of(tops[n]));
   }
-  const Team team = {int32_t(threadIdx.x), Shape::kThreads};
+  const BlockTeam team = {int32_t(threadIdx.x), Shape::kThreads};
   if (!arrives_last(team, launch.counters + row_block, launch.blocks)) return;
   for (int n = warp; n < rows.count; n += Shape::kThreads / kWarpSize) {
     const int32_t row = rows.row(n);
     uint64_t own;
     const RowState state = stored.merged(row, launch.blocks, kLog2OfE / temperature_of(p, row), own, lane);
     const float best = logit_of(warp_shuffle(own, 0)), second = logit_of(warp_shuffle(own, 1));
-    const float last = logit_of(warp_shuffle(own, listed - 1)), temperature = temperature_of(p, row);
+    const float last = logit_of(warp_shuffle(own, top_k - 1)), temperature = temperature_of(p, row);
     const float top = step_of(state.max, 1.0f / temperature);
     int32_t count = 0;
     for (int32_t of = 0; of < launch.blocks; ++of) {
@@ -301,7 +301,7 @@ __device__ inline int32_t look_at_span(TeamReducer& reduce, const ScreenLaunch& 
     }
     uint64_t before, total;
     reduce.scan(chosen ? 1 : 0, before, total);
-    if (chosen && found + int32_t(before) < kMostChosen) entries[found + int32_t(before)] = entry;
+    if (chosen && found + int32_t(before) < kMaxChosen) entries[found + int32_t(before)] = entry;
     found += int32_t(total);
   }
   tail.sums = reduce(tail.sums, [](const TailSums& a, const TailSums& b) { return sum_of(a, b); });
@@ -315,7 +315,7 @@ __device__ __forceinline__ void recheck(const ScreenLaunch& launch, const ExitSh
                                         const HiddenRows& rows, const int32_t* entries, int32_t count) {
   const ExitParams& p = launch.call.exit;
   const int lane = int(threadIdx.x) % kWarpSize;
-  const int32_t listed = listed_of(p);
+  const int32_t top_k = top_k_of(p);
   find_factors<Shape>(rows, shared.factors);
   block_sync();  // the factors and the list are there
   const HeadRows head = {p.head, entries, count, p.dim, launch.head_aligned};
@@ -330,7 +330,7 @@ __device__ __forceinline__ void recheck(const ScreenLaunch& launch, const ExitSh
         z[i] = place < count ? z[i] + (p.bias != nullptr ? p.bias[entry[i]] : 0.0f) : negative_infinity();
       }
       RowState state = shared.states[0];
-      uint64_t own = lane < listed ? shared.keys[lane] : 0;
+      uint64_t own = lane < top_k ? shared.keys[lane] : 0;
       list_keys(
           own, z,
           [&](int i) {
@@ -339,16 +339,16 @@ __device__ __forceinline__ void recheck(const ScreenLaunch& launch, const ExitSh
             for (int k = 1; k < TileTerms<Shape>::kCount; ++k) chosen = i == k ? entry[k] : chosen;
             return chosen;
           },
-          listed, lane);
+          top_k, lane);
       absorb(state, z, kLog2OfE / temperature_of(p, rows.row(0)));
       warp_sync();  // all lanes have read the state
       if (lane == 0) shared.states[0] = state;
-      if (lane < listed) shared.keys[lane] = own;
+      if (lane < top_k) shared.keys[lane] = own;
     });
   });
 }
 
-// A warp forms a row's figures from what its spans have left, and writes them if they are settled.
+// A warp forms a row's statistics from what its spans have left, and writes them if they are settled.
 __device__ inline bool settle(const ScreenLaunch& launch, const StoredStates& known, const ScreenPlan& plan,
                               int32_t row, int lane) {
   const ExitParams& p = launch.call.exit;
@@ -356,7 +356,7 @@ __device__ inline bool settle(const ScreenLaunch& launch, const StoredStates& kn
   float numbers[kTailNumbers];
 #pragma unroll
   for (int i = 0; i < kTailNumbers; ++i) {
-    const bool most = i >= kTailSums && i < kTailSums + kTailMost;
+    const bool most = i >= kTailSums && i < kTailSums + kTailMax;
     numbers[i] = 0.0f;
     for (int32_t span = lane; span < launch.spans; span += kWarpSize) {
       const float number = parts[span * kTailNumbers + i];
@@ -373,25 +373,25 @@ __device__ inline bool settle(const ScreenLaunch& launch, const StoredStates& kn
   const float limit = fmaxf(64.0f, float(p.vocab / 8));
   if (state.invalid != 0 || !(state.sum > 0.0f) || !(all.chosen <= limit)) return false;
 
-  ScreenFigures figures;
+  ScreenStats stats;
   bool settled = false;
   if (lane == 0) {
     const double spread = double(plan.length) * *launch.call.error_gain / temperature * 1.00001;
-    figures = screen_figures(state.sum, double(state.log_sum) / temperature, state.max, logit_of(second), all.tail,
-                             plan.reference, temperature, spread);
+    stats = screen_stats(state.sum, double(state.weighted_logit_sum) / temperature, state.max, logit_of(second),
+                         all.tail, plan.reference, temperature, spread);
     const float threshold = p.thresholds != nullptr ? p.thresholds[row] : p.threshold;
-    settled = is_settled(figures, p.measure, threshold, launch.call.tolerance);
+    settled = is_settled(stats, p.measure, threshold, launch.call.tolerance);
     if (settled) {
-      p.max_prob[row] = float(figures.max_prob.value);
-      p.margin[row] = float(figures.margin.value);
-      p.entropy[row] = float(figures.entropy.value);
-      p.logsumexp[row] = state.max / temperature - float(log(figures.max_prob.value));
+      p.max_prob[row] = float(stats.max_prob.value);
+      p.margin[row] = float(stats.margin.value);
+      p.entropy[row] = float(stats.entropy.value);
+      p.logsumexp[row] = state.max / temperature - float(log(stats.max_prob.value));
       p.status[row] = 0;
       launch.call.rechecked[row] = int32_t(all.chosen);
     }
   }
   if (warp_ballot(settled) == 0) return false;
-  const float log_max_prob = warp_shuffle(lane == 0 ? float(log(figures.max_prob.value)) : 0.0f, 0);
+  const float log_max_prob = warp_shuffle(lane == 0 ? float(log(stats.max_prob.value)) : 0.0f, 0);
   const int32_t entry = own != 0 ? id_of(own) : 0, token = p.token_map != nullptr ? p.token_map[entry] : entry;
   if (lane == 0) p.token[row] = token;
   if (lane < p.top_k) {
@@ -422,29 +422,29 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) recheck_kernel(ScreenLaunc
   const ExitParams& p = launch.call.exit;
   const int lane = int(threadIdx.x) % kWarpSize;
   const int32_t row = int32_t(blockIdx.x) / launch.spans, span = int32_t(blockIdx.x) % launch.spans;
-  const int32_t listed = listed_of(p);
+  const int32_t top_k = top_k_of(p);
   const ScreenScratch scratch = {launch};
   const ScreenPlan plan = scratch.plans()[row];
-  SPECDEC_SHARED(int32_t, entries, [kMostChosen]);
+  SPECDEC_SHARED(int32_t, entries, [kMaxChosen]);
   SPECDEC_SHARED(int32_t, own_row, );
   if (threadIdx.x == 0) own_row = row;
   block_sync();
-  const ExitShared<Shape> shared(listed);
+  const ExitShared<Shape> shared(top_k);
   TeamReducer reduce({int32_t(threadIdx.x), Shape::kThreads}, shared.slots);
   for (int n = int(threadIdx.x); n < Shape::kRows; n += Shape::kThreads) shared.states[n] = empty_state();
-  for (int i = int(threadIdx.x); i < Shape::kRows * listed; i += Shape::kThreads) shared.keys[i] = 0;
+  for (int i = int(threadIdx.x); i < Shape::kRows * top_k; i += Shape::kThreads) shared.keys[i] = 0;
   SpanTail left = {};
   int32_t count = 0;
   if (plan.sound != 0) count = look_at_span(reduce, launch, plan, row, span, entries, left.tail);
-  left.chosen = count <= kMostChosen ? float(count) : 1e9f;
-  if (count > 0 && count <= kMostChosen) {
+  left.chosen = count <= kMaxChosen ? float(count) : 1e9f;
+  if (count > 0 && count <= kMaxChosen) {
     const HiddenRows rows = {p, &own_row, 1, launch.hidden_aligned, launch.norm_aligned};
     recheck<Shape>(launch, shared, rows, entries, count);
     block_sync();
   }
-  const StoredStates known(launch.scratch + launch.known, launch.scratch + launch.known_keys, launch.spans, listed);
+  const StoredStates known(launch.scratch + launch.known, launch.scratch + launch.known_keys, launch.spans, top_k);
   if (int(threadIdx.x) < kWarpSize) {
-    known.leave(row, span, shared.states[0], lane < listed ? shared.keys[lane] : 0, lane);
+    known.leave(row, span, shared.states[0], lane < top_k ? shared.keys[lane] : 0, lane);
     if (lane == 0) memcpy(scratch.tails(row) + int64_t(span) * kTailNumbers, &left, sizeof left);
   }
   int32_t* counters = launch.counters + launch.first_counter;
@@ -461,14 +461,14 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) recheck_kernel(ScreenLaunc
 template <class Shape, class Full>
 cudaError_t launch_screen(const ScreenLaunch& arguments, int device, cudaStream_t stream) {
   constexpr size_t kPlans = Shape::kRows * (sizeof(ScreenPlan) + sizeof(float) * (1 + kSteps));
-  static_assert(ExitShared<Shape>::bytes(kMostListed) + kPlans <= kExitSharedBytes, "every device can run it");
+  static_assert(ExitShared<Shape>::bytes(kMaxTopK) + kPlans <= kExitSharedBytes, "every device can run it");
   ScreenLaunch launch = arguments;
   const ExitParams& p = launch.call.exit;
   launch.row_blocks = (p.rows + Shape::kRows - 1) / Shape::kRows;
   const int64_t blocks = int64_t(launch.row_blocks) * launch.blocks;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   return specdec::launch(screen_kernel<Shape, Full>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
-                         ExitShared<Shape>::bytes(listed_of(p)), device, stream, launch);
+                         ExitShared<Shape>::bytes(top_k_of(p)), device, stream, launch);
 }
 
 // The first two launches for a head of a type. Instantiated in early_exit/cuda/instantiations.
@@ -484,7 +484,7 @@ cudaError_t screen_of(const ScreenLaunch& launch, int device, cudaStream_t strea
   const int64_t blocks = int64_t(p.rows) * launch.spans;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   return specdec::launch(recheck_kernel<Shape>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
-                         ExitShared<Shape>::bytes(listed_of(p)), device, stream, launch);
+                         ExitShared<Shape>::bytes(top_k_of(p)), device, stream, launch);
 }
 
 }  // namespace specdec

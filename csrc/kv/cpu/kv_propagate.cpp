@@ -115,7 +115,7 @@ class LayerProduct {
         width_(p.kv_heads * p.head_dim),
         results_(2 * places.size() * width_) {}
 
-  void run(const KvLayer& layer, const Team& team) {
+  void run(const KvLayer& layer, const ThreadPool& pool) {
     ExitParams rows{};
     rows.hidden = p_.hidden;
     rows.hidden_dtype = p_.dtype;
@@ -124,13 +124,13 @@ class LayerProduct {
     rows.norm_dtype = layer.norm_dtype;
     rows.norm_eps = p_.norm_eps;
     rows.dim = p_.dim;
-    team.run(places_.size(), [&](int64_t n, int) {
+    pool.run(places_.size(), [&](int64_t n, int) {
       std::vector<float> y(hidden_stride(p_.dim));
       kernels_.normalise(rows, places_[n].row, y.data());
       packed_.set(int(n), y.data());
     });
     const int tiles = (width_ + kExitTile - 1) / kExitTile;
-    team.run(2 * tiles, [&](int64_t at, int) {
+    pool.run(2 * tiles, [&](int64_t at, int) {
       multiply(at < tiles ? layer.k_weight : layer.v_weight, int(at % tiles) * kExitTile, row(at < tiles ? 0 : 1, 0));
     });
   }
@@ -161,12 +161,12 @@ void kv_propagate_cpu(const KvPropagateParams& p, int threads) {
   const std::vector<Place> places = find_places(p);
   if (places.empty()) return;
   const double products = 2.0 * places.size() * p.dim * p.kv_heads * p.head_dim;
-  const Team team(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
+  const ThreadPool pool(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
   LayerProduct product(p, places);
   for (int at = 0; at < p.count; at++) {
     const KvLayer& layer = p.layers[at];
-    product.run(layer, team);
-    team.run(places.size(), [&](int64_t n, int) {
+    product.run(layer, pool);
+    pool.run(places.size(), [&](int64_t n, int) {
       float* keys = product.row(0, n);
       const float* values = product.row(1, n);
       if (p.dtype == DType::kFloat32) store_row<float>(p, layer, places[n], keys, values);

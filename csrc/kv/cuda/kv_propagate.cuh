@@ -31,7 +31,7 @@ constexpr int kKvThreads = 256, kKvWarps = kKvThreads / kWarpSize;
 constexpr int kKvChannels = 32;  // rows of a weight, in a block
 constexpr int kKvParts = 4;      // of a tile's columns
 constexpr int kKvPieces = 16;    // of 16 bytes, in a row of a tile
-constexpr int kKvMostRows = 64;  // of hidden, in a block
+constexpr int kKvMaxRows = 64;   // of hidden, in a block
 constexpr int kKvBlocks = 256;   // layers are cut into groups until there are so many
 
 // T: of hidden, the weights and the caches. kRows: hidden rows of a block.
@@ -459,7 +459,7 @@ template <class T>
 cudaError_t kv_propagate(KvLaunch& kv, int device, cudaStream_t stream) {
   if (kv.call.rows <= 8) return launch_kv_propagate<T, 8>(kv, device, stream);
   if (kv.call.rows <= 32) return launch_kv_propagate<T, 32>(kv, device, stream);
-  return launch_kv_propagate<T, kKvMostRows>(kv, device, stream);
+  return launch_kv_propagate<T, kKvMaxRows>(kv, device, stream);
 }
 
 }  // namespace specdec

@@ -167,11 +167,11 @@ static SPECDEC_INLINE Vec dots_of_group(const DotGroup<Multiplier, kSlots>& head
 template <class Multiplier, int kSlots, bool kFetch>
 static SPECDEC_INLINE Vec dots_of_rows(const DotGroup<Multiplier, kSlots>& head,
                                        const typename Multiplier::Hidden* hidden, int rows, int begin, int end) {
-  constexpr int kMost = min_of(kTogether, kWidth / kSlots);
+  constexpr int kMax = min_of(kTogether, kWidth / kSlots);
   if (rows == 1) return dots_of_group<Multiplier, kSlots, 1, kFetch>(head, hidden, begin, end);
-  if (rows == 2) return dots_of_group<Multiplier, kSlots, min_of(2, kMost), kFetch>(head, hidden, begin, end);
-  if (rows == 3) return dots_of_group<Multiplier, kSlots, min_of(3, kMost), kFetch>(head, hidden, begin, end);
-  return dots_of_group<Multiplier, kSlots, kMost, kFetch>(head, hidden, begin, end);
+  if (rows == 2) return dots_of_group<Multiplier, kSlots, min_of(2, kMax), kFetch>(head, hidden, begin, end);
+  if (rows == 3) return dots_of_group<Multiplier, kSlots, min_of(3, kMax), kFetch>(head, hidden, begin, end);
+  return dots_of_group<Multiplier, kSlots, kMax, kFetch>(head, hidden, begin, end);
 }
 
 // Up to kWidth / kSlots hidden rows, or any number where that is kTogether.

@@ -59,17 +59,17 @@ static void pack(HeadType type, const float* y, int dim, char* packed, int row, 
 }
 
 // Puts a logit where it belongs among the greatest ones. Entries come in ascending order, so equals stay behind.
-static SPECDEC_INLINE void list(float value, int32_t entry, int listed, ExitState& state) {
+static SPECDEC_INLINE void list(float value, int32_t entry, int top_k, ExitState& state) {
 #if defined(__AVX512F__)
-  (void)listed;
-  static_assert(kMostListed == kWidth, "");
+  (void)top_k;
+  static_assert(kMaxTopK == kWidth, "");
   const Vec values = load(state.value);
   const __mmask16 ahead = _mm512_cmp_ps_mask(values, splat(value), _CMP_GE_OQ), others = ~(ahead + 1);
   store(state.value, _mm512_mask_expand_ps(splat(value), others, values));
   const __m512i entries = _mm512_loadu_si512(state.entry);
   _mm512_storeu_si512(state.entry, _mm512_mask_expand_epi32(_mm512_set1_epi32(entry), others, entries));
 #else
-  int at = listed - 1;
+  int at = top_k - 1;
   for (; at > 0 && value > state.value[at - 1]; at--) {
     state.value[at] = state.value[at - 1];
     state.entry[at] = state.entry[at - 1];
@@ -80,19 +80,19 @@ static SPECDEC_INLINE void list(float value, int32_t entry, int listed, ExitStat
 }
 
 // Logits that are less than as many others as are listed: less than as many of the lanes' peaks.
-static SPECDEC_INLINE uint64_t below_the_greatest(const float* logits, Vec peaks, int listed) {
-  for (int i = 1; i < min_of(listed, kWidth); i++) peaks = keep_where_less(peaks, peaks, splat(greatest(peaks)));
-  const Vec bound = splat(listed > kWidth ? -__builtin_inff() : greatest(peaks));
+static SPECDEC_INLINE uint64_t below_the_greatest(const float* logits, Vec peaks, int top_k) {
+  for (int i = 1; i < min_of(top_k, kWidth); i++) peaks = keep_where_less(peaks, peaks, splat(greatest(peaks)));
+  const Vec bound = splat(top_k > kWidth ? -__builtin_inff() : greatest(peaks));
   uint64_t below = 0;
   SPECDEC_UNROLL
   for (int i = 0; i < kExitTile; i += kWidth) below |= uint64_t(lanes_above(bound, load(logits + i))) << i;
   return below;
 }
 
-static void absorb(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int listed,
+static void absorb(float* logits, const float* scales, const float* bias, int32_t first_entry, float factor, int top_k,
                    ExitState& state) {
   constexpr unsigned kAll = kWidth == 16 ? 0xffffu : 0xffu;
-  const Vec infinity = splat(__builtin_inff()), least = splat(state.value[listed - 1]);
+  const Vec infinity = splat(__builtin_inff()), least = splat(state.value[top_k - 1]);
   Vec peaks = splat(-__builtin_inff());
   unsigned finite = kAll;
   uint64_t greater = 0;
@@ -107,31 +107,31 @@ static void absorb(float* logits, const float* scales, const float* bias, int32_
     peaks = maximum(z, peaks);  // the second operand where the first is a NaN
   }
   if (finite != kAll) state.invalid = true;
-  if (!(state.value[listed - 1] > -__builtin_inff())) greater &= ~below_the_greatest(logits, peaks, listed);
+  if (!(state.value[top_k - 1] > -__builtin_inff())) greater &= ~below_the_greatest(logits, peaks, top_k);
   const float before = state.value[0];
   for (; greater; greater &= greater - 1) {
     const int i = __builtin_ctzll(greater);
-    if (logits[i] > state.value[listed - 1]) list(logits[i], first_entry + i, listed, state);
+    if (logits[i] > state.value[top_k - 1]) list(logits[i], first_entry + i, top_k, state);
   }
   const float top = state.value[0];
   if (!(top > -__builtin_inff())) return;
   constexpr float kLowestFall = -1e30f;  // 2 to the power of which is 0: -inf would make NaN of 0 * -inf
   if (top > before && state.sum > 0) {
     const float fall = __builtin_fmaxf(before - top, kLowestFall), decay = __builtin_exp2f(fall * factor);
-    state.log_sum = (state.log_sum + state.sum * fall) * decay;
+    state.weighted_logit_sum = (state.weighted_logit_sum + state.sum * fall) * decay;
     state.sum *= decay;
   }
   const Vec max = splat(top), scale = splat(factor);
-  Vec sum = splat(0.0f), log_sum = splat(0.0f);
+  Vec sum = splat(0.0f), weighted_logit_sum = splat(0.0f);
   SPECDEC_UNROLL
   for (int i = 0; i < kExitTile; i += kWidth) {
     const Vec below = maximum(load(logits + i) - max, splat(kLowestFall));
     const Vec weight = exp2(below * scale);
     sum = sum + weight;
-    log_sum = fma(weight, below, log_sum);
+    weighted_logit_sum = fma(weight, below, weighted_logit_sum);
   }
   state.sum += total(sum);
-  state.log_sum += total(log_sum);
+  state.weighted_logit_sum += total(weighted_logit_sum);
 }
 
 // The last elements of a row, fewer than a vector, and zeros.

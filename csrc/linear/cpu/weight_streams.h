@@ -11,8 +11,8 @@
 namespace specdec::SPECDEC_ISA {
 
 constexpr int kAheadBytes = 2048;
-constexpr int kMostStreamed = 16;  // rows of a call: with more, products are what takes the time, and streams are rows
-                                   // side by side, whose logits are neighbours
+constexpr int kMaxStreamed = 16;  // rows of a call: with more, products are what takes the time, and streams are rows
+                                  // side by side, whose logits are neighbours
 
 template <int kStreams>
 class HeadStreams {
@@ -20,8 +20,8 @@ class HeadStreams {
   HeadStreams(const ExitTile& tile, int row_bytes, int call_rows)
       : count_(tile.count),
         places_((tile.count + kStreams - 1) / kStreams),
-        apart_(call_rows > kMostStreamed ? 1 : places_),
-        step_(call_rows > kMostStreamed ? kStreams : 1),
+        apart_(call_rows > kMaxStreamed ? 1 : places_),
+        step_(call_rows > kMaxStreamed ? kStreams : 1),
         places_ahead_(min_of(places_, (kAheadBytes + row_bytes - 1) / row_bytes)) {}
 
   int places() const { return places_; }

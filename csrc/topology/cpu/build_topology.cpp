@@ -64,8 +64,8 @@ void links(const int32_t* parents, int32_t* first_child, int32_t* next_sibling, 
 
 void build_topology_cpu(const BuildTopologyParams& p, int threads) {
   const int64_t work = int64_t{p.batch} * p.nodes * (p.words + 2);
-  const int team = static_cast<int>(std::clamp<int64_t>(work / kMinWordsPerThread, 1, std::max(threads, 1)));
-#pragma omp parallel for num_threads(team) schedule(static) if (team > 1)
+  const int pool = static_cast<int>(std::clamp<int64_t>(work / kMinWordsPerThread, 1, std::max(threads, 1)));
+#pragma omp parallel for num_threads(pool) schedule(static) if (pool > 1)
   for (int32_t request = 0; request < p.batch; ++request) {
     const int64_t row = int64_t{request} * p.nodes;
     const int32_t count = std::clamp(p.num_nodes[request], 0, p.nodes);

@@ -7,7 +7,7 @@ import functools
 
 import torch
 
-from specdec_ops._core.checks import is_int, wrong
+from specdec_ops._core.checks import argument_error, is_int
 from specdec_ops._core.library import short_cut
 from specdec_ops.topology import Topology
 from specdec_ops.vocab_map import VocabMap
@@ -110,7 +110,7 @@ def greedy_accept(
     op = "greedy_accept"
     if isinstance(target, torch.Tensor) and target.dtype in (torch.int32, torch.int64):
         if target.dim() != 2 or target.shape[1] < 1:
-            raise ValueError(wrong(op, "target", "ids [batch, nodes] or logits [batch, nodes, vocab]", target))
+            raise ValueError(argument_error(op, "target", "ids [batch, nodes] or logits [batch, nodes, vocab]", target))
         batch, nodes = target.shape
         target = check_ids(op, "target", target, batch, nodes, target.device)
     else:
@@ -264,7 +264,7 @@ def chain_accept(
     """
     op = "chain_accept"
     if not isinstance(rule, str) or rule not in _CHAIN_RULES:
-        raise ValueError(wrong(op, "rule", "'token' or 'block'", rule))
+        raise ValueError(argument_error(op, "rule", "'token' or 'block'", rule))
     layout = "[batch, steps + 1, vocab]"
     batch, nodes, vocab = check_target(op, target_logits, layout)
     device, steps = target_logits.device, nodes - 1
@@ -391,7 +391,7 @@ def accepted(op: str, arguments: tuple, most: int, max_depth: int | None, out, b
     if out is None:
         return Acceptance(*library.accept(arguments, max_depth, 0, backend))
     if not isinstance(out, Acceptance):
-        raise TypeError(wrong(op, "out", "a specdec_ops.Acceptance", out))
+        raise TypeError(argument_error(op, "out", "a specdec_ops.Acceptance", out))
     batch, device = arguments[1].shape[0], arguments[1].device
     for name, shape in (("tokens", (batch, max_depth + 1)), ("nodes", (batch, max_depth + 1))):
         check_written(op, f"out.{name}", getattr(out, name), shape, device)
@@ -406,30 +406,30 @@ def accepted(op: str, arguments: tuple, most: int, max_depth: int | None, out, b
 def _check_rule(op: str, rule, replacement, draft_rows, draft_logits) -> bool:
     """Check the options that say what kind of draft it is; return whether rows belong to the children."""
     if not isinstance(rule, str) or rule not in _TREE_RULES:
-        raise ValueError(wrong(op, "rule", "'recursive', 'traversal', 'coin' or 'kseq'", rule))
+        raise ValueError(argument_error(op, "rule", "'recursive', 'traversal', 'coin' or 'kseq'", rule))
     if type(replacement) is not bool:
-        raise TypeError(wrong(op, "replacement", "a bool", replacement))
+        raise TypeError(argument_error(op, "replacement", "a bool", replacement))
     if not isinstance(draft_rows, str) or draft_rows not in ("parent", "child"):
-        raise ValueError(wrong(op, "draft_rows", "'parent' or 'child'", draft_rows))
+        raise ValueError(argument_error(op, "draft_rows", "'parent' or 'child'", draft_rows))
     if draft_logits is None:
         if rule == "kseq":
-            raise ValueError(wrong(op, "draft_logits", "given with rule='kseq'", None))
+            raise ValueError(argument_error(op, "draft_logits", "given with rule='kseq'", None))
         if replacement:
-            raise ValueError(wrong(op, "replacement", "False without draft_logits", True))
+            raise ValueError(argument_error(op, "replacement", "False without draft_logits", True))
         if draft_rows == "child":
-            raise ValueError(wrong(op, "draft_rows", "'parent' without draft_logits", draft_rows))
+            raise ValueError(argument_error(op, "draft_rows", "'parent' without draft_logits", draft_rows))
     elif rule == "coin":
         raise ValueError(
-            wrong(op, "draft_logits", "None with rule='coin', which is for unsampled drafts", draft_logits)
+            argument_error(op, "draft_logits", "None with rule='coin', which is for unsampled drafts", draft_logits)
         )
     elif rule == "kseq" and draft_rows == "child":
-        raise ValueError(wrong(op, "draft_rows", "'parent' with rule='kseq'", draft_rows))
+        raise ValueError(argument_error(op, "draft_rows", "'parent' with rule='kseq'", draft_rows))
     return draft_rows == "child"
 
 
 def _check_thresholds(op: str, thresholds, rule: str) -> tuple[float, float]:
     if not isinstance(thresholds, tuple | list) or len(thresholds) != 2:
-        raise TypeError(wrong(op, "thresholds", "two numbers (single, accumulated)", thresholds))
+        raise TypeError(argument_error(op, "thresholds", "two numbers (single, accumulated)", thresholds))
     for value in thresholds:
         check_fraction(op, "thresholds", value)
     if rule != "coin" and tuple(thresholds) != _NO_THRESHOLDS:
@@ -447,9 +447,9 @@ def _num_nodes(op: str, num_steps, steps: int, batch: int, target: torch.Tensor)
     if num_steps is None:
         num_steps = steps
     elif not is_int(num_steps):
-        raise TypeError(wrong(op, "num_steps", "None, an int, or int32 or int64 [batch]", num_steps))
+        raise TypeError(argument_error(op, "num_steps", "None, an int, or int32 or int64 [batch]", num_steps))
     elif not 0 <= num_steps <= steps:
-        raise ValueError(wrong(op, "num_steps", f"an int from 0 to {steps}", num_steps))
+        raise ValueError(argument_error(op, "num_steps", f"an int from 0 to {steps}", num_steps))
     device = target.device
     if device.type == "cpu" and short_cut(target):
         return _constant(num_steps + 1)

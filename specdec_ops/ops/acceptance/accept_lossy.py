@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from specdec_ops._core.checks import wrong
+from specdec_ops._core.checks import argument_error
 from specdec_ops.topology import Topology
 from specdec_ops.vocab_map import VocabMap
 
@@ -193,7 +193,7 @@ def longest_path_accept(
     if out is None:
         return LongestPath(*library.accept(arguments, max_depth, width, backend))
     if not isinstance(out, LongestPath):
-        raise TypeError(wrong(op, "out", "a specdec_ops.LongestPath", out))
+        raise TypeError(argument_error(op, "out", "a specdec_ops.LongestPath", out))
     path, each = (batch, max_depth + 1), (batch,)
     shapes = {"tokens": path, "nodes": path, "num_accepted": each, "next_tokens": (batch, width), "status": each}
     for name, shape in shapes.items():

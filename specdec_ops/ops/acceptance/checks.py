@@ -10,16 +10,16 @@ from specdec_ops._core.checks import (
     FLOAT_MAX,
     INT32_MAX,
     KERNEL_DTYPES,
+    argument_error,
     as_int32,
     as_int64,
     describe_dtype,
+    device_error,
+    grad_error,
     is_int,
     is_number,
-    wrong,
+    strides_error,
     wrong_batch,
-    wrong_device,
-    wrong_grad,
-    wrong_strides,
     wrong_topology,
 )
 from specdec_ops.topology import Topology
@@ -36,15 +36,15 @@ _LOGIT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 def check_logits(op: str, name: str, layout: str, value) -> tuple:
     """Check logits with at least one vocabulary entry; return their shape."""
     if not isinstance(value, torch.Tensor) or value.dtype not in _LOGIT_DTYPES:
-        raise TypeError(wrong(op, name, f"float32, bfloat16 or float16 {layout}", value))
+        raise TypeError(argument_error(op, name, f"float32, bfloat16 or float16 {layout}", value))
     shape = value.shape
     if len(shape) != layout.count(",") + 1 or not 0 < shape[-1] <= INT32_MAX or shape[0] > INT32_MAX:
         must = "a vocab of at least 1" if len(shape) != layout.count(",") + 1 or not shape[-1] else "sizes below 2**31"
-        raise ValueError(wrong(op, name, f"{layout} with {must}", value))
+        raise ValueError(argument_error(op, name, f"{layout} with {must}", value))
     if value.stride(-1) != 1 and shape[-1] > 1:
-        raise ValueError(wrong_strides(op, name, "contiguous in its last dimension", value))
+        raise ValueError(strides_error(op, name, "contiguous in its last dimension", value))
     if value.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(wrong_grad(op))
+        raise RuntimeError(grad_error(op))
     return shape
 
 
@@ -52,7 +52,7 @@ def check_target(op: str, value, layout: str = "[batch, nodes, vocab]", name: st
     """Check the target's logits; return batch, nodes and vocab."""
     batch, nodes, vocab = check_logits(op, name, layout, value)
     if not 1 <= nodes <= MAX_NODES:
-        raise ValueError(wrong(op, name, f"{layout} with 1 to {MAX_NODES} rows per request", value))
+        raise ValueError(argument_error(op, name, f"{layout} with 1 to {MAX_NODES} rows per request", value))
     return batch, nodes, vocab
 
 
@@ -61,10 +61,10 @@ def check_ids(op: str, name: str, value, batch: int, columns: int, device) -> to
     if not isinstance(value, torch.Tensor) or value.dtype != torch.int32:
         value = as_int32(op, name, f"[{batch}, {columns}]", value)
     if value.shape != (batch, columns):
-        sentence = wrong(op, name, f"int32 or int64 [{batch}, {columns}]", value)
+        sentence = argument_error(op, name, f"int32 or int64 [{batch}, {columns}]", value)
         raise ValueError(f"{sentence}; there is one for each row of logits")
     if value.device != device:
-        raise ValueError(wrong_device(op, name, device, value))
+        raise ValueError(device_error(op, name, device, value))
     return value if value.is_contiguous() else value.contiguous()
 
 
@@ -87,7 +87,7 @@ def check_links(op: str, topology, batch: int, nodes: int, device) -> tuple[torc
     if room < nodes:
         raise ValueError(f"specdec_ops.{op}: topology must have room for the {nodes} nodes of a request, got {room}")
     if first_child.device != device:
-        raise ValueError(wrong_device(op, "topology", device, first_child))
+        raise ValueError(device_error(op, "topology", device, first_child))
     if room > nodes:  # sliced: the logits have the leading nodes only, and links may lead beyond
         first_child, next_sibling = (
             torch.where(links < nodes, links, -1) for links in (first_child[:, :nodes], next_sibling[:, :nodes])
@@ -105,9 +105,9 @@ def check_draft_logits(op: str, value, rows: int, vocab_map, batch: int, vocab: 
     layout = "[batch, nodes, vocab]"
     shape = check_logits(op, "draft_logits", layout, value)
     if (value.dtype == torch.float64) != (target.dtype == torch.float64):
-        raise TypeError(wrong(op, "draft_logits", "float64 if and only if target_logits is", value))
+        raise TypeError(argument_error(op, "draft_logits", "float64 if and only if target_logits is", value))
     if value.device != target.device:
-        raise ValueError(wrong_device(op, "draft_logits", target.device, value))
+        raise ValueError(device_error(op, "draft_logits", target.device, value))
     target_to_draft, draft_vocab = None, vocab
     if vocab_map is not None:
         check_vocab_map(op, vocab_map, target.device)
@@ -118,16 +118,16 @@ def check_draft_logits(op: str, value, rows: int, vocab_map, batch: int, vocab: 
                 f"specdec_ops.{op}: vocab_map must be for a target vocab of {vocab}, got {target_to_draft.shape[0]}"
             )
     if shape != (batch, rows, draft_vocab):
-        raise ValueError(wrong(op, "draft_logits", f"[{batch}, {rows}, {draft_vocab}]", value))
+        raise ValueError(argument_error(op, "draft_logits", f"[{batch}, {rows}, {draft_vocab}]", value))
     return target_to_draft
 
 
 def check_vocab_map(op: str, value, device) -> None:
     """Check for a VocabMap on this device."""
     if not isinstance(value, VocabMap):
-        raise TypeError(wrong(op, "vocab_map", "a specdec_ops.VocabMap or None", value))
+        raise TypeError(argument_error(op, "vocab_map", "a specdec_ops.VocabMap or None", value))
     if value.draft_to_target.device != device:
-        raise ValueError(wrong_device(op, "vocab_map", device, value.draft_to_target))
+        raise ValueError(device_error(op, "vocab_map", device, value.draft_to_target))
 
 
 def check_law(op: str, temperature, top_k, top_p, batch: int, device) -> tuple:
@@ -158,7 +158,7 @@ def draft_options_refused(op: str, temperature, top_k, top_p, vocab_map) -> None
     options = {"draft_temperature": temperature, "draft_top_k": top_k, "draft_top_p": top_p, "vocab_map": vocab_map}
     for name, value in options.items():
         if value is not None:
-            raise ValueError(wrong(op, name, "None without draft_logits", value))
+            raise ValueError(argument_error(op, name, "None without draft_logits", value))
 
 
 def check_noise(op: str, seeds, positions, batch: int, device) -> tuple:
@@ -166,17 +166,17 @@ def check_noise(op: str, seeds, positions, batch: int, device) -> tuple:
     if isinstance(seeds, torch.Tensor):
         seeds = (0, check_per_request(op, "seeds", seeds, torch.int64, batch, device))
     elif not is_int(seeds):
-        raise TypeError(wrong(op, "seeds", "an int or int64 [batch]", seeds))
+        raise TypeError(argument_error(op, "seeds", "an int or int64 [batch]", seeds))
     elif not -(2**63) <= seeds < 2**64:
-        raise ValueError(wrong(op, "seeds", "an int of 64 bits", seeds))
+        raise ValueError(argument_error(op, "seeds", "an int of 64 bits", seeds))
     else:
         seeds = (seeds if seeds < 2**63 else seeds - 2**64, None)
     if isinstance(positions, torch.Tensor):
         return (*seeds, 0, check_per_request(op, "positions", positions, torch.int32, batch, device))
     if not is_int(positions):
-        raise TypeError(wrong(op, "positions", "an int, or int32 or int64 [batch]", positions))
+        raise TypeError(argument_error(op, "positions", "an int, or int32 or int64 [batch]", positions))
     if not 0 <= positions <= INT32_MAX:
-        raise ValueError(wrong(op, "positions", "an int from 0 to 2**31 - 1", positions))
+        raise ValueError(argument_error(op, "positions", "an int from 0 to 2**31 - 1", positions))
     return (*seeds, positions, None)
 
 
@@ -187,7 +187,7 @@ def check_eos(op: str, eos) -> tuple:
     ids = (eos,) if is_int(eos) else eos
     if not isinstance(ids, tuple | list) or not all([is_int(token) for token in ids]):
         how = "; its tolist() has them" if isinstance(eos, torch.Tensor) else ""
-        raise TypeError(wrong(op, "eos", f"None, an int or up to {MAX_EOS} ints", eos) + how)
+        raise TypeError(argument_error(op, "eos", f"None, an int or up to {MAX_EOS} ints", eos) + how)
     if len(ids) > MAX_EOS or not all([0 <= token <= INT32_MAX for token in ids]):
         must = f"None, an int or up to {MAX_EOS} ints, each from 0 to 2**31 - 1"
         raise ValueError(f"specdec_ops.{op}: eos must be {must}, got {eos}")
@@ -197,18 +197,18 @@ def check_eos(op: str, eos) -> tuple:
 def check_count(op: str, name: str, value, low: int, high: int) -> int:
     """Check an int of a range."""
     if not is_int(value):
-        raise TypeError(wrong(op, name, f"an int from {low} to {high}", value))
+        raise TypeError(argument_error(op, name, f"an int from {low} to {high}", value))
     if not low <= value <= high:
-        raise ValueError(wrong(op, name, f"an int from {low} to {high}", value))
+        raise ValueError(argument_error(op, name, f"an int from {low} to {high}", value))
     return value
 
 
 def check_fraction(op: str, name: str, value) -> None:
     """Check a number from 0 to 1."""
     if not is_number(value):
-        raise TypeError(wrong(op, name, "a number from 0 to 1", value))
+        raise TypeError(argument_error(op, name, "a number from 0 to 1", value))
     if not 0 <= value <= 1:
-        raise ValueError(wrong(op, name, "a number from 0 to 1", value))
+        raise ValueError(argument_error(op, name, "a number from 0 to 1", value))
 
 
 def check_per_request(op: str, name: str, value, dtype: torch.dtype, batch: int, device) -> torch.Tensor:
@@ -216,37 +216,37 @@ def check_per_request(op: str, name: str, value, dtype: torch.dtype, batch: int,
     if value.dtype != dtype:
         layout = f"[{batch}] if it is a tensor"
         if dtype == torch.float32:
-            raise TypeError(wrong(op, name, f"float32 {layout}", value))
+            raise TypeError(argument_error(op, name, f"float32 {layout}", value))
         value = (as_int32 if dtype == torch.int32 else as_int64)(op, name, layout, value)
     if value.shape != (batch,):
         if value.dim() != 0:
             names = "int32 or int64" if dtype == torch.int32 else describe_dtype(dtype)
-            raise ValueError(wrong(op, name, f"{names} [{batch}] if it is a tensor", value))
+            raise ValueError(argument_error(op, name, f"{names} [{batch}] if it is a tensor", value))
         value = value.expand(batch)
     if value.device != device:
-        raise ValueError(wrong_device(op, name, device, value))
+        raise ValueError(device_error(op, name, device, value))
     return value if value.is_contiguous() else value.contiguous()
 
 
 def check_written(op: str, name: str, value, shape: tuple, device, dtype: torch.dtype = torch.int32) -> None:
     """Check a tensor that the op is to write into."""
     if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-        raise TypeError(wrong(op, name, f"{describe_dtype(dtype)} {list(shape)}", value))
+        raise TypeError(argument_error(op, name, f"{describe_dtype(dtype)} {list(shape)}", value))
     if value.shape != shape:
-        raise ValueError(wrong(op, name, f"{describe_dtype(dtype)} {list(shape)}", value))
+        raise ValueError(argument_error(op, name, f"{describe_dtype(dtype)} {list(shape)}", value))
     if value.device != device:
-        raise ValueError(wrong_device(op, name, device, value))
+        raise ValueError(device_error(op, name, device, value))
     if not value.is_contiguous():
-        raise ValueError(wrong_strides(op, name, "contiguous", value))
+        raise ValueError(strides_error(op, name, "contiguous", value))
 
 
 def _temperature(op: str, name: str, value, batch: int, device) -> tuple:
     if isinstance(value, torch.Tensor):
         return 1.0, check_per_request(op, name, value, torch.float32, batch, device)
     if not is_number(value):
-        raise TypeError(wrong(op, name, "a number or float32 [batch]", value))
+        raise TypeError(argument_error(op, name, "a number or float32 [batch]", value))
     if not 0 <= value <= FLOAT_MAX:
-        raise ValueError(wrong(op, name, "a finite number of at least 0", value))
+        raise ValueError(argument_error(op, name, "a finite number of at least 0", value))
     return value, None
 
 
@@ -254,9 +254,9 @@ def _top_k(op: str, name: str, value, batch: int, device) -> tuple:
     if isinstance(value, torch.Tensor):
         return 0, check_per_request(op, name, value, torch.int32, batch, device)
     if not is_int(value):
-        raise TypeError(wrong(op, name, "an int, or int32 or int64 [batch]", value))
+        raise TypeError(argument_error(op, name, "an int, or int32 or int64 [batch]", value))
     if not 0 <= value <= INT32_MAX:
-        raise ValueError(wrong(op, name, "an int from 0 (off) to 2**31 - 1", value))
+        raise ValueError(argument_error(op, name, "an int from 0 (off) to 2**31 - 1", value))
     return value, None
 
 
@@ -264,7 +264,7 @@ def _top_p(op: str, name: str, value, batch: int, device) -> tuple:
     if isinstance(value, torch.Tensor):
         return 1.0, check_per_request(op, name, value, torch.float32, batch, device)
     if not is_number(value):
-        raise TypeError(wrong(op, name, "a number or float32 [batch]", value))
+        raise TypeError(argument_error(op, name, "a number or float32 [batch]", value))
     if not 0 <= value <= 1:
-        raise ValueError(wrong(op, name, "a number from 0 to 1 (off)", value))
+        raise ValueError(argument_error(op, name, "a number from 0 to 1 (off)", value))
     return value, None

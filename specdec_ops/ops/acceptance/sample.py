@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from specdec_ops._core import alloc
-from specdec_ops._core.checks import wrong
+from specdec_ops._core.checks import argument_error
 from specdec_ops.vocab_map import VocabMap
 
 from . import library
@@ -185,13 +185,13 @@ def sample_children(
     device = draft_logits.device
     check_count(op, "count", count, 1, MAX_DRAWS)
     if type(replacement) is not bool:
-        raise TypeError(wrong(op, "replacement", "a bool", replacement))
+        raise TypeError(argument_error(op, "replacement", "a bool", replacement))
     if parents is not None:
         parents = check_ids(op, "parents", parents, batch, rows, device)
     check_count(op, "first_parent", first_parent, 0, MAX_NODES)
     if rows > MAX_NODES + 1 - first_parent:
         must = f"of at most {MAX_NODES + 1 - first_parent} rows per request, first_parent being {first_parent}"
-        raise ValueError(wrong(op, "draft_logits", must, draft_logits))
+        raise ValueError(argument_error(op, "draft_logits", must, draft_logits))
     draft_to_target = None
     if vocab_map is not None:
         check_vocab_map(op, vocab_map, device)
@@ -205,7 +205,7 @@ def sample_children(
     if out is None:
         return Children(*library.sample(arguments, True, backend))
     if not isinstance(out, Children):
-        raise TypeError(wrong(op, "out", "a specdec_ops.Children", out))
+        raise TypeError(argument_error(op, "out", "a specdec_ops.Children", out))
     check_written(op, "out.tokens", out.tokens, (batch, rows, count), device)
     check_written(op, "out.logprobs", out.logprobs, (batch, rows, count), device, torch.float32)
     check_written(op, "out.logsumexp", out.logsumexp, (batch, rows), device, torch.float32)

@@ -5,7 +5,7 @@ import itertools
 import torch
 
 MINUS_INFINITY = float("-inf")
-MOST_SLOTS = 2**30  # of a request: kernels count slots in 32 bits
+MAX_SLOTS = 2**30  # of a request: kernels count slots in 32 bits
 
 
 def tree_attention(
@@ -164,7 +164,7 @@ def check_offsets(offsets, tokens: int) -> None:
 def check_length(request: int, context: int, nodes: int, cache, page_table) -> None:
     """Refuse a context that, with the nodes up to the last row's, the cache can't hold."""
     capacity = cache.shape[1] if page_table is None else page_table.shape[1] * cache.shape[1]
-    capacity = min(capacity, MOST_SLOTS)
+    capacity = min(capacity, MAX_SLOTS)
     which = f"specdec_ops.tree_attention: context_lens[{request}]"
     if context < 0:
         raise ValueError(f"{which} must not be negative, got {context}")

@@ -9,14 +9,14 @@ from specdec_ops._core.checks import (
     FLOAT_MAX,
     INT32_MAX,
     KERNEL_DTYPES,
+    argument_error,
     as_int32,
+    device_error,
+    grad_error,
     is_int,
     is_number,
-    wrong,
+    strides_error,
     wrong_batch,
-    wrong_device,
-    wrong_grad,
-    wrong_strides,
     wrong_topology,
 )
 from specdec_ops.topology import Topology
@@ -129,7 +129,7 @@ def tree_attention(
         offsets = topology.offsets if packed else None
     context_lens = _per_request("context_lens", context_lens, batch, q)
     if q.shape[-3] * heads > INT32_MAX:
-        raise ValueError(wrong("tree_attention", "q", "of fewer than 2**31 queries times heads", q))
+        raise ValueError(argument_error("tree_attention", "q", "of fewer than 2**31 queries times heads", q))
     if isinstance(query_start, torch.Tensor):
         query_start, query_starts = 0, _per_request("query_start", query_start, batch, q)
     else:
@@ -209,12 +209,12 @@ def merge_states(
     """
     op = "merge_states"
     if not isinstance(out_a, torch.Tensor) or out_a.dtype not in _QUERY_DTYPES:
-        raise TypeError(wrong(op, "out_a", "float32, bfloat16 or float16 [..., heads, dim]", out_a))
+        raise TypeError(argument_error(op, "out_a", "float32, bfloat16 or float16 [..., heads, dim]", out_a))
     if out_a.dim() < 2:
-        raise ValueError(wrong(op, "out_a", "float32, bfloat16 or float16 [..., heads, dim]", out_a))
+        raise ValueError(argument_error(op, "out_a", "float32, bfloat16 or float16 [..., heads, dim]", out_a))
     shape = out_a.shape
     if shape[-1] > INT32_MAX:
-        raise ValueError(wrong(op, "out_a", "of a dim below 2**31", out_a))
+        raise ValueError(argument_error(op, "out_a", "of a dim below 2**31", out_a))
     _check_like(op, "out_a", out_a, out_a, shape)
     _check_like(op, "out_b", out_b, out_a, shape)
     _check_like(op, "lse_a", lse_a, out_a, shape[:-1], torch.float32)
@@ -223,7 +223,7 @@ def merge_states(
     if out is None:
         return AttentionState(*library.merge_states(out_a, lse_a, out_b, lse_b, backend))
     if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(wrong(op, "out", "an AttentionState(out, lse)", out))
+        raise TypeError(argument_error(op, "out", "an AttentionState(out, lse)", out))
     _check_like(op, "out.out", out[0], out_a, shape)
     _check_like(op, "out.lse", out[1], out_a, shape[:-1], torch.float32)
     library.merge_states(out_a, lse_a, out_b, lse_b, backend, out)
@@ -233,14 +233,14 @@ def merge_states(
 def _argument_error(name: str, must: str, value, is_right_type) -> Exception:
     """A ValueError for a value out of range, a TypeError for anything of another type."""
     kind = ValueError if is_right_type(value) else TypeError
-    return kind(wrong("tree_attention", name, must, value))
+    return kind(argument_error("tree_attention", name, must, value))
 
 
 def _check_queries(q, topology) -> tuple[int, int, int, bool]:
     """Check q and the type of topology; return batch, heads, dim and whether q is packed."""
     must = "float32, bfloat16 or float16 [batch, queries, heads, dim]"
     if not isinstance(q, torch.Tensor) or q.dtype not in _QUERY_DTYPES:
-        raise TypeError(wrong("tree_attention", "q", must, q))
+        raise TypeError(argument_error("tree_attention", "q", must, q))
     if topology is not None and not isinstance(topology, Topology):
         raise TypeError(wrong_topology("tree_attention", "a specdec_ops.Topology or None", topology))
     if q.dim() == 4:
@@ -251,13 +251,13 @@ def _check_queries(q, topology) -> tuple[int, int, int, bool]:
         batch, packed = topology.offsets.shape[0] - 1, True
     else:
         must += ", or [tokens, heads, dim] with topology.offsets"
-        raise ValueError(wrong("tree_attention", "q", must, q))
+        raise ValueError(argument_error("tree_attention", "q", must, q))
     if dim == 0:
-        raise ValueError(wrong("tree_attention", "q", "of a dim of at least 1", q))
+        raise ValueError(argument_error("tree_attention", "q", "of a dim of at least 1", q))
     if rows > INT32_MAX or batch > INT32_MAX or heads > INT32_MAX:
-        raise ValueError(wrong("tree_attention", "q", "of sizes below 2**31", q))
+        raise ValueError(argument_error("tree_attention", "q", "of sizes below 2**31", q))
     if q.stride()[-1] != 1 and dim != 1:
-        raise ValueError(wrong_strides("tree_attention", "q", "contiguous in its last dimension", q))
+        raise ValueError(strides_error("tree_attention", "q", "contiguous in its last dimension", q))
     return batch, heads, dim, packed
 
 
@@ -270,27 +270,27 @@ def _check_caches(q, k_cache, v_cache, page_table, batch: int, heads: int, dim: 
     for name, cache in (("k_cache", k_cache), ("v_cache", v_cache)):
         if not isinstance(cache, torch.Tensor) or cache.dtype != dtype:
             like = "k_cache" if dtype != q.dtype else "q"
-            raise TypeError(wrong(op, name, f"{_dtype_name(dtype)} {layout} like {like}", cache))
+            raise TypeError(argument_error(op, name, f"{_dtype_name(dtype)} {layout} like {like}", cache))
         if cache.dim() != 4:
-            raise ValueError(wrong(op, name, layout, cache))
+            raise ValueError(argument_error(op, name, layout, cache))
         if cache.stride()[-1] != 1 and dim != 1:
-            raise ValueError(wrong_strides(op, name, "contiguous in its last dimension", cache))
+            raise ValueError(strides_error(op, name, "contiguous in its last dimension", cache))
         if cache.device != device:
-            raise ValueError(wrong_device(op, name, device, cache))
+            raise ValueError(device_error(op, name, device, cache))
     if v_cache.shape != k_cache.shape:
-        raise ValueError(wrong(op, "v_cache", f"of k_cache's shape {list(k_cache.shape)}", v_cache))
+        raise ValueError(argument_error(op, "v_cache", f"of k_cache's shape {list(k_cache.shape)}", v_cache))
     requests, page_size, kv_heads, cache_dim = k_cache.shape
     if cache_dim != dim:
-        raise ValueError(wrong(op, "k_cache", f"{layout} with q's dim of {dim}", k_cache))
+        raise ValueError(argument_error(op, "k_cache", f"{layout} with q's dim of {dim}", k_cache))
     if kv_heads == 0 or heads % kv_heads != 0:
         must = f"of a number of kv_heads that divides the {heads} heads of q"
-        raise ValueError(wrong(op, "k_cache", must, k_cache) + _head_major(q, k_cache, layout))
+        raise ValueError(argument_error(op, "k_cache", must, k_cache) + _head_major(q, k_cache, layout))
     if page_table is None:
         if requests != batch:
-            sentence = wrong(op, "k_cache", f"{layout} with a batch of {batch} like q", k_cache)
+            sentence = argument_error(op, "k_cache", f"{layout} with a batch of {batch} like q", k_cache)
             raise ValueError(f"{sentence}; a cache of pages takes a page_table")
     elif page_size == 0:
-        raise ValueError(wrong(op, "k_cache", f"{layout} with a page_size above 0", k_cache))
+        raise ValueError(argument_error(op, "k_cache", f"{layout} with a page_size above 0", k_cache))
 
 
 def _head_major(q, k_cache, layout: str) -> str:
@@ -305,9 +305,11 @@ def _head_major(q, k_cache, layout: str) -> str:
 def _check_page_table(page_table, batch: int, q) -> torch.Tensor:
     page_table = _check_int32("page_table", page_table, "[batch, max_pages]", q)
     if page_table.dim() != 2 or page_table.shape[0] != batch:
-        raise ValueError(wrong("tree_attention", "page_table", f"int32 or int64 [{batch}, max_pages]", page_table))
+        raise ValueError(
+            argument_error("tree_attention", "page_table", f"int32 or int64 [{batch}, max_pages]", page_table)
+        )
     if page_table.stride()[1] != 1 and page_table.shape[1] > 1:
-        raise ValueError(wrong_strides("tree_attention", "page_table", "contiguous in its last dimension", page_table))
+        raise ValueError(strides_error("tree_attention", "page_table", "contiguous in its last dimension", page_table))
     return page_table
 
 
@@ -315,7 +317,7 @@ def _check_int32(name: str, value, layout: str, q) -> torch.Tensor:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.int32:
         value = as_int32("tree_attention", name, layout, value)
     if value.device != q.device:
-        raise ValueError(wrong_device("tree_attention", name, q.device, value))
+        raise ValueError(device_error("tree_attention", name, q.device, value))
     return value
 
 
@@ -323,15 +325,15 @@ def _per_request(name: str, value, batch: int, q) -> torch.Tensor:
     """An int32 [batch] argument as a tensor; an int counts for every request."""
     if is_int(value):
         if not 0 <= value <= INT32_MAX:
-            raise ValueError(wrong("tree_attention", name, "from 0 to 2**31 - 1", value))
+            raise ValueError(argument_error("tree_attention", name, "from 0 to 2**31 - 1", value))
         return torch.full((batch,), value, dtype=torch.int32, device=q.device)
     value = _check_int32(name, value, "[batch] or an int", q)
     if value.dim() != 1 or value.shape[0] != batch:
         if value.dim() != 0:
-            raise ValueError(wrong("tree_attention", name, f"int32 or int64 [{batch}] or an int", value))
+            raise ValueError(argument_error("tree_attention", name, f"int32 or int64 [{batch}] or an int", value))
         value = value.expand(batch).contiguous()
     if not value.is_contiguous():
-        raise ValueError(wrong_strides("tree_attention", name, "contiguous", value))
+        raise ValueError(strides_error("tree_attention", name, "contiguous", value))
     return value
 
 
@@ -342,7 +344,7 @@ def _topology_tensors(topology: Topology, batch: int, q) -> tuple[torch.Tensor, 
     if (trees != batch and trees != 1) or (counts != batch and counts != 1):
         raise ValueError(wrong_batch("tree_attention", batch, max(trees, counts)))
     if ancestors.device != q.device:
-        raise ValueError(wrong_device("tree_attention", "topology", q.device, ancestors))
+        raise ValueError(device_error("tree_attention", "topology", q.device, ancestors))
     if trees != counts:  # one shared tree, cut to another size for every request
         ancestors, depths = ancestors.expand(batch, -1, -1), depths.expand(batch, -1)
         num_nodes = num_nodes.expand(batch).contiguous()
@@ -355,13 +357,13 @@ def _topology_tensors(topology: Topology, batch: int, q) -> tuple[torch.Tensor, 
 
 def _check_per_head(name: str, value, heads: int, q) -> None:
     if not isinstance(value, torch.Tensor) or value.dtype != torch.float32:
-        raise TypeError(wrong("tree_attention", name, f"float32 [{heads}]", value))
+        raise TypeError(argument_error("tree_attention", name, f"float32 [{heads}]", value))
     if value.dim() != 1 or value.shape[0] != heads:
-        raise ValueError(wrong("tree_attention", name, f"float32 [{heads}]", value))
+        raise ValueError(argument_error("tree_attention", name, f"float32 [{heads}]", value))
     if not value.is_contiguous():
-        raise ValueError(wrong_strides("tree_attention", name, "contiguous", value))
+        raise ValueError(strides_error("tree_attention", name, "contiguous", value))
     if value.device != q.device:
-        raise ValueError(wrong_device("tree_attention", name, q.device, value))
+        raise ValueError(device_error("tree_attention", name, q.device, value))
     _check_no_grad("tree_attention", value)
 
 
@@ -371,9 +373,9 @@ def _scales(dim: int, scale, k_scale, v_scale) -> tuple[float, float]:
         return dim**-0.5, 1.0
     for name, value in (("scale", scale), ("k_scale", k_scale), ("v_scale", v_scale)):
         if value is not None and not is_number(value):
-            raise TypeError(wrong("tree_attention", name, "a number or None", value))
+            raise TypeError(argument_error("tree_attention", name, "a number or None", value))
         if value is not None and not -FLOAT_MAX <= value <= FLOAT_MAX:
-            raise ValueError(wrong("tree_attention", name, "a finite number or None", value))
+            raise ValueError(argument_error("tree_attention", name, "a finite number or None", value))
     scores = dim**-0.5 if scale is None else float(scale)
     return scores if k_scale is None else scores * k_scale, 1.0 if v_scale is None else float(v_scale)
 
@@ -383,7 +385,7 @@ def _check_out(out, q, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | N
         _check_like("tree_attention", "out", out, q, q.shape, contiguous=False)
         return out, None
     if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(wrong("tree_attention", "out", "an AttentionState(out, lse) with return_lse", out))
+        raise TypeError(argument_error("tree_attention", "out", "an AttentionState(out, lse) with return_lse", out))
     _check_like("tree_attention", "out.out", out[0], q, q.shape, contiguous=False)
     _check_like("tree_attention", "out.lse", out[1], q, q.shape[:-1], torch.float32)
     return out
@@ -393,20 +395,20 @@ def _check_like(op: str, name: str, value, like, shape, dtype=None, contiguous: 
     """Check for a tensor of this shape and dtype on the device of `like`."""
     dtype = dtype or like.dtype
     if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-        raise TypeError(wrong(op, name, f"{_dtype_name(dtype)} {list(shape)}", value))
+        raise TypeError(argument_error(op, name, f"{_dtype_name(dtype)} {list(shape)}", value))
     if value.shape != shape:
-        raise ValueError(wrong(op, name, f"{_dtype_name(dtype)} {list(shape)}", value))
+        raise ValueError(argument_error(op, name, f"{_dtype_name(dtype)} {list(shape)}", value))
     if value.device != like.device:
-        raise ValueError(wrong_device(op, name, like.device, value))
+        raise ValueError(device_error(op, name, like.device, value))
     if contiguous and not value.is_contiguous():
-        raise ValueError(wrong_strides(op, name, "contiguous", value))
+        raise ValueError(strides_error(op, name, "contiguous", value))
     if value.stride(-1) != 1 and shape[-1] > 1:
-        raise ValueError(wrong_strides(op, name, "contiguous in its last dimension", value))
+        raise ValueError(strides_error(op, name, "contiguous in its last dimension", value))
 
 
 def _check_no_grad(op: str, *inputs: torch.Tensor) -> None:
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in inputs]):
-        raise RuntimeError(wrong_grad(op))
+        raise RuntimeError(grad_error(op))
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -10,13 +10,13 @@ from specdec_ops._core.checks import (
     FLOAT_MAX,
     INT32_MAX,
     KERNEL_DTYPES,
+    argument_error,
     as_float32,
+    device_error,
+    grad_error,
     is_int,
     is_number,
-    wrong,
-    wrong_device,
-    wrong_grad,
-    wrong_strides,
+    strides_error,
 )
 from specdec_ops.vocab_map import VocabMap
 
@@ -188,9 +188,9 @@ def early_exit(
     arguments = check_arguments(op, hidden, head, norm_weight, norm_eps, bias, temperature, vocab_map)
     check_top_k(op, top_k)
     if not isinstance(measure, str) or measure not in MEASURES:
-        raise ValueError(wrong(op, "measure", "'max_prob', 'margin' or 'entropy'", measure))
+        raise ValueError(argument_error(op, "measure", "'max_prob', 'margin' or 'entropy'", measure))
     if not isinstance(level, str) or level not in LEVELS:
-        raise ValueError(wrong(op, "level", "'row', 'any' or 'all'", level))
+        raise ValueError(argument_error(op, "level", "'row', 'any' or 'all'", level))
     limit = per_row(op, "threshold", threshold, hidden)
     screening = check_screen(op, screen, tolerance, hidden, head)
     arguments = (*arguments, *limit, measure, level)
@@ -217,33 +217,33 @@ def _run(arguments: tuple, screening: tuple, top_k: int, backend: str, out: Conf
 def check_arguments(op: str, hidden, head, norm_weight, norm_eps, bias, temperature, vocab_map) -> tuple:
     """What the implementations take, from hidden to token_map."""
     if not isinstance(hidden, torch.Tensor) or hidden.dtype not in _DTYPES:
-        raise TypeError(wrong(op, "hidden", "float32, bfloat16 or float16 [rows, dim]", hidden))
+        raise TypeError(argument_error(op, "hidden", "float32, bfloat16 or float16 [rows, dim]", hidden))
     if hidden.dim() != 2 or hidden.shape[1] < 1:
-        raise ValueError(wrong(op, "hidden", "[rows, dim] with a dim of at least 1", hidden))
+        raise ValueError(argument_error(op, "hidden", "[rows, dim] with a dim of at least 1", hidden))
     if hidden.stride(1) != 1 and hidden.shape[1] > 1:
-        raise ValueError(wrong_strides(op, "hidden", "contiguous in its last dimension", hidden))
+        raise ValueError(strides_error(op, "hidden", "contiguous in its last dimension", hidden))
     if hidden.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(wrong_grad(op))
+        raise RuntimeError(grad_error(op))
     rows, dim = hidden.shape
     head, scales = check_head(op, head, dim, hidden)
     vocab = head.shape[0]
     if not rows <= INT32_MAX >= dim or vocab > INT32_MAX:
         name, value = ("head", head) if vocab > INT32_MAX else ("hidden", hidden)
-        raise ValueError(wrong(op, name, "of sizes below 2**31", value))
+        raise ValueError(argument_error(op, name, "of sizes below 2**31", value))
     if norm_weight is not None:
         check_vector(op, "norm_weight", norm_weight, dim, (hidden.dtype, torch.float32), hidden.device)
     if not is_number(norm_eps) or not 0 <= norm_eps <= FLOAT_MAX:
-        raise ValueError(wrong(op, "norm_eps", "a finite number of at least 0", norm_eps))
+        raise ValueError(argument_error(op, "norm_eps", "a finite number of at least 0", norm_eps))
     if bias is not None:
         check_vector(op, "bias", bias, vocab, (torch.float32,), hidden.device)
     token_map = None
     if vocab_map is not None:
         if not isinstance(vocab_map, VocabMap):
-            raise TypeError(wrong(op, "vocab_map", "a specdec_ops.VocabMap or None", vocab_map))
+            raise TypeError(argument_error(op, "vocab_map", "a specdec_ops.VocabMap or None", vocab_map))
         token_map = vocab_map.draft_to_target
         check_vector(op, "vocab_map.draft_to_target", token_map, vocab, (torch.int32,), hidden.device)
     if is_number(temperature) and not 0 < temperature <= FLOAT_MAX:
-        raise ValueError(wrong(op, "temperature", "a finite number above 0", temperature))
+        raise ValueError(argument_error(op, "temperature", "a finite number above 0", temperature))
     temperature = per_row(op, "temperature", temperature, hidden)
     return hidden, head, scales, norm_weight, float(norm_eps), bias, *temperature, token_map
 
@@ -255,35 +255,35 @@ def check_head(op: str, head, dim: int, hidden: torch.Tensor) -> tuple[torch.Ten
         head, scales = head.values, head.scales
     elif not isinstance(head, torch.Tensor) or head.dtype not in _DTYPES:
         must = "float32, bfloat16 or float16 [vocab, dim], or a specdec_ops.QuantizedHead"
-        raise TypeError(wrong(op, "head", must, head))
+        raise TypeError(argument_error(op, "head", must, head))
     elif (head.dtype == torch.float64) != (hidden.dtype == torch.float64):
-        raise TypeError(wrong(op, "head", "float64 if and only if hidden is", head))
+        raise TypeError(argument_error(op, "head", "float64 if and only if hidden is", head))
     elif head.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(wrong_grad(op))
+        raise RuntimeError(grad_error(op))
     if head.dim() != 2 or head.shape[1] != dim or head.shape[0] < 1:
         how = "; head.T.contiguous() fits" if head.dim() == 2 and head.shape[0] == dim else ""
-        raise ValueError(wrong(op, "head", f"[vocab, {dim}] with a vocab of at least 1", head) + how)
+        raise ValueError(argument_error(op, "head", f"[vocab, {dim}] with a vocab of at least 1", head) + how)
     if not head.is_contiguous():
-        raise ValueError(wrong_strides(op, "head", "contiguous", head))
+        raise ValueError(strides_error(op, "head", "contiguous", head))
     if head.device != hidden.device:
-        raise ValueError(wrong_device(op, "head", hidden.device, head))
+        raise ValueError(device_error(op, "head", hidden.device, head))
     return head, scales
 
 
 def check_screen(op: str, screen, tolerance, hidden: torch.Tensor, head) -> tuple:
     """What the implementations take of a screen, or ()."""
     if not is_number(tolerance) or not tolerance >= 1e-3:
-        raise ValueError(wrong(op, "tolerance", "a number of at least 0.001", tolerance))
+        raise ValueError(argument_error(op, "tolerance", "a number of at least 0.001", tolerance))
     if screen is None:
         return ()
     if not isinstance(screen, QuantizedHead):
-        raise TypeError(wrong(op, "screen", "a specdec_ops.QuantizedHead or None", screen))
+        raise TypeError(argument_error(op, "screen", "a specdec_ops.QuantizedHead or None", screen))
     if isinstance(head, QuantizedHead):
-        raise TypeError(wrong(op, "head", "the tensor that the screen was made from", head))
+        raise TypeError(argument_error(op, "head", "the tensor that the screen was made from", head))
     if screen.values.shape != head.shape:
-        raise ValueError(wrong(op, "screen.values", f"int8 {list(head.shape)} like the head", screen.values))
+        raise ValueError(argument_error(op, "screen.values", f"int8 {list(head.shape)} like the head", screen.values))
     if screen.values.device != hidden.device:
-        raise ValueError(wrong_device(op, "screen.values", hidden.device, screen.values))
+        raise ValueError(device_error(op, "screen.values", hidden.device, screen.values))
     return (
         screen.values,
         screen.scales,
@@ -297,14 +297,14 @@ def check_screen(op: str, screen, tolerance, hidden: torch.Tensor, head) -> tupl
 def check_bounds(op: str, bounds, screen, hidden: torch.Tensor, head) -> tuple:
     """What the implementations take of bounds."""
     if not isinstance(bounds, HeadBounds):
-        raise TypeError(wrong(op, "bounds", "a specdec_ops.HeadBounds or None", bounds))
+        raise TypeError(argument_error(op, "bounds", "a specdec_ops.HeadBounds or None", bounds))
     if screen is not None:
-        raise ValueError(wrong(op, "bounds", "None with a screen", bounds))
+        raise ValueError(argument_error(op, "bounds", "None with a screen", bounds))
     vocab = head.vocab if isinstance(head, QuantizedHead) else head.shape[0]
     if bounds.ends[-1] != vocab:
-        raise ValueError(wrong(op, "bounds", f"made from the head, of {vocab} entries", bounds))
+        raise ValueError(argument_error(op, "bounds", f"made from the head, of {vocab} entries", bounds))
     if bounds.norms_after.device != hidden.device:
-        raise ValueError(wrong_device(op, "bounds.norms_after", hidden.device, bounds.norms_after))
+        raise ValueError(device_error(op, "bounds.norms_after", hidden.device, bounds.norms_after))
     return bounds.norms_after, bounds.ends
 
 
@@ -312,15 +312,15 @@ def check_vector(op: str, name: str, value, length: int, dtypes: tuple, device) 
     """Check for a contiguous [length] of one of the dtypes."""
     names = " or ".join(dict.fromkeys(str(dtype).removeprefix("torch.") for dtype in dtypes))
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
-        raise TypeError(wrong(op, name, f"{names} [{length}]", value))
+        raise TypeError(argument_error(op, name, f"{names} [{length}]", value))
     if value.shape != (length,):
-        raise ValueError(wrong(op, name, f"{names} [{length}]", value))
+        raise ValueError(argument_error(op, name, f"{names} [{length}]", value))
     if not value.is_contiguous():
-        raise ValueError(wrong_strides(op, name, "contiguous", value))
+        raise ValueError(strides_error(op, name, "contiguous", value))
     if value.device != device:
-        raise ValueError(wrong_device(op, name, device, value))
+        raise ValueError(device_error(op, name, device, value))
     if value.requires_grad and torch.is_grad_enabled():
-        raise RuntimeError(wrong_grad(op))
+        raise RuntimeError(grad_error(op))
 
 
 def per_row(op: str, name: str, value, hidden: torch.Tensor) -> tuple[float, torch.Tensor | None]:
@@ -328,7 +328,7 @@ def per_row(op: str, name: str, value, hidden: torch.Tensor) -> tuple[float, tor
     if is_number(value):
         return as_float32(op, name, value), None
     if not isinstance(value, torch.Tensor):
-        raise TypeError(wrong(op, name, f"a number or float32 [{hidden.shape[0]}]", value))
+        raise TypeError(argument_error(op, name, f"a number or float32 [{hidden.shape[0]}]", value))
     if value.dim() == 0:
         value = value.expand(hidden.shape[0]).contiguous()
     check_vector(op, name, value, hidden.shape[0], (torch.float32,), hidden.device)
@@ -338,9 +338,9 @@ def per_row(op: str, name: str, value, hidden: torch.Tensor) -> tuple[float, tor
 def check_top_k(op: str, top_k) -> None:
     """Check for an int from 0 to MAX_TOP_K."""
     if not is_int(top_k):
-        raise TypeError(wrong(op, "top_k", "an int", top_k))
+        raise TypeError(argument_error(op, "top_k", "an int", top_k))
     if not 0 <= top_k <= MAX_TOP_K:
-        raise ValueError(wrong(op, "top_k", f"from 0 to {MAX_TOP_K}", top_k))
+        raise ValueError(argument_error(op, "top_k", f"from 0 to {MAX_TOP_K}", top_k))
 
 
 def fields(confidence: Confidence) -> tuple:
@@ -351,21 +351,21 @@ def fields(confidence: Confidence) -> tuple:
 def check_out(op: str, name: str, out, hidden: torch.Tensor, top_k: int, screened: bool = False) -> None:
     """Check a Confidence to write into."""
     if not isinstance(out, Confidence):
-        raise TypeError(wrong(op, name, "a specdec_ops.Confidence", out))
+        raise TypeError(argument_error(op, name, "a specdec_ops.Confidence", out))
     rows = hidden.shape[0]
     for field, value in zip(dataclasses.fields(Confidence), fields(out), strict=True):
         dtype = torch.int32 if field.name in ("token", "top_tokens", "status", "rechecked") else torch.float32
         shape = (rows, top_k) if field.name.startswith("top_") else (rows,)
         if field.name.startswith("top_") and top_k == 0:
             if value is not None:
-                raise ValueError(wrong(op, f"{name}.{field.name}", "None without top_k", value))
+                raise ValueError(argument_error(op, f"{name}.{field.name}", "None without top_k", value))
             continue
         if field.name == "rechecked" and not screened:
             continue
         must = f"contiguous {str(dtype).removeprefix('torch.')} {list(shape)}"
         if not isinstance(value, torch.Tensor) or value.dtype != dtype:
-            raise TypeError(wrong(op, f"{name}.{field.name}", must, value))
+            raise TypeError(argument_error(op, f"{name}.{field.name}", must, value))
         if value.shape != shape or not value.is_contiguous():
-            raise ValueError(wrong_strides(op, f"{name}.{field.name}", must, value))
+            raise ValueError(strides_error(op, f"{name}.{field.name}", must, value))
         if value.device != hidden.device:
-            raise ValueError(wrong_device(op, f"{name}.{field.name}", hidden.device, value))
+            raise ValueError(device_error(op, f"{name}.{field.name}", hidden.device, value))

@@ -14,13 +14,13 @@ from specdec_ops._core.checks import (
     FLOAT_MAX,
     INT32_MAX,
     KERNEL_DTYPES,
+    argument_error,
     as_float32,
+    device_error,
+    grad_error,
     is_int,
     is_number,
-    wrong,
-    wrong_device,
-    wrong_grad,
-    wrong_strides,
+    strides_error,
 )
 
 from . import library
@@ -63,23 +63,23 @@ def exit_mlp(
     """
     op = "exit_mlp"
     if not isinstance(features, torch.Tensor) or features.dtype not in _DTYPES:
-        raise TypeError(wrong(op, "features", "float32, bfloat16 or float16 [rows, inputs]", features))
+        raise TypeError(argument_error(op, "features", "float32, bfloat16 or float16 [rows, inputs]", features))
     if features.dim() != 2 or features.shape[1] < 1:
-        raise ValueError(wrong(op, "features", "[rows, inputs] with at least one input", features))
+        raise ValueError(argument_error(op, "features", "[rows, inputs] with at least one input", features))
     if max(features.shape) > INT32_MAX:
-        raise ValueError(wrong(op, "features", "of sizes below 2**31", features))
+        raise ValueError(argument_error(op, "features", "of sizes below 2**31", features))
     if features.stride(1) != 1 and features.shape[1] > 1:
-        raise ValueError(wrong_strides(op, "features", "contiguous in its last dimension", features))
+        raise ValueError(strides_error(op, "features", "contiguous in its last dimension", features))
     if not is_number(threshold):
-        raise TypeError(wrong(op, "threshold", "a number", threshold))
+        raise TypeError(argument_error(op, "threshold", "a number", threshold))
     if not isinstance(layers, _LISTS) or not all(isinstance(pair, _LISTS) and len(pair) == 2 for pair in layers):
-        raise TypeError(wrong(op, "layers", "a sequence of (weight, bias)", layers))
+        raise TypeError(argument_error(op, "layers", "a sequence of (weight, bias)", layers))
     if not 1 <= len(layers) <= _MAX_LAYERS:
-        raise ValueError(wrong(op, "layers", f"1 to {_MAX_LAYERS} pairs", len(layers)))
+        raise ValueError(argument_error(op, "layers", f"1 to {_MAX_LAYERS} pairs", len(layers)))
     weights, biases = zip(*layers, strict=True)
     _check_layers(op, features, weights, biases)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, *weights, *biases)):
-        raise RuntimeError(wrong_grad(op))
+        raise RuntimeError(grad_error(op))
     return library.exit_mlp(features, weights, biases, as_float32(op, "threshold", threshold), backend)
 
 
@@ -90,20 +90,20 @@ def _check_layers(op: str, features: torch.Tensor, weights: tuple, biases: tuple
     for index, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         last = index == len(weights) - 1
         if not isinstance(weight, torch.Tensor) or weight.dtype not in dtypes:
-            raise TypeError(wrong(op, f"layers[{index}] weight", _weight_must(double, last, inputs), weight))
+            raise TypeError(argument_error(op, f"layers[{index}] weight", _weight_must(double, last, inputs), weight))
         shape = weight.shape
         if len(shape) != 2 or shape[1] != inputs or shape[0] < 1 or (last and shape[0] != 1):
-            raise ValueError(wrong(op, f"layers[{index}] weight", _weight_must(double, last, inputs), weight))
+            raise ValueError(argument_error(op, f"layers[{index}] weight", _weight_must(double, last, inputs), weight))
         inputs = shape[0]
         if not isinstance(bias, torch.Tensor) or bias.dtype != torch.float32:
-            raise TypeError(wrong(op, f"layers[{index}] bias", f"float32 [{inputs}]", bias))
+            raise TypeError(argument_error(op, f"layers[{index}] bias", f"float32 [{inputs}]", bias))
         if bias.shape != (inputs,):
-            raise ValueError(wrong(op, f"layers[{index}] bias", f"float32 [{inputs}]", bias))
+            raise ValueError(argument_error(op, f"layers[{index}] bias", f"float32 [{inputs}]", bias))
         for part, tensor in (("weight", weight), ("bias", bias)):
             if not tensor.is_contiguous():
-                raise ValueError(wrong_strides(op, f"layers[{index}] {part}", "contiguous", tensor))
+                raise ValueError(strides_error(op, f"layers[{index}] {part}", "contiguous", tensor))
             if tensor.device != device:
-                raise ValueError(wrong_device(op, f"layers[{index}] {part}", device, tensor))
+                raise ValueError(device_error(op, f"layers[{index}] {part}", device, tensor))
 
 
 def _weight_must(double: bool, last: bool, inputs: int) -> str:
@@ -124,10 +124,10 @@ def exit_features(confidence: Confidence) -> torch.Tensor:
         ValueError: it lists fewer than ten tokens.
     """
     if not isinstance(confidence, Confidence):
-        raise TypeError(wrong("exit_features", "confidence", "a specdec_ops.Confidence", confidence))
+        raise TypeError(argument_error("exit_features", "confidence", "a specdec_ops.Confidence", confidence))
     listed = 0 if confidence.top_logprobs is None else confidence.top_logprobs.shape[1]
     if listed < FEATURES - 1:
-        raise ValueError(wrong("exit_features", "confidence", "made with a top_k of at least 10", listed))
+        raise ValueError(argument_error("exit_features", "confidence", "made with a top_k of at least 10", listed))
     return torch.cat((confidence.entropy[:, None], confidence.top_logprobs[:, : FEATURES - 1].exp()), dim=1)
 
 
@@ -150,16 +150,16 @@ def entropy_stop(entropy: torch.Tensor, threshold: torch.Tensor | float, *, gamm
     """
     op = "entropy_stop"
     if not isinstance(entropy, torch.Tensor) or not entropy.dtype.is_floating_point:
-        raise TypeError(wrong(op, "entropy", "float32 [rows]", entropy))
+        raise TypeError(argument_error(op, "entropy", "float32 [rows]", entropy))
     if entropy.dim() != 1:
-        raise ValueError(wrong(op, "entropy", "float32 [rows]", entropy))
+        raise ValueError(argument_error(op, "entropy", "float32 [rows]", entropy))
     if not is_number(gamma) or not 0 <= gamma <= FLOAT_MAX:
-        raise ValueError(wrong(op, "gamma", "a finite number of at least 0", gamma))
+        raise ValueError(argument_error(op, "gamma", "a finite number of at least 0", gamma))
     if isinstance(threshold, torch.Tensor):
         if threshold.shape not in (entropy.shape, ()):
-            raise ValueError(wrong(op, "threshold", f"a number or float32 {list(entropy.shape)}", threshold))
+            raise ValueError(argument_error(op, "threshold", f"a number or float32 {list(entropy.shape)}", threshold))
     elif not is_number(threshold):
-        raise TypeError(wrong(op, "threshold", f"a number or float32 {list(entropy.shape)}", threshold))
+        raise TypeError(argument_error(op, "threshold", f"a number or float32 {list(entropy.shape)}", threshold))
     else:
         threshold = as_float32(op, "threshold", threshold)
     return 1 - (gamma * entropy).sqrt() < threshold
@@ -201,18 +201,18 @@ class AdaptiveThreshold:
     ):
         op = "AdaptiveThreshold"
         if not is_int(requests):
-            raise TypeError(wrong(op, "requests", "an int", requests))
+            raise TypeError(argument_error(op, "requests", "an int", requests))
         if not 0 <= requests <= INT32_MAX:
-            raise ValueError(wrong(op, "requests", "from 0 to 2**31 - 1", requests))
+            raise ValueError(argument_error(op, "requests", "from 0 to 2**31 - 1", requests))
         for name, value in (
             *(("start", start), ("target", target), ("step", step), ("memory", memory), ("inertia", inertia)),
         ):
             if not is_number(value):
-                raise TypeError(wrong(op, name, "a number", value))
+                raise TypeError(argument_error(op, name, "a number", value))
             if name in ("memory", "inertia") and not 0 <= value <= 1:
-                raise ValueError(wrong(op, name, "from 0 to 1", value))
+                raise ValueError(argument_error(op, name, "from 0 to 1", value))
             if not -FLOAT_MAX <= value <= FLOAT_MAX:
-                raise ValueError(wrong(op, name, "a finite number", value))
+                raise ValueError(argument_error(op, name, "a finite number", value))
         self.threshold = torch.full((requests,), float(start), dtype=torch.float32, device=device)
         self.accepted_share = torch.ones(requests, dtype=torch.float32, device=device)
         self._target, self._step, self._memory, self._inertia = target, step, memory, inertia
@@ -235,13 +235,13 @@ class AdaptiveThreshold:
         op, shape = "AdaptiveThreshold.update", self.threshold.shape
         for name, value in (("num_accepted", num_accepted), ("num_drafted", num_drafted)):
             if not isinstance(value, torch.Tensor) or value.dtype not in (torch.int32, torch.int64):
-                raise TypeError(wrong(op, name, f"int32 or int64 {list(shape)}", value))
+                raise TypeError(argument_error(op, name, f"int32 or int64 {list(shape)}", value))
             if value.shape != shape:
-                raise ValueError(wrong(op, name, f"int32 or int64 {list(shape)}", value))
+                raise ValueError(argument_error(op, name, f"int32 or int64 {list(shape)}", value))
         if not is_int(max_drafted):
-            raise TypeError(wrong(op, "max_drafted", "an int", max_drafted))
+            raise TypeError(argument_error(op, "max_drafted", "an int", max_drafted))
         if not 0 <= max_drafted <= INT32_MAX:
-            raise ValueError(wrong(op, "max_drafted", "from 0 to 2**31 - 1", max_drafted))
+            raise ValueError(argument_error(op, "max_drafted", "from 0 to 2**31 - 1", max_drafted))
         drafted = num_drafted > 0
         share = num_accepted.float() / num_drafted.clamp_min(1)
         mean = self._memory * self.accepted_share + (1 - self._memory) * share

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specdec_ops._core.checks import KERNEL_DTYPES, is_int, wrong
+from specdec_ops._core.checks import KERNEL_DTYPES, argument_error, is_int
 from specdec_ops._core.shield import shielded
 
 from .quantized_head import QuantizedHead, up
@@ -67,9 +67,11 @@ def bound_head(head: torch.Tensor | QuantizedHead, ends: Sequence[int] | None = 
     if isinstance(head, QuantizedHead):
         norms = head.norms
     elif not isinstance(head, torch.Tensor) or head.dtype not in (*KERNEL_DTYPES, torch.float64):
-        raise TypeError(wrong(op, "head", "float32, bfloat16 or float16 [vocab, dim], or a QuantizedHead", head))
+        raise TypeError(
+            argument_error(op, "head", "float32, bfloat16 or float16 [vocab, dim], or a QuantizedHead", head)
+        )
     elif head.dim() != 2 or 0 in head.shape:
-        raise ValueError(wrong(op, "head", "[vocab, dim] with at least one of each", head))
+        raise ValueError(argument_error(op, "head", "[vocab, dim] with at least one of each", head))
     elif head.is_meta:
         raise ValueError("specdec_ops.bound_head: head must be of values, got a tensor on meta")
     elif not head.isfinite().all():
@@ -92,9 +94,9 @@ def _default_ends(vocab: int) -> tuple[int, ...]:
 def _checked_ends(op: str, ends, vocab: int) -> tuple[int, ...]:
     must = f"ascending ints that end at {vocab}, at most {MAX_PARTS}"
     if not isinstance(ends, Sequence) or not all(is_int(end) for end in ends):
-        raise TypeError(wrong(op, "ends", must, ends))
+        raise TypeError(argument_error(op, "ends", must, ends))
     ends = tuple(int(end) for end in ends)
     rises = all(low < high for low, high in zip((0, *ends), ends))  # noqa: B905 (one is longer)
     if not 1 <= len(ends) <= MAX_PARTS or not rises or ends[-1] != vocab:
-        raise ValueError(wrong(op, "ends", must, ends))
+        raise ValueError(argument_error(op, "ends", must, ends))
     return ends

@@ -8,7 +8,7 @@ import functools
 import numpy as np
 import torch
 
-from specdec_ops._core.checks import KERNEL_DTYPES, wrong
+from specdec_ops._core.checks import KERNEL_DTYPES, argument_error
 from specdec_ops._core.shield import shielded
 
 _GRAM_COLUMNS = 1024  # the errors' products are formed for this many columns: all would take dim / 1024 times as long
@@ -72,9 +72,9 @@ def quantize_head(head: torch.Tensor) -> QuantizedHead:
         ValueError: a wrong shape, or a weight that is not finite.
     """
     if not isinstance(head, torch.Tensor) or head.dtype not in (*KERNEL_DTYPES, torch.float64):
-        raise TypeError(wrong("quantize_head", "head", "float32, bfloat16 or float16 [vocab, dim]", head))
+        raise TypeError(argument_error("quantize_head", "head", "float32, bfloat16 or float16 [vocab, dim]", head))
     if head.dim() != 2 or 0 in head.shape:
-        raise ValueError(wrong("quantize_head", "head", "[vocab, dim] with at least one of each", head))
+        raise ValueError(argument_error("quantize_head", "head", "[vocab, dim] with at least one of each", head))
     if head.is_meta:
         raise ValueError("specdec_ops.quantize_head: head must be of values, got a tensor on meta")
     values = _empty(head.shape, head.device)

@@ -10,13 +10,13 @@ from specdec_ops._core.checks import (
     FLOAT_MAX,
     INT32_MAX,
     KERNEL_DTYPES,
+    argument_error,
     as_int32,
     describe_dtype,
+    device_error,
+    grad_error,
     is_number,
-    wrong,
-    wrong_device,
-    wrong_grad,
-    wrong_strides,
+    strides_error,
 )
 
 from . import library
@@ -82,7 +82,7 @@ def kv_propagate(
     """
     _check_tensor("hidden", hidden, "[rows, dim]", 2, _DTYPES, hidden)
     if hidden.stride(1) != 1 and hidden.shape[1] > 1:
-        raise ValueError(wrong_strides(_OP, "hidden", "contiguous in its last dimension", hidden))
+        raise ValueError(strides_error(_OP, "hidden", "contiguous in its last dimension", hidden))
     rows = hidden.shape[0]
     page_table = _check_page_table(hidden, page_table)
     _check_caches(hidden, k_caches, v_caches, page_table)
@@ -93,9 +93,9 @@ def kv_propagate(
     elif page_table is None and len(k_caches[0]) != 1:
         raise ValueError(f"specdec_ops.{_OP}: requests must be given with a batch of {len(k_caches[0])}, got None")
     if not is_number(norm_eps) or not 0 <= norm_eps <= FLOAT_MAX:
-        raise ValueError(wrong(_OP, "norm_eps", "a finite number of at least 0", norm_eps))
+        raise ValueError(argument_error(_OP, "norm_eps", "a finite number of at least 0", norm_eps))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *norms, *keys, *values)):
-        raise RuntimeError(wrong_grad(_OP))
+        raise RuntimeError(grad_error(_OP))
     cosines, sines, slots = _angles(hidden, rope, positions, slots, k_caches[0].shape[3])
     library.kv_propagate(
         hidden,
@@ -122,21 +122,21 @@ def _angles(hidden, rope, positions, slots, head_dim: int):
     compute = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     if is_number(rope):
         if not 0 < rope <= FLOAT_MAX:
-            raise ValueError(wrong(_OP, "rope", "a finite base above 0", rope))
+            raise ValueError(argument_error(_OP, "rope", "a finite base above 0", rope))
         if head_dim % 2:
-            raise ValueError(wrong(_OP, "rope", f"tables or None with an odd head_dim of {head_dim}", rope))
+            raise ValueError(argument_error(_OP, "rope", f"tables or None with an odd head_dim of {head_dim}", rope))
         # In float64: far into a context a float32 angle has lost its last digits.
         pairs = torch.arange(head_dim // 2, dtype=torch.float64, device=hidden.device)
         angles = positions.double()[:, None] * float(rope) ** (-2 * pairs / head_dim)
         return angles.cos().to(compute), angles.sin().to(compute), slots
     if not isinstance(rope, tuple) or len(rope) != 2:
-        raise TypeError(wrong(_OP, "rope", "(cos, sin), a number or None", rope))
+        raise TypeError(argument_error(_OP, "rope", "(cos, sin), a number or None", rope))
     cosines, sines = rope
     for name, table in (("rope[0]", cosines), ("rope[1]", sines)):
         _check_tensor(name, table, "[positions, pairs]", 2, (compute,), hidden)
         if table.shape != cosines.shape or not table.shape[0] >= 1 or 2 * table.shape[1] > head_dim:
             must = f"two tables [positions, pairs] of one shape, of at most {head_dim // 2} pairs"
-            raise ValueError(wrong(_OP, name, must, table))
+            raise ValueError(argument_error(_OP, name, must, table))
     known = (positions >= 0) & (positions < len(cosines))
     rows = positions.where(known, 0)
     return cosines.index_select(0, rows), sines.index_select(0, rows), slots.where(known, -1)
@@ -146,7 +146,7 @@ def _check_caches(hidden, k_caches, v_caches, page_table) -> None:
     for name, caches in (("k_caches", k_caches), ("v_caches", v_caches)):
         stacked = isinstance(caches, torch.Tensor) and caches.dim() > 0
         if not stacked and not isinstance(caches, list | tuple | Sequence):
-            raise TypeError(wrong(_OP, name, "a sequence of tensors", caches))
+            raise TypeError(argument_error(_OP, name, "a sequence of tensors", caches))
     if len(k_caches) == 0 or len(v_caches) != len(k_caches):
         must = "of one length of at least 1"
         raise ValueError(
@@ -158,9 +158,9 @@ def _check_caches(hidden, k_caches, v_caches, page_table) -> None:
             _check_tensor(f"{name}[{index}]", cache, layout, 4, (hidden.dtype,), hidden)
             if cache.shape != k_caches[0].shape or 0 in cache.shape[2:]:
                 must = f"{layout} with heads, of the same shape in all layers"
-                raise ValueError(wrong(_OP, f"{name}[{index}]", must, cache))
+                raise ValueError(argument_error(_OP, f"{name}[{index}]", must, cache))
             if cache.stride(3) != 1 and cache.shape[3] > 1:
-                raise ValueError(wrong_strides(_OP, f"{name}[{index}]", "contiguous in its last dimension", cache))
+                raise ValueError(strides_error(_OP, f"{name}[{index}]", "contiguous in its last dimension", cache))
     if max(*hidden.shape, *k_caches[0].shape, *(() if page_table is None else page_table.shape)) > INT32_MAX:
         _refuse_sizes(hidden, k_caches[0], page_table)
 
@@ -168,7 +168,7 @@ def _check_caches(hidden, k_caches, v_caches, page_table) -> None:
 def _refuse_sizes(hidden, cache, page_table) -> None:
     for name, tensor in (("hidden", hidden), ("k_caches[0]", cache), ("page_table", page_table)):
         if tensor is not None and max(tensor.shape) > INT32_MAX:
-            raise ValueError(wrong(_OP, name, "of sizes below 2**31", tensor))
+            raise ValueError(argument_error(_OP, name, "of sizes below 2**31", tensor))
 
 
 def _check_page_table(hidden, page_table):
@@ -186,20 +186,20 @@ def _is_int32(value) -> bool:
 def _layers(hidden, layers, caches) -> tuple[list, list, list]:
     """The norms (none, or one per layer) and projections of the layers."""
     if not isinstance(layers, list | tuple | Sequence):
-        raise TypeError(wrong(_OP, "layers", "a sequence of (norm_weight, k_weight, v_weight)", layers))
+        raise TypeError(argument_error(_OP, "layers", "a sequence of (norm_weight, k_weight, v_weight)", layers))
     if len(layers) != len(caches):
         raise ValueError(f"specdec_ops.{_OP}: layers must be {len(caches)}, one per cache, got {len(layers)}")
     dim, width = hidden.shape[1], caches[0].shape[2] * caches[0].shape[3]
     for index, layer in enumerate(layers):
         if not isinstance(layer, list | tuple | Sequence):
-            raise TypeError(wrong(_OP, f"layers[{index}]", "(norm_weight, k_weight, v_weight)", layer))
+            raise TypeError(argument_error(_OP, f"layers[{index}]", "(norm_weight, k_weight, v_weight)", layer))
         if len(layer) != 3:
             must = "(norm_weight, k_weight, v_weight)"
             raise ValueError(f"specdec_ops.{_OP}: layers[{index}] must be {must}, got {len(layer)} entries")
         for part, shape in enumerate(((dim,), (width, dim), (width, dim))):
             weight, name = layer[part], f"layers[{index}][{part}]"
             if part == 0 and (weight is None) != (layers[0][0] is None):
-                raise ValueError(wrong(_OP, name, "None in all layers or in none", weight))
+                raise ValueError(argument_error(_OP, name, "None in all layers or in none", weight))
             if weight is None and part == 0:
                 continue
             dtypes = (hidden.dtype, torch.float32) if part == 0 else (hidden.dtype,)
@@ -209,10 +209,10 @@ def _layers(hidden, layers, caches) -> tuple[list, list, list]:
                 how = (
                     "; caches are [..., slots, kv_heads, head_dim], to which .transpose(1, 2) brings heads before slots"
                 )
-                sentence = wrong(_OP, name, str(list(shape)), weight)
+                sentence = argument_error(_OP, name, str(list(shape)), weight)
                 raise ValueError(sentence + how if weight.shape[0] == slots * head_dim else sentence)
             if not weight.is_contiguous():
-                raise ValueError(wrong_strides(_OP, name, "contiguous", weight))
+                raise ValueError(strides_error(_OP, name, "contiguous", weight))
     norms, keys, values = (list(parts) for parts in zip(*layers, strict=True))
     return [] if norms[0] is None else norms, keys, values
 
@@ -221,7 +221,7 @@ def _check_ids(name: str, ids, rows: int, hidden) -> torch.Tensor:
     ids = ids if _is_int32(ids) else as_int32(_OP, name, f"[{rows}]", ids)
     _check_tensor(name, ids, f"[{rows}]", 1, (torch.int32,), hidden)
     if ids.shape != (rows,):
-        raise ValueError(wrong(_OP, name, f"int32 or int64 [{rows}]", ids))
+        raise ValueError(argument_error(_OP, name, f"int32 or int64 [{rows}]", ids))
     return ids
 
 
@@ -229,8 +229,8 @@ def _check_tensor(name: str, value, layout: str, dims: int, dtypes: tuple, hidde
     *names, last = dict.fromkeys(describe_dtype(dtype) for dtype in dtypes if dtype != torch.float64) or ("float64",)
     must = f"{', '.join(names)} or {last} {layout}" if names else f"{last} {layout}"
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
-        raise TypeError(wrong(_OP, name, must, value))
+        raise TypeError(argument_error(_OP, name, must, value))
     if value.dim() != dims:
-        raise ValueError(wrong(_OP, name, must, value))
+        raise ValueError(argument_error(_OP, name, must, value))
     if value.device != hidden.device:
-        raise ValueError(wrong_device(_OP, name, hidden.device, value))
+        raise ValueError(device_error(_OP, name, hidden.device, value))

@@ -5,9 +5,9 @@ The order of arguments is that of csrc/bindings/kv.cpp.
 
 import torch
 
-from specdec_ops._core.native import _DTYPE_CODES, MOST_INT32, _address, _module, _stream
+from specdec_ops._core.native import _DTYPE_CODES, MAX_INT32, _address, _module, _stream
 
-_MOST_LAYERS = 32  # of a call, as in csrc/kv/params.h
+_MAX_LAYERS = 32  # of a call, as in csrc/kv/params.h
 
 
 def kv_propagate_cpu(hidden, *others) -> None:
@@ -45,9 +45,9 @@ def _calls(
     )
     first, second, kv_heads, head_dim = k_caches[0].shape
     if page_table is None:
-        sizes = (min(first, MOST_INT32), second, 0, 0)
+        sizes = (min(first, MAX_INT32), second, 0, 0)
     else:
-        sizes = (page_table.shape[0], page_table.shape[1] * second, min(first, MOST_INT32), second)
+        sizes = (page_table.shape[0], page_table.shape[1] * second, min(first, MAX_INT32), second)
     norms = norm_weights or [None] * len(k_caches)
     layers = [
         (
@@ -62,10 +62,10 @@ def _calls(
         )
     ]
     pairs = 0 if cosines is None else cosines.shape[1]
-    for start in range(0, len(layers), _MOST_LAYERS):
+    for start in range(0, len(layers), _MAX_LAYERS):
         yield (
             (hidden.data_ptr(), _DTYPE_CODES[hidden.dtype], hidden.stride(0)),
-            layers[start : start + _MOST_LAYERS],
+            layers[start : start + _MAX_LAYERS],
             norm_eps,
             (_address(cosines), _address(sines), pairs, interleaved),
             (_address(requests), slots.data_ptr(), _address(page_table)),

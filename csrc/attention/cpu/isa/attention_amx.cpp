@@ -6,9 +6,9 @@ namespace specdec::SPECDEC_ISA {
 // Packing V for the matrix unit pays above this many rows (measured at dim 128: equal at 32 to 48 rows).
 constexpr int kFewRows = 32;
 
-const LaneKernel* select_kernel(DType dtype, int rows, int) {
+const TaskKernel* select_kernel(DType dtype, int rows, int) {
   if (dtype != DType::kBFloat16) return nullptr;
-  return rows <= kFewRows ? &kWideKernel<MatrixRowsEngine> : &kWideKernel<MatrixEngine<128>>;
+  return rows <= kFewRows ? &kAttentionKernel<AmxRowsEngine> : &kAttentionKernel<AmxEngine<128>>;
 }
 
 }  // namespace specdec::SPECDEC_ISA

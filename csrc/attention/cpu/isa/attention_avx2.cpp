@@ -5,6 +5,6 @@
 namespace specdec::SPECDEC_ISA {
 
 // Six slots by two vectors of rows: twelve of the sixteen registers accumulate.
-const LaneKernel* select_kernel(DType dtype, int rows, int) { return select_float_kernel<2, 96>(dtype, rows); }
+const TaskKernel* select_kernel(DType dtype, int rows, int) { return select_float_kernel<2, 96>(dtype, rows); }
 
 }  // namespace specdec::SPECDEC_ISA

@@ -5,6 +5,6 @@
 namespace specdec::SPECDEC_ISA {
 
 // Eight slots by two vectors of rows, or sixteen by one.
-const LaneKernel* select_kernel(DType dtype, int rows, int) { return select_float_kernel<2, 64>(dtype, rows); }
+const TaskKernel* select_kernel(DType dtype, int rows, int) { return select_float_kernel<2, 64>(dtype, rows); }
 
 }  // namespace specdec::SPECDEC_ISA

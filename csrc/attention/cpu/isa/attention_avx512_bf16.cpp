@@ -3,11 +3,11 @@
 
 namespace specdec::SPECDEC_ISA {
 
-const LaneKernel* select_kernel(DType dtype, int rows, int) {
+const TaskKernel* select_kernel(DType dtype, int rows, int) {
   if (dtype != DType::kBFloat16) return nullptr;
-  if (rows == 1) return &kWideKernel<NarrowPairsEngine<1>>;
-  if (rows <= kMostNarrowRows) return &kWideKernel<NarrowPairsEngine<4>>;
-  return &kWideKernel<DotEngine>;
+  if (rows == 1) return &kAttentionKernel<FewRowsBf16Engine<1>>;
+  if (rows <= kMaxFewRows) return &kAttentionKernel<FewRowsBf16Engine<4>>;
+  return &kAttentionKernel<DotEngine>;
 }
 
 }  // namespace specdec::SPECDEC_ISA

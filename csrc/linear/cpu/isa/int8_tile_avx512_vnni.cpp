@@ -13,10 +13,10 @@
 
 namespace specdec::avx512_vnni {
 
-constexpr int kStep = 64;               // bytes of a vector
-constexpr int kTogether = 8;            // dot products that are reduced together
-constexpr int kMost = 127 * 256 + 127;  // of a limb pair
-constexpr int kHeader = 64;             // bytes before the limbs
+constexpr int kStep = 64;              // bytes of a vector
+constexpr int kTogether = 8;           // dot products that are reduced together
+constexpr int kMax = 127 * 256 + 127;  // of a limb pair
+constexpr int kHeader = 64;            // bytes before the limbs
 
 // The head of a packed row. Then, for every 64 dims, 64 high limbs and 64 low ones, zeros past the dim.
 struct Header {
@@ -32,7 +32,7 @@ struct Rounding {
     const __m256i low = _mm512_cvtpd_epi32(_mm512_mul_pd(low_half(y), times));
     const __m256i high = _mm512_cvtpd_epi32(_mm512_mul_pd(high_half(y), times));
     const __m512i whole = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    return _mm512_max_epi32(_mm512_min_epi32(whole, _mm512_set1_epi32(kMost)), _mm512_set1_epi32(-kMost));
+    return _mm512_max_epi32(_mm512_min_epi32(whole, _mm512_set1_epi32(kMax)), _mm512_set1_epi32(-kMax));
   }
   static SPECDEC_INLINE __m512d low_half(Vec v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
   static SPECDEC_INLINE __m512d high_half(Vec v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)); }
@@ -48,7 +48,7 @@ static Rounding rounding_of(const float* y, int dim) {
     most = _mm512_max_ps(size, most);
   }
   if (finite != 0xffff) return {__builtin_nanf(""), 0.0};
-  const float scale = _mm512_reduce_max_ps(most) / kMost;
+  const float scale = _mm512_reduce_max_ps(most) / kMax;
   return {scale, scale > 0 ? 1.0 / scale : 0.0};
 }
 
