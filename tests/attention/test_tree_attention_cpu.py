@@ -138,7 +138,7 @@ def test_the_edges_of_the_exponential(isa):
 
 
 def test_a_wrong_name_is_one_sentence():
-    script = "import torch, specdec_ops; from specdec_ops import loader; print(loader.load()[0].cpu_isa())"
+    script = "import torch, specdec_ops; from specdec_ops._core import loader; print(loader.load()[0].cpu_isa())"
     run = subprocess.run(
         [sys.executable, "-c", script], env={"SPECDEC_OPS_CPU_ISA": "avx9"}, capture_output=True, text=True, check=False
     )

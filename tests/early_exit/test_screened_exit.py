@@ -344,7 +344,7 @@ def test_int8_heads_of_invalid_rows(isa):
 @pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))
 def test_polynomials_bound_the_exponentials(tmp_path):
     program = tmp_path / "screen_bounds"
-    source = build.ROOT / "tests" / "screen_bounds.cpp"
+    source = build.ROOT / "tests" / "early_exit" / "screen_bounds.cpp"
     flags = ["-std=c++17", "-O1", "-w", "-I", build.ROOT / "csrc", source, "-o", program]
     subprocess.run([*build.compiler(), *flags], check=True)
     done = subprocess.run([program], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""Argument checks of the acceptance and sampling ops. They raise; `_core.checks` words the sentences.
+"""Argument checks of the acceptance and sampling ops. They raise; `specdec_ops._core.checks` words the sentences.
 
 Each returns what the implementations take: contiguous int32 tensors, and for an option that may differ per request a
 number with None, or the number's neutral value with a tensor.
