@@ -17,7 +17,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help venv build lint format test quick bench gpu dist clean
+.PHONY: help venv build lint format test quick bench docs gpu dist clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -54,6 +54,11 @@ bench: .venv/base ## build what runs on this machine, then time every op against
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.run --quick
 
+# Sources are read, not imported: neither PyTorch nor a compiled module is needed. Warnings are errors.
+docs: .venv/docs ## build the documentation into build/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/docs/index.html"
+
 gpu: ## on a machine with an NVIDIA GPU, offline, with its own Python: build, test, sanitize, measure (PIECE=tests)
 	@$(PYTHON) -m benchmarks.gpu --out "$(GPU_OUT)" $(if $(PIECE),--piece $(PIECE)) $(GPU_OPTIONS)
 
@@ -87,6 +92,13 @@ define install
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation $$index --editable '.[$(1)]'
 	@touch $@
 endef
+
+# Of the package only the extra's own requirements, so that nothing is compiled.
+.venv/docs: .venv/tools
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt $$($(BIN)/python -c \
+		"from setuptools.config.pyprojecttoml import read_configuration as read; \
+		print(*read('pyproject.toml', expand=False)['project']['optional-dependencies']['docs'])")
+	@touch $@
 
 .venv/base: .venv/tools
 	$(call install,bench,PyTorch and matplotlib)
