@@ -1,0 +1,75 @@
+"""The documents name what there is: every public name is on one reference page, every path of the repository exists."""
+
+import importlib
+import re
+from pathlib import Path
+
+import pytest
+
+import specdec_ops
+
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
+FOLDERS = ("benchmarks", "csrc", "docs", "examples", "specdec_ops", "tests", "triton_kernels")
+
+
+def names_on(page):
+    """What mkdocstrings puts on a page, without the package's name."""
+    return re.findall(r"^::: specdec_ops\.([\w.]+)$", page.read_text(), re.MULTILINE)
+
+
+def paths_in(text):
+    """Words between backticks that begin with a folder of this repository; fenced blocks are left out."""
+    prose = re.sub(r"^```.*\n(?:.*\n)*?```$", "", text, flags=re.MULTILINE)
+    words = (word for code in re.findall(r"`([^`\n]+)`", prose) for word in code.split())
+    return [word for word in words if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", word)]
+
+
+def missing(text):
+    """Those that don't exist, or are no folder although they end with a slash."""
+    found = [(path, ROOT / path) for path in paths_in(text)]
+    return [path for path, place in found if not (place.is_dir() if path.endswith("/") else place.exists())]
+
+
+def test_every_public_name_is_on_one_reference_page():
+    found = [name for page in PAGES for name in names_on(page)]
+    assert sorted(set(found)) == sorted(found), "twice"
+    assert set(specdec_ops.__all__) <= set(found)
+
+
+def test_what_a_reference_page_names_exists():
+    for page in PAGES:
+        for name in names_on(page):
+            first, *rest = name.split(".")
+            thing = specdec_ops if first in specdec_ops.__all__ else importlib.import_module(f"specdec_ops.{first}")
+            for part in (first, *rest) if thing is specdec_ops else rest:
+                is_module = not hasattr(thing, part)
+                thing = importlib.import_module(f"{thing.__name__}.{part}") if is_module else getattr(thing, part)
+
+
+def test_the_index_of_the_reference_names_what_its_pages_do():
+    index = (ROOT / "docs" / "reference" / "index.md").read_text()
+    rows = dict(re.findall(r"^\| \[[^]]+\]\((\w+\.md)\) \| (.*) \|$", index, re.MULTILINE))
+    assert set(rows) == {page.name for page in PAGES} - {"index.md"}
+    for page in PAGES:
+        for name in names_on(page):
+            last = name.rpartition(".")[2]
+            assert re.search(rf"`(specdec_ops\.)?(\w+\.)*{last}`", rows[page.name]), (page.name, name)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=[str(path.relative_to(ROOT)) for path in DOCUMENTS])
+def test_paths_exist(path):
+    assert not missing(path.read_text())
+
+
+def test_a_wrong_path_is_found():
+    text = "`csrc/nowhere/cpu/`, `specdec_ops/tree.py`, `specdec_ops/tree.py/`, `pytest tests/nowhere`, `other/folder/`"
+    assert paths_in(text) == ["csrc/nowhere/cpu/", "specdec_ops/tree.py", "specdec_ops/tree.py/", "tests/nowhere"]
+    assert missing(text) == ["csrc/nowhere/cpu/", "specdec_ops/tree.py/", "tests/nowhere"]
+
+
+def test_the_source_map_has_every_path_of_the_other_pages():
+    known = {path.rstrip("/") for path in paths_in((ROOT / "docs" / "source_map.md").read_text())}
+    for page in (ROOT / "docs").rglob("*.md"):
+        assert {path.rstrip("/") for path in paths_in(page.read_text())} <= known, page.name
