@@ -47,4 +47,5 @@ def _with_links(text, linked, own):
     for index, line in enumerate(lines):
         if not line.lstrip().startswith((">>>", "...")):
             lines[index] = re.sub(r"`([^`\n]*)`|\]\[", link, line)
+            lines[index] = re.sub("::$", ":", lines[index])  # before a sketch of code
     return "\n".join(lines)
