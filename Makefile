@@ -56,7 +56,7 @@ bench: .venv/base ## build what runs on this machine, then time every op against
 
 # Sources are read, not imported: neither PyTorch nor a compiled module is needed. Warnings are errors.
 docs: .venv/docs ## build the documentation into build/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # with --quiet no warning would be counted
 	@echo "build/docs/index.html"
 
 gpu: ## on a machine with an NVIDIA GPU, offline, with its own Python: build, test, sanitize, measure (PIECE=tests)
