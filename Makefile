@@ -54,9 +54,10 @@ bench: .venv/base ## build what runs on this machine, then time every op against
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.run --quick
 
-# Sources are read, not imported: neither PyTorch nor a compiled module is needed. Warnings are errors.
+# Sources are read, not imported: neither PyTorch nor a compiled module is needed. Warnings are errors, but with --quiet
+# none would be counted.
 docs: .venv/docs ## build the documentation into build/docs
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict # with --quiet no warning would be counted
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/docs/index.html"
 
 gpu: ## on a machine with an NVIDIA GPU, offline, with its own Python: build, test, sanitize, measure (PIECE=tests)
