@@ -36,6 +36,11 @@ def pytest_configure(config):
     config.pluginmanager.register(CpuSeconds())
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", 1))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
+    prepare_interpreter()
+
+
+def prepare_interpreter():
+    """Where Triton is interpreted: faster, and with the same products everywhere."""
     if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
         from tests.harness import triton_interpreter
 
@@ -155,16 +160,21 @@ def one_thread(threads):
     threads(1)
 
 
+def emulate_cuda(monkeypatch):
+    """Make the emulator a backend that ops can name. The package itself knows nothing of it."""
+    resolve = dispatch.resolve
+
+    def resolve_or_emulate(op, backend, *tensors):
+        return EMULATED[op] if backend == kernels.BACKEND else resolve(op, backend, *tensors)
+
+    monkeypatch.setattr(dispatch, "resolve", resolve_or_emulate)
+
+
 @pytest.fixture(autouse=True)
 def emulated_cuda(request, monkeypatch):
-    """Lets tests over all targets name the emulator as a backend. The package itself knows nothing of it."""
+    """Lets tests over all targets name the emulator as a backend."""
     if "target" in request.fixturenames:
-        resolve = dispatch.resolve
-
-        def resolve_or_emulate(op, backend, *tensors):
-            return EMULATED[op] if backend == kernels.BACKEND else resolve(op, backend, *tensors)
-
-        monkeypatch.setattr(dispatch, "resolve", resolve_or_emulate)
+        emulate_cuda(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -255,11 +255,12 @@ def _adapted(requests, num_accepted, num_drafted, max_drafted):
     return rule.update(num_accepted, num_drafted, max_drafted), rule.accepted_share
 
 
-def _decoded(slots, kv_heads, head_dim, dim, batch):
+def _decoded(slots, kv_heads, head_dim, dim, batch, dtype=torch.float32, backend="auto"):
     """Two tokens of each request, a tree behind them, of which a path stays."""
-    cache, results = LayerCache((1, 2), slots, kv_heads, head_dim, dim, batch=batch), []
+    cache = LayerCache((1, 2), slots, kv_heads, head_dim, dim, batch=batch, dtype=dtype, backend=backend)
+    results = []
     for count, parents, groups in ((2, None, 2), (1, None, 1), (3, int32(*[-1, 0, 0] * batch), 2)):
-        cache.append(random(count * batch, dim), parents)
+        cache.append(random(count * batch, dim).to(dtype), parents)
         for group in range(groups):
             run = cache.run(group)
             rows = run.hidden.view(-1, kv_heads, head_dim)
