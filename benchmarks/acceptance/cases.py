@@ -15,9 +15,9 @@ MCSD_60 = TreeShape("MCSD 4x2x2x1x1", branching(1, 4, 2, 2, 1, 1))
 MCSD_82 = TreeShape("improved MCSD 2x4x3x1x1", branching(1, 2, 4, 3, 1, 1))
 
 CHAIN_RULES = ("token", "block")
-TREE_RULES = ("greedy", "match", "recursive", "traversal", "coin", "typical")
-FILTERED = ("token", "recursive", "coin")  # that are measured with top-p, too
-UNSAMPLED = ("greedy", "match", "coin", "typical")  # their trees are made of the draft's most likely tokens
+TREE_RULES = ("greedy", "match", "recursive", "traversal", "target_only", "typical")
+FILTERED = ("token", "recursive", "target_only")  # that are measured with top-p, too
+UNSAMPLED = ("greedy", "match", "target_only", "typical")  # their trees are made of the draft's most likely tokens
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def quick() -> list[AcceptCase]:
     cases += [acceptance("token", batch) for batch in (1, 8, 64)] + [acceptance("block", 8)]
     cases += [acceptance(rule, 8) for rule in TREE_RULES[1:]]
     cases += [acceptance("recursive", 1), acceptance("recursive", 8, MCSD_44, 32_000, dtype="fp32")]
-    return [*cases, acceptance("coin", 8, top_p=0.9), acceptance("token", 8, dtype="fp32", compiled=True)]
+    return [*cases, acceptance("target_only", 8, top_p=0.9), acceptance("token", 8, dtype="fp32", compiled=True)]
 
 
 def standard() -> list[AcceptCase]:

@@ -117,11 +117,11 @@ def forms(case: AcceptCase) -> list[tuple[str, object]]:
         "match": [("lazy", match_lazy)],
         "recursive": [("lazy", recursive_lazy)],
         "traversal": [],
-        "coin": [("lazy", coin_lazy)],
+        "target_only": [("lazy", target_only_lazy)],
         "typical": [("eager", typical_eager)],
     }[case.rule]
-    if case.rule == "coin" and case.top_p < 1:
-        listed.append(("engine", coin_engine))
+    if case.rule == "target_only" and case.top_p < 1:
+        listed.append(("engine", target_only_engine))
     if case.compiled and case.top_p == 1 and listed:
         listed.append(("compiled", listed[-1][1]))
     return listed
@@ -349,7 +349,7 @@ def recursive_lazy(inputs, noise):
     return walk.result(race(left, noise.race(walk.node, residual)))
 
 
-def coin_walk(inputs, row, noise):
+def target_only_walk(inputs, row, noise):
     """One coin per level against the target's mass of the children so far."""
     walk, coins = Walk(inputs), noise.level_coins()
     left = residual = None
@@ -371,13 +371,13 @@ def coin_walk(inputs, row, noise):
     return walk.result(race(left, noise.race(walk.node, residual)))
 
 
-def coin_lazy(inputs, noise):
-    return coin_walk(inputs, lambda node: softmax(at(inputs.target, node), inputs.case.top_p), noise)
+def target_only_lazy(inputs, noise):
+    return target_only_walk(inputs, lambda node: softmax(at(inputs.target, node), inputs.case.top_p), noise)
 
 
-def coin_engine(inputs, noise):
+def target_only_engine(inputs, noise):
     p = softmax(inputs.target, inputs.case.top_p)
-    return coin_walk(inputs, lambda node: at(p, node), noise)
+    return target_only_walk(inputs, lambda node: at(p, node), noise)
 
 
 def typical_eager(inputs, noise, epsilon=0.3, delta=0.09):

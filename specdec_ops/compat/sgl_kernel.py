@@ -7,7 +7,7 @@ do. The walk is `greedy_accept`, and links come from `build_topology`. Coins and
 `tree_speculative_sampling_target_only` are the caller's numbers, which the acceptance ops do not take (theirs are
 functions of seed and position), so what each node decides with its coin is computed here by PyTorch: for all nodes at
 once, from one probability each, and one row per request for the final draw. To have these from kernels, use
-`tree_accept(rule="coin")`. SGLang's path for CPUs looks for the last two under their names with _cpu at the end.
+`tree_accept(rule="target_only")`. SGLang's path for CPUs looks for the last two under their names with _cpu at the end.
 
 What is done otherwise than in the original:
 

@@ -21,7 +21,7 @@ from specdec_ops.ops.acceptance.reference_sample import Settings, law
 BAND = 1e-5
 BAND_TRIALS = 48
 NAN = float("nan")
-LOSSLESS = ("greedy", "match", "token", "block", "recursive", "traversal", "coin", "kseq")
+LOSSLESS = ("greedy", "match", "token", "block", "recursive", "traversal", "target_only", "kseq")
 RULES = (*LOSSLESS, "typical", "longest")
 CHAINS = ("token", "block")
 WITH_DRAFT = ("token", "block", "recursive", "traversal", "kseq", "longest")

@@ -75,8 +75,8 @@ def target_not_updated(replacement):
     return mutant
 
 
-def coin_with(deduplicate=True, cap=None, reuse=False):
-    """The coin rule with a fault: repeats counted twice, a bounded list of exclusions, or its coin used once more."""
+def target_only_with(deduplicate=True, cap=None, reuse=False):
+    """target_only with a fault: repeats counted twice, a bounded list of exclusions, or its coin used once more."""
 
     def mutant(tree, choice):
         path = [0]
@@ -156,9 +156,17 @@ MUTANTS = {
     ),
     "with replacement, p not updated": (target_not_updated(True), with_replacement, (["star 2", "2x2"], ["with"])),
     "without replacement scored as with": (with_replacement, without_replacement, (["star 2", "2x2"], ["without"])),
-    "coin, repeats counted twice": (coin_with(deduplicate=False), rules.coin, (["star 2", "2x2"], ["duplicates"])),
-    "coin, capped exclusions": (coin_with(cap=1), rules.coin, (["star 2", "2x2"], ["functions"])),
-    "coin, final draw with the same coin": (coin_with(reuse=True), rules.coin, (["chain 1", "chain 2"], ["functions"])),
+    "target_only, repeats counted twice": (
+        target_only_with(deduplicate=False),
+        rules.target_only,
+        (["star 2", "2x2"], ["duplicates"]),
+    ),
+    "target_only, capped exclusions": (target_only_with(cap=1), rules.target_only, (["star 2", "2x2"], ["functions"])),
+    "target_only, final draw with the same coin": (
+        target_only_with(reuse=True),
+        rules.target_only,
+        (["chain 1", "chain 2"], ["functions"]),
+    ),
     "token, final draw with the same coin": (
         with_replaced(without_replacement, finish=finish_with_the_coin),
         without_replacement,

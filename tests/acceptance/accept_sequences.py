@@ -108,10 +108,10 @@ RULES = {
     "kseq": (BINARY, {"rule": "kseq"}),
     "one-hot": (BINARY, {"rule": "recursive"}),
     "one-hot traversal": (BINARY, {"rule": "traversal"}),
-    "coin": (WIDE, {"rule": "coin"}),
+    "target_only": (WIDE, {"rule": "target_only"}),
     "match": (BINARY, {}),
 }
-DETERMINISTIC = ("one-hot", "one-hot traversal", "coin", "match")
+DETERMINISTIC = ("one-hot", "one-hot traversal", "target_only", "match")
 
 
 def decide(name, target, draft, seeds, *, tree=None, temperature=1.0, **changes):

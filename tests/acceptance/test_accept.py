@@ -71,7 +71,7 @@ def variants(rule):
     if rule in ("recursive", "traversal"):
         found["replacement"] = {"replacement": True, "dirt": 0.1}
         found["child rows"] = {"draft_rows": "child"}
-    if rule == "coin":
+    if rule == "target_only":
         found["thresholds"] = {"thresholds": (0.3, 0.5)}
     if rule == "typical":
         found["sharp"] = {"epsilon": 0.05, "delta": 0.4}
@@ -177,7 +177,7 @@ def test_long_paths_are_accepted(target):
 
 def test_a_useless_draft_is_not(target):
     """The drafted tokens have no probability in the target."""
-    for rule in ("token", "block", "recursive", "traversal", "coin", "kseq", "match", "greedy", "typical"):
+    for rule in ("token", "block", "recursive", "traversal", "target_only", "kseq", "match", "greedy", "typical"):
         case = make_case(rule, [chain(5)] * 3, 50)
         case.target[..., :25] = float("-inf")
         if case.draft is not None:

@@ -34,8 +34,8 @@ LOSSLESS = {
     "traversal-own": (traversal, "own"),
     "traversal-functions": (traversal, "functions"),
     "traversal-duplicates": (traversal, "duplicates"),
-    "coin-functions": (rules.coin, "functions"),
-    "coin-duplicates": (rules.coin, "duplicates"),
+    "target_only-functions": (rules.target_only, "functions"),
+    "target_only-duplicates": (rules.target_only, "duplicates"),
     "kseq-with": (rules.kseq, "with"),
     "match-without": (rules.match, "without"),
     "match-with": (rules.match, "with"),
@@ -160,7 +160,7 @@ def test_match_accepts_the_mass_of_children():
     for problem in problems(["star 2"], ["functions"], 5, seeds=range(4)):
         tokens = problem.q(()).sort(descending=True).indices[:2]
         mass = float(problem.p(())[tokens].sum())
-        for rule in (rules.match, rules.coin, recursive):
+        for rule in (rules.match, rules.target_only, recursive):
             assert law_of(problem, rule).accepted == pytest.approx(mass, abs=EXACT)
 
 
@@ -257,7 +257,7 @@ def test_longest_path_as_published(shape):
 @pytest.mark.parametrize("thresholds", [(0.3, 1.0), (1.0, 0.7)])
 def test_coin_with_thresholds_differs(thresholds):
     def rule(tree, choice):
-        return rules.coin(tree, choice, *thresholds)
+        return rules.target_only(tree, choice, *thresholds)
 
     assert max(distances(rule, problems(["chain 2", "star 2"], ["functions"]))) > DIFFERENT
 
@@ -265,7 +265,7 @@ def test_coin_with_thresholds_differs(thresholds):
 @pytest.mark.parametrize("drafting", ["with", "without", "own"])
 def test_rules_that_know_no_proposal_are_lossless_however_children_were_drawn(drafting):
     """Given its children, each of them keeps p. What they lose against rules that know q is acceptance."""
-    for rule in (rules.coin, recursive, traversal):
+    for rule in (rules.target_only, recursive, traversal):
         for problem in problems(["chain 2", "star 3", "2x2"], [drafting], one_hot=True):
             assert_lossless(rule, problem)
 
@@ -311,7 +311,7 @@ class FixedCoin:
         return int(weights.argmax())
 
 
-@pytest.mark.parametrize("rule", [recursive, recursive_with, traversal, rules.coin, rules.kseq])
+@pytest.mark.parametrize("rule", [recursive, recursive_with, traversal, rules.target_only, rules.kseq])
 def test_zero_probability_is_never_accepted(rule):
     """Even by a coin of 0. With `<=` it is (sglang #35771, vllm-ascend #13730)."""
     problem = Problem(SHAPES["chain 1"], 2, "functions")

@@ -2,12 +2,13 @@
 
 import dataclasses
 import re
+import warnings
 
 import pytest
 import torch
 
 import specdec_ops
-from specdec_ops import Acceptance, Children, LongestPath, Topology, Tree, VocabMap
+from specdec_ops import Acceptance, Children, LongestPath, Topology, Tree, VocabMap, dlpack
 
 META = torch.device("meta")
 TREE = Tree.from_branching((2, 1), root=True)  # 5 nodes
@@ -215,21 +216,39 @@ def test_chain():
 def test_tree():
     """Its rule, and options that contradict it or each other."""
     op = "tree_accept"
-    fails(op, ValueError, "rule must be 'recursive', 'traversal', 'coin' or 'kseq', got 'block'", rule="block")
+    fails(op, ValueError, "rule must be 'recursive', 'traversal', 'target_only' or 'kseq', got 'block'", rule="block")
     fails(op, TypeError, "replacement must be a bool, got 1", replacement=1)
     fails(op, ValueError, "draft_rows must be 'parent' or 'child', got 'node'", draft_rows="node")
     fails(op, ValueError, "draft_logits must be given with rule='kseq', got None", draft_logits=None, rule="kseq")
     fails(op, ValueError, "replacement must be False without draft_logits", draft_logits=None, replacement=True)
     fails(op, ValueError, "draft_rows must be 'parent' without draft_logits", draft_logits=None, draft_rows="child")
-    fails(op, ValueError, "draft_logits must be None with rule='coin'", rule="coin")
+    fails(op, ValueError, "draft_logits must be None with rule='target_only'", rule="target_only")
     fails(op, ValueError, "draft_rows must be 'parent' with rule='kseq'", rule="kseq", draft_rows="child")
     numbers = "thresholds must be two numbers (single, accumulated)"
-    coin = {"rule": "coin", "draft_logits": None}
-    fails(op, TypeError, f"{numbers}, got 0.5", thresholds=0.5, **coin)
-    fails(op, TypeError, f"{numbers}, got tuple", thresholds=(1.0,), **coin)
-    fails(op, TypeError, "thresholds must be a number from 0 to 1, got None", thresholds=(1.0, None), **coin)
-    fails(op, ValueError, "thresholds must be a number from 0 to 1, got 1.1", thresholds=(1.1, 1.0), **coin)
-    fails(op, ValueError, "thresholds must be (1.0, 1.0) but with rule='coin', got (0.5, 1.0)", thresholds=(0.5, 1.0))
+    options = {"rule": "target_only", "draft_logits": None}
+    fails(op, TypeError, f"{numbers}, got 0.5", thresholds=0.5, **options)
+    fails(op, TypeError, f"{numbers}, got tuple", thresholds=(1.0,), **options)
+    fails(op, TypeError, "thresholds must be a number from 0 to 1, got None", thresholds=(1.0, None), **options)
+    fails(op, ValueError, "thresholds must be a number from 0 to 1, got 1.1", thresholds=(1.1, 1.0), **options)
+    only = "thresholds must be (1.0, 1.0) but with rule='target_only'"
+    fails(op, ValueError, f"{only}, got (0.5, 1.0)", thresholds=(0.5, 1.0))
+
+
+@pytest.mark.parametrize("where", [specdec_ops, dlpack], ids=["torch", "dlpack"])
+def test_the_old_name_of_a_rule(where):
+    """It warns the line that calls, and gives the same result; torch.compile takes it without a break."""
+    given = {**CALLS["tree_accept"], "draft_logits": None, "target_logits": torch.eye(9)[:5].expand(2, 5, 9) * 3}
+    first = given.pop("target_logits")
+    with pytest.warns(DeprecationWarning, match="tree_accept: rule='coin' is now called 'target_only'") as caught:
+        old = where.tree_accept(first, **given, rule="coin")
+    assert len(caught) == 1 and caught[0].filename == (__file__ if where is specdec_ops else dlpack.__file__)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        new = where.tree_accept(first, **given, rule="target_only")
+    compiled = torch.compile(specdec_ops.tree_accept, fullgraph=True, backend="eager")(first, **given, rule="coin")
+    for field in dataclasses.fields(Acceptance):
+        assert torch.equal(getattr(old, field.name), getattr(new, field.name))
+        assert torch.equal(getattr(compiled, field.name), getattr(new, field.name))
 
 
 def test_lossy():

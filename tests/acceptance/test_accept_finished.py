@@ -68,7 +68,7 @@ def test_both_endings(rule, target):
 
 
 @pytest.mark.skipif(bool(build.why_not()), reason=str(build.why_not()))
-@pytest.mark.parametrize("rule", ["match", "token", "block", "recursive", "coin", "kseq", "typical"])
+@pytest.mark.parametrize("rule", ["match", "token", "block", "recursive", "target_only", "kseq", "typical"])
 def test_the_race_that_comes_later_knows_too(rule):
     """CUDA's eager path draws the next token in a launch of its own."""
     check(accepted(case_of(rule), "eager"))

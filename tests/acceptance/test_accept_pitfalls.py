@@ -122,7 +122,7 @@ def test_03_a_drafted_token_that_the_draft_excludes(rule, target):
     Bands().check(case, result)
 
 
-@pytest.mark.parametrize("rule", ["coin", "recursive", "traversal"])
+@pytest.mark.parametrize("rule", ["target_only", "recursive", "traversal"])
 def test_06_equal_siblings(rule, target):
     """A repeat is as good as a token of probability 0 in its place."""
     count = 20 if slow(target) else 200
@@ -189,7 +189,7 @@ def test_08_nothing_left_of_the_draft(rule, target):
     Bands().check(single, single.to(target.device).run(target.backend))
 
 
-@pytest.mark.parametrize("rule", ["recursive", "traversal", "coin"])
+@pytest.mark.parametrize("rule", ["recursive", "traversal", "target_only"])
 def test_09_deterministic_drafts(rule, target):
     """Top-k children without draft logits keep the law; a draft that was chosen so must say so."""
     count = many(target)
@@ -200,8 +200,8 @@ def test_09_deterministic_drafts(rule, target):
     result = tree_accept(logits, tokens, topology, rule=rule, **options)
     assert chi_square(result.tokens[:, 0], P.exp()) < 1
     draft = repeated(target, count, Q, Q, Q)
-    if rule == "coin":
-        with pytest.raises(ValueError, match="draft_logits must be None with rule='coin'"):
+    if rule == "target_only":
+        with pytest.raises(ValueError, match="draft_logits must be None with rule='target_only'"):
             tree_accept(logits, tokens, topology, draft, rule=rule, **options)
     elif count >= 20_000:  # scored with the soft q, the law is another one
         wrong = tree_accept(logits, tokens, topology, draft, rule=rule, **options)
@@ -255,7 +255,7 @@ def test_14_the_tail_is_neither_cut_nor_inflated(target):
     assert abs(tail - expected) < 4.8 * expected**0.5
 
 
-@pytest.mark.parametrize("rule", ["recursive", "traversal", "coin"])
+@pytest.mark.parametrize("rule", ["recursive", "traversal", "target_only"])
 def test_16_the_next_token_has_noise_of_its_own(rule, target):
     """After a rejection it has the residual's law: the coin that rejected says nothing about it."""
     count = many(target)

@@ -94,7 +94,7 @@ def test_11_the_tail_of_the_vocabulary(vocab, target):
         greedy_accept(logits, tokens, topology, backend=target.backend),
         match_accept(logits, tokens, topology, **noisy),
         tree_accept(logits, tokens, topology, logits, **noisy),
-        tree_accept(logits, tokens, topology, rule="coin", top_p=0.9, **noisy),
+        tree_accept(logits, tokens, topology, rule="target_only", top_p=0.9, **noisy),
     ):
         assert result.tokens.tolist() == [[vocab - 1] * 3] * 2
         assert result.status.tolist() == [0, 0]
@@ -118,7 +118,7 @@ def test_12_ids_beyond_24_bits(target):
     assert drawn == {2**24 + 1, 2**24 + 3}
 
 
-@pytest.mark.parametrize("rule", ["match", "recursive", "coin", "typical"])
+@pytest.mark.parametrize("rule", ["match", "recursive", "target_only", "typical"])
 def test_15_no_scan_runs_over_the_end(rule, target):
     """All mass on the first tokens, none on a thousand behind them."""
     count = 10 if slow(target) else 300
@@ -141,7 +141,7 @@ def test_19_expanded_logits(target):
     tokens = row[0, 0].topk(nodes).indices.int().expand(batch, nodes)
     topology = Tree(random_parents(nodes, 1, wide=0.9)).to(target.device)
     noise = {"seeds": torch.arange(batch), "positions": 4, "temperature": 0.25}
-    case = AcceptCase("coin", row.expand(batch, nodes, vocab), tokens, topology, None, noise)
+    case = AcceptCase("target_only", row.expand(batch, nodes, vocab), tokens, topology, None, noise)
     got = case.to(target.device).run(target.backend)
     assert got.num_accepted.sum() > 0
     last = one(case, batch - 1)
@@ -292,7 +292,7 @@ def test_26_a_circle_on_the_accepted_path(rule, target):
     assert torch.equal(result.tokens[1:], want.tokens[1:])
 
 
-@pytest.mark.parametrize("rule", ["recursive", "traversal", "coin", "kseq", "match", "greedy", "typical"])
+@pytest.mark.parametrize("rule", ["recursive", "traversal", "target_only", "kseq", "match", "greedy", "typical"])
 def test_26_more_than_64_siblings(rule, target):
     """The last of 90 is the one to accept."""
     vocab = 120

@@ -9,7 +9,7 @@ from specdec_ops.ops.acceptance.reference_sample import sample
 from specdec_ops.topology import Topology
 from specdec_ops.tree import Tree
 
-RULES = ["greedy", "match", "recursive", "traversal", "coin", "kseq", "typical", "longest"]
+RULES = ["greedy", "match", "recursive", "traversal", "target_only", "kseq", "typical", "longest"]
 LOSSLESS = RULES[:6]
 NAN, INF = float("nan"), float("inf")
 TARGET_INVALID, DRAFT_INVALID, IMPOSSIBLE, EMPTY, TREE_INVALID = 1, 2, 4, 8, 16
@@ -61,7 +61,7 @@ def logits(*shape, seed=0):
 # ---- noise and outputs
 
 
-@pytest.mark.parametrize("rule", ["recursive", "traversal", "coin", "kseq"])
+@pytest.mark.parametrize("rule", ["recursive", "traversal", "target_only", "kseq"])
 @pytest.mark.parametrize("position", [0, 7])
 def test_next_tokens_use_their_domain(rule, position):
     """BONUS where nothing was rejected at the end of the accepted path, else RESIDUAL, without the rejected token."""
@@ -86,13 +86,15 @@ def test_next_tokens_use_their_domain(rule, position):
 
 
 def test_coins_belong_to_the_node():
-    """A child is accepted exactly when its own coin says so; under "coin", when its parent's does."""
+    """A child is accepted exactly when its own coin says so; under "target_only", when its parent's does."""
     for seed in range(20):
         target = logits(1, 2, 2, seed=seed)
         p = target[0, 0].double().softmax(0)[1]
-        found = {rule: run(rule, target, [1], seed=seed)["num_accepted"].item() for rule in ("recursive", "coin")}
+        found = {
+            rule: run(rule, target, [1], seed=seed)["num_accepted"].item() for rule in ("recursive", "target_only")
+        }
         assert found["recursive"] == (reference_philox.coin(seed, 7, 1) < p)
-        assert found["coin"] == (reference_philox.coin(seed, 7, 0, level=True) < p)
+        assert found["target_only"] == (reference_philox.coin(seed, 7, 0, level=True) < p)
 
 
 def test_match_is_plain_sampling():

@@ -61,7 +61,7 @@ RULES = {
     "block": (rules.traversal, CHAIN),
     "one-hot": (rules.recursive, STAR),
     "traversal with replacement": (functools.partial(rules.traversal, replacement=True), STAR),
-    "coin": (rules.coin, STAR),
+    "target_only": (rules.target_only, STAR),
     "one-hot traversal": (rules.traversal, BINARY),
 }
 

@@ -89,7 +89,7 @@ def test_acceptance_rates():
     assert_rate(int((result.num_accepted >= 1).sum()), SEQUENCES, float(both[0]))
     assert_rate(int((result.num_accepted == 2).sum()), SEQUENCES, float((torch.minimum(p, q)[0] * both).sum()))
 
-    _, result = decide("coin", target, draft, seeds)
+    _, result = decide("target_only", target, draft, seeds)
     children = draft[0].topk(3).indices
     assert_rate(int((result.num_accepted >= 1).sum()), SEQUENCES, float(p[0, children].sum()))
 

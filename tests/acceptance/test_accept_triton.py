@@ -188,7 +188,7 @@ def test_rows_of_several_blocks(rule, small_blocks):
     bands.check(case, case.to(DEVICE).run("triton"))
 
 
-@pytest.mark.parametrize("rule", ["recursive", "traversal", "coin"])
+@pytest.mark.parametrize("rule", ["recursive", "traversal", "target_only"])
 def test_excluded_tokens_of_a_wide_node(rule, small_blocks):
     """Two dozen siblings, rejected one after another, several in one word of the bit set; the set is not left dirty."""
     case = make_case(rule, [star(24), [-1, 0, 0, 0, 1, 1, 2, 2, 3, 3]], 130, scale=0.3, gap=0.3, one_hot=True)

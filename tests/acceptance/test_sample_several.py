@@ -194,7 +194,7 @@ class Kinds:
             "children of node 256": self.draft(256, 0),
             "coin of node 1": self.coin(1),
             "coin of node 2": self.coin(2),
-            "coin of a level": self.coin(1, "coin"),
+            "coin of a level": self.coin(1, "target_only"),
             "residual at node 0": self.after(0, True),
             "residual at node 1": self.after(1, True),
             "bonus at node 0": self.after(0, False),

@@ -7,7 +7,7 @@ import torch
 from . import kernels
 from .kernels import DTYPES, Launch
 
-RULES = ("greedy", "match", "recursive", "traversal", "coin", "kseq", "typical", "longest")  # AcceptRule
+RULES = ("greedy", "match", "recursive", "traversal", "target_only", "kseq", "typical", "longest")  # AcceptRule
 PATHS = {"auto": 0, "lazy": 1, "eager": 2}  # AcceptPath
 MOST_EOS = 8
 

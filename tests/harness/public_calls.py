@@ -73,7 +73,7 @@ def _acceptance() -> dict[str, Call]:
         "chain_accept block": Call(specdec_ops.chain_accept, "accept", {**chain, "rule": "block"}),
         "tree_accept": Call(specdec_ops.tree_accept, "accept", {**drafted, "draft_top_k": 60}),
         "tree_accept traversal": Call(specdec_ops.tree_accept, "accept", {**drafted, "rule": "traversal", **reduced}),
-        "tree_accept coin": Call(specdec_ops.tree_accept, "accept", {**drawing, "rule": "coin"}),
+        "tree_accept target_only": Call(specdec_ops.tree_accept, "accept", {**drawing, "rule": "target_only"}),
         "tree_accept kseq": Call(specdec_ops.tree_accept, "accept", {**drafted, "rule": "kseq"}),
         "typical_accept": Call(specdec_ops.typical_accept, "accept", drawing),
         "longest_path_accept": Call(specdec_ops.longest_path_accept, "accept", {**drafted, "width": 2}),

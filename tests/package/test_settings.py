@@ -244,7 +244,7 @@ SENSELESS = [
 @pytest.mark.parametrize(("name", "value"), SENSELESS, ids=lambda value: str(value)[:12])
 def test_numbers_without_a_meaning_are_refused(name, value):
     """Where Python can see them: in one sentence, by whatever takes such a number."""
-    rules = {"thresholds": ("coin",), "epsilon": ("typical",), "delta": ("typical",)}
+    rules = {"thresholds": ("target_only",), "epsilon": ("typical",), "delta": ("typical",)}
     rules |= {"draft_temperature": WITH_DRAFT[:4], "draft_top_p": WITH_DRAFT[:4]}
     for rule in rules.get(name, [rule for rule in RULES if rule != "greedy"]):
         with pytest.raises(ValueError, match=rf"specdec_ops\.\w+_accept: {name} must be .*, got "):

@@ -95,7 +95,7 @@ ACCEPT_SPECS = [
     AcceptSpec("traversal", (80, 100) if EVERYWHERE else (80,)),
     AcceptSpec("longest", (80,)),
     AcceptSpec("kseq", (90,)),
-    AcceptSpec("coin", (80,), draft=False),
+    AcceptSpec("target_only", (80,), draft=False),
     AcceptSpec("match", (100,), "fp16", draft=False),
     AcceptSpec("typical", (90,), draft=False),
     AcceptSpec("greedy", (100,), "fp32", draft=False),

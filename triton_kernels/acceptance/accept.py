@@ -12,7 +12,7 @@ from .accept_lossy_kernels import accept_lossy_kernel
 from .accept_state import NODE_WORDS
 from .accept_traversal_kernel import accept_traversal_kernel
 
-RULES = ("greedy", "match", "recursive", "coin", "kseq", "traversal", "typical", "longest")
+RULES = ("greedy", "match", "recursive", "target_only", "kseq", "traversal", "typical", "longest")
 KERNELS = {"traversal": accept_traversal_kernel, "typical": accept_lossy_kernel, "longest": accept_lossy_kernel}
 MAX_EOS = 8
 
@@ -37,7 +37,7 @@ def accept(
         return
     ids = target.dim() == 2
     columns, size = target.shape[1], 2**31 - 1 if ids else target.shape[2]
-    draft = None if rule in ("greedy", "match", "coin", "typical") else draft_logits
+    draft = None if rule in ("greedy", "match", "target_only", "typical") else draft_logits
     block = 64 if ids else sample.block_of(size)
     scratch = None
     if not ids:

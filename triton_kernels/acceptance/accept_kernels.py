@@ -1,4 +1,4 @@
-"""Acceptance rules that walk from the root: greedy, match, recursive, coin and kseq.
+"""Acceptance rules that walk from the root: greedy, match, recursive, target_only and kseq.
 
 One program owns one request and does all of it in one launch: at a node it reads the target's row (rows.py), tries the
 drafted children in ascending order, and goes on to the first that is accepted, or draws the next token from what is
@@ -16,7 +16,7 @@ impossible is never accepted, and exactly, so that p == q always is.
     recursive  u q(x) / remaining < w(x) / sum(w). A rejection adds sum(w) / remaining to c and excludes x. This is
                SpecInfer's, MCSD's and Sequoia's rule, and on a chain Leviathan's and Chen's. Without q (proposals that
                are functions of the prefix, and temperature 0) q(x) is 1 and sum(w) just loses w(x).
-    coin       SGLang's target-only rule: one coin per node against the mass of the distinct children tried so far.
+    target_only: SGLang's; one coin per node against the mass of the distinct children tried so far.
     kseq       SpecTr's K-SEQ: u rho q(x) < p(x), residual p - gain * min(q, p / rho).
     match      the child that is the token plain sampling draws there; greedy: that is the argmax.
 """
@@ -58,7 +58,7 @@ from .accept_state import (
 GREEDY = tl.constexpr(0)
 MATCH = tl.constexpr(1)
 RECURSIVE = tl.constexpr(2)
-COIN = tl.constexpr(3)
+TARGET_ONLY = tl.constexpr(3)
 KSEQ = tl.constexpr(4)
 
 # Arguments that change from call to call: no recompilation for a value that happens to be 1 or a multiple of 16. The
@@ -408,7 +408,7 @@ def accept_walk_kernel(
     state = scratch
     if not IDS:
         state = scratch + request * scratch_stride
-    if (RULE == RECURSIVE) | (RULE == COIN):
+    if (RULE == RECURSIVE) | (RULE == TARGET_ONLY):
         excluded = state
         words = (size + 31) // 32
         fill(excluded, words, 0, BLOCK)
@@ -443,7 +443,7 @@ def accept_walk_kernel(
         if (RULE == GREEDY) | (RULE == MATCH):
             child, bits = _follow(node, following, size, draft_tokens, token_stride, first_child, next_sibling, count,
                                   columns, deep, bits, IDS)  # fmt: skip
-        elif RULE == COIN:
+        elif RULE == TARGET_ONLY:
             child, rejected, bits = _by_coin(row, size, state, excluded, draft_tokens, token_stride, first_child,
                                              next_sibling, count, columns, node, deep, seed, place, threshold_a,
                                              threshold_b, bits)  # fmt: skip
@@ -465,7 +465,7 @@ def accept_walk_kernel(
         if child < 0:
             walking = tl.full([], 0, tl.int32)
         else:
-            if (RULE == RECURSIVE) | (RULE == COIN):
+            if (RULE == RECURSIVE) | (RULE == TARGET_ONLY):
                 if rejected != 0:
                     _include_children(excluded, size, draft_tokens, token_stride, first_child, next_sibling, count,
                                       columns, node)  # fmt: skip

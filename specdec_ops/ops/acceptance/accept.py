@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 
 import torch
 
@@ -35,7 +36,8 @@ _GREEDY_LAW = (0.0, None, 0, None, 1.0, None)
 _NO_NOISE = (0, None, 0, None)
 _NO_THRESHOLDS = (1.0, 1.0)
 _CHAIN_RULES = {"token": "recursive", "block": "traversal"}
-_TREE_RULES = ("recursive", "traversal", "coin", "kseq")
+_TREE_RULES = ("recursive", "traversal", "target_only", "kseq")
+_OLD_TREE_RULES = {"coin": "target_only"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -309,7 +311,7 @@ def tree_accept(
     out: Acceptance | None = None,
     backend: str = "auto",
 ) -> Acceptance:
-    """Speculative sampling of a tree of candidates. Lossless, but for rule "coin" with thresholds below 1.
+    """Speculative sampling of a tree of candidates. Lossless, but for rule "target_only" with thresholds below 1.
 
     The rules differ in what they need to know of the draft, and in how much they accept:
 
@@ -317,8 +319,10 @@ def tree_accept(
       of the target's before the next is tested. SpecInfer (Miao et al., 2024) and MCSD (Yang et al., 2024) with
       replacement, MCSD and Sequoia (Chen et al., 2024) without.
     - "traversal": from the leaves up, which accepts more (traversal verification, Weng et al., 2025).
-    - "coin": one coin per level against the target's probability of the children tried so far; reads no draft logits.
-      For children that are a function of what is before them (top-k of the draft, n-grams), not sampled. After SGLang.
+    - "target_only": one uniform number per level against the target's probability of the children tried so far; reads
+      no draft logits. For children that are a function of what is before them (top-k of the draft, n-grams), not
+      sampled. After SGLang, whose term it is. The rule was called "coin"; that name still works, with a
+      DeprecationWarning.
     - "kseq": for siblings drawn with replacement: one scaled test for all (K-SEQ of SpecTr, Sun et al., 2023).
 
     With draft_logits None the children are taken as chosen deterministically: the rule that EAGLE-2 and S2D trees need.
@@ -331,12 +335,13 @@ def tree_accept(
             token.
         draft_logits: `[batch, nodes, vocab]`, or `[batch, nodes, draft_vocab]` with vocab_map: row n is what the
             children of node n were *sampled* from. None: they were chosen deterministically.
-        rule: "recursive", "traversal", "coin" (without draft_logits) or "kseq" (with draft_logits).
+        rule: "recursive", "traversal", "target_only" (without draft_logits) or "kseq" (with draft_logits).
         replacement: the siblings were drawn with replacement. "kseq" takes that for granted.
         draft_rows: "parent" as above; "child": row n is what node n itself was sampled from, independently of its
             siblings, as when they come from different drafts. For "recursive" and "traversal".
-        thresholds: of "coin": (single, accumulated), from 0 to 1. A child is accepted if its probability is at least
-            `single`, or if the coin times `accumulated` is below the sum so far. **Below 1 the rule is lossy.**
+        thresholds: of "target_only": (single, accumulated), from 0 to 1. A child is accepted if its probability is at
+            least `single`, or if the uniform number times `accumulated` is below the sum so far. **Below 1 the rule is
+            lossy.**
         seeds: see match_accept, as for positions, temperature, top_k, top_p, eos, max_depth, out and backend.
         positions: the absolute position of node 0.
         temperature: of the target.
@@ -360,6 +365,7 @@ def tree_accept(
         TypeError, ValueError, RuntimeError: as in match_accept.
     """
     op = "tree_accept"
+    rule = _current_name(op, rule)
     child_rows = _check_rule(op, rule, replacement, draft_rows, draft_logits)
     batch, nodes, vocab = check_target(op, target_logits)
     device = target_logits.device
@@ -403,10 +409,22 @@ def accepted(op: str, arguments: tuple, most: int, max_depth: int | None, out, b
     return out
 
 
-def _check_rule(op: str, rule, replacement, draft_rows, draft_logits) -> bool:
+def _current_name(op: str, rule) -> str:
+    """Check the rule's name, and turn an old one into the one it has now."""
+    if isinstance(rule, str):
+        if rule in _TREE_RULES:
+            return rule
+        if rule in _OLD_TREE_RULES:
+            now = _OLD_TREE_RULES[rule]
+            if not torch.compiler.is_compiling():  # which can't trace a warning, and must not break for one
+                message = f"specdec_ops.{op}: rule={rule!r} is now called {now!r}"
+                warnings.warn(message, DeprecationWarning, stacklevel=3)
+            return now
+    raise ValueError(argument_error(op, "rule", "'recursive', 'traversal', 'target_only' or 'kseq'", rule))
+
+
+def _check_rule(op: str, rule: str, replacement, draft_rows, draft_logits) -> bool:
     """Check the options that say what kind of draft it is; return whether rows belong to the children."""
-    if not isinstance(rule, str) or rule not in _TREE_RULES:
-        raise ValueError(argument_error(op, "rule", "'recursive', 'traversal', 'coin' or 'kseq'", rule))
     if type(replacement) is not bool:
         raise TypeError(argument_error(op, "replacement", "a bool", replacement))
     if not isinstance(draft_rows, str) or draft_rows not in ("parent", "child"):
@@ -418,9 +436,11 @@ def _check_rule(op: str, rule, replacement, draft_rows, draft_logits) -> bool:
             raise ValueError(argument_error(op, "replacement", "False without draft_logits", True))
         if draft_rows == "child":
             raise ValueError(argument_error(op, "draft_rows", "'parent' without draft_logits", draft_rows))
-    elif rule == "coin":
+    elif rule == "target_only":
         raise ValueError(
-            argument_error(op, "draft_logits", "None with rule='coin', which is for unsampled drafts", draft_logits)
+            argument_error(
+                op, "draft_logits", "None with rule='target_only', which is for unsampled drafts", draft_logits
+            )
         )
     elif rule == "kseq" and draft_rows == "child":
         raise ValueError(argument_error(op, "draft_rows", "'parent' with rule='kseq'", draft_rows))
@@ -432,9 +452,9 @@ def _check_thresholds(op: str, thresholds, rule: str) -> tuple[float, float]:
         raise TypeError(argument_error(op, "thresholds", "two numbers (single, accumulated)", thresholds))
     for value in thresholds:
         check_fraction(op, "thresholds", value)
-    if rule != "coin" and tuple(thresholds) != _NO_THRESHOLDS:
+    if rule != "target_only" and tuple(thresholds) != _NO_THRESHOLDS:
         raise ValueError(
-            f"specdec_ops.{op}: thresholds must be (1.0, 1.0) but with rule='coin', got {tuple(thresholds)}"
+            f"specdec_ops.{op}: thresholds must be (1.0, 1.0) but with rule='target_only', got {tuple(thresholds)}"
         )
     return tuple(thresholds)
 

@@ -10,7 +10,7 @@ import torch
 from specdec_ops._core import alloc
 from specdec_ops._core.native import _DTYPE_CODES, _address, _counters, _module, _stream
 
-_RULES = ("greedy", "match", "recursive", "traversal", "coin", "kseq", "typical", "longest")  # AcceptRule
+_RULES = ("greedy", "match", "recursive", "traversal", "target_only", "kseq", "typical", "longest")  # AcceptRule
 _DOMAINS = ("sample", "draft")  # SampleDomain
 
 

@@ -223,7 +223,7 @@ def accept(
     """Write what one round of speculative decoding accepts, one request after another.
 
     Args:
-        rule: "greedy", "match", "recursive", "traversal", "coin", "kseq", "typical" or "longest".
+        rule: "greedy", "match", "recursive", "traversal", "target_only", "kseq", "typical" or "longest".
         target: logits [batch, nodes, vocab] after each node, or for "greedy" int32 ids [batch, nodes].
         draft_tokens: int32 [batch, nodes], or for a chain [batch, nodes - 1], where column i is node i + 1.
         draft_logits: [batch, rows, draft_vocab], row n for the children of node n, or None: one-hot proposals.
@@ -248,7 +248,7 @@ def accept(
         position: of node 0.
         positions: see above.
         eos: tokens that end a sequence.
-        thresholds: "coin": (single, accumulated); "typical": (epsilon, delta).
+        thresholds: "target_only": (single, accumulated); "typical": (epsilon, delta).
         replacement: whether siblings were drawn with replacement.
         child_rows: draft row n is what node n itself was drawn from, given the siblings before it.
         tokens: int32 [batch, max_depth + 1]: accepted tokens, the next one, then -1. "longest": no next one.
@@ -329,7 +329,7 @@ def walk(rule, tree, choice, thresholds, replacement, width):
         path, following = reference_rules.greedy(tree, choice)
     elif rule in ("recursive", "traversal"):
         path, following = getattr(reference_rules, rule)(tree, choice, replacement)
-    elif rule in ("coin", "typical"):
+    elif rule in ("target_only", "typical"):
         path, following = getattr(reference_rules, rule)(tree, choice, *thresholds)
     else:
         path, following = getattr(reference_rules, rule)(tree, choice)

@@ -202,7 +202,7 @@ def traversal(tree, choice, replacement=False):
                 level.reject(token, q)
 
 
-def coin(tree, choice, single=1.0, accumulated=1.0):
+def target_only(tree, choice, single=1.0, accumulated=1.0):
     """SGLang's target-only rule: one coin per level against the target's mass of the distinct children tried so far.
 
     It is lossless if children are functions of their prefix and both thresholds are 1. A child is also accepted if
