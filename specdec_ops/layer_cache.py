@@ -24,24 +24,27 @@ class Run:
     """The rows that one group of layers has to work on, from `LayerCache.run`. Rows of all requests, one after another.
 
     A run is open until `LayerCache.finish` or `abandon`; `attend` of each layer comes between.
+
+    Attributes:
+        group: which group of layers.
+        counts: rows per request.
+        hidden: of the cache's dtype, `[rows, dim]`: what enters the group's first layer. It may share the cache's
+            memory: don't write to it.
+        positions: int32 `[rows]`: the position of each row, for rotary embeddings. Siblings in a tree share one.
+        slots: int64 `[rows]`: `request * slots + slot` of each row.
+        topology: the slots from context_lens on: tokens that lag behind, as a chain, and the tree that hangs from it.
+        context_lens: int32 `[batch]`: the slots before, which every row sees.
+        query_start: the node of each request's first row: an int, or int32 `[batch]`.
     """
 
     group: int
-    """Which group of layers."""
     counts: tuple[int, ...]
-    """Rows per request."""
     hidden: torch.Tensor
-    """[rows, dim]: what enters the group's first layer. It may share the cache's memory: don't write to it."""
     positions: torch.Tensor
-    """int32 [rows]: the position of each row, for rotary embeddings. Siblings in a tree share one."""
     slots: torch.Tensor
-    """int64 [rows]: `request * slots + slot` of each row."""
     topology: Topology
-    """The slots from context_lens on: tokens that lag behind, as a chain, and the tree that hangs from it."""
     context_lens: torch.Tensor
-    """int32 [batch]: the slots before, which every row sees."""
     query_start: torch.Tensor | int
-    """The node of each request's first row."""
 
     def __reduce__(self):
         """For copies and pickles: `hidden` alone, without the cache's memory that it may be a part of."""
@@ -104,6 +107,17 @@ class LayerCache:
     Raises:
         TypeError: an argument has a wrong type.
         ValueError: exits are not ascending from 1, or a size is below 1.
+
+    Attributes:
+        k_caches: in dtype, `[layers, batch, slots, kv_heads, head_dim]`; what lies beyond a group's length is not
+            defined.
+        v_caches: like k_caches.
+        exits: as given, a tuple.
+        slots: as given, like batch, dim and backend.
+        batch: see slots.
+        dim: see slots.
+        backend: see slots.
+        device: of all tensors here, with its index.
 
     All methods raise TypeError and ValueError likewise, and RuntimeError for a call out of order or for an argument
     that requires grad where gradients are recorded.

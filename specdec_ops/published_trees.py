@@ -20,11 +20,17 @@ from .tree import Tree
 
 @dataclasses.dataclass(frozen=True)
 class PublishedTree:
-    """One entry: its name, its number of nodes, where it comes from, and its children.
+    """One entry: a tree as counts of children.
 
-    `children` are counts per node, level by level: first how many nodes have no drafted parent, then for each node of
-    level 0 how many children it has, and so on; trailing zeros of a level are left out. A node's children are its most
-    likely continuations, best first, so that counts alone say which continuation each node is.
+    A node's children are its most likely continuations, best first, so that counts alone say which continuation each
+    node is.
+
+    Attributes:
+        name: what `get` takes.
+        nodes: how many, without the last committed token.
+        source: the paper or repository that it comes from.
+        children: counts per node, level by level: first how many nodes have no drafted parent, then for each node of
+            level 0 how many children it has, and so on; trailing zeros of a level are left out.
     """
 
     name: str

@@ -13,39 +13,53 @@ import enum
 
 
 class AcceptStatus(enum.IntFlag):
-    """Bits of `Acceptance.status`, `LongestPath.status` and `Children.status`."""
+    """Bits of `Acceptance.status`, `LongestPath.status` and `Children.status`.
+
+    Attributes:
+        TARGET_INVALID: a target row held NaN or +inf, or only -inf. It counts as certain of its first +inf, else of its
+            argmax.
+        DRAFT_INVALID: the same of a draft row: the children drawn from it were not tried, and none are drawn from it.
+        DRAFT_TOKEN_IMPOSSIBLE: a drafted token outside of the vocabulary, or of draft probability 0: rejected.
+        RESIDUAL_EMPTY: rounding left no residual to draw from: the next token came from the target's row without the
+            rejected tokens.
+        TREE_INVALID: a link that leads back or out of the tree was taken as none, or a bad num_nodes was clamped.
+        SETTING_INVALID: a temperature of the request was NaN or negative, and counted as 0; or a top_p was NaN, and
+            counted as off.
+    """
 
     TARGET_INVALID = 1
-    """A target row held NaN or +inf, or only -inf. It counts as certain of its first +inf, else of its argmax."""
     DRAFT_INVALID = 2
-    """The same of a draft row: the children drawn from it were not tried, and none are drawn from it."""
     DRAFT_TOKEN_IMPOSSIBLE = 4
-    """A drafted token outside of the vocabulary, or of draft probability 0: rejected."""
     RESIDUAL_EMPTY = 8
-    """Rounding left no residual to draw from: the next token came from the target's row without the rejected tokens."""
     TREE_INVALID = 16
-    """A link that leads back or out of the tree was taken as none, or a bad num_nodes was clamped."""
     SETTING_INVALID = 32
-    """A temperature of the request was NaN or negative, and counted as 0; or a top_p was NaN, and counted as off."""
 
 
 class ExitStatus(enum.IntFlag):
-    """Bits of `Confidence.status`."""
+    """Bits of `Confidence.status`.
+
+    Attributes:
+        INVALID: the row's logits held NaN or +inf, or only -inf. Its statistics are 0, its logsumexp is -inf; it never
+            exits.
+        FELL_BACK: the screen left something open, so the row was read from the whole head.
+        SETTING_INVALID: the row's temperature was NaN or negative. Its token is right; the rest is as of a row with
+            INVALID.
+    """
 
     INVALID = 1
-    """The row's logits held NaN or +inf, or only -inf. Its figures are 0, its logsumexp is -inf; it never exits."""
     FELL_BACK = 2
-    """The screen left something open, so the row was read from the whole head."""
     SETTING_INVALID = 4
-    """The row's temperature was NaN or negative. Its token is right; the rest is as of a row with INVALID."""
 
 
 class TopologyStatus(enum.IntFlag):
-    """Bits of `Topology.status`."""
+    """Bits of `Topology.status`.
+
+    Attributes:
+        PARENT_OUT_OF_RANGE: a parent below -1, or not below num_nodes. The node became a root.
+        PARENT_NOT_BEFORE: a parent that does not come before its child, as in every cycle. The node became a root.
+        NUM_NODES_OUT_OF_RANGE: num_nodes below 0 or above the number of columns of parents. It was clamped.
+    """
 
     PARENT_OUT_OF_RANGE = 1
-    """A parent below -1, or not below num_nodes. The node became a root."""
     PARENT_NOT_BEFORE = 2
-    """A parent that does not come before its child, as in every cycle. The node became a root."""
     NUM_NODES_OUT_OF_RANGE = 4
-    """num_nodes below 0 or above the number of columns of parents. It was clamped."""

@@ -25,24 +25,27 @@ class Topology:
     slot `context_lens[b] + i`, and its position is `context_lens[b] + depths[b, i]`.
 
     A plain class of tensors: torch.compile traces through it, and nothing in it waits for the device.
+
+    Attributes:
+        parents: int32 `[batch or 1, nodes]`: an earlier node, or -1 for a root.
+        depths: int32 `[batch or 1, nodes]`: edges to the root.
+        ancestors: int64 `[batch or 1, nodes, words]`: bit j % 64 of word j // 64 tells whether node j is an ancestor,
+            or the node.
+        first_child: int32 `[batch or 1, nodes]`: the lowest child, or -1.
+        next_sibling: int32 `[batch or 1, nodes]`: the next higher node with the same parent, or -1. Roots are siblings.
+        num_nodes: int32 `[batch or 1]`: how many leading nodes exist.
+        status: int32 `[batch or 1]`: 0 for a sound tree, else `TopologyStatus` bits.
+        offsets: int32 `[batch + 1]`, or None: the first row of every request in packed queries [tokens, heads, dim].
     """
 
     parents: torch.Tensor
-    """int32 [batch or 1, nodes]: an earlier node, or -1 for a root."""
     depths: torch.Tensor
-    """int32 [batch or 1, nodes]: edges to the root."""
     ancestors: torch.Tensor
-    """int64 [batch or 1, nodes, words]: bit j % 64 of word j // 64 tells whether node j is an ancestor, or the node."""
     first_child: torch.Tensor
-    """int32 [batch or 1, nodes]: the lowest child, or -1."""
     next_sibling: torch.Tensor
-    """int32 [batch or 1, nodes]: the next higher node with the same parent, or -1. Roots are siblings."""
     num_nodes: torch.Tensor
-    """int32 [batch or 1]: how many leading nodes exist."""
     status: torch.Tensor
-    """int32 [batch or 1]: 0 for a sound tree, else `TopologyStatus` bits."""
     offsets: torch.Tensor | None = None
-    """int32 [batch + 1], or None: the first row of every request in packed queries [tokens, heads, dim]."""
 
     @classmethod
     def from_trees(cls, trees: Sequence[Tree], device="cpu", *, packed: bool = False) -> Topology:

@@ -37,13 +37,15 @@ class Tree:
     Raises:
         TypeError: parents are not integers.
         ValueError: parents are not one-dimensional, or a node's parent is neither -1 nor an earlier node.
+
+    Attributes:
+        parents: int32 `[nodes]`, read-only.
     """
 
     def __init__(self, parents: Sequence[int] | np.ndarray) -> None:
         self.__dict__["parents"] = _check_parents(parents)
 
     parents: np.ndarray
-    """int32 [nodes], read-only."""
 
     # ---- constructors
 

@@ -27,12 +27,14 @@ class VocabMap:
         ValueError: they are not one-dimensional, out of range or not all different.
 
     Making one checks the values, which waits for the device; using one does not.
+
+    Attributes:
+        draft_to_target: int32 `[draft_vocab]`: the target token of every draft entry.
+        target_to_draft: int32 `[vocab]`: the draft entry of a target token, or -1.
     """
 
     draft_to_target: torch.Tensor
-    """int32 [draft_vocab]."""
     target_to_draft: torch.Tensor
-    """int32 [vocab]: the draft entry of a target token, or -1."""
 
     def __init__(self, draft_to_target: torch.Tensor | Sequence[int], vocab: int) -> None:
         ids = draft_to_target

@@ -4,6 +4,7 @@ import ast
 import builtins
 import dataclasses
 import doctest
+import enum
 import importlib
 import inspect
 import keyword
@@ -119,6 +120,60 @@ def names_in(text):
         else:  # a formula, a call, a shape
             yield from (word for word in re.findall(rf"(?<![\w.)/]){name}", code) if "." in word or f"{word}(" in code)
     yield from re.findall(r"(?<![\w./])specdec_ops(?:\.\w+)+", text)
+
+
+def attributes_of(thing):
+    """What the section Attributes of a class's docstring says, by name."""
+    found = re.search(r"^Attributes:\n((?: {4}.*\n|\n)+)", inspect.getdoc(thing) + "\n", re.MULTILINE)
+    entries = re.findall(r"^ {4}(\w+): (.*(?:\n {5,}.*)*)", found[1], re.MULTILINE) if found else []
+    return dict(entries)
+
+
+def fields_of(thing):
+    """The fields of a record, with their annotations; the members of an enumeration."""
+    if dataclasses.is_dataclass(thing):
+        return {field.name: str(field.type) for field in dataclasses.fields(thing)}
+    if issubclass(thing, enum.Enum):
+        return dict.fromkeys(thing.__members__, "int")
+    return {name: str(thing.__annotations__[name]) for name in getattr(thing, "_fields", ())}
+
+
+CLASSES = {
+    f"{thing.__module__}.{thing.__qualname__}": thing
+    for module in map(importlib.import_module, PUBLIC_MODULES)
+    for thing in vars(module).values()
+    if inspect.isclass(thing) and thing.__module__ == module.__name__ and not thing.__name__.startswith("_")
+}
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_help_names_every_field(name):
+    """In the class's docstring, because `help` does not show a string below a field. Tensors with dtype and shape."""
+    thing, entries = CLASSES[name], attributes_of(CLASSES[name])
+    fields = fields_of(thing)
+    own = set(re.findall(r"^        self\.([a-z]\w*)(?:: .*)? = ", inspect.getsource(thing), re.MULTILINE))
+    assert set(entries) >= set(fields) | own
+    assert not [entry for entry in entries if entry not in members_of(thing)]
+    for field, annotation in fields.items():
+        if "Tensor" in annotation:
+            dtype = r"(u?int\d+|float\d+|bool|of q's dtype|of the cache's dtype)"
+            shape = r"(`\[[^`]+\]`|like \w+)"
+            assert re.search(rf"\b{dtype}\b.*{shape}", entries[field], re.DOTALL), (field, entries[field])
+
+
+def test_the_records_are_among_them():
+    names = {name.rpartition(".")[2] for name, thing in CLASSES.items() if fields_of(thing)}
+    expected = {"Acceptance", "LongestPath", "Children", "Confidence", "Exit", "Run", "Topology", "AttentionState"}
+    assert names >= expected | {"HeadBounds", "QuantizedHead", "VocabMap", "AcceptStatus", "ExitStatus"}
+
+
+@pytest.mark.parametrize("name", PUBLIC_MODULES)
+def test_nothing_is_said_where_help_does_not_look(name):
+    """No string stands below a field of a class."""
+    tree = ast.parse(inspect.getsource(importlib.import_module(name)))
+    for thing in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
+        for part in thing.body[1:]:
+            assert not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)), (thing.name, part.lineno)
 
 
 @pytest.mark.parametrize("name", PUBLIC_MODULES)

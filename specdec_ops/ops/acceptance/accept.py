@@ -42,7 +42,7 @@ _OLD_TREE_RULES = {"coin": "target_only"}
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Acceptance:
-    """What a round of speculative decoding gives each request, on the target's device; int32 but for `finished`.
+    """What a round of speculative decoding gives each request, on the target's device.
 
     A text can end with an id of `eos` in two ways, and `finished` is true of both. If a *drafted* one was accepted, it
     counts in num_accepted and has a node, as its K and V are there, and next_token is -1: nothing follows. If the
@@ -55,21 +55,23 @@ class Acceptance:
         ([-1, 1], [1, 0])
         >>> accepted.tokens.tolist(), accepted.finished.tolist()
         ([[1, -1], [1, -1]], [True, True])
+
+    Attributes:
+        tokens: int32 `[batch, max_depth + 1]`: the accepted draft tokens, then next_token, then -1.
+        nodes: int32 `[batch, max_depth + 1]`: the accepted path from node 0, which is always there, to the last
+            accepted node; then -1. What a commit of the KV cache needs.
+        num_accepted: int32 `[batch]`: how many draft tokens were accepted. Node 0 is not counted.
+        next_token: int32 `[batch]`: the token after the accepted ones, or -1 if the last of them is in `eos`.
+        status: int32 `[batch]`: 0, or `AcceptStatus` bits of the rows that the walk has read.
+        finished: bool `[batch]`: whether the last token emitted is in `eos`. Always false without.
     """
 
     tokens: torch.Tensor
-    """[batch, max_depth + 1]: the accepted draft tokens, then next_token, then -1."""
     nodes: torch.Tensor
-    """[batch, max_depth + 1]: the accepted path from node 0, which is always there, to the last accepted node; then -1.
-    What a commit of the KV cache needs."""
     num_accepted: torch.Tensor
-    """[batch]: how many draft tokens were accepted. Node 0 is not counted."""
     next_token: torch.Tensor
-    """[batch]: the token after the accepted ones, or -1 if the last of them is in `eos`."""
     status: torch.Tensor
-    """[batch]: 0, or `AcceptStatus` bits of what the walk has looked at."""
     finished: torch.Tensor
-    """bool [batch]: whether the last token emitted is in `eos`. Always false without."""
 
 
 def greedy_accept(

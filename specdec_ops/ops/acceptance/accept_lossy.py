@@ -30,22 +30,27 @@ from .checks import (
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class LongestPath:
-    """What longest_path_accept gives each request, on the target's device. int32 but for `finished`."""
+    """What longest_path_accept gives each request, on the target's device.
+
+    Attributes:
+        tokens: int32 `[batch, max_depth + 1]`: the accepted path's tokens, its root first, then -1. Without the next
+            tokens.
+        nodes: int32 `[batch, max_depth + 1]`: the accepted path from its root to its last node, then -1.
+        num_accepted: int32 `[batch]`: nodes of the path. At least 1, since the root is counted.
+        next_tokens: int32 `[batch, width]`: different candidates for what follows, the roots of the next round; -1
+            where fewer are possible, and everywhere if the path ends with a token in `eos`.
+        status: int32 `[batch]`: 0, or `AcceptStatus` bits of the rows that the walk has read.
+        finished: bool `[batch]`: whether the path ends with a token in `eos`; then there are no next tokens. An id of
+            `eos` among next_tokens ends nothing yet: those are candidates, and it does if it is the root of a later
+            round's path.
+    """
 
     tokens: torch.Tensor
-    """[batch, max_depth + 1]: the accepted path's tokens, its root first, then -1. Without the next tokens."""
     nodes: torch.Tensor
-    """[batch, max_depth + 1]: the accepted path from its root to its last node, then -1."""
     num_accepted: torch.Tensor
-    """[batch]: nodes of the path. At least 1, since the root is counted."""
     next_tokens: torch.Tensor
-    """[batch, width]: different candidates for what follows, the roots of the next round; -1 where fewer are possible,
-    and everywhere if the path ends with a token in `eos`."""
     status: torch.Tensor
-    """[batch]: 0, or `AcceptStatus` bits of what the walk has looked at."""
     finished: torch.Tensor
-    """bool [batch]: whether the path ends with a token in `eos`; then there are no next tokens. An id of `eos` among
-    next_tokens ends nothing yet: those are candidates, and it does if it is the root of a later round's path."""
 
 
 def typical_accept(

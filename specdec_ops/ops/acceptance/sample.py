@@ -26,19 +26,22 @@ from .checks import (
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Children:
-    """Sampled draft tokens, on the draft's device."""
+    """Sampled draft tokens, on the draft's device.
+
+    Attributes:
+        tokens: int32 `[batch, rows, count]`: target ids in the order drawn; -1 where a row has fewer, or is invalid.
+        logprobs: float32 like tokens: the natural log of each token's probability in its row's distribution (after
+            temperature, top_k and top_p), not conditioned on the tokens before it; -inf beside -1.
+        logsumexp: float32 `[batch, rows]`: of logits / temperature over the kept tokens; -inf for an invalid row. So
+            any kept token's log-probability is its logit / temperature less this.
+        status: int32 `[batch]`: 0, or `AcceptStatus` bits: DRAFT_INVALID if a row held NaN or +inf, or only -inf, and
+            SETTING_INVALID.
+    """
 
     tokens: torch.Tensor
-    """int32 [batch, rows, count]: target ids in the order drawn; -1 where a row has fewer, or is invalid."""
     logprobs: torch.Tensor
-    """float32 like tokens: the natural log of each token's probability in its row's distribution (after temperature,
-    top_k and top_p), not conditioned on the tokens before it; -inf beside -1."""
     logsumexp: torch.Tensor
-    """float32 [batch, rows]: of logits / temperature over the kept tokens; -inf for an invalid row. So any kept token's
-    log-probability is its logit / temperature less this."""
     status: torch.Tensor
-    """int32 [batch]: 0, or `AcceptStatus` bits: DRAFT_INVALID if a row held NaN or +inf, or only -inf, and
-    SETTING_INVALID."""
 
 
 def sample_tokens(

@@ -29,8 +29,10 @@ _QUERY_DTYPES = (*KERNEL_DTYPES, torch.float64)
 class AttentionState(NamedTuple):
     """An attention result with what is needed to merge it with another one.
 
-    out: the output, `[batch, queries, heads, dim]` or packed `[tokens, heads, dim]`.
-    lse: float32, like `out` without dim: the natural log of the softmax denominator; -inf where a row saw nothing.
+    Attributes:
+        out: the output, of q's dtype, `[batch, queries, heads, dim]` or packed `[tokens, heads, dim]`.
+        lse: float32 `[batch, queries, heads]` or `[tokens, heads]`: the natural log of the softmax denominator; -inf
+            where a row saw nothing.
     """
 
     out: torch.Tensor

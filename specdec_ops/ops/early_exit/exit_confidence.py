@@ -33,44 +33,51 @@ _NO_DECISION = (0.0, None, "", "row")
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Confidence:
-    """What a head says of each row. Natural logarithms; p is softmax(logits / temperature). On hidden's device."""
+    """Statistics of each row's softmax(logits / temperature) over the head's entries, on the device of the rows.
+
+    Attributes:
+        token: int32 `[rows]`: the most likely token, the lowest entry among equals.
+        max_prob: float32 `[rows]`: its probability, 0 to 1.
+        margin: float32 `[rows]`: max_prob less the second greatest probability.
+        entropy: float32 `[rows]`: of the distribution, in nats.
+        logsumexp: float32 `[rows]`: of logits / temperature, a natural logarithm.
+        top_tokens: int32 `[rows, top_k]`: most likely first, -1 where fewer have a probability; None without top_k.
+        top_logprobs: float32 like top_tokens: natural logarithms of their probabilities; -inf beside -1.
+        status: int32 `[rows]`: 0, or `ExitStatus` bits.
+        rechecked: int32 `[rows]`: entries of the head that were read in full precision (some twice, if the first
+            pass left something open); all of them for a row that fell back. None without a screen.
+    """
 
     token: torch.Tensor
-    """int32 [rows]: the most likely token, the lowest entry among equals."""
     max_prob: torch.Tensor
-    """float32 [rows]: its probability."""
     margin: torch.Tensor
-    """float32 [rows]: by how much that exceeds the second one's."""
     entropy: torch.Tensor
-    """float32 [rows]: in nats."""
     logsumexp: torch.Tensor
-    """float32 [rows]: of logits / temperature."""
     top_tokens: torch.Tensor | None
-    """int32 [rows, top_k], most likely first, -1 where fewer have a probability; None without top_k."""
     top_logprobs: torch.Tensor | None
-    """float32 like top_tokens; -inf beside -1."""
     status: torch.Tensor
-    """int32 [rows]: 0, or `ExitStatus` bits."""
     rechecked: torch.Tensor | None = None
-    """int32 [rows]: entries of the head that were read in full precision (some twice, if the first look left something
-    open); all of them for a row that fell back. None without a screen."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Exit:
-    """Which rows exit at a layer, and the others in their order, on the device."""
+    """Which rows exit at a layer, and the others in their order, on the device.
+
+    Attributes:
+        confidence: the `Confidence` of all rows, also of those that go on.
+        exited: bool `[rows]`: whether the row may stop at this layer.
+        active_rows: int32 `[rows]`: the rows that go on, ascending, then -1.
+        inverse: int32 `[rows]`: each row's place in active_rows, -1 if it exits.
+        num_active: int32 `[1]`: how many rows go on.
+        seen: int32 `[rows]`: how many of the head's first entries the row's Confidence takes in; None without bounds.
+    """
 
     confidence: Confidence
     exited: torch.Tensor
-    """bool [rows]."""
     active_rows: torch.Tensor
-    """int32 [rows]: the rows that go on, ascending, then -1."""
     inverse: torch.Tensor
-    """int32 [rows]: each row's place in active_rows, -1 if it exits."""
     num_active: torch.Tensor
-    """int32 [1]: how many rows go on."""
     seen: torch.Tensor | None = None
-    """int32 [rows]: how many entries of the head the row's Confidence is of, the first ones; None without bounds."""
 
 
 def exit_confidence(

@@ -185,6 +185,10 @@ class AdaptiveThreshold:
         TypeError: requests is no int, or another argument no number.
         ValueError: requests is negative, memory or inertia outside of 0 to 1, or another number not finite.
 
+    Attributes:
+        threshold: float32 `[requests]`: the threshold now; `update` writes into this tensor.
+        accepted_share: float32 `[requests]`: the running mean, 0 to 1; `update` writes into this tensor.
+
     Draft & Verify, Zhang et al., 2023; AdaEDL uses the same rule and the same numbers.
     """
 

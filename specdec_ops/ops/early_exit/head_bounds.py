@@ -20,12 +20,16 @@ _MULTIPLE = 512  # of entries, in parts made by default: what a CPU thread takes
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
 class HeadBounds:
-    """A head in parts, and how long the rows behind each of them are. Made by `bound_head`."""
+    """A head in parts, and how long the rows behind each of them are. Made by `bound_head`.
+
+    Attributes:
+        ends: where the parts end in the vocabulary, ascending.
+        norms_after: float32 `[parts]`: not below the Euclidean length of any row of the head behind the part; the last
+            one is 0.
+    """
 
     ends: tuple[int, ...]
-    """Where the parts end in the vocabulary, ascending."""
     norms_after: torch.Tensor
-    """float32 [parts]: not below the Euclidean length of any row of the head behind the part; the last one is 0."""
 
     def to(self, device) -> HeadBounds:
         """The same on another device."""

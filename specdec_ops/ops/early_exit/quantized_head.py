@@ -20,19 +20,22 @@ class QuantizedHead:
 
     As the head of `exit_confidence` it is a head of its own. As the `screen` of the head that it was made from it saves
     half of the reading without changing a result.
+
+    Attributes:
+        values: int8 `[vocab, dim]`: from -127 to 127.
+        scales: float32 `[vocab]`: one for each row.
+        error_norms: float32 `[vocab]`: not below the Euclidean length of `head[v] - scales[v] * values[v]`.
+        norms: float32 `[vocab]`: not below the Euclidean length of `scales[v] * values[v]`.
+        error_gain: float32 `[1]`: not below the spectral norm of `head - scales * values`. The errors of all logits of
+            a hidden row, taken as one vector, are no longer than this times the row: far less than the single rows'
+            bounds together.
     """
 
     values: torch.Tensor
-    """int8 [vocab, dim], from -127 to 127."""
     scales: torch.Tensor
-    """float32 [vocab]."""
     error_norms: torch.Tensor
-    """float32 [vocab]: not below the Euclidean length of `head[v] - scales[v] * values[v]`."""
     norms: torch.Tensor
-    """float32 [vocab]: not below the Euclidean length of `scales[v] * values[v]`."""
     error_gain: torch.Tensor
-    """float32 [1]: not below the spectral norm of `head - scales * values`. The errors of all logits of a hidden row,
-    taken as one vector, are no longer than this times the row: far less than the single rows' bounds together."""
 
     @property
     def vocab(self) -> int:
