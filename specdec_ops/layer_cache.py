@@ -80,7 +80,14 @@ class LayerCache:
             newest = cache.finish(run, hidden)        # [new rows, dim], before the final norm
             if group == cache.groups - 1 or sure(newest):
                 break
-        cache.crop(accepted_length)                   # or commit(path) after a tree
+        cache.crop(accepted_length)                   # or commit([path]) after a tree
+
+    With one exit, `exits=(32,)`, no token leaves early: a plain cache of K and V with `append`, `crop` and `commit`, of
+    any model of 32 layers, for chains and trees.
+
+    With the whole target as the last exit it serves self-speculation, where the target's leading layers are the draft:
+    `exits=(8, 32)` drafts with group 0. To verify, group 1 takes the pending rows of all drafted tokens in one run. Its
+    last layer gives the target's hidden rows, whose logits acceptance needs. Layers 0-7 are not run again.
 
     Trees: node n of a request's tree lies in slot `context + n`, where context is the request's length when the first
     level came. Levels may leave at different depths; a deeper level takes earlier ones along, and each row still sees

@@ -1,5 +1,6 @@
 """LayerCache: whatever exits, rejections and trees came before, each row is that of a full pass from scratch."""
 
+import functools
 import random
 
 import pytest
@@ -234,3 +235,46 @@ def test_a_parent_that_is_not_earlier_becomes_the_context():
     model.step(cache, 0)
     cache.append(model.embedding[[3, 4, 5]], torch.tensor([0, 2, -7], dtype=torch.int32))
     assert_rows(model, cache, 0, model.step(cache, 0), [[1, 2, 3], [1, 2, 4], [1, 2, 5]])
+
+
+def test_one_exit_is_a_plain_cache():
+    """Nothing is pending after a step; a tree goes in behind a chain, and its accepted path stays."""
+    rng, model = random.Random(1), Toy()
+    cache = model.cache((5,), 32)
+    tokens = draw(rng, 6)
+    cache.append(model.embedding[tokens])
+    assert_rows(model, cache, 0, model.step(cache, 0)[-1:], [tokens])
+    for accepted in ((0, 2, 4), (1,)):
+        drafted, parents = draw(rng, 5), [-1, -1, 0, 1, 2]
+        nodes = list(zip(parents, drafted, strict=True))
+        sequences = [tokens + path_tokens(nodes, node) for node in range(5)]
+        feed(model, cache, drafted, torch.tensor(parents), sequences, 0)
+        cache.commit([accepted])
+        tokens = sequences[accepted[-1]]
+        assert cache.lengths == ((len(tokens),), (len(tokens),)) and len(cache.pending(0)[1]) == 0
+    feed(model, cache, [3], None, [[*tokens, 3]], 0)
+
+
+def test_self_speculation():
+    """The target's first two layers draft; its others verify all drafted tokens in one run, without the first two."""
+    rng, model = random.Random(2), Toy()
+    cache = model.cache((2, 5), 64)
+    tokens = draw(rng, 4)
+    cache.append(model.embedding[tokens])
+    model.step(cache, 0), model.step(cache, 1)
+    for drafts, accepted in ((4, 2), (3, 3), (1, 0)):
+        tokens += draw(rng, 1)  # what the target said last
+        for step in range(drafts + 1):  # the last drafted token goes through the draft's layers, too
+            feed(model, cache, tokens[-1:], None, [tokens], 0)
+            tokens += draw(rng, 1) if step < drafts else []
+        run = cache.run(1)
+        assert run.counts == (drafts + 1,) and list(cache.layers(1)) == [2, 3, 4]
+        hidden = run.hidden
+        for layer in cache.layers(1):
+            attend = functools.partial(cache.attend, run, layer)
+            hidden = model.layer(layer, hidden, run.positions, attend)
+        cache.finish(run, hidden)
+        known = len(tokens) - drafts
+        assert_rows(model, cache, 1, hidden, [tokens[: known + step] for step in range(drafts + 1)])
+        tokens = tokens[: known + accepted]
+        cache.crop(len(tokens))

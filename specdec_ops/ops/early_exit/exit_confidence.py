@@ -161,6 +161,12 @@ def early_exit(
 ) -> Exit:
     """Decide for each row whether a sorted draft may stop at this layer, and list the rows that go on.
 
+    Thresholds mean something only for exits that were trained: a draft whose layers were fine-tuned to share the final
+    norm and head (S2D, LayerSkip), so that its confidence says how often it is right. The head reads any layer of any
+    model, and its answer at an untrained one may be confident and wrong: after layer 10 of 30 of a model without
+    trained exits 68% of the rows passed their threshold, and none had the token of the whole model. So compare `token`
+    with the last layer's on some text of yours before a threshold is trusted.
+
     Args:
         hidden: as in exit_confidence, like head and all options that are not described here.
         head: see hidden.
