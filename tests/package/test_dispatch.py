@@ -6,10 +6,10 @@ import re
 import pytest
 import torch
 
-import specdec_ops
 from specdec_ops import backends
 from specdec_ops._core import dispatch, loader
 from tests.attention.attention_cases import chain, make_case
+from tests.public_names import PUBLIC
 
 OPS = tuple(dispatch.IMPLEMENTATIONS)
 HAS_GPU = torch.cuda.is_available()
@@ -52,9 +52,8 @@ def test_every_public_op_has_its_own_name():
     """Whatever takes a `backend` is asked for by its name, and only that."""
     takers = {
         name
-        for name in specdec_ops.__all__
-        if inspect.isfunction(function := getattr(specdec_ops, name))
-        and "backend" in inspect.signature(function).parameters
+        for name, function in PUBLIC.items()
+        if inspect.isfunction(function) and "backend" in inspect.signature(function).parameters
     }
     assert takers == set(dispatch.PUBLIC_OPS)
     for name in takers:

@@ -10,6 +10,7 @@ import torch
 import specdec_ops
 from specdec_ops import Acceptance, AttentionState, Topology, Tree, build_topology, dlpack, tree_accept
 from tests.attention.attention_cases import make_case, random_tree
+from tests.public_names import PUBLIC
 
 CASE = make_case([random_tree(9)] * 2, [4, 20], page_size=4, sinks=True)
 WANTED = CASE.run("auto", return_lse=True)
@@ -146,7 +147,7 @@ def test_acceptance():
     assert isinstance(dlpack.sample_children(logits, 2, seeds=1, positions=0).logprobs, np.ndarray)
 
 
-OPS = [name for name in specdec_ops.__all__ if inspect.isfunction(getattr(specdec_ops, name)) and name != "backends"]
+OPS = [name for name, thing in PUBLIC.items() if inspect.isfunction(thing) and name != "backends"]
 
 
 def test_every_op_is_here():

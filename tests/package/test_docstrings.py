@@ -8,6 +8,7 @@ import enum
 import importlib
 import inspect
 import keyword
+import pydoc
 import re
 import textwrap
 from pathlib import Path
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 import specdec_ops
+from tests.public_names import PUBLIC
 
 ROOT = Path(specdec_ops.__file__).parent
 MODULES = sorted(
@@ -24,7 +26,6 @@ MODULES = sorted(
     if path.name != "__main__.py"
 )
 PUBLIC_MODULES = [name for name in MODULES if "._" not in name and ".reference" not in name]
-PUBLIC = {name: getattr(specdec_ops, name) for name in specdec_ops.__all__}
 # What other people's packages call it, and names of a formula's parts.
 FOREIGN = {
     *(
@@ -174,6 +175,24 @@ def test_nothing_is_said_where_help_does_not_look(name):
     for thing in (node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)):
         for part in thing.body[1:]:
             assert not (isinstance(part, ast.Expr) and isinstance(part.value, ast.Constant)), (thing.name, part.lineno)
+
+
+def test_help_of_the_package_is_an_index():
+    """A line for every public name, once, and no other; the full help is of each name alone."""
+    text = pydoc.render_doc(specdec_ops, renderer=pydoc.plaintext)
+    assert len(text.splitlines()) < 120
+    index = re.findall(r"^ {8}(\w+) {2,}(\S.{9,})$", text, re.MULTILINE)
+    assert sorted(name for name, _ in index) == sorted(PUBLIC)
+    for name, thing in PUBLIC.items():
+        shown = pydoc.render_doc(thing, renderer=pydoc.plaintext)
+        assert all(line in shown for line in inspect.getdoc(thing).splitlines()), name
+
+
+def test_names_are_offered_to_type_checkers():
+    """As PEP 484 has it, `from .module import name as name`."""
+    lines = inspect.getsource(specdec_ops).splitlines()
+    offered = {match[1] for line in lines if (match := re.fullmatch(r"from \S+ import (\w+) as \1", line))}
+    assert offered == set(PUBLIC)
 
 
 @pytest.mark.parametrize("name", PUBLIC_MODULES)
