@@ -1,6 +1,7 @@
 """What the documents tell people to type works: Python runs, shell commands name what there is, and so do links."""
 
 import contextlib
+import inspect
 import io
 import re
 import runpy
@@ -13,6 +14,10 @@ from unittest import mock
 
 import pytest
 import torch
+
+from specdec_ops import tree_attention
+from specdec_ops._core import dispatch
+from tests.public_names import PUBLIC
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
@@ -53,10 +58,54 @@ def test_python_runs(path):
 
 
 def test_the_readme_says_what_comes_out():
-    variables = run_python(ROOT / "README.md")
-    error = (variables["out"] - variables["exact"]).abs().max()
-    assert 2e-4 < error < 1e-2, "about 2e-3: one rounding to bfloat16"
-    assert type(variables["array"]).__module__ == "numpy"
+    """The attention is right, and the tokens are what the comment says of them."""
+    found = run_python(ROOT / "README.md")
+    arguments = (found["q"], found["k_cache"], found["v_cache"])
+    exact = tree_attention(*map(torch.Tensor.double, arguments), found["topology"], found["context_lens"])
+    torch.testing.assert_close(found["out"].double(), exact, atol=2e-2, rtol=0)
+    accepted = found["accepted"]
+    for tokens, count in zip(accepted.tokens.tolist(), accepted.num_accepted.tolist(), strict=True):
+        assert min(tokens[: count + 1]) >= 0 and set(tokens[count + 1 :]) == {-1}
+
+
+def test_the_readme_is_short_and_names_every_op():
+    """One screen for each question; whoever looks for an op finds its line."""
+    text = (ROOT / "README.md").read_text()
+    assert text.count("\n") <= 150
+    index = text.partition("## All ops")[2].partition("\n## ")[0]
+    named = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in index.splitlines() if "|" in line)))
+    returned = {name for name, thing in PUBLIC.items() if inspect.isclass(thing)} - named  # that help() lists
+    assert named == set(PUBLIC) - returned
+    assert returned == {
+        *("AcceptStatus", "Acceptance", "AttentionState", "Children", "Confidence", "Exit", "ExitStatus"),
+        *("HeadBounds", "LongestPath", "QuantizedHead", "TopologyStatus"),
+    }
+
+
+SHORT = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+
+def test_the_support_table_is_what_dispatch_does(monkeypatch):
+    """Every op in a row, every backend in a column, and in the cell the dtypes that the backend does not refuse."""
+    monkeypatch.setattr(dispatch, "_unavailable", lambda op, backend, _: None)
+    table = (ROOT / "README.md").read_text().partition("## What works where")[2].strip().split("\n\n")[0]
+    header, _, *rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()]
+    backends = [name.split()[0] for name in header[1:]]
+    assert sorted(backends) == sorted(dispatch.BACKENDS)
+    seen = set()
+    for first, *cells in rows:
+        for name in re.findall(r"`(\w+)`", first):
+            op = dispatch.PUBLIC_OPS.get(name, name)
+            seen.add(name)
+            for backend, cell in zip(backends, cells, strict=True):
+                assert backend in dispatch.IMPLEMENTATIONS[op]
+                if name == "build_topology":
+                    assert cell == "int32"
+                    continue
+                tensors = {dtype: torch.empty(1, 64, dtype=SHORT[dtype]) for dtype in SHORT}
+                takes = [d for d, t in tensors.items() if not dispatch._refusal(op, backend, t, t.dtype, True)]
+                assert cell.split() == takes, (name, backend)
+    assert seen == {*dispatch.PUBLIC_OPS, "screened_exit", "bounded_exit"}
 
 
 # ---- commands
