@@ -9,7 +9,7 @@ import torch
 from specdec_ops import backends
 from specdec_ops._core import dispatch, loader
 from tests.attention.attention_cases import chain, make_case
-from tests.public_names import PUBLIC
+from tests.harness.public_names import PUBLIC
 
 OPS = tuple(dispatch.IMPLEMENTATIONS)
 HAS_GPU = torch.cuda.is_available()

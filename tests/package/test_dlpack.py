@@ -10,7 +10,7 @@ import torch
 import specdec_ops
 from specdec_ops import Acceptance, AttentionState, Topology, Tree, build_topology, dlpack, tree_accept
 from tests.attention.attention_cases import make_case, random_tree
-from tests.public_names import PUBLIC
+from tests.harness.public_names import PUBLIC
 
 CASE = make_case([random_tree(9)] * 2, [4, 20], page_size=4, sinks=True)
 WANTED = CASE.run("auto", return_lse=True)

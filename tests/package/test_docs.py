@@ -17,7 +17,7 @@ import torch
 
 from specdec_ops import tree_attention
 from specdec_ops._core import dispatch
-from tests.public_names import PUBLIC
+from tests.harness.public_names import PUBLIC
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "benchmarks/README.md")]
