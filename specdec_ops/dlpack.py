@@ -15,6 +15,8 @@ import functools
 import inspect
 import sys
 import warnings
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ _RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confid
 """What holds several results, each of which becomes an array. (A Topology stays one of tensors: the ops take it.)"""
 
 
-def to_torch(value, name: str = "an argument"):
+def to_torch(value: Any, name: str = "an argument") -> Any:
     """A tensor on the memory of an array; a NumPy number as Python's; anything else is returned as it is.
 
     Raises:
@@ -55,7 +57,7 @@ def to_torch(value, name: str = "an argument"):
         raise TypeError(f"specdec_ops.dlpack: {name} can't be shared through DLPack: {error}") from error
 
 
-def from_torch(tensor: torch.Tensor, like):
+def from_torch(tensor: Any, like: Any) -> Any:
     """The tensor's memory as an array of the framework that `like` comes from; what is no tensor stays as it is."""
     if isinstance(like, torch.Tensor) or not isinstance(tensor, torch.Tensor):
         return tensor
@@ -66,7 +68,7 @@ def from_torch(tensor: torch.Tensor, like):
     return import_array(tensor)
 
 
-def _shared(op, writes: tuple[str, ...] = ()):
+def _shared(op: Callable[..., Any], writes: tuple[str, ...] = ()) -> Callable[..., Any]:
     """`op` for arrays: the first argument decides the framework of the results. `writes` are inputs that it changes."""
     parameters = tuple(inspect.signature(op).parameters)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -28,8 +29,7 @@ class Run:
     Attributes:
         group: which group of layers.
         counts: rows per request.
-        hidden: of the cache's dtype, `[rows, dim]`: what enters the group's first layer. It may share the cache's
-            memory: don't write to it.
+        hidden: of the cache's dtype, `[rows, dim]`: what enters the group. Maybe a view: don't write to it.
         positions: int32 `[rows]`: the position of each row, for rotary embeddings. Siblings in a tree share one.
         slots: int64 `[rows]`: `request * slots + slot` of each row.
         topology: the slots from context_lens on: tokens that lag behind, as a chain, and the tree that hangs from it.
@@ -46,7 +46,7 @@ class Run:
     context_lens: torch.Tensor
     query_start: torch.Tensor | int
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[type[Run], tuple[Any, ...]]:
         """For copies and pickles: `hidden` alone, without the cache's memory that it may be a part of."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         return type(self), tuple({**values, "hidden": self.hidden.clone()}.values())
@@ -83,11 +83,9 @@ class LayerCache:
         cache.crop(accepted_length)                   # or commit([path]) after a tree
 
     With one exit, `exits=(32,)`, no token leaves early: a plain cache of K and V with `append`, `crop` and `commit`, of
-    any model of 32 layers, for chains and trees.
-
-    With the whole target as the last exit it serves self-speculation, where the target's leading layers are the draft:
-    `exits=(8, 32)` drafts with group 0. To verify, group 1 takes the pending rows of all drafted tokens in one run. Its
-    last layer gives the target's hidden rows, whose logits acceptance needs. Layers 0-7 are not run again.
+    any model of 32 layers, for chains and trees. With the whole target as the last exit it serves self-speculation,
+    where the target's leading layers are the draft: `exits=(8, 32)` drafts with group 0. To verify, group 1 takes the
+    pending rows of all drafted tokens in one run and gives the target's hidden rows; layers 0-7 are not run again.
 
     Trees: node n of a request's tree lies in slot `context + n`, where context is the request's length when the first
     level came. Levels may leave at different depths; a deeper level takes earlier ones along, and each row still sees
@@ -116,18 +114,12 @@ class LayerCache:
         ValueError: exits are not ascending from 1, or a size is below 1.
 
     Attributes:
-        k_caches: in dtype, `[layers, batch, slots, kv_heads, head_dim]`; what lies beyond a group's length is not
-            defined.
+        k_caches: `[layers, batch, slots, kv_heads, head_dim]`; beyond a group's length it holds anything.
         v_caches: like k_caches.
-        exits: as given, a tuple.
-        slots: as given, like batch, dim and backend.
-        batch: see slots.
-        dim: see slots.
-        backend: see slots.
+        exits: as given, like slots, batch, dim and backend.
         device: of all tensors here, with its index.
 
-    All methods raise TypeError and ValueError likewise, and RuntimeError for a call out of order or for an argument
-    that requires grad where gradients are recorded.
+    Methods raise RuntimeError for a call out of order, and for what requires grad where gradients are recorded.
     """
 
     def __init__(
@@ -140,7 +132,7 @@ class LayerCache:
         *,
         batch: int = 1,
         dtype: torch.dtype = torch.float32,
-        device="cpu",
+        device: torch.device | str | int = "cpu",
         backend: str = "auto",
     ) -> None:
         sizes = {"slots": slots, "kv_heads": kv_heads, "head_dim": head_dim, "dim": dim, "batch": batch}
@@ -288,7 +280,7 @@ class LayerCache:
         return run
 
     def attend(
-        self, run: Run, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options
+        self, run: Run, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any
     ) -> torch.Tensor:
         """Store a layer's keys and values and let the run's rows attend to all that they may see.
 
@@ -304,8 +296,7 @@ class LayerCache:
             `[rows, heads, head_dim]`.
 
         Raises:
-            TypeError, ValueError: the run is not the open one, it is not this layer's turn, or q, k, v or an option
-                doesn't fit. The same layer may attend then.
+            TypeError, ValueError: a wrong run, layer, q, k, v or option. The layer may still attend then.
             RuntimeError: q, k or v requires grad.
         """
         state = self._state.attend(run, layer)

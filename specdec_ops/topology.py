@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -48,7 +48,9 @@ class Topology:
     offsets: torch.Tensor | None = None
 
     @classmethod
-    def from_trees(cls, trees: Sequence[Tree], device="cpu", *, packed: bool = False) -> Topology:
+    def from_trees(
+        cls, trees: Iterable[Tree], device: torch.device | str | int = "cpu", *, packed: bool = False
+    ) -> Topology:
         """A ragged batch of host trees, padded to the largest.
 
         Args:
@@ -148,7 +150,7 @@ class Topology:
         kept = (self._exists() & (self.depths <= limit)).to(torch.int32)
         return self._with_num_nodes(kept.cumprod(dim=-1).sum(dim=-1).to(torch.int32))
 
-    def to(self, device) -> Topology:
+    def to(self, device: torch.device | str | int) -> Topology:
         """The same on another device."""
         fields = (getattr(self, field.name) for field in dataclasses.fields(self))
         return Topology(*(None if tensor is None else tensor.to(device) for tensor in fields))

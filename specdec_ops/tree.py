@@ -10,12 +10,16 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from .topology import Topology
+
+_Scalar = TypeVar("_Scalar", bound=np.generic)
 
 MAX_NODES = 2**20
 """Of a tree, whose ancestor sets would take 128 GiB."""
@@ -42,15 +46,15 @@ class Tree:
         parents: int32 `[nodes]`, read-only.
     """
 
-    def __init__(self, parents: Sequence[int] | np.ndarray) -> None:
+    def __init__(self, parents: Sequence[int] | NDArray[np.integer[Any]]) -> None:
         self.__dict__["parents"] = _check_parents(parents)
 
-    parents: np.ndarray
+    parents: NDArray[np.int32]
 
     # ---- constructors
 
     @classmethod
-    def from_parents(cls, parents: Sequence[int] | np.ndarray) -> Tree:
+    def from_parents(cls, parents: Sequence[int] | NDArray[np.integer[Any]]) -> Tree:
         """The same as `Tree(parents)`."""
         return cls(parents)
 
@@ -135,11 +139,11 @@ class Tree:
         return cls._with_root(np.maximum(np.arange(nodes) - width, -1), root)
 
     @classmethod
-    def _with_root(cls, parents: np.ndarray, root: bool) -> Tree:
+    def _with_root(cls, parents: NDArray[np.integer[Any]], root: bool) -> Tree:
         return cls._trusted(np.concatenate([[-1], parents + 1]) if root else parents)
 
     @classmethod
-    def _trusted(cls, parents: np.ndarray, **derived: np.ndarray) -> Tree:
+    def _trusted(cls, parents: NDArray[np.integer[Any]], **derived: NDArray[Any]) -> Tree:
         """A tree from parents known to be sound, with derived arrays that are known already."""
         tree = cls.__new__(cls)
         tree.__dict__["parents"] = _frozen(parents.astype(np.int32, copy=False))
@@ -164,7 +168,7 @@ class Tree:
     # ---- derived arrays; all read-only
 
     @functools.cached_property
-    def depths(self) -> np.ndarray:
+    def depths(self) -> NDArray[np.int32]:
         """int32 [nodes]: edges between a node and its root."""
         depths: list[int] = []
         for parent in self.parents.tolist():
@@ -172,7 +176,7 @@ class Tree:
         return _frozen(np.array(depths, np.int32))
 
     @functools.cached_property
-    def ancestors(self) -> np.ndarray:
+    def ancestors(self) -> NDArray[np.uint64]:
         """uint64 [nodes, words]: bit j % 64 of word j // 64 says whether node j is an ancestor of the node, or it."""
         ancestors = np.zeros((len(self), self.num_words), np.uint64)
         for node, parent in enumerate(self.parents.tolist()):
@@ -182,7 +186,7 @@ class Tree:
         return _frozen(ancestors)
 
     @functools.cached_property
-    def _links(self) -> tuple[np.ndarray, np.ndarray]:
+    def _links(self) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
         first_child, next_sibling = [-1] * len(self), [-1] * len(self)
         first_root = -1
         parents = self.parents.tolist()
@@ -195,22 +199,22 @@ class Tree:
         return _frozen(np.array(first_child, np.int32)), _frozen(np.array(next_sibling, np.int32))
 
     @property
-    def first_child(self) -> np.ndarray:
+    def first_child(self) -> NDArray[np.int32]:
         """int32 [nodes]: the lowest child, or -1."""
         return self._links[0]
 
     @property
-    def next_sibling(self) -> np.ndarray:
+    def next_sibling(self) -> NDArray[np.int32]:
         """int32 [nodes]: the next higher node with the same parent, or -1. Roots are siblings of each other."""
         return self._links[1]
 
     @functools.cached_property
-    def roots(self) -> np.ndarray:
+    def roots(self) -> NDArray[np.int32]:
         """int32: the nodes without a parent."""
         return _frozen(np.flatnonzero(self.parents < 0).astype(np.int32))
 
     @functools.cached_property
-    def leaves(self) -> np.ndarray:
+    def leaves(self) -> NDArray[np.int32]:
         """int32: the nodes without children."""
         return _frozen(np.flatnonzero(self.first_child < 0).astype(np.int32))
 
@@ -220,7 +224,7 @@ class Tree:
         return bool((np.diff(self.depths) >= 0).all())
 
     @functools.cached_property
-    def levels(self) -> np.ndarray:
+    def levels(self) -> NDArray[np.int32]:
         """int32 [depth + 2]: the nodes of depth d are `levels[d]` to `levels[d + 1] - 1`.
 
         Raises:
@@ -231,7 +235,13 @@ class Tree:
 
     # ---- views for people, tests and models
 
-    def paths(self, *, padded: bool = False) -> list[tuple[int, ...]] | np.ndarray:
+    @overload
+    def paths(self, *, padded: Literal[False] = False) -> list[tuple[int, ...]]: ...
+
+    @overload
+    def paths(self, *, padded: Literal[True]) -> NDArray[np.int32]: ...
+
+    def paths(self, *, padded: bool = False) -> list[tuple[int, ...]] | NDArray[np.int32]:
         """The nodes from a root to each leaf, in the order of `leaves`.
 
         Args:
@@ -255,12 +265,12 @@ class Tree:
             node = self.parents[node]
         return tuple(reversed(path))
 
-    def mask(self) -> np.ndarray:
+    def mask(self) -> NDArray[np.bool_]:
         """Which node (column) a node (row) sees, bool [nodes, nodes]. For tests and people; no kernel reads it."""
         nodes = np.arange(len(self))
         return (self.ancestors[:, nodes // 64] >> (nodes % 64).astype(np.uint64) & np.uint64(1)).astype(bool)
 
-    def position_ids(self, context_len: int) -> np.ndarray:
+    def position_ids(self, context_len: int) -> NDArray[np.int32]:
         """int32 [nodes]: the position of each node after `context_len` committed tokens, `context_len + depths`."""
         context_len = _positive("position_ids", "context_len", context_len, 0, 2**31 - 1 - len(self))
         return (self.depths + np.int32(context_len)).astype(np.int32)
@@ -410,7 +420,7 @@ def _depth_first(tree: Tree, max_levels: int) -> Iterator[list[int]]:
                 break
 
 
-def _frozen(array: np.ndarray) -> np.ndarray:
+def _frozen(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
     array.flags.writeable = False
     return array
 
@@ -425,7 +435,7 @@ def _positive(function: str, name: str, value: int, least: int = 1, most: int | 
     return int(value)
 
 
-def _check_parents(parents: Sequence[int] | np.ndarray) -> np.ndarray:
+def _check_parents(parents: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int32]:
     array = np.asarray(parents)
     if array.size == 0:
         array = array.astype(np.int64)

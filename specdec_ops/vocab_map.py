@@ -76,7 +76,7 @@ class VocabMap:
         """Entries of a row of draft logits."""
         return self.draft_to_target.shape[0]
 
-    def to(self, device) -> VocabMap:
+    def to(self, device: torch.device | str | int) -> VocabMap:
         """The same on another device."""
         other = object.__new__(VocabMap)
         other._set(self.draft_to_target.to(device), self.target_to_draft.to(device))

@@ -100,7 +100,7 @@ _SIZED = ("tree_attention", *_MAX_CUDA_VOCAB)  # ops whose last dimension decide
 _resolved: dict[tuple, Callable] = {}
 
 
-def backends(op: str, device="cpu") -> dict[str, str | None]:
+def backends(op: str, device: torch.device | str | int | torch.Tensor = "cpu") -> dict[str, str | None]:
     """Say which backends can run an op on a device.
 
     Args:

@@ -13,14 +13,21 @@ are not what PyTorch starts with, a shielded call sets them back and the last on
 import contextlib
 import functools
 import threading
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import ParamSpec, TypeVar
 
 import torch
 
 _PRODUCTS = ("mkldnn", "cuda")  # whose float32 products may be told to use 16 or 19 bits
 _AUTOCAST = ("cpu", "cuda")
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
 
 
-def shielded(function, without_gradients=torch.inference_mode):
+def shielded(
+    function: Callable[_P, _T], without_gradients: Callable[[], AbstractContextManager] = torch.inference_mode
+) -> Callable[_P, _T]:
     """`function` with the same result whatever surrounds the call.
 
     Args:
@@ -41,6 +48,11 @@ def shielded(function, without_gradients=torch.inference_mode):
             return function(*arguments, **options)
 
     return call
+
+
+def shielded_maker(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """`shielded` for what makes tensors that stay. As a decorator: type checkers lose a `functools.partial`'s types."""
+    return shielded(function, torch.no_grad)
 
 
 class _Process:

@@ -39,6 +39,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 
@@ -49,11 +51,12 @@ from specdec_ops.ops.acceptance.checks import check_fraction
 from ._links import follow, siblings, sum_along, write
 
 _MODULE = "compat.sgl_kernel"
+_T = TypeVar("_T")
 FULL_MASK, QLEN_ONLY, QLEN_ONLY_BITPACKING = 0, 1, 2
 """Layouts of build_tree_kernel_efficient's tree_mask."""
 
 
-def _either_spelling(function):
+def _either_spelling(function: Callable[..., _T]) -> Callable[..., _T]:
     """Let arguments named retrive_... be given as retrieve_... too."""
 
     @functools.wraps(function)

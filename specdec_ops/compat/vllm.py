@@ -35,7 +35,8 @@ before temperature, top-k and top-p.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
@@ -46,13 +47,14 @@ from ._chains import coins, masses
 
 PLACEHOLDER_TOKEN_ID = -1
 _NAME = "compat.vllm.rejection_sample"
+_T = TypeVar("_T")
 _SIXTH = 5
 """Where target_logits is among the arguments."""
 _SUM_BAND = 1e-2
 """How far from 1 a row of a 16-bit distribution may sum."""
 
 
-def _either_target(function):
+def _either_target(function: Callable[..., _T]) -> Callable[..., _T]:
     """Take target_probs= in place of target_logits, and look at what came by place. See the module."""
 
     @functools.wraps(function)

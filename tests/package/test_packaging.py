@@ -157,6 +157,7 @@ def test_wheel_is_complete(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     expected = {str(path.relative_to(ROOT)) for path in (ROOT / "specdec_ops").rglob("*.py")}
     expected |= {f"specdec_ops/{path.relative_to(ROOT)}" for path in (ROOT / "triton_kernels").rglob("*.py")}
+    expected |= {"specdec_ops/py.typed", "specdec_ops/_C.pyi"}  # what type checkers look for
     assert not expected - names, "missing from the wheel"
     others = {name for name in names - expected if ".dist-info/" not in name}
     assert len(others) == 1 and re.fullmatch(r"specdec_ops/_C\..*\.so", others.pop()), "more than one compiled module"

@@ -1,6 +1,6 @@
 """Attention of tree queries over a cache, and the merge of partial attentions."""
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 
@@ -37,6 +37,54 @@ class AttentionState(NamedTuple):
 
     out: torch.Tensor
     lse: torch.Tensor
+
+
+@overload
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    topology: Topology | None,
+    context_lens: torch.Tensor | int,
+    *,
+    page_table: torch.Tensor | None = None,
+    query_start: torch.Tensor | int = 0,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    return_lse: Literal[False] = False,
+    num_splits: int | None = None,
+    out: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> torch.Tensor: ...
+
+
+@overload
+def tree_attention(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    v_cache: torch.Tensor,
+    topology: Topology | None,
+    context_lens: torch.Tensor | int,
+    *,
+    page_table: torch.Tensor | None = None,
+    query_start: torch.Tensor | int = 0,
+    scale: float | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    alibi_slopes: torch.Tensor | None = None,
+    k_scale: float | None = None,
+    v_scale: float | None = None,
+    return_lse: Literal[True],
+    num_splits: int | None = None,
+    out: AttentionState | None = None,
+    backend: str = "auto",
+) -> AttentionState: ...
 
 
 def tree_attention(

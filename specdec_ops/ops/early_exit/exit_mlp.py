@@ -195,14 +195,14 @@ class AdaptiveThreshold:
     def __init__(
         self,
         requests: int,
-        device="cpu",
+        device: torch.device | str | int = "cpu",
         *,
         start: float = 0.5,
         target: float = 0.9,
         step: float = 0.01,
         memory: float = 0.5,
         inertia: float = 0.9,
-    ):
+    ) -> None:
         op = "AdaptiveThreshold"
         if not is_int(requests):
             raise TypeError(argument_error(op, "requests", "an int", requests))

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 
 import torch
 
 from specdec_ops._core.checks import KERNEL_DTYPES, argument_error, is_int
-from specdec_ops._core.shield import shielded
+from specdec_ops._core.shield import shielded_maker
 
 from .quantized_head import QuantizedHead, up
 
@@ -31,7 +30,7 @@ class HeadBounds:
     ends: tuple[int, ...]
     norms_after: torch.Tensor
 
-    def to(self, device) -> HeadBounds:
+    def to(self, device: torch.device | str | int) -> HeadBounds:
         """The same on another device."""
         return HeadBounds(self.ends, self.norms_after.to(device))
 
@@ -39,7 +38,7 @@ class HeadBounds:
         return f"<HeadBounds of {self.ends[-1]} entries in {len(self.ends)} parts on {self.norms_after.device}>"
 
 
-@functools.partial(shielded, without_gradients=torch.no_grad)
+@shielded_maker
 def bound_head(head: torch.Tensor | QuantizedHead, ends: Sequence[int] | None = None) -> HeadBounds:
     """Bound the logits of the unread entries of a head, for `early_exit(..., bounds=...)`. Once, after loading.
 

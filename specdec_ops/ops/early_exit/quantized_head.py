@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import numpy as np
 import torch
 
 from specdec_ops._core.checks import KERNEL_DTYPES, argument_error
-from specdec_ops._core.shield import shielded
+from specdec_ops._core.shield import shielded_maker
 
 _GRAM_COLUMNS = 1024  # the errors' products are formed for this many columns: all would take dim / 1024 times as long
 
@@ -52,7 +51,7 @@ class QuantizedHead:
         """Bytes of everything here: vocab * (dim + 12) + 4."""
         return sum(getattr(self, field.name).nbytes for field in dataclasses.fields(self))
 
-    def to(self, device) -> QuantizedHead:
+    def to(self, device: torch.device | str | int) -> QuantizedHead:
         """The same on another device."""
         return QuantizedHead(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
 
@@ -60,7 +59,7 @@ class QuantizedHead:
         return f"<QuantizedHead of {self.vocab} x {self.dim} on {self.values.device}, {self.nbytes / 1e6:.1f} MB>"
 
 
-@functools.partial(shielded, without_gradients=torch.no_grad)
+@shielded_maker
 def quantize_head(head: torch.Tensor) -> QuantizedHead:
     """Make the int8 copy of a head: each row's largest magnitude becomes 127. Once, after loading the weights.
 
