@@ -69,7 +69,7 @@ del _folder, Path
 
 # "as" marks what is public, for type checkers. There is no __all__: with one, help() would print the whole help of
 # every name behind the index above.
-from . import published_trees
+from . import published_trees as published_trees
 from ._core.dispatch import backends as backends
 from .layer_cache import LayerCache as LayerCache
 from .ops.acceptance.accept import Acceptance as Acceptance

@@ -1,7 +1,7 @@
 """Saves the outputs of a fixed set of calls of every op, or compares with saved ones bit by bit: for refactorings.
 
-    python tests/saved_outputs.py save FILE       # before
-    python tests/saved_outputs.py compare FILE    # after, on the same machine and PyTorch; exit status 1: they differ
+    python -m tests.harness.saved_outputs save FILE       # before
+    python -m tests.harness.saved_outputs compare FILE    # after, on the same machine; exit status 1: they differ
 
 Every op runs with the definition (torch), with the CPU kernels on each instruction set that the processor has and one
 or two threads, with the emulated CUDA kernels and with interpreted Triton. The last two are slow, so they have small
