@@ -8,7 +8,7 @@
 #include "early_exit/cpu/screen_tile.h"
 
 int main() {
-  using namespace specdec::generic;
+  using namespace specdec::cpu::generic;
   constexpr double kRoom = 1e-5;
   for (int step = 0; step <= int(kSmallError * 1000); step++) {
     const float error = float(step) / 1000;

@@ -6,7 +6,7 @@
 
 #include "emulator.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 struct BFloat16 {
   uint16_t bits;
@@ -193,21 +193,20 @@ inline void cp_async_wait() {
   }
 }
 
-namespace emulator {
-inline void load_matrix(Collective collective, uint32_t (&fragments)[4], const void* row, Site site) {
-  Payload payload = {};
-  check_in_shared(row, 16, "a row of ldmatrix", site);
+inline void load_matrix(emulator::Collective collective, uint32_t (&fragments)[4], const void* row,
+                        emulator::Site site) {
+  emulator::Payload payload = {};
+  emulator::check_in_shared(row, 16, "a row of ldmatrix", site);
   const auto* elements = static_cast<const uint16_t*>(row);
   for (int i = 0; i < 4; ++i) payload.in[i] = elements[2 * i] | uint32_t(elements[2 * i + 1]) << 16;
-  warp_collective(collective, kAllLanes, payload, site);
+  emulator::warp_collective(collective, kAllLanes, payload, site);
   std::memcpy(fragments, payload.out, sizeof fragments);
 }
-}  // namespace emulator
 inline void ldmatrix_x4(uint32_t (&fragments)[4], const void* row, emulator::Site site = SPECDEC_HERE) {
-  emulator::load_matrix(emulator::Collective::kLoadMatrix, fragments, row, site);
+  load_matrix(emulator::Collective::kLoadMatrix, fragments, row, site);
 }
 inline void ldmatrix_x4_trans(uint32_t (&fragments)[4], const void* row, emulator::Site site = SPECDEC_HERE) {
-  emulator::load_matrix(emulator::Collective::kLoadMatrixTransposed, fragments, row, site);
+  load_matrix(emulator::Collective::kLoadMatrixTransposed, fragments, row, site);
 }
 template <class T>
 inline void mma_m16n8k16(float (&sum)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
@@ -262,4 +261,4 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
   return emulator::run(grid, block, shared_bytes, [](void* body) { (*static_cast<Body*>(body))(); }, &body);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -13,6 +13,7 @@
 #include "common/cuda/device.cuh"
 
 using namespace specdec;
+using namespace specdec::cuda;
 
 namespace {
 

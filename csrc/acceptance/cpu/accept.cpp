@@ -15,7 +15,7 @@
 #include "acceptance/cpu/row_reader.h"
 #include "acceptance/walk.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr int kKeptOfPath = 8;  // rows on whose path traversal goes back; the others never do
@@ -164,6 +164,12 @@ void accept_one(const AcceptParams& p, int32_t request, Workspace& workspace) {
 }
 
 }  // namespace
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 void accept_cpu(const AcceptParams& p, int threads) {
   threads = std::max(threads, 1);

@@ -10,7 +10,7 @@
 #include "acceptance/walk_base.h"
 #include "common/philox.h"
 
-namespace specdec {
+namespace specdec::cpu {
 
 constexpr int64_t kChunk = 16384;     // 32 or 64 KB: half of a small second-level cache with both rows of a pair
 constexpr int kGroup = 64;            // tokens whose weights are made at once: one word of a bit set
@@ -100,4 +100,4 @@ extern const RowKernels kRowKernels;
 // Those of the current instruction set.
 const RowKernels& row_kernels();
 
-}  // namespace specdec
+}  // namespace specdec::cpu

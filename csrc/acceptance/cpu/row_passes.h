@@ -16,7 +16,7 @@
 #include "common/cpu/max_of_halves.h"
 #include "common/cpu/simd_int.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 constexpr int kPeakBlock = 8192;  // entries of which only the greatest is wanted
 
@@ -473,4 +473,4 @@ static void top(const RowSpan& span, DrawSink* sink) { SPECDEC_BY_DTYPE(span.dty
 
 extern const RowKernels kRowKernels = {scan, above, collect, kept, weigh, rho_sums, top};
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

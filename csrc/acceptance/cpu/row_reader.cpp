@@ -8,7 +8,7 @@
 
 #include "common/cpu/isa.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -264,4 +264,4 @@ RhoSums RowReader::rho_sums(const DistributionRow& target, const DistributionRow
   return sums;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cpu

@@ -8,7 +8,7 @@
 #include "acceptance/cpu/row_kernels.h"
 #include "common/cpu/thread_pool.h"
 
-namespace specdec {
+namespace specdec::cpu {
 
 struct RowSettings {
   float temperature;
@@ -92,4 +92,4 @@ class RowReader {
   std::vector<uint64_t> order_, drawn_;
 };
 
-}  // namespace specdec
+}  // namespace specdec::cpu

@@ -8,7 +8,7 @@
 #include "acceptance/cpu/kernels.h"
 #include "acceptance/cpu/row_reader.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -92,6 +92,12 @@ class RowSampler {
 };
 
 }  // namespace
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 void sample_cpu(const SampleParams& p, int threads) {
   const int64_t rows = int64_t(p.batch) * p.rows;

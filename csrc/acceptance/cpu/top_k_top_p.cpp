@@ -15,7 +15,7 @@
 
 #include "acceptance/cpu/row_reader.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -248,4 +248,4 @@ ScanPart RowReader::scan(const View& view, ScanKind kind, float scale, KeptRow* 
   return whole;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cpu

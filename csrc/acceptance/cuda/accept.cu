@@ -10,7 +10,7 @@
 #include "acceptance/cuda/accept_eager.cuh"
 #include "acceptance/cuda/launchers.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 namespace {
 
@@ -30,6 +30,12 @@ bool is_too_large(const AcceptParams& p) {
 
 }  // namespace
 
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
+
 CallScratch accept_scratch(const AcceptLaunch& arguments) {
   AcceptLaunch launch = arguments;
   return lay_out(launch, takes_eager_path(launch));
@@ -47,16 +53,16 @@ cudaError_t accept_cuda(const AcceptLaunch& arguments, int device, cudaStream_t 
   if (row_blocks > kMaxBlocks) return cudaErrorInvalidValue;
   const dim3 span_threads(team_threads(min(p.vocab, kEagerSpan)));
   if (eager) {
-    const cudaError_t error = specdec::launch(accept_distributions_kernel, dim3(unsigned(row_blocks)), span_threads,
-                                              reduce_bytes + CutScratch::bytes(), device, stream, launch);
+    const cudaError_t error = cuda::launch(accept_distributions_kernel, dim3(unsigned(row_blocks)), span_threads,
+                                           reduce_bytes + CutScratch::bytes(), device, stream, launch);
     if (error != cudaSuccess) return error;
   }
   const dim3 walk_threads(p.target_is_ids ? kWarpSize : min(kWarpSize + team_threads(p.vocab), kWalkMaxThreads));
   const cudaError_t error =
-      specdec::launch(accept_walk_kernel, dim3(p.batch), walk_threads, WalkShared::bytes(p), device, stream, launch);
+      cuda::launch(accept_walk_kernel, dim3(p.batch), walk_threads, WalkShared::bytes(p), device, stream, launch);
   if (error != cudaSuccess || !eager) return error;
-  return specdec::launch(accept_draw_kernel, dim3(unsigned(p.batch * launch.spans)), span_threads, reduce_bytes, device,
-                         stream, launch);
+  return cuda::launch(accept_draw_kernel, dim3(unsigned(p.batch * launch.spans)), span_threads, reduce_bytes, device,
+                      stream, launch);
 }
 
 }  // namespace specdec

@@ -23,7 +23,7 @@
 #include "common/cuda/block_team.cuh"
 #include "common/cuda/device.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int kPostedBarrier = 2, kServedBarrier = 3;
 constexpr int32_t kMaxStagedNodes = 1024;
@@ -423,4 +423,4 @@ __global__ void __launch_bounds__(kWalkMaxThreads, 1) accept_walk_kernel(AcceptL
   }
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -7,7 +7,7 @@
 #include "acceptance/cuda/accept_scratch.cuh"
 #include "common/cuda/last_block.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // Whether the walk can ask for a row: of the target that of every node, of the draft those with a child, or with rows
 // of their own all but node 0's. The memory of other draft rows may not exist.
@@ -96,4 +96,4 @@ __global__ void __launch_bounds__(kTeamMaxThreads, 1) accept_draw_kernel(AcceptL
   }
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

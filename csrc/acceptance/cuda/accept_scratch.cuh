@@ -8,7 +8,7 @@
 #include "acceptance/walk.h"
 #include "common/cuda/device.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int32_t kEagerSpan = 8192;  // tokens of a row that one block reads: two chunks for each of 512 threads
 
@@ -81,4 +81,4 @@ __device__ inline Sampling row_sampling(const RequestRows& rows, bool of_target)
   return sampling_of(of_target ? rows.p.target_sampling : rows.p.draft_sampling, rows.request);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -14,7 +14,7 @@
 #include "common/cuda/device.cuh"
 #include "common/types.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int32_t kChunk = 8;
 
@@ -152,4 +152,4 @@ __device__ __forceinline__ void stream_chunks(const BlockTeam& team, const Row& 
   }
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

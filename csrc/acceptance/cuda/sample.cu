@@ -3,7 +3,7 @@
 
 #include "acceptance/cuda/launchers.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 namespace {
 
@@ -19,6 +19,12 @@ CallScratch lay_out(SampleLaunch& launch) {
 
 }  // namespace
 
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
+
 CallScratch sample_scratch(const SampleLaunch& arguments) {
   SampleLaunch launch = arguments;
   return lay_out(launch);
@@ -32,8 +38,8 @@ cudaError_t sample_cuda(const SampleLaunch& arguments, int device, cudaStream_t 
   if (p.batch == 0) return cudaSuccess;
   if (p.vocab > kSampleMaxVocab || rows * launch.spans > 0x7fffffff) return cudaErrorInvalidValue;
   const size_t shared_bytes = SharedMemory::bytes<uint32_t>(TeamReducer::kWords) + CutScratch::bytes();
-  return specdec::launch(sample_kernel, dim3(unsigned(rows > 0 ? rows * launch.spans : p.batch)),
-                         dim3(team_threads(min(p.vocab, kSampleSpan))), shared_bytes, device, stream, launch);
+  return cuda::launch(sample_kernel, dim3(unsigned(rows > 0 ? rows * launch.spans : p.batch)),
+                      dim3(team_threads(min(p.vocab, kSampleSpan))), shared_bytes, device, stream, launch);
 }
 
 }  // namespace specdec

@@ -15,7 +15,7 @@
 #include "acceptance/cuda/weighted_draw.cuh"
 #include "common/cuda/last_block.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int32_t kSampleSpan = 8192;
 
@@ -228,4 +228,4 @@ __global__ void __launch_bounds__(kTeamMaxThreads, 1) sample_kernel(SampleLaunch
   p.status[row.request] = all;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

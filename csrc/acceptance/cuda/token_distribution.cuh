@@ -11,7 +11,7 @@
 #include "acceptance/walk.h"
 #include "common/cuda/block_team.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr float kLog2E = 1.44269504088896340736f;
 
@@ -120,4 +120,4 @@ __device__ inline void add_up(TeamReducer& reduce, const Row& row, TokenDistribu
   distribution.entropy = logf(all.sum) - all.product * distribution.inverse_sum * distribution.scale * (1.0f / kLog2E);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -16,7 +16,7 @@
 #include "acceptance/cuda/token_distribution.cuh"
 #include "common/cuda/block_team.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int kCutBins = 1024, kCutBinBits = 10, kCutCandidates = 512;
 constexpr int kRankIdBits = 20;  // ids fit: see kAcceptMaxVocab and kSampleMaxVocab
@@ -231,4 +231,4 @@ __device__ inline TokenDistribution finished_distribution(TeamReducer& reduce, c
   return distribution;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

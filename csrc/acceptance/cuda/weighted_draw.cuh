@@ -11,7 +11,7 @@
 #include "common/cuda/block_team.cuh"
 #include "common/philox.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // The rows of one request.
 struct RequestRows {
@@ -219,4 +219,4 @@ __device__ inline uint64_t greatest_logit(TeamReducer& reduce, const Row& row, S
   return reduce.greatest(best);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

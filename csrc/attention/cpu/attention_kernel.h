@@ -22,7 +22,7 @@
 #include "attention/cpu/slots.h"
 #include "attention/cpu/visibility.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 constexpr float kNoMaximum = -1e30f;  // finite, so that subtracting it from itself is 0
 constexpr float kMaximumSlack = 8.0f;
@@ -427,4 +427,4 @@ const TaskKernel kAttentionKernel = {AttentionKernel<Engine>::partial_size, Atte
                                      AttentionKernel<Engine>::attend, AttentionKernel<Engine>::merge,
                                      AttentionKernel<Engine>::finish};
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -11,7 +11,7 @@
 
 #if defined(__AMX_BF16__)
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 // The compiler does not know that the tile instructions read memory (GCC's intrinsics don't say so): stores before them
 // could be delayed past them, or dropped. This orders them.
@@ -241,6 +241,6 @@ struct AmxEngine {
   }
 };
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA
 
 #endif

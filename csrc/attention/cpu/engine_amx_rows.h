@@ -14,7 +14,7 @@
 
 #if defined(__AMX_BF16__)
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 // Outputs of 16 rows as matrix tiles [dim / 32][even, odd][16 rows][16 dims]; dims past `dim` are never read.
 struct RowOutput {
@@ -154,6 +154,6 @@ struct AmxRowsEngine {
   }
 };
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA
 
 #endif

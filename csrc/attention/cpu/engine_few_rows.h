@@ -9,7 +9,7 @@
 
 #include "attention/cpu/engine_fma.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 // Outputs as [rows][dim].
 struct FewRowsOutput {
@@ -171,4 +171,4 @@ static const TaskKernel* select_float_kernel(DType dtype, int rows) {
   return nullptr;
 }
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -12,7 +12,7 @@
 
 #if defined(__AVX512BF16__)
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 // Outputs as [rows][dim rounded up to 32], each 32 dims in the order that interleaving leaves.
 struct InterleavedOutput {
@@ -174,6 +174,6 @@ struct FewRowsBf16Engine {
   }
 };
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA
 
 #endif

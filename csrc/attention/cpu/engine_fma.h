@@ -6,7 +6,7 @@
 
 #include "attention/cpu/attention_kernel.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 struct MultiplyAdd {
   static SPECDEC_INLINE Vec apply(Vec accumulator, Vec a, Vec b) { return fma(a, b, accumulator); }
@@ -223,4 +223,4 @@ struct DotEngine {
 
 #endif
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -6,7 +6,7 @@
 #include "attention/params.h"
 #include "common/cpu/simd.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 template <class Storage>
 static void merge_rows_of(const MergeStatesParams& p, int64_t begin, int64_t end) {
@@ -59,4 +59,4 @@ void merge_rows(const MergeStatesParams& p, int64_t begin, int64_t end) {
   }
 }
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

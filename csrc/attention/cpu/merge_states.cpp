@@ -7,6 +7,8 @@
 
 namespace specdec {
 
+using namespace cpu;
+
 void merge_states_cpu(const MergeStatesParams& p, int threads) {
   auto merge_rows = generic::merge_rows;
 #ifdef SPECDEC_X86

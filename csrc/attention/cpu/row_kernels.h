@@ -6,7 +6,6 @@
 namespace specdec {
 
 // The row-wise kernels of each instruction set (attention/cpu/merge.h).
-struct MergeStatesParams;
 #define SPECDEC_ROW_KERNELS(isa)                                           \
   namespace isa {                                                          \
   void merge_rows(const MergeStatesParams& p, int64_t begin, int64_t end); \

@@ -6,7 +6,7 @@
 
 #include "attention/cpu/tile.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 template <class Element>
 class TaskSlots {
@@ -87,4 +87,4 @@ class TaskSlots {
   const TreeAttentionParams& p_;
 };
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -12,7 +12,7 @@
 
 #include "attention/params.h"
 
-namespace specdec {
+namespace specdec::cpu {
 
 struct Task {
   const TreeAttentionParams* params;
@@ -63,4 +63,4 @@ namespace amx {
 const TaskKernel* select_kernel(DType dtype, int rows, int dim);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cpu

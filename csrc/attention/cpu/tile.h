@@ -4,7 +4,7 @@
 #include "attention/cpu/task.h"
 #include "common/cpu/simd.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 using Word = float __attribute__((may_alias));  // 32 bits of memory: one float, or a pair of bfloat16
 
@@ -71,4 +71,4 @@ struct ColumnOutput {
   }
 };
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -21,7 +21,7 @@
 #include "attention/cpu/task.h"
 #include "common/cpu/isa.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr int kSplitSlots = 2048;
@@ -357,6 +357,12 @@ void run(const std::vector<Plan>& plans, const Sizes& sizes, int threads) {
 }
 
 }  // namespace
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 void tree_attention_cpu(const TreeAttentionParams& p, int threads) {
   const std::vector<Plan> plans = make_plans(p);

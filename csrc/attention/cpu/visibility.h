@@ -5,7 +5,7 @@
 #include "attention/cpu/task.h"
 #include "common/cpu/simd.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 class Visibility {
  public:
@@ -103,4 +103,4 @@ class Visibility {
   int first_seen_, all_see_;
 };
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -3,7 +3,7 @@
 
 #include "attention/cuda/launchers.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 template cudaError_t merge_states<float, 4>(const MergeStatesParams&, int, cudaStream_t);
 template cudaError_t merge_states<float, 1>(const MergeStatesParams&, int, cudaStream_t);
@@ -21,6 +21,12 @@ cudaError_t merge(const MergeStatesParams& params, int device, cudaStream_t stre
 }
 
 }  // namespace
+
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
 
 cudaError_t merge_states_cuda(const MergeStatesParams& params, int device, cudaStream_t stream) {
   switch (params.dtype) {

@@ -15,7 +15,7 @@
 #include "attention/params.h"
 #include "common/cuda/device.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int kMergeStatesThreads = 256;
 
@@ -88,4 +88,4 @@ bool merges_in_packs(const MergeStatesParams& p) {
   return (addresses | (size_t(p.dim) * sizeof(T))) % 16 == 0;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -3,7 +3,7 @@
 #include "attention/cuda/launchers.h"
 #include "attention/cuda/tree_attention_kernel.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 #define SPECDEC_ELSEWHERE(T, Cache, dim) \
   extern template cudaError_t tree_attention<T, Cache, dim>(const TreeAttentionParams&, int, cudaStream_t)
@@ -71,6 +71,12 @@ cudaError_t attend_in(const TreeAttentionParams& params, int device, cudaStream_
 }
 
 }  // namespace
+
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
 
 TreeAttentionScratch tree_attention_scratch(const TreeAttentionParams& params) {
   TreeAttentionScratch most = {0, 0};  // of all devices

@@ -34,7 +34,7 @@
 
 #include "attention/cuda/tree_attention_tiles.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // A launch: the call and what the host derives from it. It serves `requests` of the batch, from first_request on.
 struct TreeAttentionLaunch {
@@ -292,4 +292,4 @@ __device__ __forceinline__ int32_t next_tile(const SeenNodes& seen, const BlockW
   return tile;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -3,7 +3,7 @@
 
 #include "attention/cuda/tree_attention.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // Where a slot's K and V start, in elements from the KV head's first one. A slot that must not be read has k -1.
 struct alignas(16) SlotPlace {
@@ -72,4 +72,4 @@ __device__ __forceinline__ void load_queries(typename Shape::T* q_tile, const Tr
   }
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

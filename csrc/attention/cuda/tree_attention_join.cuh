@@ -6,7 +6,7 @@
 
 #include "attention/cuda/tree_attention.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // Where a packed row's result goes.
 template <class T>
@@ -169,4 +169,4 @@ __device__ __forceinline__ void blank_rows(const TreeAttentionLaunch& launch, co
   }
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

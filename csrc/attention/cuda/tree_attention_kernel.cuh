@@ -5,7 +5,7 @@
 #include "attention/cuda/tree_attention_copies.cuh"
 #include "attention/cuda/tree_attention_join.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // The block's dynamic shared memory.
 template <class Shape>
@@ -223,4 +223,4 @@ cudaError_t tree_attention(const TreeAttentionParams& call, int device, cudaStre
   return launch_tree_attention<TileShape<T, Cache, kDim, 16>>(call, device, stream);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -12,7 +12,7 @@
 #include "attention/params.h"
 #include "common/cuda/device.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // T: the type of q and of the matrix instructions. Cache: T or Float8. kDim: the dimension, rounded up to one that is
 // compiled. kRows: packed query rows of a block.
@@ -259,4 +259,4 @@ __device__ __forceinline__ void finish_sums(WarpRows<Shape>& rows) {
   }
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

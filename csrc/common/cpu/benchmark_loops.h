@@ -9,7 +9,7 @@
 #include <immintrin.h>
 #endif
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 #define SPECDEC_LOOP_INLINE inline __attribute__((always_inline))
 
@@ -126,4 +126,4 @@ double multiply_adds(int64_t rounds) { return multiply_adds_of(rounds, std::make
 
 #endif
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -4,7 +4,7 @@
 
 #include "common/cpu/isa.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 auto reader() {
@@ -34,6 +34,12 @@ double (*multiplier(const std::string& isa))(int64_t) {
 }
 
 }  // namespace
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 uint64_t read_bytes(const void* address, size_t bytes, const ReadWay& way) {
   const auto read = reader();

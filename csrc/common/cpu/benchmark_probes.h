@@ -28,6 +28,10 @@ double multiply_adds(const std::string& isa, int64_t rounds, int threads);
 // Flushes a buffer from every cache. False where the processor offers no way to do it.
 bool evict_from_cache(const void* address, size_t bytes);
 
+}  // namespace specdec
+
+namespace specdec::cpu {
+
 // The same of one instruction set, for one thread (common/cpu/benchmark_loops.h).
 #define SPECDEC_INSTRUMENTS(isa)                                             \
   namespace isa {                                                            \
@@ -41,4 +45,4 @@ SPECDEC_INSTRUMENTS(avx512_bf16)
 SPECDEC_INSTRUMENTS(amx)
 #undef SPECDEC_INSTRUMENTS
 
-}  // namespace specdec
+}  // namespace specdec::cpu

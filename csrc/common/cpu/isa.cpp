@@ -9,7 +9,7 @@
 #include <unistd.h>
 #endif
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr const char* kNames[] = {"generic", "avx2", "avx512", "avx512_bf16", "amx"};
@@ -99,7 +99,4 @@ void limit_isa(const std::string& name) {
   selected() = name.empty() ? from_environment() : limited(parse(name, "the instruction set"));
 }
 
-std::string cpu_isa() { return isa_name(current_isa()); }
-void set_cpu_isa(const std::string& name) { limit_isa(name); }
-
-}  // namespace specdec
+}  // namespace specdec::cpu

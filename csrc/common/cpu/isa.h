@@ -5,6 +5,10 @@
 #include <string>
 
 namespace specdec {
+struct MergeStatesParams;
+}
+
+namespace specdec::cpu {
 
 enum class Isa { kGeneric, kAvx2, kAvx512, kAvx512Bf16, kAmx };
 
@@ -27,4 +31,4 @@ std::string cpu_isa();
 // Limits the instruction set from now on ("" removes the limit). For tests and benchmarks; not thread-safe.
 void set_cpu_isa(const std::string& name);
 
-}  // namespace specdec
+}  // namespace specdec::cpu

@@ -9,7 +9,7 @@
 
 #include "common/cpu/simd.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 struct Halves {
 #if defined(__AVX512F__)
@@ -76,6 +76,6 @@ static SPECDEC_INLINE bool half_peak(const uint16_t* at, int count, int infinity
   return true;
 }
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA
 
 #endif

@@ -20,7 +20,7 @@
 #define SPECDEC_INLINE inline __attribute__((always_inline))
 #define SPECDEC_UNROLL _Pragma("GCC unroll 32")
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kLn2 = 0.69314718055994531f;
@@ -390,4 +390,4 @@ struct Float16 {
   static SPECDEC_INLINE void store_vec(uint16_t* p, Vec v) { store_f16(p, v); }
 };
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -4,7 +4,7 @@
 #include "common/cpu/simd.h"
 #include "common/philox.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 #if defined(__AVX512F__)
 
@@ -205,4 +205,4 @@ static SPECDEC_INLINE void draw_uniforms(const NoiseKey& key, int32_t token, Vec
   for (int i = 0; i < 4; i++) uniform[i] = (to_float(c[i]) + splat(0.5f)) * splat(0x1p-32f);
 }
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -7,7 +7,7 @@
 #include <omp.h>
 #endif
 
-namespace specdec {
+namespace specdec::cpu {
 
 class ThreadPool {
  public:
@@ -46,4 +46,4 @@ class ThreadPool {
   int threads_;
 };
 
-}  // namespace specdec
+}  // namespace specdec::cpu

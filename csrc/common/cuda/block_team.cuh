@@ -11,7 +11,7 @@
 
 #include "common/cuda/device.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int kTeamMaxThreads = 512;
 constexpr int kTeamMaxWarps = kTeamMaxThreads / kWarpSize;
@@ -134,4 +134,4 @@ __device__ __forceinline__ uint64_t key_of(uint32_t greater_is_better, int32_t i
 }
 __device__ __forceinline__ int32_t id_of(uint64_t key) { return int32_t(0xffffffffu - uint32_t(key)); }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -15,7 +15,7 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int kWarpSize = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
@@ -35,7 +35,7 @@ struct Float8 {
   uint8_t bits;
 };
 
-}  // namespace specdec
+}  // namespace specdec::cuda
 
 #ifdef SPECDEC_EMULATED
 #include <emulated_device.h>
@@ -46,7 +46,7 @@ struct Float8 {
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
-namespace specdec {
+namespace specdec::cuda {
 
 using BFloat16 = __nv_bfloat16;
 using Float16 = __half;
@@ -345,6 +345,6 @@ cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_
   return cudaGetLastError();
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda
 
 #endif

@@ -4,7 +4,7 @@
 #include "acceptance/cuda/launchers.h"
 #include "topology/cuda/build_topology.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 namespace {
 
@@ -28,6 +28,12 @@ std::string not_built_for(int device) {
 }
 
 }  // namespace
+
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
 
 std::string explain(cudaError_t error, int device) {
   switch (error) {

@@ -4,7 +4,7 @@
 #include "common/cuda/block_team.cuh"
 #include "common/cuda/device.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // Whether this block is the last of `blocks` to come here. What all of them wrote before is visible to the last one.
 __device__ inline bool arrives_last(const BlockTeam& team, int32_t* counter, int32_t blocks) {
@@ -19,4 +19,4 @@ __device__ inline bool arrives_last(const BlockTeam& team, int32_t* counter, int
   return true;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

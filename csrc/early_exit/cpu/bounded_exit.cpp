@@ -19,7 +19,7 @@
 
 #include "early_exit/cpu/head_reader.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -79,6 +79,12 @@ std::vector<int> still_open(const BoundedParams& b, const std::vector<int>& open
 }
 
 }  // namespace
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 void bounded_exit_cpu(const BoundedParams& b, int threads) {
   const ExitParams& p = b.exit;

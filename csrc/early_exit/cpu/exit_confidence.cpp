@@ -13,7 +13,7 @@
 #include "common/cpu/isa.h"
 #include "early_exit/cpu/head_reader.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr int64_t kProductsPerThread = 1 << 18;  // below this many another thread does not pay
@@ -217,6 +217,12 @@ ThreadPool exit_threads(const ExitParams& p, int threads) {
   const double products = double(p.vocab) * p.dim * p.rows;
   return ThreadPool(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
 }
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 void exit_confidence_cpu(const ExitParams& p, int threads) {
   std::vector<int> rows(p.rows);

@@ -7,7 +7,7 @@
 
 #include "early_exit/params.h"
 
-namespace specdec {
+namespace specdec::cpu {
 
 constexpr int kExitTile = 64;      // rows of the head whose logits are made at once
 constexpr int kExitRowBlock = 60;  // hidden rows that are multiplied with a tile before the next ones
@@ -71,6 +71,10 @@ void pack(HeadType type, const float* y, int dim, char* packed, int row, int row
 void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits);
 double rounding_error(const float* y, int dim);  // the length of y - what `pack` makes of it
 }  // namespace avx512_vnni
+
+}  // namespace specdec::cpu
+
+namespace specdec {
 
 void exit_confidence_cpu(const ExitParams& params, int threads);
 

@@ -7,7 +7,7 @@
 
 #include "early_exit/cpu/head_reader.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr double kProductsPerThread = 1 << 18;  // below this many another thread does not pay
@@ -35,6 +35,12 @@ std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int
 }
 
 }  // namespace
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 void exit_mlp_cpu(const MlpParams& p, int threads) {
   ExitParams rows{};  // as hidden rows without a norm, they come in float32

@@ -6,7 +6,7 @@
 #include "common/cpu/thread_pool.h"
 #include "early_exit/cpu/exit_kernels.h"
 
-namespace specdec {
+namespace specdec::cpu {
 
 constexpr int kExitChunk = 512;         // rows of the head that one thread takes at a time
 constexpr int kMaxIntegerDim = 65'536;  // sums of int8 times uint8 fit into 32 bits
@@ -96,6 +96,10 @@ void read_head(const ExitParams& p, const std::vector<int>& rows, const ThreadPo
 
 // From the statistics of all rows, which of them exit.
 void decide_exits(const ExitParams& p);
+
+}  // namespace specdec::cpu
+
+namespace specdec {
 
 void screened_exit_cpu(const ScreenedParams& params, int threads);
 void bounded_exit_cpu(const BoundedParams& params, int threads);

@@ -5,7 +5,7 @@
 
 #include "early_exit/params.h"
 
-namespace specdec {
+namespace specdec::cpu {
 
 // How far logit v of one hidden row may lie from its approximation a:
 // by_error * error_norms[v] + by_norm * norms[v] + floor + kScreenRounding * |a|. See early_exit/cpu/screened_exit.cpp.
@@ -63,4 +63,4 @@ namespace avx512 {
 extern const ScreenKernels kScreenKernels;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cpu

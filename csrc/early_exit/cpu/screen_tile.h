@@ -5,7 +5,7 @@
 #include "common/cpu/simd_int.h"
 #include "early_exit/cpu/screen_kernels.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 constexpr float kLowest = -1e30f;  // masked logits: lower ones would make NaN of differences
 
@@ -139,4 +139,4 @@ static void weigh(const float* logits, int count, float first, float temperature
 
 const ScreenKernels kScreenKernels = {note, longest, scan, weigh};
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

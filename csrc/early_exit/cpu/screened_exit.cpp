@@ -34,7 +34,7 @@
 #include "early_exit/cpu/head_reader.h"
 #include "early_exit/cpu/screen_kernels.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
@@ -473,6 +473,12 @@ class Screen {
 };
 
 }  // namespace
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 void screened_exit_cpu(const ScreenedParams& s, int threads) {
   const ExitParams& p = s.exit;

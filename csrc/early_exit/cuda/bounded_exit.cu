@@ -3,7 +3,7 @@
 
 #include "early_exit/cuda/launchers.h"
 
-namespace specdec {
+namespace specdec::cuda {
 namespace {
 
 CallScratch lay_out(BoundedLaunch& launch) {
@@ -27,7 +27,7 @@ cudaError_t measure(const BoundedLaunch& launch, int device, cudaStream_t stream
   const ExitParams& p = launch.call.exit;
   const int64_t blocks = p.rows + (p.bias != nullptr ? int64_t(launch.call.parts - 1) * kBiasBlocks : 0);
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return specdec::launch(measure_exit_kernel, dim3(unsigned(blocks)), dim3(kMeasureThreads), 0, device, stream, launch);
+  return cuda::launch(measure_exit_kernel, dim3(unsigned(blocks)), dim3(kMeasureThreads), 0, device, stream, launch);
 }
 
 // Lists take turns: a part reads the one that the part before has written.
@@ -65,6 +65,12 @@ ExitLaunch part_of(const BoundedLaunch& launch, int32_t part) {
 }
 
 }  // namespace
+
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
 
 CallScratch bounded_exit_scratch(const BoundedLaunch& arguments) {
   BoundedLaunch launch = arguments;

@@ -25,7 +25,7 @@
 #include "early_exit/cuda/exit_part.cuh"
 #include "early_exit/cuda/exit_rows.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int32_t kBiasBlocks = 32;  // for each part
 constexpr int kMeasureThreads = 256;
@@ -92,4 +92,4 @@ __global__ void __launch_bounds__(kMeasureThreads) measure_exit_kernel(BoundedLa
   if (threadIdx.x == 0) biases[(part - 1) * kBiasBlocks + share] = greatest;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -2,7 +2,7 @@
 #include "early_exit/cuda/exit_confidence.cuh"
 #include "early_exit/cuda/launchers.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 extern template cudaError_t exit_confidence_of<BFloat16>(const ExitLaunch&, int, cudaStream_t);
 extern template cudaError_t exit_confidence_of<Float16>(const ExitLaunch&, int, cudaStream_t);
@@ -23,6 +23,12 @@ CallScratch lay_out(ExitLaunch& launch) {
 }
 
 }  // namespace
+
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
 
 CallScratch exit_confidence_scratch(const ExitLaunch& arguments) {
   ExitLaunch launch = arguments;

@@ -22,7 +22,7 @@
 #include "early_exit/cuda/exit_part.cuh"
 #include "early_exit/cuda/exit_rows.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // The block's dynamic shared memory.
 template <class Shape>
@@ -255,8 +255,8 @@ cudaError_t launch_exit_confidence(const ExitLaunch& arguments, int device, cuda
   launch.row_blocks = (launch.call.rows + Shape::kRows - 1) / Shape::kRows;
   const int64_t blocks = int64_t(launch.row_blocks) * launch.blocks;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return specdec::launch(exit_confidence_kernel<Shape>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
-                         ExitShared<Shape>::bytes(top_k_of(launch.call)), device, stream, launch);
+  return cuda::launch(exit_confidence_kernel<Shape>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
+                      ExitShared<Shape>::bytes(top_k_of(launch.call)), device, stream, launch);
 }
 
 constexpr int max_of_all(int a) { return a; }
@@ -294,4 +294,4 @@ cudaError_t exit_confidence_of(const ExitLaunch& launch, int device, cudaStream_
   }
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

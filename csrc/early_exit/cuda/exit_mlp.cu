@@ -3,7 +3,7 @@
 
 #include "early_exit/cuda/launchers.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 namespace {
 
@@ -31,6 +31,12 @@ int32_t lay_out(MlpLaunch& launch) {
 }
 
 }  // namespace
+
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
 
 CallScratch exit_mlp_scratch(const MlpLaunch& arguments) {
   MlpLaunch launch = arguments;

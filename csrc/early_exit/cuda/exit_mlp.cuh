@@ -25,7 +25,7 @@
 #include "common/cuda/last_block.cuh"
 #include "early_exit/cuda/mlp_launch.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int kMlpThreads = 256, kMlpWarps = kMlpThreads / kWarpSize;
 constexpr int kMlpUnits = 16, kMlpMaxUnits = 64;  // of a step, of a block
@@ -369,8 +369,8 @@ __global__ void __launch_bounds__(kMlpThreads, 1) exit_mlp_kernel(MlpLaunch laun
 
 template <int kRows>
 cudaError_t launch_exit_mlp(const MlpLaunch& launch, int32_t blocks, int device, cudaStream_t stream) {
-  return specdec::launch(exit_mlp_kernel<kRows>, dim3(unsigned(blocks)), dim3(kMlpThreads), MlpShared<kRows>::bytes(),
-                         device, stream, launch);
+  return cuda::launch(exit_mlp_kernel<kRows>, dim3(unsigned(blocks)), dim3(kMlpThreads), MlpShared<kRows>::bytes(),
+                      device, stream, launch);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

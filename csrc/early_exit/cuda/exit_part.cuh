@@ -5,7 +5,7 @@
 #include "early_exit/bound_verdict.h"
 #include "early_exit/cuda/exit_state.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // The greatest bias behind a part: of these, or 0 if there are none; NaN if there is a NaN. By a block.
 __device__ inline float greatest_of(TeamReducer& reduce, const float* numbers, int32_t count) {
@@ -68,4 +68,4 @@ __device__ inline int32_t list_open_rows(TeamReducer& reduce, const ExitLaunch& 
   return open;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

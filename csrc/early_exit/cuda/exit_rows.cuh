@@ -14,7 +14,7 @@
 
 #include "linear/cuda/few_row_tiles.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // Eight numbers of a row as they lie in memory; 16-bit ones fill the first half.
 struct RowUnit {
@@ -248,4 +248,4 @@ class RowStager {
   RowUnit hidden_;
 };
 
-}  // namespace specdec
+}  // namespace specdec::cuda

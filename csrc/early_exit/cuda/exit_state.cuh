@@ -9,7 +9,7 @@
 #include "common/cuda/block_team.cuh"
 #include "early_exit/cuda/exit_launch.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr float kLog2OfE = 1.4426950408889634f;
 constexpr float kLowestFall = -1e30f;  // 2 to the power of which is 0: -inf would make NaN of 0 * -inf
@@ -238,4 +238,4 @@ __device__ inline void decide(TeamReducer& reduce, const ExitParams& p) {
   if (reduce.team.rank == 0) *p.num_active = active;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -7,7 +7,7 @@
 #include "early_exit/cuda/exit_state.cuh"
 #include "early_exit/params.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr float kLowestLogit = -1e30f;     // masked logits: lower ones would make NaN of differences
 constexpr float kGreatestProduct = 1e30f;  // of lengths: above it a sum might overflow
@@ -144,4 +144,4 @@ __device__ inline bool is_settled(const ScreenStats& f, ExitMeasure measure, flo
   return measure == ExitMeasure::kNone || bounds.low > threshold || bounds.high < threshold;
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -3,7 +3,7 @@
 
 #include "early_exit/cuda/launchers.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 extern template cudaError_t screen_of<BFloat16>(const ScreenLaunch&, int, cudaStream_t);
 extern template cudaError_t screen_of<Float16>(const ScreenLaunch&, int, cudaStream_t);
@@ -45,6 +45,12 @@ CallScratch lay_out(ScreenLaunch& launch) {
 }
 
 }  // namespace
+
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
 
 CallScratch screened_exit_scratch(const ScreenLaunch& arguments) {
   ScreenLaunch launch = arguments;

@@ -26,7 +26,7 @@
 #include "early_exit/cuda/exit_confidence.cuh"
 #include "early_exit/cuda/screen_stats.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int32_t kSpanGroups = 16, kGroup = 128, kSpan = kSpanGroups * kGroup;
 constexpr int kSteps = 32;           // of counts
@@ -467,8 +467,8 @@ cudaError_t launch_screen(const ScreenLaunch& arguments, int device, cudaStream_
   launch.row_blocks = (p.rows + Shape::kRows - 1) / Shape::kRows;
   const int64_t blocks = int64_t(launch.row_blocks) * launch.blocks;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return specdec::launch(screen_kernel<Shape, Full>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
-                         ExitShared<Shape>::bytes(top_k_of(p)), device, stream, launch);
+  return cuda::launch(screen_kernel<Shape, Full>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
+                      ExitShared<Shape>::bytes(top_k_of(p)), device, stream, launch);
 }
 
 // The first two launches for a head of a type. Instantiated in early_exit/cuda/instantiations.
@@ -483,8 +483,8 @@ cudaError_t screen_of(const ScreenLaunch& launch, int device, cudaStream_t strea
   using Shape = HeadShape<Full, Full, 8, 1>;
   const int64_t blocks = int64_t(p.rows) * launch.spans;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
-  return specdec::launch(recheck_kernel<Shape>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
-                         ExitShared<Shape>::bytes(top_k_of(p)), device, stream, launch);
+  return cuda::launch(recheck_kernel<Shape>, dim3(unsigned(blocks)), dim3(Shape::kThreads),
+                      ExitShared<Shape>::bytes(top_k_of(p)), device, stream, launch);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -12,7 +12,7 @@
 #include "early_exit/cpu/head_reader.h"
 #include "kv/cpu/kernels.h"
 
-namespace specdec {
+namespace specdec::cpu {
 namespace {
 
 constexpr double kProductsPerThread = 1 << 18;  // below this many another thread does not pay
@@ -156,6 +156,12 @@ class LayerProduct {
 };
 
 }  // namespace
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 void kv_propagate_cpu(const KvPropagateParams& p, int threads) {
   const std::vector<Place> places = find_places(p);

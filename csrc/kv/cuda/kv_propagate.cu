@@ -3,11 +3,17 @@
 
 #include "kv/cuda/launchers.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 extern template cudaError_t kv_propagate<float>(KvLaunch&, int, cudaStream_t);
 extern template cudaError_t kv_propagate<BFloat16>(KvLaunch&, int, cudaStream_t);
 extern template cudaError_t kv_propagate<Float16>(KvLaunch&, int, cudaStream_t);
+
+}  // namespace specdec::cuda
+
+namespace specdec {
+
+using namespace cuda;
 
 cudaError_t kv_propagate_cuda(const KvPropagateParams& p, int device, cudaStream_t stream) {
   if (p.rows == 0 || p.count == 0) return cudaSuccess;

@@ -25,7 +25,7 @@
 #include "common/cuda/device.cuh"
 #include "kv/params.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int kKvThreads = 256, kKvWarps = kKvThreads / kWarpSize;
 constexpr int kKvChannels = 32;  // rows of a weight, in a block
@@ -462,4 +462,4 @@ cudaError_t kv_propagate(KvLaunch& kv, int device, cudaStream_t stream) {
   return launch_kv_propagate<T, kKvMaxRows>(kv, device, stream);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

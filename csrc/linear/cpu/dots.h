@@ -16,7 +16,7 @@
 #include "early_exit/cpu/exit_kernels.h"
 #include "linear/cpu/weight_streams.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 // 32-bit floats times elements that are widened to them.
 template <class Storage>
@@ -208,4 +208,4 @@ static void multiply_rows(const ExitTile& tile, const char* packed, int rows, in
   multiply_tile<Multiplier, kWidth / 4>(tile, hidden, rows, call_rows, logits);
 }
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -16,7 +16,7 @@
 #include "early_exit/cpu/exit_kernels.h"
 #include "linear/cpu/weight_streams.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 constexpr int kQuadDims = 8;      // of a row in a vector
 constexpr int kQuadVector = 32;   // elements: that of four rows
@@ -142,4 +142,4 @@ static void multiply_quads(const ExitTile& tile, const uint16_t* packed, int str
   }
 }
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -12,7 +12,7 @@
 #include "linear/cpu/quads.h"
 #endif
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 static void multiply(HeadType type, const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits) {
   with_head(type, [&](auto multiplier) {
@@ -180,4 +180,4 @@ static void normalise(const ExitParams& p, int row, float* y) {
 
 const ExitKernels kExitKernels = {normalise, packed_bytes, pack, round, multiply, absorb};
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -8,7 +8,7 @@
 #include "common/cpu/simd.h"
 #include "early_exit/cpu/exit_kernels.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 constexpr int kAheadBytes = 2048;
 constexpr int kMaxStreamed = 16;  // rows of a call: with more, products are what takes the time, and streams are rows
@@ -78,4 +78,4 @@ struct HeadGroup {
   }
 };
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -19,7 +19,7 @@
 #include "common/cuda/device.cuh"
 #include "early_exit/cuda/exit_launch.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 // Element: of the head; int8_t too. T: of hidden rows in shared memory. kRows: hidden rows of a block. kParts: numbers
 // of type T whose sum stands for a hidden one.
@@ -206,4 +206,4 @@ __device__ __forceinline__ void load_head(unsigned char* stage, const HeadRows& 
   }
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -10,7 +10,7 @@
 
 #include "topology/cpu/kernels.h"
 
-namespace specdec {
+namespace specdec::cpu {
 
 namespace {
 
@@ -61,6 +61,12 @@ void links(const int32_t* parents, int32_t* first_child, int32_t* next_sibling, 
 }
 
 }  // namespace
+
+}  // namespace specdec::cpu
+
+namespace specdec {
+
+using namespace cpu;
 
 void build_topology_cpu(const BuildTopologyParams& p, int threads) {
   const int64_t work = int64_t{p.batch} * p.nodes * (p.words + 2);

@@ -20,7 +20,7 @@
 #include "common/cuda/device.cuh"
 #include "topology/params.h"
 
-namespace specdec {
+namespace specdec::cuda {
 
 constexpr int32_t kBuildTopologyMaxNodes = 2048;  // 40 KiB of shared memory, which every GPU grants without asking
 
@@ -155,4 +155,4 @@ cudaError_t build_topology(const BuildTopologyParams& p, int device, cudaStream_
                 stream, p);
 }
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -1,7 +1,7 @@
 #define SPECDEC_ISA amx
 #include "attention/cpu/engine_amx_rows.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 // Packing V for the matrix unit pays above this many rows (measured at dim 128: equal at 32 to 48 rows).
 constexpr int kFewRows = 32;
@@ -11,4 +11,4 @@ const TaskKernel* select_kernel(DType dtype, int rows, int) {
   return rows <= kFewRows ? &kAttentionKernel<AmxRowsEngine> : &kAttentionKernel<AmxEngine<128>>;
 }
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

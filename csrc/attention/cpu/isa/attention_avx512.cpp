@@ -2,9 +2,9 @@
 #include "attention/cpu/engine_few_rows.h"
 #include "attention/cpu/merge.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 // Eight slots by two vectors of rows, or sixteen by one.
 const TaskKernel* select_kernel(DType dtype, int rows, int) { return select_float_kernel<2, 64>(dtype, rows); }
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -1,7 +1,7 @@
 #define SPECDEC_ISA avx512_bf16
 #include "attention/cpu/engine_few_rows_bf16.h"
 
-namespace specdec::SPECDEC_ISA {
+namespace specdec::cpu::SPECDEC_ISA {
 
 const TaskKernel* select_kernel(DType dtype, int rows, int) {
   if (dtype != DType::kBFloat16) return nullptr;
@@ -10,4 +10,4 @@ const TaskKernel* select_kernel(DType dtype, int rows, int) {
   return &kAttentionKernel<DotEngine>;
 }
 
-}  // namespace specdec::SPECDEC_ISA
+}  // namespace specdec::cpu::SPECDEC_ISA

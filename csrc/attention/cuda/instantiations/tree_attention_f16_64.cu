@@ -1,7 +1,7 @@
 #include "attention/cuda/tree_attention_kernel.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 template cudaError_t tree_attention<Float16, Float16, 64>(const TreeAttentionParams&, int, cudaStream_t);
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -1,7 +1,7 @@
 #include "early_exit/cuda/exit_confidence.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 template cudaError_t exit_confidence_of<float>(const ExitLaunch&, int, cudaStream_t);
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -1,7 +1,7 @@
 #include "kv/cuda/kv_propagate.cuh"
 
-namespace specdec {
+namespace specdec::cuda {
 
 template cudaError_t kv_propagate<float>(KvLaunch&, int, cudaStream_t);
 
-}  // namespace specdec
+}  // namespace specdec::cuda

@@ -11,7 +11,7 @@
 #include "early_exit/cpu/exit_kernels.h"
 #include "linear/cpu/weight_streams.h"
 
-namespace specdec::avx512_vnni {
+namespace specdec::cpu::avx512_vnni {
 
 constexpr int kStep = 64;              // bytes of a vector
 constexpr int kTogether = 8;           // dot products that are reduced together
@@ -208,4 +208,4 @@ void multiply(HeadType, const ExitTile& tile, const char* packed, int rows, int 
   }
 }
 
-}  // namespace specdec::avx512_vnni
+}  // namespace specdec::cpu::avx512_vnni
