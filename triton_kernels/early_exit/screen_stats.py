@@ -1,6 +1,6 @@
 """What a screen's sums say of a row: figures, and intervals in which those of the whole head lie. Scalars in float64.
 
-The sums are those of csrc/early_exit/cpu/screened_exit.cpp, which derives the bounds. Of the entries that were not
+The bounds are derived in csrc/early_exit/screen_bounds.h, which has the same in C++. Of the entries that were not
 rechecked (the tail), with approximations s = (a - reference) / T, weights w = exp(s) and bounds e of what s may be
 wrong by, each bin of approximations leaves
 

@@ -3,33 +3,11 @@
 
 #include <cstdint>
 
-#include "early_exit/params.h"
+#include "early_exit/screen_bounds.h"
 
 namespace specdec::cpu {
 
-// How far logit v of one hidden row may lie from its approximation a:
-// by_error * error_norms[v] + by_norm * norms[v] + floor + kScreenRounding * |a|. See early_exit/cpu/screened_exit.cpp.
-struct ScreenBound {
-  float by_error, by_norm, floor;
-};
-constexpr float kScreenRounding = 0x1p-21f;
 constexpr int kScreenStep = 64;  // entries at a time
-
-// What the entries that are not rechecked may add to the sum of exp((z - reference) / T). With approximations
-// s = (a - reference) / T, their weights w = exp(s), and bounds e of what s may be wrong by:
-struct ScreenTail {
-  double upper, lower;  // sums of exp(s + e) and of exp(s - e)
-  double weight;        // sum of w
-  double squares;       // of w^2
-  double peak;          // greatest w
-  double error;         // greatest e
-  double noise;         // greatest part of an e that is not by_error's
-  double upper_fall;    // not below the sum of exp(true s) * -(true s)
-  double lower_fall;    // not above it
-  double fall;          // sum of w * -s
-  double turn_squares;  // sum of (w * (1 + s))^2
-  double peak_fall;     // greatest w * -s
-};
 
 struct ScreenScan {
   ScreenBound bound;

@@ -7,8 +7,6 @@
 
 namespace specdec::cpu::SPECDEC_ISA {
 
-constexpr float kLowest = -1e30f;  // masked logits: lower ones would make NaN of differences
-
 // Of a vector of approximations, the part of the bound that is not by_error's, then all of it.
 static SPECDEC_INLINE Vec noise_of(const ScreenBound& bound, Vec approximate, Vec norms) {
   const Vec size = maximum(approximate, splat(0.0f) - approximate);
@@ -24,7 +22,7 @@ static bool note(const float* approximate, const float* error_norms, const float
   const Vec infinity = splat(__builtin_inff());
   unsigned finite = kAll;
   for (int i = 0; i < count; i += kWidth) {
-    const Vec a = load(approximate + i), clamped = maximum(a, splat(kLowest));
+    const Vec a = load(approximate + i), clamped = maximum(a, splat(kLowestLogit));
     finite &= lanes_above(infinity, a);
     const Vec error = error_of(bound, noise_of(bound, clamped, load(norms + i)), load(error_norms + i));
     const Vec low = a - error;
@@ -70,7 +68,7 @@ static int scan(const float* approximate, const float* error_norms, const float*
   Vec upper_fall = zero, lower_fall = zero, fall = zero, turn_squares = zero, peak_fall = zero;
   int found = 0;
   for (int i = 0; i < count; i += kWidth) {
-    const Vec original = load(approximate + i), a = maximum(original, splat(kLowest));
+    const Vec original = load(approximate + i), a = maximum(original, splat(kLowestLogit));
     const Vec noise = noise_of(s.bound, a, load(norms + i));
     const Vec error = error_of(s.bound, noise, load(error_norms + i));
     const unsigned below = lanes_above(splat(s.cut), a + error) & ~lanes_above(a, splat(s.deep));

@@ -6,22 +6,11 @@
 // interval. Where that leaves the decision open or max_prob vaguer than the tolerance, the heaviest of them are
 // rechecked as well; where an eighth of the head would not do, the row falls back to the whole head.
 //
-// The bound. Let y be a row as exit_confidence multiplies it, r what the int8 kernel makes of it (y itself, or y in
-// 16 bits), W_v = s_v q_v + E_v an entry of the head. Then exactly
-//     W_v y = s_v q_v r + s_v q_v (y - r) + E_v y,
-// where |E_v y| <= |E_v| |y| and |s_v q_v (y - r)| <= norms[v] |y - r| (Cauchy and Schwarz). Both kernels sum n = dim
-// products in chains of at most n / 4 + 24 roundings, plus a handful of scales and the bias (an int8 sum is exact, but
-// turned to float twice), which makes errors of at most (n / 4 + 64) 2^-24 |y| |W_v| each, |W_v| <= norms[v] +
-// error_norms[v]; what the bias adds is covered by 2^-21 of the approximation. Numbers that a dot product of bfloat16
-// takes for zero are below 2^-126 and cost less than 2^-125 (sqrt(n) (|y| + |W_v|) + n). All of it is rounded outward.
-//
-// The sum. With w_v = exp(approximation / T) of the entries in the tail, whose true logits are off by d_v / T:
-//   (1) each by itself: the sum lies between those of exp at both ends.
-//   (2) together: d = E y + noise, and |E y| as a vector over all entries is at most gain |y|, where gain, the spectral
-//       norm of E, is a small part of what its rows could do one by one. As 1 + x <= exp(x) <= 1 + x + c x^2 for
-//       |x| <= X, c = (exp(X) - 1 - X) / X^2, the sum is off by at most |w| B below and |w| B + c max(w) B^2 above,
-//       B = gain |y| / T, times exp(noise). The entropy's sum goes likewise.
-// The narrower end of each holds. kFloatRoom covers the float sums here and those of exit_confidence.
+// Why that is sound is derived in early_exit/screen_bounds.h. Here both kernels sum n = dim products in chains of at
+// most n / 4 + 24 roundings, plus a handful of scales and the bias (an int8 sum is exact, but turned to float twice),
+// which makes errors of at most (n / 4 + 64) 2^-24 |y| |W_v| each, |W_v| <= norms[v] + error_norms[v]; what the bias
+// adds is covered by kScreenRounding. Numbers that a dot product of bfloat16 takes for zero are below 2^-126 and cost
+// less than 2^-125 (sqrt(n) (|y| + |W_v|) + n). All of it is rounded outward.
 //
 // So reading ends where no entry that is left can change the decision. Without a copy (bounded_exit.cpp) it seldom ends
 // early: all that is known of an unread logit then is |W_v| |y|, far above real logits.
@@ -33,28 +22,17 @@
 #include "common/cpu/isa.h"
 #include "early_exit/cpu/head_reader.h"
 #include "early_exit/cpu/screen_kernels.h"
+#include "early_exit/screen_bounds.h"
 
 namespace specdec::cpu {
 namespace {
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-constexpr double kFloatRoom = 1e-4;       // relative
-constexpr double kOutward = 1 + 1e-6;     // for the rounding of the bound itself
-constexpr double kGreatest = 1e30;        // above this product of lengths a sum might overflow
 constexpr int kLeastLimit = 64;           // entries that may always be rechecked
 constexpr int kRecheckTile = 16;          // of which so many are rechecked at a time
 constexpr float kCandidates = -1;         // a depth below the best, of what is rechecked: candidates alone
 constexpr float kDeepest[] = {6.5f, 12};  // that are looked at: few rows need the second
 constexpr float kFinest = 0.25f;          // difference of depths that is made
-
-struct Interval {
-  double low, high;
-  Interval operator*(double positive) const { return {low * positive, high * positive}; }
-  Interval operator+(Interval other) const { return {low + other.low, high + other.high}; }
-  Interval operator+(double number) const { return {low + number, high + number}; }
-  Interval within(Interval other) const { return {std::max(low, other.low), std::min(high, other.high)}; }
-  double nearest(double number) const { return std::min(std::max(number, low), high); }
-};
 
 size_t whole_steps(size_t count) { return (count + kScreenStep - 1) / kScreenStep * kScreenStep; }
 
@@ -65,17 +43,6 @@ const ScreenKernels& screen_kernels() {
 #endif
   return generic::kScreenKernels;
 }
-
-// What is given as a figure, and what the whole head may have.
-struct Figure {
-  double value;
-  Interval bounds;
-  double error() const { return std::max(bounds.high - value, value - bounds.low); }
-};
-
-struct Stats {
-  Figure max_prob, margin, entropy;
-};
 
 void add(ScreenTail& tail, const ScreenTail& other) {
   tail.upper += other.upper;
@@ -90,46 +57,6 @@ void add(ScreenTail& tail, const ScreenTail& other) {
   tail.fall += other.fall;
   tail.turn_squares += other.turn_squares;
   tail.peak_fall = std::max(tail.peak_fall, other.peak_fall);
-}
-
-// exp(x) <= 1 + x + this * x^2 for |x| <= most.
-double curvature(double most) { return most < 1e-3 ? 0.501 : (std::expm1(most) - most) / (most * most) * kOutward; }
-
-// Rechecked logits, or what stands for them: the greatest two, the sum of exp((z - first) / T), and of the same times
-// (first - z) / T.
-struct Known {
-  float first, second;
-  double sum, fall;
-};
-
-// `spread` is B above.
-Stats stats_of(const Known& known, const ScreenTail& tail, float reference, double temperature, double spread) {
-  const double first = known.first, second = known.second, sum = known.sum, fall = known.fall;
-  Interval rest = {tail.lower, tail.upper};
-  Interval rest_fall = tail.error < 300 ? Interval{tail.lower_fall, tail.upper_fall} : Interval{0, kInfinity};
-  if (tail.error < 20) {
-    const double off = std::sqrt(tail.squares) * spread, more = curvature(tail.error) * tail.peak * spread * spread;
-    rest =
-        rest.within({(tail.weight - off) * std::exp(-tail.noise), (tail.weight + off + more) * std::exp(tail.noise)});
-    const double turned = std::sqrt(tail.turn_squares) * spread + tail.noise * (tail.weight + tail.fall);
-    const double bent = (tail.peak_fall + (tail.error + 2) * tail.peak) * spread * spread +
-                        (tail.fall + (tail.error + 2) * tail.weight) * tail.noise * tail.noise;
-    const double off_fall = turned + std::exp(tail.error) * bent;
-    rest_fall = rest_fall.within({tail.fall - off_fall, tail.fall + off_fall});
-  }
-  // The tail is measured from the reference, which lies `gap` below the first.
-  const double gap = (first - reference) / temperature, scale = std::exp(-gap);
-  const Interval all = rest * scale + sum;
-  const Interval all_fall = scale > 0 ? (rest_fall + rest * gap) * scale + fall : Interval{fall, fall};
-  const double lead = -std::expm1((second - first) / temperature);
-  const double size = sum + tail.weight * scale, size_fall = fall + (tail.fall + gap * tail.weight) * scale;
-  const Interval max_prob = {(1 - kFloatRoom) / all.high, (1 + kFloatRoom) / all.low};
-  const double highest = std::log(all.high) + all_fall.high / all.low, room = 2 * kFloatRoom * (1 + highest);
-  const Interval entropy = {std::max(0.0, std::log(all.low) + all_fall.low / all.high - room), highest + room};
-  const double value = std::min(1.0, max_prob.nearest(1 / size));
-  return {{value, max_prob},
-          {value * lead, max_prob * lead},
-          {entropy.nearest(std::log(size) + (scale > 0 ? size_fall : fall) / size), entropy}};
 }
 
 class Screen {
@@ -162,7 +89,7 @@ class Screen {
     std::vector<char> answered(rows_);
     const bool many = rows_ >= pool_.threads();
     (many ? pool_ : ThreadPool(1)).run(rows_, [&](int64_t row, int) {
-      answered[row] = lengths_[row] * most < kGreatest && answer(int(row), many ? ThreadPool(1) : pool_);
+      answered[row] = lengths_[row] * most < kGreatestProduct && answer(int(row), many ? ThreadPool(1) : pool_);
     });
     for (int row = 0; row < rows_; row++) {
       if (!answered[row]) fallen.push_back(first_row_ + row);
@@ -177,7 +104,7 @@ class Screen {
   struct Near {  // entries that are not far below the best, padded to whole steps of a scan, and the tail of the others
     std::vector<int32_t> entries;
     std::vector<float> approximate, error_norms, norms;
-    Known guess;  // what is known if the approximations are true
+    KnownLogits guess;  // what is known if the approximations are true
     ScreenTail far{};
   };
   struct Part {  // a chunk's entries of that kind, and the tail of its others
@@ -199,9 +126,9 @@ class Screen {
     const double sums = 2 * (p_.dim / 4.0 + 64) * 0x1p-24;
     const double vanishing = std::sqrt(double(p_.dim)) * 0x1p-125;
     lengths_[row] = length;  // NaN and infinity stay, and make the row fall back
-    bounds_[row] = {float((length * (1 + sums) + vanishing) * kOutward),
-                    float((rounding + length * sums + vanishing) * kOutward),
-                    float((vanishing * length + p_.dim * 0x1p-125) * kOutward)};
+    bounds_[row] = {float((length * (1 + sums) + vanishing) * kBoundOutward),
+                    float((rounding + length * sums + vanishing) * kBoundOutward),
+                    float((vanishing * length + p_.dim * 0x1p-125) * kBoundOutward)};
   }
 
   // kExitChunk of a vector [vocab], zeros where it ends.
@@ -285,16 +212,16 @@ class Screen {
   }
 
   // What logits say that are known, padded to whole steps, and of which these are the greatest two.
-  Known known(const std::vector<float>& z, float first, float second, float temperature) const {
-    Known of{first, second, 0, 0};
+  KnownLogits known(const std::vector<float>& z, float first, float second, float temperature) const {
+    KnownLogits of{first, second, 0, 0};
     looks_.weigh(z.data(), int(z.size()), first, temperature, of.sum, of.fall);
     return of;
   }
 
   // The statistics that come of what is known of a choice's logits.
-  Stats stats(int row, const Known& known, const ScreenTail& tail, const ScreenScan& scan) const {
-    const double spread = lengths_[row] * *s_.error_gain / scan.temperature * kOutward;
-    return stats_of(known, tail, scan.reference, scan.temperature, spread);
+  BoundedStats stats_of(int row, const KnownLogits& known, const ScreenTail& tail, const ScreenScan& scan) const {
+    const double spread = lengths_[row] * *s_.error_gain / scan.temperature * kBoundOutward;
+    return bounded_stats(known, tail, scan.reference, scan.temperature, spread);
   }
 
   // Whether a recheck should settle the row: judged by the approximations, before it is paid for. The greatest of them
@@ -303,10 +230,10 @@ class Screen {
     const ScreenTail tail = choose(near, scan, depth).tail;
     const double gap = (double(near.guess.first) - scan.reference) / scan.temperature, scale = std::exp(-gap);
     const double weight = (tail.weight - near.far.weight) * scale, fall = (tail.fall - near.far.fall) * scale;
-    Known guess = near.guess;
+    KnownLogits guess = near.guess;
     guess.sum = std::max(1.0, guess.sum - weight);
     guess.fall = std::max(0.0, guess.fall - fall - gap * weight);
-    return settled(first_row_ + row, stats(row, guess, tail, scan));
+    return settled(first_row_ + row, stats_of(row, guess, tail, scan));
   }
 
   // The least depth that promises to settle the row, or the deepest.
@@ -338,14 +265,8 @@ class Screen {
     return z;
   }
 
-  bool settled(int row, const Stats& f) const {
-    if (!(f.max_prob.error() <= s_.tolerance && f.margin.error() <= s_.tolerance)) return false;
-    const float limit = p_.thresholds ? p_.thresholds[row] : p_.threshold;
-    const Interval& bounds = (p_.measure == ExitMeasure::kEntropy  ? f.entropy
-                              : p_.measure == ExitMeasure::kMargin ? f.margin
-                                                                   : f.max_prob)
-                                 .bounds;
-    return p_.measure == ExitMeasure::kNone || bounds.low > limit || bounds.high < limit;
+  bool settled(int row, const BoundedStats& stats) const {
+    return is_settled(stats, p_.measure, p_.thresholds ? p_.thresholds[row] : p_.threshold, s_.tolerance);
   }
 
   // Lower bounds of as many of the greatest logits as are listed. False where they cannot be trusted.
@@ -403,10 +324,10 @@ class Screen {
         if (choice.places.empty() || choice.places.size() > limit) return false;
         reads += recheck(row, near, choice, last, z, pool);
         const ExitState best = best_of(z, near, choice);
-        const Known of_best = known(z, best.value[0], best.value[1], temperature);
-        const Stats f = stats(row, of_best, choice.tail, scan);
-        if (!settled(first_row_ + row, f)) continue;
-        write(first_row_ + row, best, f, temperature);
+        const KnownLogits of_best = known(z, best.value[0], best.value[1], temperature);
+        const BoundedStats stats = stats_of(row, of_best, choice.tail, scan);
+        if (!settled(first_row_ + row, stats)) continue;
+        write(first_row_ + row, best, stats, temperature);
         s_.rechecked[first_row_ + row] = reads;
         return true;
       }
@@ -439,13 +360,13 @@ class Screen {
     return best;
   }
 
-  void write(int row, const ExitState& best, const Stats& f, double temperature) const {
+  void write(int row, const ExitState& best, const BoundedStats& stats, double temperature) const {
     const auto token_of = [&](int32_t entry) { return p_.token_map ? p_.token_map[entry] : entry; };
-    const double max_prob = f.max_prob.value;
+    const double max_prob = stats.max_prob.value;
     p_.token[row] = token_of(best.entry[0]);
     p_.max_prob[row] = float(max_prob);
-    p_.margin[row] = float(f.margin.value);
-    p_.entropy[row] = float(f.entropy.value);
+    p_.margin[row] = float(stats.margin.value);
+    p_.entropy[row] = float(stats.entropy.value);
     p_.logsumexp[row] = float(best.value[0] / temperature - std::log(max_prob));
     p_.status[row] = 0;
     for (int k = 0; k < p_.top_k; k++) {

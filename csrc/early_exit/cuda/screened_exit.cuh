@@ -44,7 +44,7 @@ struct ScreenPlan {
 
 // What a span leaves of a row besides the state of its rechecked logits.
 struct SpanTail {
-  ScreenTail tail;
+  TailParts tail;
   float chosen;  // entries; above any limit: too many
 };
 constexpr int kTailNumbers = int(sizeof(SpanTail) / sizeof(float));
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) screen_kernel(ScreenLaunch
 
 // One look at a span: its entries that are to be rechecked, ascending, and what the others may add. Returns how many.
 __device__ inline int32_t look_at_span(TeamReducer& reduce, const ScreenLaunch& launch, const ScreenPlan& plan,
-                                       int32_t row, int32_t span, int32_t* entries, ScreenTail& tail) {
+                                       int32_t row, int32_t span, int32_t* entries, TailParts& tail) {
   const ExitParams& p = launch.call.exit;
   const float* approximate = ScreenScratch{launch}.approximate(row);
   const float degrees = 1.0f / temperature_of(p, row);
@@ -373,12 +373,13 @@ __device__ inline bool settle(const ScreenLaunch& launch, const StoredStates& kn
   const float limit = fmaxf(64.0f, float(p.vocab / 8));
   if (state.invalid != 0 || !(state.sum > 0.0f) || !(all.chosen <= limit)) return false;
 
-  ScreenStats stats;
+  BoundedStats stats;
   bool settled = false;
   if (lane == 0) {
     const double spread = double(plan.length) * *launch.call.error_gain / temperature * 1.00001;
-    stats = screen_stats(state.sum, double(state.weighted_logit_sum) / temperature, state.max, logit_of(second),
-                         all.tail, plan.reference, temperature, spread);
+    const KnownLogits rechecked = {state.max, logit_of(second), state.sum,
+                                   -(double(state.weighted_logit_sum) / temperature)};
+    stats = bounded_stats(rechecked, tail_of(all.tail), plan.reference, temperature, spread);
     const float threshold = p.thresholds != nullptr ? p.thresholds[row] : p.threshold;
     settled = is_settled(stats, p.measure, threshold, launch.call.tolerance);
     if (settled) {
