@@ -1,12 +1,9 @@
 // The acceptance rules, written once for the CPU and CUDA kernels.
 //
-// A walk decides one request. What it knows of the two models goes through a policy, `Rows`, which owns the logits and
-// the threads: a thread block, or on a CPU one thread and its helpers. All threads of a request run the same walk with
-// the same values, so every method of Rows is called by all of them (it may hold a barrier) and returns the same to all
-// of them; memory that the walk writes is written by one thread between two Rows::sync().
+// A walk decides one request. What it knows of the two models goes through WalkRows (acceptance/walk_rows.h), which
+// owns the logits and the threads.
 //
-// Every rejection rule has one form: after some siblings were rejected the next token's unnormalised distribution at a
-// node is
+// Every rejection rule has one form: after some siblings were rejected the next token's unnormalised distribution at a node is
 //     w(x) = max(0, p(x) - sum_i c_i q_i(x)),  0 for the rejected tokens,  N = sum_x w(x),
 // with one term for the draft row that proposed the siblings, or one for each sibling that has a row of its own. Only
 // rows of nodes that the walk reaches are read; a rejection costs one pass over them. Papers: Leviathan et al.
@@ -16,29 +13,11 @@
 //
 // Loops are bounded whatever the links hold: a child comes after its parent and a sibling after its elder one, else it
 // is taken as none, and the walks that can meet a node twice let only one parent have it.
-//
-// Rows, of one request:
-//   TokenDistribution target_distribution(node, bool with_entropy), draft_distribution(row)      the sampling
-//   parameters applied; greedy rule: argmax only float target_probability(distribution, node, token),
-//   draft_probability(distribution, row, token)
-//       of a token of the target's vocabulary
-//   Proposal draft_proposal(distribution, row, token)                     the latter, and whether the row could propose
-//   it void exclude(token), include(token), bool excluded(token)    visible after sync(); at first and at last there
-//   are none Pass pass(weights)                       the sum alone Pass draw(weights, NoiseKey)             sum and
-//   winner; if weights but no scores are above 0, the greatest weight void draw_top(weights, NoiseKey, count, int32_t*
-//   out)        the best `count`, then -1 where there are fewer; of p
-//       alone (no terms) every possible token can come, however unlikely it is next to those before it
-//   void top_logits(node, count, int32_t* out)                   ids of the greatest logits above -inf, then -1
-//   RhoSums rho_sums(node, target, draft, from, step)            sum of min(p, (from + (i + 1) * step) * q), i < 7
-//   float greatest_of_draft(distribution, row)        the greatest logit that the distribution keeps, of tokens not
-//   excluded; else -inf bool leader(); void sync();              one thread writes; all threads meet static float
-//   log(float), exp(float), exp2(float), log1p(float), expm1(float)
-// A distribution that is one_hot has probability 1 at its argmax (for a draft row: at the token whose draft id that
-// is).
 #pragma once
 
 #include "acceptance/walk_paths.h"
 #include "acceptance/walk_rejection.h"
+#include "acceptance/walk_rows.h"
 #include "acceptance/walk_target.h"
 
 namespace specdec {
@@ -46,6 +25,7 @@ namespace specdec {
 // Decides one request and writes its outputs. The rule must be the same for all threads, and should be for all blocks.
 template <class Rows>
 SPECDEC_WALK void accept_walk(const AcceptParams& p, int32_t request, Rows& rows, const WalkScratch& scratch) {
+  static_assert(WalkRowsCheck<Rows>::kHolds);
   const bool greedy = !(temperature_of(p.target_sampling, request) > 0);
   switch (p.rule) {
     case AcceptRule::kRecursive:

@@ -1,12 +1,11 @@
 // Rules that reject siblings one after the other and remember what that leaves of the target's distribution.
 //
 // Which sums may be differences, in float32? Those on the target's side: N, and 1 - alpha. A node is left with N, or
-// with S + 1 - alpha, in just as large a part of all runs, so an error of 1e-7 in them moves the result's distribution
-// by 1e-7, however small they are. What is left of a draft row is another matter: children are drawn without a coin, so
-// a row that has lost nearly all of its probability to the first of them is met in nearly all runs, and its later
-// children are judged by the rest alone. So that rest is summed wherever a difference would lose bits, and where it is
-// too small a number, the row's distribution is stated anew, in proportion to the greatest probability that is left
-// (take_from_draft).
+// with S + 1 - alpha, in just as large a part of all runs, so an error of 1e-7 in them moves the result's distribution by 1e-7,
+// however small they are. What is left of a draft row is another matter: children are drawn without a coin, so a row
+// that has lost nearly all of its probability to the first of them is met in nearly all runs, and its later children
+// are judged by the rest alone. So that rest is summed wherever a difference would lose bits, and where it is too small
+// a number, the row's distribution is stated anew, in proportion to the greatest probability that is left (take_from_draft).
 #pragma once
 
 #include "acceptance/walk_base.h"
@@ -64,8 +63,7 @@ class RejectionWalk : WalkBase<Rows> {
   }
 
  private:
-  // A child to be tested: what its draft gave it (1 where drafts are deterministic), and its own row's distribution, if
-  // any.
+  // A child to be tested: what its draft gave it (1 where drafts are deterministic), and its own row's distribution, if any.
   struct Candidate {
     int32_t child, token;
     float proposal;

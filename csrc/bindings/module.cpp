@@ -1,7 +1,7 @@
 // The Python module specdec_ops._C: addresses, sizes, strides and a stream in, nothing out.
 //
-// The callers in specdec_ops/_core/native.py have checked every argument. Addresses arrive as integers, so the module
-// knows no framework and is compiled without one. CPU calls release the interpreter lock.
+// The callers in specdec_ops/_core/native.py have checked every argument. Addresses arrive as integers, so the module knows
+// no framework and is compiled without one. CPU calls release the interpreter lock.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>

@@ -80,8 +80,7 @@ struct ScreenedParams {
   float tolerance;           // of max_prob and margin
 };
 
-// The same, reading the head in parts until every decision is certain (specdec_ops.HeadBounds,
-// early_exit/bound_verdict.h).
+// The same, reading the head in parts until every decision is certain (specdec_ops.HeadBounds, early_exit/bound_verdict.h).
 constexpr int32_t kMaxParts = 16;
 
 struct BoundedParams {

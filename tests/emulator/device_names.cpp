@@ -1,5 +1,5 @@
-// What the names of csrc/common/cuda/device.cuh do, in a program that the emulator and a GPU can both run: the proof
-// that the emulator means what the GPU means. 0 if every value is right.
+// What the names of csrc/common/cuda/device.cuh do, in a program that the emulator and a GPU can both run: the proof that
+// the emulator means what the GPU means. 0 if every value is right.
 //
 // The layouts of ldmatrix and mma are the formulas of CUTLASS (mma_traits_sm80.hpp, copy_traits_sm75.hpp), an author
 // other than the emulator's.

@@ -2,10 +2,10 @@
 //
 // With at least as many requests as threads, a thread owns a request from its first row to its last. With fewer, the
 // requests go one after the other and the threads share each row, chunk by chunk. Either way a request's result is the
-// same. A row is read from memory once, when its distribution is made; its exponentials are kept for the passes that
-// follow, which are over the last rows of target and draft, or over those of the path where a walk goes back on it.
-// Scratch: a thread holds one bit and eight bytes per token (traversal up to 64) and, by rule, states of one request's
-// nodes; filters hold eight bytes per token more.
+// same. A row is read from memory once, when its distribution is made; its exponentials are kept for the passes that follow,
+// which are over the last rows of target and draft, or over those of the path where a walk goes back on it. Scratch: a
+// thread holds one bit and eight bytes per token (traversal up to 64) and, by rule, states of one request's nodes;
+// filters hold eight bytes per token more.
 #include <algorithm>
 #include <cmath>
 #include <limits>

@@ -1,5 +1,5 @@
-// Sampling on CPUs: the distribution of a row, then one draw over it. With at least as many rows as threads a thread
-// owns a row, else the threads share each row, chunk by chunk.
+// Sampling on CPUs: the distribution of a row, then one draw over it. With at least as many rows as threads a thread owns a row,
+// else the threads share each row, chunk by chunk.
 #include <algorithm>
 #include <atomic>
 #include <cmath>

@@ -1,17 +1,17 @@
 // Acceptance on a GPU: from rows of logits to accepted tokens.
 //
 // Lazy path, one launch: a block owns a request. Its first warp walks the tree (accept_walk.h), all lanes alike, and
-// the other warps are a team that serves it: the distribution of a row, the sum of a node's weights, a draw. The walk
-// posts a task in shared memory and waits until it is served. So each pass over a row is compiled once, whatever the
-// number of rules that ask for it, the walk's state takes no registers from the passes, and a block reads what the walk
-// asks for and nothing else: the rows of the nodes it reaches, one pass for the distribution (three with top-k or
-// top-p, as a rule), one for each rejection that needs a sum, one for the draw that draws the next token. The links and
-// tokens of the tree are copied to shared memory first, for a walk is a chain of dependent reads.
+// the other warps are a team that serves it: the distribution of a row, the sum of a node's weights, a draw. The walk posts a
+// task in shared memory and waits until it is served. So each pass over a row is compiled once, whatever the number of
+// rules that ask for it, the walk's state takes no registers from the passes, and a block reads what the walk asks for
+// and nothing else: the rows of the nodes it reaches, one pass for the distribution (three with top-k or top-p, as a rule), one
+// for each rejection that needs a sum, one for the draw that draws the next token. The links and tokens of the tree are
+// copied to shared memory first, for a walk is a chain of dependent reads.
 //
-// Eager path, three launches, for few requests, where one block each would leave the GPU idle: the distributions of all
-// rows that have a node, each row split over blocks, the last one of which merges the parts in the order of the row and
-// applies the filters; then the walk as above, with distributions from memory and without its last draw; then that
-// draw, split over blocks in the same way. No block ever waits for another one.
+// Eager path, three launches, for few requests, where one block each would leave the GPU idle: the distributions of all rows
+// that have a node, each row split over blocks, the last one of which merges the parts in the order of the row and
+// applies the filters; then the walk as above, with distributions from memory and without its last draw; then that draw, split
+// over blocks in the same way. No block ever waits for another one.
 //
 // Shared memory: one bit per token of the vocabulary for tokens that can't be drawn any more, 16 KiB for cuts, 12 bytes
 // per node. Scratch in global memory: what the rule keeps per node or level, and the tables of the eager path.
@@ -328,8 +328,7 @@ class WorkerWarps {
     }
   }
 
-  // Excludes the first `drawn` tokens and makes the target's distribution relative to what is left. False where that
-  // can't be.
+  // Excludes the first `drawn` tokens and makes the target's distribution relative to what is left. False where that can't be.
   __device__ bool state_anew(const Task& task, int32_t drawn) {
     const Weights& weights = task.weights;
     if (weights.terms > 0 || weights.target.one_hot) return false;

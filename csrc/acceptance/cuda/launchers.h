@@ -1,5 +1,4 @@
-// The CUDA launchers of acceptance and sampling, as the bindings call them. They return errors, never synchronise and
-// never exit.
+// The CUDA launchers of acceptance and sampling, as the bindings call them. They return errors, never synchronise and never exit.
 #pragma once
 
 #include "acceptance/cuda/accept_launch.h"

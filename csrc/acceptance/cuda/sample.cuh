@@ -1,13 +1,13 @@
 // Sampling on a GPU, in one launch: the distribution of each row, then the best tokens of a weighted draw from it.
 //
-// A block has one span of 8,192 tokens of one row. It reads the span once for its part of the distribution and again
-// (from the cache) for the span's best `count` tokens, whose scores are with respect to the greatest logit of the span.
-// The block that arrives last at the row merges the parts in the order of the row, scales the scores to the greatest
-// logit of all, and picks the winners. A row with top-k or top-p draws nothing before its cut is known, so there the
-// last block does the rest alone; other rows have other last blocks. So it does where later tokens are so unlikely next
-// to the first that their scores are not sure: it goes on with the rest of the draw, relative to the greatest logit
-// that is left, which is one factor for all scores. It also describes the tokens, as the acceptance ops need it. A
-// second counter brings a request's rows together, for its status.
+// A block has one span of 8,192 tokens of one row. It reads the span once for its part of the distribution and again (from the
+// cache) for the span's best `count` tokens, whose scores are with respect to the greatest logit of the span. The block
+// that arrives last at the row merges the parts in the order of the row, scales the scores to the greatest logit of
+// all, and picks the winners. A row with top-k or top-p draws nothing before its cut is known, so there the last block
+// does the rest alone; other rows have other last blocks. So it does where later tokens are so unlikely next to the
+// first that their scores are not sure: it goes on with the rest of the draw, relative to the greatest logit that is
+// left, which is one factor for all scores. It also describes the tokens, as the acceptance ops need it.
+// A second counter brings a request's rows together, for its status.
 #pragma once
 
 #include "acceptance/cuda/accept_launch.h"

@@ -102,8 +102,7 @@ struct Moments {
   float sum, product;
 };
 
-// The sum and the natural entropy of a distribution whose cut is known: log of the sum minus the mean of the logits /
-// T.
+// The sum and the natural entropy of a distribution whose cut is known: log of the sum minus the mean of the logits / T.
 __device__ inline void add_up(TeamReducer& reduce, const Row& row, TokenDistribution& distribution) {
   Moments own{0, 0};
   for_each_chunk(reduce.team, row, whole(row), [&](int32_t first, const float (&logit)[kChunk]) {

@@ -1,10 +1,9 @@
 // The engine for a handful of rows (plain decoding, small groups): dims are the vector dimension.
 //
-// With the rows as lanes, as in attention/cpu/attention_kernel.h, four rows would leave most lanes idle. Here a score
-// is a dot product along the dims: kWidth accumulators for four rows and a few slots, reduced together so that the
-// reduction's shuffles are shared. Outputs are kept by rows, [row][dim], and take V as it lies. Nothing is packed: each
-// byte of K and V is touched once, which is all that matters when the kernel waits for memory. Weights still lie
-// [slot][row].
+// With the rows as lanes, as in attention/cpu/attention_kernel.h, four rows would leave most lanes idle. Here a score is a dot product along
+// the dims: kWidth accumulators for four rows and a few slots, reduced together so that the reduction's shuffles are
+// shared. Outputs are kept by rows, [row][dim], and take V as it lies. Nothing is packed: each byte of K and V is
+// touched once, which is all that matters when the kernel waits for memory. Weights still lie [slot][row].
 #pragma once
 
 #include "attention/cpu/engine_fma.h"

@@ -1,5 +1,4 @@
-// The engine for a handful of rows on processors with bfloat16 dot products: attention/cpu/engine_few_rows.h with pairs
-// for numbers.
+// The engine for a handful of rows on processors with bfloat16 dot products: attention/cpu/engine_few_rows.h with pairs for numbers.
 //
 // Scores: a dot product along the dims, two dims to a lane, K and Q as they lie in memory. Outputs: neighbouring slots
 // are the pairs. Two rows of V are interleaved in registers, which leaves the dims in an order of their own: of every

@@ -1,6 +1,5 @@
-// Tree attention on CPUs: checks what only a kernel can see, cuts the call into tasks and splits
-// (attention/cpu/task.h), and runs them on OpenMP threads. The arithmetic is in attention/cpu/attention_kernel.h and
-// the engines it is compiled with.
+// Tree attention on CPUs: checks what only a kernel can see, cuts the call into tasks and splits (attention/cpu/task.h), and runs
+// them on OpenMP threads. The arithmetic is in attention/cpu/attention_kernel.h and the engines it is compiled with.
 //
 // Tasks of many rows are worth a thread each, which folds their splits as it goes. Tasks of few rows wait for memory:
 // the kv heads of a request go through a split together, so that the cache is read in the order in which it lies, and

@@ -1,5 +1,4 @@
-// The CUDA launchers of tree_attention and merge_states, as the bindings call them. They return errors, never
-// synchronise and never exit.
+// The CUDA launchers of tree_attention and merge_states, as the bindings call them. They return errors, never synchronise and never exit.
 #pragma once
 
 #include "attention/params.h"

@@ -22,8 +22,8 @@
 // directly. Scratch is sized for requests that fill the cache; where a large batch would need more than 256 MiB,
 // several launches serve a slice of it each, one after the other, through the same scratch and counters.
 //
-// A row's result depends on its request alone, to the last bit: splits come from the context length, tiles lie on a
-// grid that does too, and each row's sums are made in the same order whatever the size of the block.
+// A row's result depends on its request alone, to the last bit: splits come from the context length, tiles lie on a grid
+// that does too, and each row's sums are made in the same order whatever the size of the block.
 //
 // Bytes: K and V once per KV head and row block (of 128 rows; of 64 for dims above 192 on devices with 99 KiB), q once
 // per split, out once; in the last split 8 per tree row and 64 nodes, twice, and 8 more per packed row and tail tile; 4
@@ -60,8 +60,8 @@ struct BlockWork {
 __host__ __device__ __forceinline__ int32_t at_least(int32_t a, int32_t b) { return a > b ? a : b; }
 __host__ __device__ __forceinline__ int32_t at_most(int32_t a, int32_t b) { return a < b ? a : b; }
 
-// Into how many splits to cut this many slots: 256 a split up to 16 splits, then 512 a split up to about 256 blocks
-// over the KV heads, which fills the largest GPUs twice with a single request.
+// Into how many splits to cut this many slots: 256 a split up to 16 splits, then 512 a split up to about 256 blocks over
+// the KV heads, which fills the largest GPUs twice with a single request.
 __host__ __device__ __forceinline__ int32_t splits_of(int32_t slots, int32_t kv_heads, int32_t num_splits) {
   if (num_splits > 0) return num_splits;
   const int32_t most = at_most(at_least(256 / kv_heads, 16), 128);

@@ -1,7 +1,7 @@
 // What becomes of tree_attention's sums: a row's output and log-sum-exp, and the join of the splits of a request.
 //
-// A split leaves [kRows, kDim] sums and [kRows, 2] maxima and totals. The last block to arrive reads them back, from
-// the L2 cache as a rule: a warp has a row, its lanes the columns, and 16 splits are under way at a time.
+// A split leaves [kRows, kDim] sums and [kRows, 2] maxima and totals. The last block to arrive reads them back, from the
+// L2 cache as a rule: a warp has a row, its lanes the columns, and 16 splits are under way at a time.
 #pragma once
 
 #include "attention/cuda/tree_attention.cuh"

@@ -1,10 +1,10 @@
 // Bounded abort on the CPU: the head is read a part at a time, by the rows that are still open.
 //
-// Behind each part a row's statistics are written from what it has seen, and early_exit/bound_verdict.h says whether
-// any entry that is left could change its decision or what it returns. The ceiling of the unread logits is the row's
-// length times the greatest length of an unread entry (Cauchy and Schwarz), plus the greatest bias among them. Parts
-// are read as exit_confidence reads the head: a row that sees all of a head whose parts end at multiples of kExitChunk
-// has its very statistics. Memory read: the parts that some row needed, the rows and their bounds.
+// Behind each part a row's statistics are written from what it has seen, and early_exit/bound_verdict.h says whether any entry
+// that is left could change its decision or what it returns. The ceiling of the unread logits is the row's length times
+// the greatest length of an unread entry (Cauchy and Schwarz), plus the greatest bias among them. Parts are read as
+// exit_confidence reads the head: a row that sees all of a head whose parts end at multiples of kExitChunk has its very
+// statistics. Memory read: the parts that some row needed, the rows and their bounds.
 //
 // Rounding, all of it outward. A product of n = dim numbers is summed in chains of at most n / 4 + 24 roundings, plus a
 // handful of scales, so it is at most (n / 4 + 64) 2^-24 |y| |W_v| above the exact one; numbers that a dot product of

@@ -63,8 +63,7 @@ namespace avx512_bf16 {
 extern const ExitKernels kExitKernels;
 }
 
-// Int8 heads by integer products (linear/cpu/isa/int8_tile_avx512_vnni.cpp), in place of the functions of the same
-// names above.
+// Int8 heads by integer products (linear/cpu/isa/int8_tile_avx512_vnni.cpp), in place of the functions of the same names above.
 namespace avx512_vnni {
 size_t packed_bytes(HeadType type, int dim);
 void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows, int call_rows);

@@ -113,8 +113,7 @@ __device__ __forceinline__ void absorb(RowState& state, const float (&z)[kCount]
   state.weighted_logit_sum += warp_sum(weighted_logit_sum);
 }
 
-// States of all rows in scratch: of each row [max, sum, weighted_logit_sum, invalid][slots], and its keys
-// [top_k][slots].
+// States of all rows in scratch: of each row [max, sum, weighted_logit_sum, invalid][slots], and its keys [top_k][slots].
 struct StoredStates {
   float* numbers;
   uint64_t* keys;

@@ -7,18 +7,18 @@
 //
 // Second launch: a block has every spans-th group of 128 entries of one row, 2,048 in all. It adds up what the entries
 // that are not rechecked may add (screen_stats.cuh), gathers the others into tiles of the head, and multiplies them
-// as exit_confidence does: their logits are its logits bit for bit. The row's last block forms the statistics with
-// their bounds. If they are settled it writes them, else the row goes onto the list of those that fell back; the last
-// block of all puts the list in order and, if it is empty, decides who exits.
+// as exit_confidence does: their logits are its logits bit for bit. The row's last block forms the statistics with their
+// bounds. If they are settled it writes them, else the row goes onto the list of those that fell back; the last block
+// of all puts the list in order and, if it is empty, decides who exits.
 //
 // Third launch: exit_confidence for the rows of the list; without any its blocks end at once.
 //
-// The bound is that of csrc/early_exit/cpu/screened_exit.cpp; what differs is how sums round. Both products sum two
-// (int8 rows in two parts: four) matrix instructions of 17 numbers each by themselves, of which one may cut off 17 last
-// bits of the greatest number, and dim / 32 or fewer such sums; float32 heads sum 32 products and dim / 32 sums. 1 /
-// rms comes from two orders of the same squares, chains of dim / 8 and dim / 32. All of it is below (256 + dim / 8) *
-// 2^-23 of the lengths' product. Rows become float16 numbers times a power of two for the copy: exactly, but for what
-// is below 2^-24 of the power, if the head has 16 bits, in two parts to 2^-20 if it has 32.
+// The bound is that of csrc/early_exit/cpu/screened_exit.cpp; what differs is how sums round. Both products sum two (int8 rows in
+// two parts: four) matrix instructions of 17 numbers each by themselves, of which one may cut off 17 last bits of the
+// greatest number, and dim / 32 or fewer such sums; float32 heads sum 32 products and dim / 32 sums. 1 / rms comes from
+// two orders of the same squares, chains of dim / 8 and dim / 32. All of it is below (256 + dim / 8) * 2^-23 of the
+// lengths' product. Rows become float16 numbers times a power of two for the copy: exactly, but for what is below 2^-24
+// of the power, if the head has 16 bits, in two parts to 2^-20 if it has 32.
 //
 // Bytes: the copy once (of up to 32 rows), vocab * 4 per row written and read, and dim * 2 for each rechecked entry.
 #pragma once

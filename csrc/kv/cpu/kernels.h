@@ -1,5 +1,5 @@
-// The CPU kernel of kv_propagate, as the bindings call it. It throws std::invalid_argument on a place that is not in
-// the cache, naming the argument and the row.
+// The CPU kernel of kv_propagate, as the bindings call it. It throws std::invalid_argument on a place that is not in the
+// cache, naming the argument and the row.
 #pragma once
 
 #include "kv/params.h"

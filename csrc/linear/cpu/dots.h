@@ -2,11 +2,11 @@
 //
 // Up to kWidth dot products are summed at once, in as many accumulators as a vector has lanes, and reduced together:
 // those of eight rows of the head with one hidden row, or of a quarter as many rows as there are lanes with four. Each
-// row of the head comes from a stream of its own (linear/cpu/weight_streams.h), in the first pass over the hidden rows,
-// and from the first-level cache in the following ones; hidden rows come from the second. They are packed in groups of
-// four whose steps alternate, so that a group is one stream of memory, which the hardware fetches ahead of use, and
-// rows that are a power of two apart do not fight for the same sets of a cache. With few hidden rows every row of the
-// head is read from its beginning to its end. With more, the dim is cut where a group's rows would not fit in the
+// row of the head comes from a stream of its own (linear/cpu/weight_streams.h), in the first pass over the hidden rows, and from
+// the first-level cache in the following ones; hidden rows come from the second. They are packed in groups of four
+// whose steps alternate, so that a group is one stream of memory, which the hardware fetches ahead of use, and rows
+// that are a power of two apart do not fight for the same sets of a cache. With few hidden rows every row of the head
+// is read from its beginning to its end. With more, the dim is cut where a group's rows would not fit in the
 // first-level cache.
 //
 // The order of a dot product's sum depends on the dim and on the number of rows of the call alone.

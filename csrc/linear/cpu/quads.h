@@ -6,10 +6,10 @@
 // rows of the head times three quads are 24 products for 11 loads. On Zen 4 this runs at 94 % of the peak of those
 // products with 4,096 dims and at 91 % with 768.
 //
-// Eight rows of the head, each from a stream of its own (linear/cpu/weight_streams.h), are multiplied with all quads
-// while they are near, and the next ones are fetched meanwhile; quads come from the second-level cache. Up to three are
-// packed with their steps in turn, so that a group is one stream of memory. The dim is cut where not all quads would
-// fit into that cache.
+// Eight rows of the head, each from a stream of its own (linear/cpu/weight_streams.h), are multiplied with all quads while they
+// are near, and the next ones are fetched meanwhile; quads come from the second-level cache. Up to three are packed
+// with their steps in turn, so that a group is one stream of memory. The dim is cut where not all quads would fit into
+// that cache.
 #pragma once
 
 #include "common/cpu/simd.h"

@@ -1,8 +1,8 @@
 // The early exit kernels (early_exit/cpu/exit_kernels.h) of one instruction set.
 //
-// Logits of a tile are dot products (linear/cpu/dots.h); those of a bfloat16 head with many rows have a form of their
-// own where the processor multiplies pairs (linear/cpu/quads.h). A row takes a tile's 64 logits in with two looks: for
-// those among its greatest, then for the exponentials.
+// Logits of a tile are dot products (linear/cpu/dots.h); those of a bfloat16 head with many rows have a form of their own
+// where the processor multiplies pairs (linear/cpu/quads.h). A row takes a tile's 64 logits in with two looks: for those
+// among its greatest, then for the exponentials.
 #pragma once
 
 #include "common/cpu/simd_int.h"

@@ -4,8 +4,7 @@
 // multiplies unsigned bytes with signed ones, so the head takes the unsigned side: (w + 128) is w with its top bit
 // turned over, and 128 * sum(high), 128 * sum(low) are taken off in the end. No sum can leave 32 bits up to a dim of
 // 65,536. Eight dot products of two limbs are sixteen sums, as many as are reduced together; with one hidden row they
-// are eight rows of the head. The head is read once, each of those rows from a stream of its own
-// (linear/cpu/weight_streams.h).
+// are eight rows of the head. The head is read once, each of those rows from a stream of its own (linear/cpu/weight_streams.h).
 #define SPECDEC_ISA avx512_vnni
 #include "common/cpu/simd.h"
 #include "early_exit/cpu/exit_kernels.h"
