@@ -5,6 +5,7 @@ kernel has written it. Launches depend on shapes alone: nothing syncs, and the c
 """
 
 import torch
+from specdec_ops.triton_kernels.common.launch import batch_stride, on
 
 from . import sample
 from .accept_kernels import accept_walk_kernel
@@ -43,14 +44,14 @@ def accept(
     if not ids:
         words = (size + 31) // 32 + columns * NODE_WORDS.value
         scratch = torch.empty((batch, words), dtype=torch.int32, device=target.device)
-    with sample.on(target.device):
+    with on(target.device):
         KERNELS.get(rule, accept_walk_kernel)[(batch,)](
             target, draft_tokens, draft, None if draft is None else target_to_draft, first_child, next_sibling,
             num_nodes, temperatures, top_ks, top_ps, draft_temperatures, draft_top_ks, draft_top_ps, seeds, positions,
             tokens, nodes, num_accepted, next_tokens, status, finished.view(torch.int8),
             scratch, *target.stride()[:2], *draft_tokens.stride(),
-            *((0, 0) if draft is None else draft.stride()[:2]), _batch_stride(first_child),
-            _batch_stride(next_sibling), _batch_stride(num_nodes), 0 if ids else scratch.shape[1], columns, size,
+            *((0, 0) if draft is None else draft.stride()[:2]), batch_stride(first_child),
+            batch_stride(next_sibling), batch_stride(num_nodes), 0 if ids else scratch.shape[1], columns, size,
             0 if draft is None else draft.shape[2], depths - 1, next_tokens.numel() // batch, temperature, top_k, top_p,
             draft_temperature, draft_top_k, draft_top_p, *sample.seed_words(seed or 0), position or 0,
             *eos, *[-1] * (MAX_EOS - len(eos)), *thresholds, RULE=RULES.index(rule), IDS=ids, REPLACEMENT=replacement,
@@ -58,7 +59,3 @@ def accept(
             DRAFT_FILTER=sample.filters(draft_top_k, draft_top_ks, draft_top_p, draft_top_ps), BLOCK=block,
             num_warps=sample.warps_of(block),
         )  # fmt: skip
-
-
-def _batch_stride(tensor):
-    return 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)

@@ -1,9 +1,8 @@
 """Launch of the sampling kernel: one program per row, one launch (and the clearing of a status shared by rows)."""
 
-import contextlib
-
 import torch
 import triton
+from specdec_ops.triton_kernels.common.launch import on
 
 from .sample_kernels import sample_kernel
 
@@ -27,13 +26,6 @@ def seed_words(seed: int) -> tuple[int, int]:
 def filters(top_k, top_ks, top_p, top_ps) -> bool:
     """Whether any request may have a filter, from what is known without reading a tensor."""
     return top_ks is not None or top_ps is not None or top_k > 0 or top_p < 1
-
-
-def on(device):
-    """The context of a tensor's GPU when it is not the current one: Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
 
 
 def sample(

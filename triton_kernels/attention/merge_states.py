@@ -8,11 +8,9 @@ A side that has seen nothing (lse -inf) has weight 0 and its output is not looke
 lse of NaN or +inf makes the row NaN.
 """
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
+from specdec_ops.triton_kernels.common.launch import on
 
 ROWS = 16
 
@@ -49,8 +47,7 @@ def merge_states(out_a, lse_a, out_b, lse_b, out, lse):
     rows, dim = lse.numel(), out.shape[-1]
     if rows == 0:
         return
-    elsewhere = out.is_cuda and out.device.index != torch.cuda.current_device()
-    with torch.cuda.device(out.device) if elsewhere else contextlib.nullcontext():
+    with on(out.device):
         merge_states_kernel[(triton.cdiv(rows, ROWS),)](
             out_a, lse_a, out_b, lse_b, out, lse, rows, DIM=dim, PADDED_DIM=triton.next_power_of_2(dim), ROWS=ROWS,
             num_warps=4, enable_fp_fusion=True,

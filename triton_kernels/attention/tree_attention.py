@@ -7,12 +7,12 @@ need is the floor. Launches depend on shapes alone: nothing syncs, and the call 
 Nothing is tuned at run time: block shapes come from a table, so that the same call always runs the same program.
 """
 
-import contextlib
 import functools
 from dataclasses import dataclass
 
 import torch
 import triton
+from specdec_ops.triton_kernels.common.launch import batch_stride, on
 
 from .tree_attention_kernels import merge_parts_kernel, tree_attention_kernel
 
@@ -125,10 +125,10 @@ def tree_attention(
 
     q_strides = (0, *q.stride()[:2]) if offsets is not None else q.stride()[:3]
     out_strides = (0, *out.stride()[:2]) if offsets is not None else out.stride()[:3]
-    num_nodes_stride = _batch_stride(num_nodes)
+    num_nodes_stride = batch_stride(num_nodes)
     nodes, words, node_stride = (0, 0, 0) if ancestors is None else (*ancestors.shape[1:], ancestors.stride(1))
     common = dict(CHUNK=shape.chunk, BLOCK_N=shape.slots, WINDOW=window > 0, enable_fp_fusion=True)
-    with _on(q.device):
+    with on(q.device):
         for first in range(0, batch, requests):
             count = min(requests, batch - first)
             blocks = triton.cdiv(max_queries * group, shape.rows)
@@ -136,7 +136,7 @@ def tree_attention(
                 q, k_cache, v_cache, out, lse, part_out, part_stats, ancestors, depths,
                 None if ancestors is None else num_nodes, offsets, context_lens, page_table, query_starts, sinks,
                 alibi_slopes, *q_strides, *out_strides, *k_cache.stride()[:3], *v_cache.stride()[:3],
-                _batch_stride(ancestors), node_stride, _batch_stride(depths), num_nodes_stride,
+                batch_stride(ancestors), node_stride, batch_stride(depths), num_nodes_stride,
                 0 if page_table is None else page_table.stride(0),
                 first, batch, heads, max_queries, q.shape[0], nodes, words, capacity, page_size, pages, query_start,
                 scale / softcap if softcap > 0.0 else scale * LOG2E, softcap * LOG2E, window, out_scale, num_splits,
@@ -157,14 +157,3 @@ def tree_attention(
 @functools.cache
 def _major(device):
     return torch.cuda.get_device_capability(device)[0] if device.type == "cuda" else 9
-
-
-def _batch_stride(tensor):
-    return 0 if tensor is None or tensor.shape[0] == 1 else tensor.stride(0)
-
-
-def _on(device):
-    """The context of a tensor's GPU when it is not the current one: Triton launches on the current device."""
-    if device.type != "cuda" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)

@@ -7,7 +7,7 @@ in a CUDA graph.
 
 import torch
 import triton
-from specdec_ops.triton_kernels.acceptance.sample import on
+from specdec_ops.triton_kernels.common.launch import on
 
 from .bounded_kernels import part_kernel, settle_kernel
 from .exit_confidence import DECISION_BLOCK, bytes_of, plan_of, prepare

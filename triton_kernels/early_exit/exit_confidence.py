@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 import triton
-from specdec_ops.triton_kernels.acceptance.sample import on
+from specdec_ops.triton_kernels.common.launch import on
 
 from .exit_kernels import COUNTERS, LISTS, head_kernel, merge_kernel, rows_kernel
 

@@ -22,6 +22,7 @@ in ascending order and of the listed ones the highest is dropped first.
 
 import triton
 import triton.language as tl
+from specdec_ops.triton_kernels.common.programs import arrives_last
 from specdec_ops.triton_kernels.common.token_rows import (
     LOG2E,
     NO_ID,
@@ -29,6 +30,7 @@ from specdec_ops.triton_kernels.common.token_rows import (
     request_setting,
     softmax_temperature,
 )
+from specdec_ops.triton_kernels.linear.products import narrowed, product, widened
 
 INVALID = tl.constexpr(1)
 SETTING_INVALID = tl.constexpr(4)
@@ -43,37 +45,6 @@ UNSOUND = tl.constexpr(3)
 LISTS = tl.constexpr(4)
 
 VOLATILE = ["rows", "vocab", "programs", "top_k"]
-
-
-@triton.jit
-def widened(x):
-    """As float32. Of bfloat16 by its bits, since Triton's interpreter has no numbers of that type."""
-    if x.dtype == tl.bfloat16:
-        return (x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    else:
-        return x.to(tl.float32)
-
-
-@triton.jit
-def narrowed(x, to: tl.constexpr, WIDEN: tl.constexpr):
-    """Float32 rounded to the nearest number of another type; by its bits where the interpreter would cut them off."""
-    if WIDEN and to == tl.bfloat16:
-        bits = x.to(tl.int32, bitcast=True)
-        nearest = bits + 0x7FFF + ((bits >> 16) & 1)
-        return (tl.where(x == x, nearest, bits | 0x400000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        return x.to(to)
-
-
-@triton.jit
-def product(a, b, sums, WIDEN: tl.constexpr):
-    """Add a b to the sums, where an int8 b is widened to a's type."""
-    if WIDEN:  # the interpreter would multiply the bit patterns of bfloat16
-        a = widened(a)
-        b = widened(b)
-    elif a.dtype != b.dtype:
-        b = b.to(a.dtype)
-    return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["norm_eps", "share"])
@@ -465,13 +436,6 @@ def decide(
         n = start + lane
         tl.store(active_rows + n, tl.full([BLOCK], -1, tl.int32), mask=(n >= active) & (n < rows))
     tl.store(num_active, active)
-
-
-@triton.jit
-def arrives_last(counter, expected):
-    """Whether this program is the last of `expected` to come here; what the others wrote before is then visible."""
-    tl.debug_barrier()
-    return tl.atomic_add(counter, 1, sem="acq_rel") == expected - 1
 
 
 @triton.jit(do_not_specialize=[*VOLATILE, "temperature", "threshold"])

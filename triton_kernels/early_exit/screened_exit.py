@@ -7,7 +7,7 @@ entries, rechecked logits), and 384 bytes per part. When all rows would need mor
 
 import torch
 import triton
-from specdec_ops.triton_kernels.acceptance.sample import on
+from specdec_ops.triton_kernels.common.launch import on
 
 from .exit_confidence import DECISION_BLOCK, block_shape, bytes_of, plan_of, prepare
 from .exit_kernels import COUNTERS, LISTS

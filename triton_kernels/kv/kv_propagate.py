@@ -16,8 +16,8 @@ to be copied to the device. Rows without a place (slot, request or page) are mul
 import torch
 import triton
 import triton.language as tl
-from specdec_ops.triton_kernels.acceptance.sample import on
-from specdec_ops.triton_kernels.early_exit.exit_kernels import narrowed, product, widened
+from specdec_ops.triton_kernels.common.launch import on
+from specdec_ops.triton_kernels.linear.products import narrowed, product, widened
 
 _VOLATILE = [
     "rows", "pages", "page_size", "kv_heads", "head_dim", "pairs", "batch", "capacity", "page_table_stride",

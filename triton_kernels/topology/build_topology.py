@@ -12,11 +12,9 @@ bytes per node and stay in cache; 16 + 8 * words bytes per node are written once
 times the latency of a cached load.
 """
 
-import contextlib
-
-import torch
 import triton
 import triton.language as tl
+from specdec_ops.triton_kernels.common.launch import on
 
 OUT_OF_RANGE = tl.constexpr(1)
 NOT_BEFORE = tl.constexpr(2)
@@ -116,8 +114,7 @@ def build_topology(
     """
     batch, nodes, words = ancestors.shape
     grid = (batch, max(1, triton.cdiv(nodes, _BLOCK)))
-    elsewhere = parents.is_cuda and parents.device.index != torch.cuda.current_device()
-    with torch.cuda.device(parents.device) if elsewhere else contextlib.nullcontext():
+    with on(parents.device):
         build_topology_kernel[grid](
             parents,
             num_nodes,
