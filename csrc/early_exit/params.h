@@ -5,13 +5,9 @@
 
 #include "common/sampling_params.h"
 #include "common/types.h"
+#include "linear/weight_type.h"
 
 namespace specdec {
-
-// How an LM head is stored. The first three are those of DType.
-enum class HeadType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kInt8 = 3 };
-
-inline int64_t element_bytes(HeadType type) { return type == HeadType::kFloat32 ? 4 : type == HeadType::kInt8 ? 1 : 2; }
 
 enum class ExitMeasure : int32_t { kNone = 0, kMaxProb = 1, kMargin = 2, kEntropy = 3 };
 enum class ExitLevel : int32_t { kRow = 0, kAny = 1, kAll = 2 };

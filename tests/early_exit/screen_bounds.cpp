@@ -1,6 +1,6 @@
 // The polynomials that stand for exp(e) and exp(-e) in the screen's tail, at every step of a thousandth: never on the
-// wrong side, but for roundings that kFloatRoom in early_exit/screen_bounds.h covers ten times, and not far off where errors
-// are small. Prints the first place where that does not hold.
+// wrong side, but for roundings that kFloatRoom in early_exit/screen_bounds.h covers ten times, and not far off where
+// errors are small. Prints the first place where that does not hold.
 #define SPECDEC_ISA generic
 #include <cmath>
 #include <cstdio>

@@ -276,7 +276,7 @@ def test_what_takes_longest_is_compiled_first(build):
     some = [
         "csrc/common/cpu/isa.cpp",
         "csrc/bindings/module.cpp",
-        "csrc/linear/cpu/isa/tile_kernels_generic.cpp",
+        "csrc/linear/cpu/isa/product_kernels_generic.cpp",
         "csrc/acceptance/cuda/sample.cu",
     ]
     assert sorted(some, key=build.by_length) == [some[3], some[2], some[1], some[0]]

@@ -20,7 +20,7 @@ constexpr int64_t kProductsPerThread = 1 << 18;  // below this many another thre
 constexpr float kMinusInfinity = -INFINITY;
 constexpr double kLog2e = 1.4426950408889634;
 
-const ExitKernels& kernels_of_isa() {
+const ExitKernels& exit_kernels() {
 #ifdef SPECDEC_X86
 #ifdef SPECDEC_HAVE_AVX512_BF16
   if (current_isa() >= Isa::kAvx512Bf16) return avx512_bf16::kExitKernels;
@@ -31,11 +31,11 @@ const ExitKernels& kernels_of_isa() {
   return generic::kExitKernels;
 }
 
-// kExitTile numbers of a vector [vocab], padded where it ends.
+// kWeightTile numbers of a vector [vocab], padded where it ends.
 const float* tile_of(const float* vector, int64_t first, int count, float* padded) {
-  if (!vector || count == kExitTile) return vector ? vector + first : nullptr;
+  if (!vector || count == kWeightTile) return vector ? vector + first : nullptr;
   std::copy_n(vector + first, count, padded);
-  std::fill(padded + count, padded + kExitTile, 1.0f);
+  std::fill(padded + count, padded + kWeightTile, 1.0f);
   return padded;
 }
 
@@ -84,35 +84,6 @@ bool passes(const ExitParams& p, int row) {
 
 }  // namespace
 
-ExitKernels exit_kernels(HeadType type, int dim, bool may_round) {
-  ExitKernels kernels = kernels_of_isa();
-#ifdef SPECDEC_HAVE_AVX512_VNNI
-  if (type == HeadType::kInt8 && may_round && dim <= kMaxIntegerDim && may_use_vnni()) {
-    kernels.packed_bytes = avx512_vnni::packed_bytes;
-    kernels.pack = avx512_vnni::pack;
-    kernels.multiply = avx512_vnni::multiply;
-  }
-#else
-  (void)type, (void)dim, (void)may_round;
-#endif
-  return kernels;
-}
-
-HiddenLength hidden_length(const ExitKernels& kernels, const std::vector<float>& y, int dim) {
-  constexpr int kSums = 8;  // at once
-  static_assert(kHiddenStep % kSums == 0, "");
-  double squares[kSums] = {}, rounding = 0;
-  for (size_t d = 0; d < y.size(); d += kSums) {
-    for (int i = 0; i < kSums; i++) squares[i] += double(y[d + i]) * y[d + i];
-  }
-#ifdef SPECDEC_HAVE_AVX512_VNNI
-  if (kernels.pack == avx512_vnni::pack) rounding = avx512_vnni::rounding_error(y.data(), dim);
-#else
-  (void)kernels, (void)dim;
-#endif
-  return {std::sqrt(std::accumulate(squares, squares + kSums, 0.0)), rounding};
-}
-
 void decide_exits(const ExitParams& p) {
   bool any = false, all = p.rows > 0;
   for (int row = 0; row < p.rows; row++) {
@@ -131,6 +102,10 @@ void decide_exits(const ExitParams& p) {
   *p.num_active = active;
 }
 
+InputRows hidden_rows(const ExitParams& p) {
+  return {p.hidden, p.hidden_dtype, p.hidden_stride_row, p.norm_weight, p.norm_dtype, p.norm_eps, p.dim};
+}
+
 ExitState empty_exit_state() {
   ExitState state{0.0f, 0.0f, false, {}, {}};
   std::fill(state.value, state.value + kMaxTopK, kMinusInfinity);
@@ -142,12 +117,14 @@ HeadReader::HeadReader(const ExitParams& p, const std::vector<int>& rows, const 
     : p_(p),
       rows_(rows),
       pool_(pool),
-      kernels_(exit_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
+      kernels_(product_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
+      absorb_(exit_kernels().absorb),
       top_k_(std::max(2, p.top_k)),
       packed_(kernels_, p.head_type, p.dim, int(rows.size()), p.rows) {
+  const InputRows hidden = hidden_rows(p_);
   pool_.run(rows_.size(), [&](int64_t n, int) {
-    std::vector<float> y(hidden_stride(p_.dim));
-    kernels_.normalise(p_, rows_[n], y.data());
+    std::vector<float> y(float_row(p_.dim));
+    kernels_.normalise(hidden, rows_[n], y.data());
     packed_.set(int(n), y.data());
   });
 }
@@ -167,18 +144,18 @@ void HeadReader::read(int64_t begin, int64_t end, std::vector<ExitState>& states
 }
 
 void HeadReader::read_chunk(int64_t begin, int64_t end, ExitState* states) {
-  alignas(64) float scales[kExitTile], bias[kExitTile];
+  alignas(64) float scales[kWeightTile], bias[kWeightTile];
   std::fill_n(states, rows_.size(), empty_exit_state());
-  for (int64_t first = begin; first < end; first += kExitTile) {
-    const int count = int(std::min<int64_t>(kExitTile, end - first));
+  for (int64_t first = begin; first < end; first += kWeightTile) {
+    const int count = int(std::min<int64_t>(kWeightTile, end - first));
     const int64_t offset = first * p_.dim * element_bytes(p_.head_type);
-    const ExitTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim, nullptr};
+    const WeightTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim, nullptr};
     const float* tile_scales = tile_of(p_.scales, first, count, scales);
     const float* tile_bias = tile_of(p_.bias, first, count, bias);
     packed_.multiply(tile, [&](int n, float* logits) {
-      std::fill(logits + count, logits + kExitTile, kMinusInfinity);
+      std::fill(logits + count, logits + kWeightTile, kMinusInfinity);
       const float factor = float(kLog2e / temperature_of(p_, rows_[n]));
-      kernels_.absorb(logits, tile_scales, tile_bias, int32_t(first), factor, top_k_, states[n]);
+      absorb_(logits, tile_scales, tile_bias, int32_t(first), factor, top_k_, states[n]);
     });
   }
 }

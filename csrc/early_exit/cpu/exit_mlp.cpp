@@ -1,31 +1,33 @@
-// Decision models on the CPU: a layer is the product of a small head, so the kernels of exit_confidence make it, a tile
+// Decision models on the CPU: a layer is the product of a small head, so the kernels of an LM head make it, a tile
 // of 64 outputs at a time. Tiles go to different threads where a layer is large; an output is made by one of them, from
 // its first input to its last, so no result depends on their number. Activations stay in float32 between layers, and
 // are rounded to bfloat16 where the processor multiplies a bfloat16 layer in pairs. Memory read: the weights once.
 #include <algorithm>
 #include <cmath>
 
-#include "early_exit/cpu/head_reader.h"
+#include "common/cpu/thread_pool.h"
+#include "early_exit/cpu/exit_mlp.h"
+#include "linear/cpu/few_row_products.h"
 
 namespace specdec::cpu {
 namespace {
 
 constexpr double kProductsPerThread = 1 << 18;  // below this many another thread does not pay
 
-// y = x W^T + bias; rows [rows, hidden_stride(inputs)] and [rows, hidden_stride(outputs)].
+// y = x W^T + bias; rows [rows, float_row(inputs)] and [rows, float_row(outputs)].
 std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int rows, int inputs, int threads) {
-  const ExitKernels kernels = exit_kernels(layer.type, inputs, false);
+  const ProductKernels kernels = product_kernels(layer.type, inputs, false);
   PackedRows packed(kernels, layer.type, inputs, rows, rows);
-  const int64_t from = hidden_stride(inputs), to = hidden_stride(layer.outputs);
+  const int64_t from = float_row(inputs), to = float_row(layer.outputs);
   std::vector<float> y(rows * to);
   const double products = double(rows) * inputs * layer.outputs;
   const ThreadPool pool(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
   pool.run(rows, [&](int64_t row, int) { packed.set(int(row), &x[row * from]); });
-  pool.run((layer.outputs + kExitTile - 1) / kExitTile, [&](int64_t at, int) {
-    const int64_t first = at * kExitTile;
-    const int count = int(std::min<int64_t>(kExitTile, layer.outputs - first));
+  pool.run((layer.outputs + kWeightTile - 1) / kWeightTile, [&](int64_t at, int) {
+    const int64_t first = at * kWeightTile;
+    const int count = int(std::min<int64_t>(kWeightTile, layer.outputs - first));
     const char* weight = static_cast<const char*>(layer.weight) + first * inputs * element_bytes(layer.type);
-    const ExitTile tile = {weight, count, inputs, nullptr};
+    const WeightTile tile = {weight, count, inputs, nullptr};
     packed.multiply(tile, [&](int row, const float* sums) {
       float* outputs = &y[row * to + first];
       for (int i = 0; i < count; i++) outputs[i] = sums[i] + layer.bias[first + i];
@@ -43,14 +45,14 @@ namespace specdec {
 using namespace cpu;
 
 void exit_mlp_cpu(const MlpParams& p, int threads) {
-  ExitParams rows{};  // as hidden rows without a norm, they come in float32
-  rows.hidden = p.features;
-  rows.hidden_dtype = p.features_dtype;
-  rows.hidden_stride_row = p.features_stride_row;
+  InputRows rows{};  // without a norm: in float32
+  rows.x = p.features;
+  rows.dtype = p.features_dtype;
+  rows.stride = p.features_stride_row;
   rows.dim = p.inputs;
-  std::vector<float> x(p.rows * hidden_stride(p.inputs));
-  const ExitKernels kernels = exit_kernels(HeadType::kFloat32, p.inputs, false);
-  for (int row = 0; row < p.rows; row++) kernels.normalise(rows, row, &x[row * hidden_stride(p.inputs)]);
+  std::vector<float> x(p.rows * float_row(p.inputs));
+  const ProductKernels kernels = product_kernels(HeadType::kFloat32, p.inputs, false);
+  for (int row = 0; row < p.rows; row++) kernels.normalise(rows, row, &x[row * float_row(p.inputs)]);
   int inputs = p.inputs;
   for (int at = 0; at < p.count; at++) {
     x = apply(p.layers[at], x, p.rows, inputs, threads);
@@ -60,7 +62,7 @@ void exit_mlp_cpu(const MlpParams& p, int threads) {
   }
   bool any = false;
   for (int row = 0; row < p.rows; row++) {
-    p.score[row] = float(1 / (1 + std::exp(-double(x[row * hidden_stride(1)]))));
+    p.score[row] = float(1 / (1 + std::exp(-double(x[row * float_row(1)]))));
     any |= p.score[row] > p.threshold;
   }
   *p.stop = !any;

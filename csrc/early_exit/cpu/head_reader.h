@@ -1,66 +1,18 @@
-// What exit_confidence and its screened form share: the choice of kernels, the reading of the whole head, the decision.
+// What exit_confidence and its screened form share: the reading of the whole head, and the decision.
 #pragma once
 
 #include <vector>
 
 #include "common/cpu/thread_pool.h"
 #include "early_exit/cpu/exit_kernels.h"
+#include "early_exit/cpu/exit_mlp.h"
+#include "linear/cpu/few_row_products.h"
 
 namespace specdec::cpu {
 
-constexpr int kExitChunk = 512;         // rows of the head that one thread takes at a time
-constexpr int kMaxIntegerDim = 65'536;  // sums of int8 times uint8 fit into 32 bits
-
-struct AlignedBytes {
-  explicit AlignedBytes(size_t bytes) : memory(bytes + 63) {}
-  char* data() { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) & ~uintptr_t(63)); }
-  std::vector<char> memory;
-};
-
-// `may_round`: hidden rows may be rounded to 16 bits before an int8 head, where that is faster.
-ExitKernels exit_kernels(HeadType type, int dim, bool may_round);
-
-// Some of a call's hidden rows in the form in which they are multiplied, which depends on how many the call has.
-class PackedRows {
- public:
-  PackedRows(const ExitKernels& kernels, HeadType type, int dim, int rows, int call_rows)
-      : kernels_(kernels),
-        type_(type),
-        dim_(dim),
-        rows_(rows),
-        call_rows_(call_rows),
-        row_bytes_(kernels.packed_bytes(type, dim)),
-        packed_(row_bytes_ * ((rows + kExitTogether - 1) / kExitTogether * kExitTogether)) {}
-
-  void set(int row, const float* y) { kernels_.pack(type_, y, dim_, packed_.data(), row, rows_, call_rows_); }
-
-  // Calls take(row, logits [kExitTile]) for each row with its products with a tile of the head.
-  template <class Take>
-  void multiply(const ExitTile& tile, const Take& take) {
-    alignas(64) float logits[kExitRowBlock * kExitTile];
-    for (int first = 0; first < rows_; first += kExitRowBlock) {
-      const int some = rows_ - first < kExitRowBlock ? rows_ - first : kExitRowBlock;
-      kernels_.multiply(type_, tile, packed_.data() + first * row_bytes_, some, call_rows_, logits);
-      for (int n = 0; n < some; n++) take(first + n, logits + n * kExitTile);
-    }
-  }
-
- private:
-  const ExitKernels kernels_;
-  const HeadType type_;
-  const int dim_, rows_, call_rows_;
-  const size_t row_bytes_;
-  AlignedBytes packed_;
-};
-
-// Elements of a hidden row in float32, with the zeros behind it.
-inline int64_t hidden_stride(int dim) { return (int64_t(dim) + kHiddenStep - 1) / kHiddenStep * kHiddenStep; }
-
-// The length of a hidden row as it is multiplied, y, and that of y less what these kernels make of it.
-struct HiddenLength {
-  double whole, rounding;
-};
-HiddenLength hidden_length(const ExitKernels& kernels, const std::vector<float>& y, int dim);
+constexpr int kExitChunk = 512;  // rows of the head that one thread takes at a time
+// The hidden rows of a call, for the kernels that multiply them.
+InputRows hidden_rows(const ExitParams& p);
 
 ThreadPool exit_threads(const ExitParams& p, int threads);
 
@@ -83,7 +35,8 @@ class HeadReader {
   const ExitParams& p_;
   const std::vector<int> rows_;
   const ThreadPool pool_;
-  const ExitKernels kernels_;
+  const ProductKernels kernels_;
+  const decltype(ExitKernels::absorb) absorb_;
   const int top_k_;
   PackedRows packed_;
 };
@@ -103,6 +56,5 @@ namespace specdec {
 
 void screened_exit_cpu(const ScreenedParams& params, int threads);
 void bounded_exit_cpu(const BoundedParams& params, int threads);
-void exit_mlp_cpu(const MlpParams& params, int threads);
 
 }  // namespace specdec

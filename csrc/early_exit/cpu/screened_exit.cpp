@@ -65,8 +65,8 @@ class Screen {
       : s_(p),
         p_(p.exit),
         pool_(pool),
-        full_(exit_kernels(p_.head_type, p_.dim, true)),
-        small_(exit_kernels(HeadType::kInt8, p_.dim, true)),
+        full_(product_kernels(p_.head_type, p_.dim, true)),
+        small_(product_kernels(HeadType::kInt8, p_.dim, true)),
         looks_(screen_kernels()),
         first_row_(first_row),
         rows_(rows),
@@ -117,12 +117,12 @@ class Screen {
   };
 
   void prepare(int row) {
-    std::vector<float> y(hidden_stride(p_.dim));
-    full_.normalise(p_, first_row_ + row, y.data());
+    std::vector<float> y(float_row(p_.dim));
+    full_.normalise(hidden_rows(p_), first_row_ + row, y.data());
     full_packed_[row].set(0, y.data());
     full_.round(p_.head_type, y.data(), p_.dim);
     small_packed_.set(row, y.data());
-    const auto [length, rounding] = hidden_length(small_, y, p_.dim);
+    const auto [length, rounding] = row_length(small_, y, p_.dim);
     const double sums = 2 * (p_.dim / 4.0 + 64) * 0x1p-24;
     const double vanishing = std::sqrt(double(p_.dim)) * 0x1p-125;
     lengths_[row] = length;  // NaN and infinity stay, and make the row fall back
@@ -144,9 +144,9 @@ class Screen {
   float approximate(int64_t chunk) {
     alignas(64) float padded[2][kExitChunk];
     const int64_t begin = chunk * kExitChunk, end = std::min<int64_t>(begin + kExitChunk, p_.vocab);
-    for (int64_t first = begin; first < end; first += kExitTile) {
-      const int count = int(std::min<int64_t>(kExitTile, end - first));
-      const ExitTile tile = {s_.values + first * p_.dim, count, p_.dim, nullptr};
+    for (int64_t first = begin; first < end; first += kWeightTile) {
+      const int count = int(std::min<int64_t>(kWeightTile, end - first));
+      const WeightTile tile = {s_.values + first * p_.dim, count, p_.dim, nullptr};
       small_packed_.multiply(tile, [&](int row, const float* logits) {
         float* to = &approximate_[row * stride_ + first];
         const float* scales = s_.scales + first;
@@ -255,7 +255,7 @@ class Screen {
     pool.deal(tiles, [&](int64_t at) {
       const int64_t first = at * kRecheckTile;
       const int count = int(std::min<int64_t>(kRecheckTile, int64_t(entries.size()) - first));
-      const ExitTile tile = {p_.head, count, p_.dim, &entries[first]};
+      const WeightTile tile = {p_.head, count, p_.dim, &entries[first]};
       full_packed_[row].multiply(tile, [&](int, const float* logits) {
         for (int i = 0; i < count; i++) {
           z[first + i] = p_.bias ? logits[i] + p_.bias[entries[first + i]] : logits[i];
@@ -381,7 +381,7 @@ class Screen {
   const ScreenedParams& s_;
   const ExitParams& p_;
   const ThreadPool& pool_;
-  const ExitKernels full_, small_;
+  const ProductKernels full_, small_;
   const ScreenKernels& looks_;
   const int first_row_, rows_;
   const int64_t chunks_, stride_;
@@ -405,8 +405,8 @@ void screened_exit_cpu(const ScreenedParams& s, int threads) {
   const ExitParams& p = s.exit;
   const ThreadPool pool = exit_threads(p, threads);
   std::vector<int> fallen;
-  for (int row = 0; row < p.rows; row += kExitRowBlock) {
-    Screen(s, pool, row, std::min(kExitRowBlock, p.rows - row)).run(fallen);
+  for (int row = 0; row < p.rows; row += kRowBlock) {
+    Screen(s, pool, row, std::min(kRowBlock, p.rows - row)).run(fallen);
   }
   if (!fallen.empty()) read_head(p, fallen, pool);
   for (int row : fallen) {

@@ -1,5 +1,5 @@
 // Keys and values of skipped layers on the CPU: W_k and W_v of a layer are two small heads, so the kernels of
-// exit_confidence make their products, a tile of 64 outputs at a time, and read the weights in order.
+// few rows make their products, a tile of 64 outputs at a time, and read the weights in order.
 //
 // Layers come one after the other: rows are normalised and packed, tiles are shared out between threads, and rows are
 // rotated and stored from a buffer of float32. A row that has no place costs no product. An output is made by one
@@ -9,8 +9,9 @@
 #include <cstring>
 #include <vector>
 
-#include "early_exit/cpu/head_reader.h"
+#include "common/cpu/thread_pool.h"
 #include "kv/cpu/kernels.h"
+#include "linear/cpu/few_row_products.h"
 
 namespace specdec::cpu {
 namespace {
@@ -110,28 +111,22 @@ class LayerProduct {
       : p_(p),
         places_(places),
         type_(static_cast<HeadType>(p.dtype)),
-        kernels_(exit_kernels(type_, p.dim, false)),
+        kernels_(product_kernels(type_, p.dim, false)),
         packed_(kernels_, type_, p.dim, int(places.size()), int(places.size())),
         width_(p.kv_heads * p.head_dim),
         results_(2 * places.size() * width_) {}
 
   void run(const KvLayer& layer, const ThreadPool& pool) {
-    ExitParams rows{};
-    rows.hidden = p_.hidden;
-    rows.hidden_dtype = p_.dtype;
-    rows.hidden_stride_row = p_.hidden_stride_row;
-    rows.norm_weight = layer.norm_weight;
-    rows.norm_dtype = layer.norm_dtype;
-    rows.norm_eps = p_.norm_eps;
-    rows.dim = p_.dim;
+    const InputRows rows = {p_.hidden,   p_.dtype, p_.hidden_stride_row, layer.norm_weight, layer.norm_dtype,
+                            p_.norm_eps, p_.dim};
     pool.run(places_.size(), [&](int64_t n, int) {
-      std::vector<float> y(hidden_stride(p_.dim));
+      std::vector<float> y(float_row(p_.dim));
       kernels_.normalise(rows, places_[n].row, y.data());
       packed_.set(int(n), y.data());
     });
-    const int tiles = (width_ + kExitTile - 1) / kExitTile;
+    const int tiles = (width_ + kWeightTile - 1) / kWeightTile;
     pool.run(2 * tiles, [&](int64_t at, int) {
-      multiply(at < tiles ? layer.k_weight : layer.v_weight, int(at % tiles) * kExitTile, row(at < tiles ? 0 : 1, 0));
+      multiply(at < tiles ? layer.k_weight : layer.v_weight, int(at % tiles) * kWeightTile, row(at < tiles ? 0 : 1, 0));
     });
   }
 
@@ -139,9 +134,9 @@ class LayerProduct {
 
  private:
   void multiply(const void* weight, int first, float* results) {
-    const int count = std::min(kExitTile, width_ - first);
+    const int count = std::min(kWeightTile, width_ - first);
     const int64_t offset = int64_t(first) * p_.dim * element_bytes(type_);
-    const ExitTile tile = {static_cast<const char*>(weight) + offset, count, p_.dim, nullptr};
+    const WeightTile tile = {static_cast<const char*>(weight) + offset, count, p_.dim, nullptr};
     packed_.multiply(
         tile, [&](int row, const float* sums) { std::copy_n(sums, count, results + int64_t(row) * width_ + first); });
   }
@@ -149,7 +144,7 @@ class LayerProduct {
   const KvPropagateParams& p_;
   const std::vector<Place>& places_;
   const HeadType type_;
-  const ExitKernels kernels_;
+  const ProductKernels kernels_;
   PackedRows packed_;
   const int width_;
   std::vector<float> results_;

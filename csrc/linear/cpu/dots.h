@@ -13,7 +13,7 @@
 #pragma once
 
 #include "common/cpu/simd.h"
-#include "early_exit/cpu/exit_kernels.h"
+#include "linear/cpu/product_types.h"
 #include "linear/cpu/weight_streams.h"
 
 namespace specdec::cpu::SPECDEC_ISA {
@@ -96,7 +96,7 @@ static SPECDEC_INLINE int packed_dim(int dim) {
 }
 
 constexpr int kNarrowRows = 8;            // up to here memory is what all wait for, and the dim is not cut
-constexpr int kTogether = kExitTogether;  // hidden rows that are packed and multiplied together
+constexpr int kTogether = kRowsTogether;  // hidden rows that are packed and multiplied together
 constexpr int kBlockBytes = 8192;         // of a head's row, where the dim is cut
 constexpr int kFloat32Block = 512;  // elements: longer sums of float32 products would round more than PyTorch's do
 
@@ -176,7 +176,7 @@ static SPECDEC_INLINE Vec dots_of_rows(const DotGroup<Multiplier, kSlots>& head,
 
 // Up to kWidth / kSlots hidden rows, or any number where that is kTogether.
 template <class Multiplier, int kSlots>
-static void multiply_tile(const ExitTile& tile, const typename Multiplier::Hidden* hidden, int rows, int call_rows,
+static void multiply_tile(const WeightTile& tile, const typename Multiplier::Hidden* hidden, int rows, int call_rows,
                           float* logits) {
   constexpr int kSize = int(sizeof(typename Multiplier::Element));
   const HeadStreams<kSlots> streams(tile, tile.dim * kSize, call_rows);
@@ -193,7 +193,7 @@ static void multiply_tile(const ExitTile& tile, const typename Multiplier::Hidde
         store(by_row[0], row == 0 && !tile.entries
                              ? dots_of_rows<Multiplier, kSlots, true>(head, group, some, begin, end)
                              : dots_of_rows<Multiplier, kSlots, false>(head, group, some, begin, end));
-        for (int n = 0; n < some; n++) streams.put(by_row[n], place, logits + (row + n) * kExitTile, begin > 0);
+        for (int n = 0; n < some; n++) streams.put(by_row[n], place, logits + (row + n) * kWeightTile, begin > 0);
       }
     }
   }
@@ -201,7 +201,7 @@ static void multiply_tile(const ExitTile& tile, const typename Multiplier::Hidde
 
 // The more streams of the head, the fewer hidden rows: as many products as a vector has lanes.
 template <class Multiplier>
-static void multiply_rows(const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits) {
+static void multiply_rows(const WeightTile& tile, const char* packed, int rows, int call_rows, float* logits) {
   const auto* hidden = reinterpret_cast<const typename Multiplier::Hidden*>(packed);
   if (rows == 1) return multiply_tile<Multiplier, 8>(tile, hidden, rows, call_rows, logits);
   if (rows == 2) return multiply_tile<Multiplier, kWidth / 2>(tile, hidden, rows, call_rows, logits);

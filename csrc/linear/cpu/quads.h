@@ -13,7 +13,7 @@
 #pragma once
 
 #include "common/cpu/simd.h"
-#include "early_exit/cpu/exit_kernels.h"
+#include "linear/cpu/product_types.h"
 #include "linear/cpu/weight_streams.h"
 
 namespace specdec::cpu::SPECDEC_ISA {
@@ -25,7 +25,7 @@ constexpr int kQuadSlots = 8;     // with so many rows of the head
 constexpr int kQuadBlock = 4096;  // dims, where they are cut
 constexpr int kLineDims = 32;     // of a row of the head in a cache line
 constexpr int kQuadRows = 4 * kQuadGroup;
-static_assert(kExitRowBlock % kQuadRows == 0 && kExitTile % kQuadSlots == 0 && kWidth == 2 * kQuadDims, "");
+static_assert(kRowBlock % kQuadRows == 0 && kWeightTile % kQuadSlots == 0 && kWidth == 2 * kQuadDims, "");
 
 // One quad alone is 9 loads for 8 products, so it only pays where four rows would not stay in the first-level cache.
 static SPECDEC_INLINE bool takes_quads(HeadType type, int dim, int call_rows) {
@@ -107,7 +107,7 @@ static SPECDEC_INLINE void multiply_group(const QuadHead& head, const HeadStream
       alignas(32) float by_slot[kQuadSlots];
       _mm_store_ps(by_slot, _mm_load_ps(of_slots[0] + 4 * n));
       _mm_store_ps(by_slot + 4, _mm_load_ps(of_slots[1] + 4 * n));
-      streams.put(by_slot, place, logits + (4 * q + n) * kExitTile, begin > 0);
+      streams.put(by_slot, place, logits + (4 * q + n) * kWeightTile, begin > 0);
     }
   }
 }
@@ -121,7 +121,7 @@ static void multiply_some(const QuadHead& head, const HeadStreams<kQuadSlots>& s
   if (quads == 3) multiply_group<3, kFetch>(head, streams, place, group, rows, begin, end, logits);
 }
 
-static void multiply_quads(const ExitTile& tile, const uint16_t* packed, int stride, int rows, int call_rows,
+static void multiply_quads(const WeightTile& tile, const uint16_t* packed, int stride, int rows, int call_rows,
                            float* logits) {
   const HeadStreams<kQuadSlots> streams(tile, 2 * tile.dim, call_rows);
   for (int begin = 0; begin < tile.dim; begin += kQuadBlock) {
@@ -131,7 +131,7 @@ static void multiply_quads(const ExitTile& tile, const uint16_t* packed, int str
       for (int first = 0; first < rows; first += kQuadRows) {
         const int some = min_of(kQuadRows, rows - first);
         const uint16_t* group = packed + int64_t(first) * stride;
-        float* to = logits + first * kExitTile;
+        float* to = logits + first * kWeightTile;
         if (first == 0 && !tile.entries) {
           multiply_some<true>(head, streams, place, group, some, begin, end, to);
         } else {

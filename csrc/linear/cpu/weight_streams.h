@@ -6,7 +6,7 @@
 #pragma once
 
 #include "common/cpu/simd.h"
-#include "early_exit/cpu/exit_kernels.h"
+#include "linear/cpu/product_types.h"
 
 namespace specdec::cpu::SPECDEC_ISA {
 
@@ -17,7 +17,7 @@ constexpr int kMaxStreamed = 16;  // rows of a call: with more, products are wha
 template <int kStreams>
 class HeadStreams {
  public:
-  HeadStreams(const ExitTile& tile, int row_bytes, int call_rows)
+  HeadStreams(const WeightTile& tile, int row_bytes, int call_rows)
       : count_(tile.count),
         places_((tile.count + kStreams - 1) / kStreams),
         apart_(call_rows > kMaxStreamed ? 1 : places_),
@@ -32,7 +32,7 @@ class HeadStreams {
   // From the rows at this place, how many rows further those lie that are fetched.
   int ahead(int place) const {
     const bool inside = place + places_ahead_ < places_;
-    return inside ? places_ahead_ * step_ : kExitTile + (places_ahead_ - places_) * step_;
+    return inside ? places_ahead_ * step_ : kWeightTile + (places_ahead_ - places_) * step_;
   }
 
   // Writes or adds what was made of the rows at this place, one number a stream, where it belongs.
@@ -64,12 +64,12 @@ struct HeadGroup {
   int whole;      // dims in whole steps
   int64_t ahead;  // elements, from here to what is fetched
 
-  HeadGroup(const ExitTile& tile, const HeadStreams<kStreams>& streams, int place) {
+  HeadGroup(const WeightTile& tile, const HeadStreams<kStreams>& streams, int place) {
     whole = tile.dim / kStep * kStep;
     ahead = int64_t(streams.ahead(place)) * tile.dim;
     for (int k = 0; k < kStreams; k++) {
       const int at = streams.row(k, place);
-      row[k] = static_cast<const Element*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
+      row[k] = static_cast<const Element*>(tile.weights) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
       if (whole == tile.dim) continue;
       __builtin_memset(padded[k], 0, sizeof(padded[k]));
       __builtin_memcpy(padded[k], row[k] + whole, (tile.dim - whole) * sizeof(Element));

@@ -7,7 +7,7 @@
 // are eight rows of the head. The head is read once, each of those rows from a stream of its own (linear/cpu/weight_streams.h).
 #define SPECDEC_ISA avx512_vnni
 #include "common/cpu/simd.h"
-#include "early_exit/cpu/exit_kernels.h"
+#include "linear/cpu/product_types.h"
 #include "linear/cpu/weight_streams.h"
 
 namespace specdec::cpu::avx512_vnni {
@@ -54,7 +54,7 @@ static Rounding rounding_of(const float* y, int dim) {
 size_t packed_bytes(HeadType, int dim) { return kHeader + 2 * size_t(round_up(dim, kStep)); }
 
 void pack(HeadType type, const float* y, int dim, char* packed, int row, int, int) {
-  static_assert(kHiddenStep % kStep == 0, "");
+  static_assert(kFloatRowStep % kStep == 0, "");
   packed += row * packed_bytes(type, dim);
   const Rounding rounding = rounding_of(y, dim);
   __m512i highs = _mm512_setzero_si512(), lows = highs;
@@ -170,8 +170,8 @@ static Finish finish_of(const char* packed, int64_t stride, int rows) {
 }
 
 template <int kRows>
-static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stride, int rows, int call_rows, bool fetch,
-                          float* logits) {
+static void multiply_rows(const WeightTile& tile, const char* packed, int64_t stride, int rows, int call_rows,
+                          bool fetch, float* logits) {
   constexpr int kSlots = kTogether / kRows;
   const Finish finish = finish_of<kRows>(packed, stride, rows);
   const int8_t *head[kSlots], *limbs[kRows];
@@ -182,7 +182,7 @@ static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stri
   for (int place = 0; place < streams.places(); place++) {
     for (int k = 0; k < kSlots; k++) {
       const int at = streams.row(k, place);
-      head[k] = static_cast<const int8_t*>(tile.head) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
+      head[k] = static_cast<const int8_t*>(tile.weights) + int64_t(tile.entries ? tile.entries[at] : at) * tile.dim;
     }
     const __m512i sums = dots<kRows>(head, limbs, tile.dim, fetch ? int64_t(streams.ahead(place)) * tile.dim : 0);
     const __m512 parts = _mm512_cvtepi32_ps(_mm512_sub_epi32(sums, finish.too_much));
@@ -190,17 +190,17 @@ static void multiply_rows(const ExitTile& tile, const char* packed, int64_t stri
     const __m256 products = _mm256_mul_ps(_mm256_fmadd_ps(_mm256_set1_ps(256.0f), high, low), finish.scales);
     alignas(32) float by_row[kRows][kSlots];
     _mm256_store_ps(by_row[0], products);
-    for (int n = 0; n < rows; n++) streams.put(by_row[n], place, logits + n * kExitTile, false);
+    for (int n = 0; n < rows; n++) streams.put(by_row[n], place, logits + n * kWeightTile, false);
   }
 }
 
-void multiply(HeadType, const ExitTile& tile, const char* packed, int rows, int call_rows, float* logits) {
+void multiply(HeadType, const WeightTile& tile, const char* packed, int rows, int call_rows, float* logits) {
   const int64_t stride = int64_t(packed_bytes(HeadType::kInt8, tile.dim));
   for (int row = 0; row < rows; row += 4) {  // the tile stays in the second-level cache
     const int some = min_of(4, rows - row);
     const bool fetch = row == 0 && !tile.entries;
     const char* from = packed + row * stride;
-    float* to = logits + row * kExitTile;
+    float* to = logits + row * kWeightTile;
     if (some == 1) multiply_rows<1>(tile, from, stride, 1, call_rows, fetch, to);
     if (some == 2) multiply_rows<2>(tile, from, stride, 2, call_rows, fetch, to);
     if (some > 2) multiply_rows<4>(tile, from, stride, some, call_rows, fetch, to);

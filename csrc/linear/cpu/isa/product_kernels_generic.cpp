@@ -1,0 +1,2 @@
+#define SPECDEC_ISA generic
+#include "linear/cpu/product_kernels.h"
