@@ -14,6 +14,7 @@
 #include <limits>
 
 #include "acceptance/cpu/row_reader.h"
+#include "common/constants.h"
 
 namespace specdec::cpu {
 namespace {
@@ -172,7 +173,7 @@ TokenDistribution RowReader::distribution(const void* row, DType dtype, int64_t 
                                           bool with_entropy, KeptRow* keep) {
   const View view{row, dtype, size};
   const bool greedy = !(settings.temperature > 0);
-  const float scale = greedy ? 0.0f : 1.44269504f / settings.temperature;
+  const float scale = greedy ? 0.0f : kLog2E / settings.temperature;
   const bool filtered = (settings.top_k > 0 && settings.top_k < size) || settings.top_p < 1;
   const ScanKind kind = greedy ? ScanKind::kPeak : with_entropy && !filtered ? ScanKind::kEntropy : ScanKind::kSum;
   if (keep) keep->row = nullptr;
@@ -212,7 +213,7 @@ TokenDistribution RowReader::distribution(const void* row, DType dtype, int64_t 
       top = std::exp2((top - distribution.max) * scale) * distribution.inverse_sum;
     }
   }
-  if (with_entropy) distribution.entropy = float(std::log(mass) - 0.6931471805599453 * log_mass / mass);
+  if (with_entropy) distribution.entropy = float(std::log(mass) - kLn2Double * log_mass / mass);
   return distribution;
 }
 

@@ -9,11 +9,10 @@
 
 #include "acceptance/cuda/row.cuh"
 #include "acceptance/walk.h"
+#include "common/constants.h"
 #include "common/cuda/block_team.cuh"
 
 namespace specdec::cuda {
-
-constexpr float kLog2E = 1.44269504088896340736f;
 
 __device__ __forceinline__ float scale_of(float temperature) {
   return temperature > 0 ? kLog2E / temperature : 0.0f;  // finite, see settings.h: times 0 it must be 0

@@ -106,7 +106,7 @@ class AttentionKernel {
     // Scores are transformed (scaled, capped, biased) in a pass of their own only when a feature asks for it; else the
     // scale rides on the exponential's multiply-add, which needs it positive.
     transform_ = p_.softcap > 0 || p_.alibi_slopes || !(p_.scale > 0);
-    exponent_scale_ = transform_ ? 1.0f : p_.scale * kLog2e;
+    exponent_scale_ = transform_ ? 1.0f : p_.scale * kLog2E;
   }
 
   static float* take(float*& scratch, size_t floats) {
@@ -327,7 +327,7 @@ class AttentionKernel {
           const int r = row + j * kWidth;
           s = s - load(slope_ + r) * (rows_see_.row_positions(r) - position);
         }
-        store(at, s * splat(kLog2e));
+        store(at, s * splat(kLog2E));
       }
     }
   }
@@ -377,7 +377,7 @@ class AttentionKernel {
       float m = max_[row + r], l = sum_[row + r], keep = 1.0f;
       const int packed = task_.first_row + row + r;
       if (p_.sinks) {
-        const float sink = p_.sinks[task_.kv_head * group_ + packed % group_] * kLog2e;
+        const float sink = p_.sinks[task_.kv_head * group_ + packed % group_] * kLog2E;
         const float top = max_of(m, sink);
         keep = __builtin_exp2f(m - top);
         l = l * keep + __builtin_exp2f(sink - top);

@@ -10,6 +10,7 @@
 #pragma once
 
 #include "attention/params.h"
+#include "common/constants.h"
 #include "common/cuda/device.cuh"
 
 namespace specdec::cuda {
@@ -42,9 +43,6 @@ struct TileShape {
   static constexpr int kCachePitch = kDim + 16 / int(sizeof(Cache));  // of K and V
   static constexpr int kTile = kSlots * kCachePitch;                  // elements of K, or of V, of one stage
 };
-
-constexpr float kLog2E = 1.4426950408889634f;
-constexpr float kLn2 = 0.6931471805599453f;
 
 // Through 2 to a power below 0, which can't overflow; near zero, where 1 - e would cancel, by its series.
 __device__ __forceinline__ float soft_tanh(float x) {

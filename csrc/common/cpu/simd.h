@@ -9,6 +9,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/constants.h"
+
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
@@ -21,9 +23,6 @@
 #define SPECDEC_UNROLL _Pragma("GCC unroll 32")
 
 namespace specdec::cpu::SPECDEC_ISA {
-
-constexpr float kLog2e = 1.44269504088896341f;
-constexpr float kLn2 = 0.69314718055994531f;
 
 template <class T>
 static constexpr SPECDEC_INLINE T min_of(T a, T b) {
@@ -361,7 +360,7 @@ static SPECDEC_INLINE void store_f16(uint16_t* p, Vec v) {
 // by its series.
 static SPECDEC_INLINE Vec soft_cap(Vec s, float softcap) {
   const Vec x = s * splat(1.0f / softcap), negated = splat(0.0f) - x, magnitude = maximum(x, negated);
-  const Vec e = exp2(magnitude * splat(-2.0f * kLog2e));
+  const Vec e = exp2(magnitude * splat(-2.0f * kLog2E));
   const Vec far = (splat(1.0f) - e) / (splat(1.0f) + e);
   const Vec square = x * x;
   Vec series = fma(square, splat(-8.863235529902197e-3f), splat(2.1869488536155203e-2f));

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <vector>
 
+#include "common/constants.h"
 #include "common/cpu/isa.h"
 #include "early_exit/cpu/head_reader.h"
 
@@ -18,7 +19,6 @@ namespace {
 
 constexpr int64_t kProductsPerThread = 1 << 18;  // below this many another thread does not pay
 constexpr float kMinusInfinity = -INFINITY;
-constexpr double kLog2e = 1.4426950408889634;
 
 const ExitKernels& exit_kernels() {
 #ifdef SPECDEC_X86
@@ -154,7 +154,7 @@ void HeadReader::read_chunk(int64_t begin, int64_t end, ExitState* states) {
     const float* tile_bias = tile_of(p_.bias, first, count, bias);
     packed_.multiply(tile, [&](int n, float* logits) {
       std::fill(logits + count, logits + kWeightTile, kMinusInfinity);
-      const float factor = float(kLog2e / temperature_of(p_, rows_[n]));
+      const float factor = float(kLog2EDouble / temperature_of(p_, rows_[n]));
       absorb_(logits, tile_scales, tile_bias, int32_t(first), factor, top_k_, states[n]);
     });
   }

@@ -62,7 +62,7 @@ static int scan(const float* approximate, const float* error_norms, const float*
                 int32_t first_entry, int32_t* entries, ScreenTail& tail) {
   const Vec zero = splat(0.0f), one = splat(1.0f), minus_infinity = splat(-__builtin_inff());
   const Vec per_degree = splat(1.0f / s.temperature), lowest = splat(-1000.0f);  // exp of which is 0
-  const Vec log2e = splat(kLog2e);
+  const Vec log2e = splat(kLog2E);
   Vec upper = zero, lower = zero, weight = zero, squares = zero, peak = zero, worst = zero, worst_noise = zero;
   Vec upper_fall = zero, lower_fall = zero, fall = zero, turn_squares = zero, peak_fall = zero;
   int found = 0;
@@ -121,7 +121,7 @@ static int scan(const float* approximate, const float* error_norms, const float*
 
 static void weigh(const float* logits, int count, float first, float temperature, double& sum, double& fall) {
   constexpr int kBlock = 512;  // more would round too much
-  const Vec per_degree = splat(1.0f / temperature), lowest = splat(-1000.0f), log2e = splat(kLog2e);
+  const Vec per_degree = splat(1.0f / temperature), lowest = splat(-1000.0f), log2e = splat(kLog2E);
   for (int begin = 0; begin < count; begin += kBlock) {
     Vec of_block = splat(0.0f), fall_of_block = of_block;
     for (int i = begin; i < min_of(begin + kBlock, count); i += kWidth) {

@@ -182,7 +182,7 @@ __device__ __forceinline__ void see_head(const ExitLaunch& launch, const ExitSha
       RowState state = shared.states[n];
       uint64_t own = lane < top_k ? shared.keys[n * top_k + lane] : 0;
       list_keys(own, z, [&](int i) { return first + kWarpSize * i; }, top_k, lane);
-      absorb(state, z, kLog2OfE / temperature_of(p, rows.row(n)));
+      absorb(state, z, kLog2E / temperature_of(p, rows.row(n)));
       warp_sync();  // all lanes have read the state
       if (lane == 0) shared.states[n] = state;
       if (lane < top_k) shared.keys[n * top_k + lane] = own;
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kRows < 64 ? 2 : kBloc
   for (int n = warp; n < rows.count; n += Shape::kThreads / kWarpSize) {
     const int32_t row = rows.row(n);
     uint64_t own;
-    const RowState state = stored.merged(row, carried + launch.blocks, kLog2OfE / temperature_of(p, row), own, lane);
+    const RowState state = stored.merged(row, carried + launch.blocks, kLog2E / temperature_of(p, row), own, lane);
     write_stats(p, row, state, own, launch.rechecked != nullptr ? kExitFellBack : 0, lane);
     if (launch.rechecked != nullptr && lane == 0) launch.rechecked[row] = p.vocab;
     if (launch.part.seen == nullptr) continue;

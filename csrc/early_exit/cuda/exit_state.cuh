@@ -6,12 +6,12 @@
 // after the first tiles is rare.
 #pragma once
 
+#include "common/constants.h"
 #include "common/cuda/block_team.cuh"
 #include "early_exit/cuda/exit_launch.h"
 
 namespace specdec::cuda {
 
-constexpr float kLog2OfE = 1.4426950408889634f;
 constexpr float kLowestFall = -1e30f;  // 2 to the power of which is 0: -inf would make NaN of 0 * -inf
 
 struct RowState {

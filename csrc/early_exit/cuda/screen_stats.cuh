@@ -54,7 +54,7 @@ __device__ __forceinline__ void add_to_tail(TailParts& tail, float from, const S
   constexpr float kLowest = -1000.0f;  // exp of which is 0
   const float high = fmaxf((from + error.all) * degrees, kLowest), low = fmaxf((from - error.all) * degrees, kLowest);
   const float middle = fmaxf(from * degrees, kLowest);
-  const float w_high = fast_exp2(high * kLog2OfE), w_low = fast_exp2(low * kLog2OfE), w = fast_exp2(middle * kLog2OfE);
+  const float w_high = fast_exp2(high * kLog2E), w_low = fast_exp2(low * kLog2E), w = fast_exp2(middle * kLog2E);
   const float falling = -w * middle, turn = w * (1.0f + middle);
   tail.sums = sum_of(tail.sums, {w_high, w_low, w, w * w, -w_high * low, -w_low * high, falling, turn * turn});
   const bool counts = w_high > 0.0f;

@@ -162,7 +162,7 @@ __device__ inline int32_t steps_to_recheck(const ScreenedParams& s, const RowSta
   if (p.measure == ExitMeasure::kEntropy) allowed = fminf(allowed, fabsf(entropy - limit) / (6.0f + entropy));
 
   // What is left if this lane's step is the first one that is not rechecked.
-  const float weight = fast_exp2(-0.5f * kLog2OfE * float(lane));
+  const float weight = fast_exp2(-0.5f * kLog2E * float(lane));
   float left = float(count) * weight, squares = left * weight;
 #pragma unroll
   for (int lanes = 1; lanes < kWarpSize; lanes *= 2) {
@@ -209,7 +209,7 @@ __device__ __forceinline__ void screen_head(const ScreenLaunch& launch, const Ex
       uint64_t own = lane < top_k ? shared.keys[n * top_k + lane] : 0;
       list_keys(own, low, [&](int i) { return first + kWarpSize * i; }, top_k, lane);
       const float degrees = 1.0f / temperature_of(p, rows.row(n));
-      absorb(state, z, kLog2OfE * degrees);
+      absorb(state, z, kLog2E * degrees);
       if (warp_ballot(!sound) != 0) state.invalid = 1;
       count_steps(counts, n, z, state.max, degrees, lane);
       warp_sync();  // all lanes have read the state
@@ -256,7 +256,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 2) screen_kernel(ScreenLaunch
   for (int n = warp; n < rows.count; n += Shape::kThreads / kWarpSize) {
     const int32_t row = rows.row(n);
     uint64_t own;
-    const RowState state = stored.merged(row, launch.blocks, kLog2OfE / temperature_of(p, row), own, lane);
+    const RowState state = stored.merged(row, launch.blocks, kLog2E / temperature_of(p, row), own, lane);
     const float best = logit_of(warp_shuffle(own, 0)), second = logit_of(warp_shuffle(own, 1));
     const float last = logit_of(warp_shuffle(own, top_k - 1)), temperature = temperature_of(p, row);
     const float top = step_of(state.max, 1.0f / temperature);
@@ -340,7 +340,7 @@ __device__ __forceinline__ void recheck(const ScreenLaunch& launch, const ExitSh
             return chosen;
           },
           top_k, lane);
-      absorb(state, z, kLog2OfE / temperature_of(p, rows.row(0)));
+      absorb(state, z, kLog2E / temperature_of(p, rows.row(0)));
       warp_sync();  // all lanes have read the state
       if (lane == 0) shared.states[0] = state;
       if (lane < top_k) shared.keys[lane] = own;
@@ -368,7 +368,7 @@ __device__ inline bool settle(const ScreenLaunch& launch, const StoredStates& kn
   memcpy(&all, numbers, sizeof all);
   uint64_t own;
   const float temperature = temperature_of(p, row);
-  const RowState state = known.merged(row, launch.spans, kLog2OfE / temperature, own, lane);
+  const RowState state = known.merged(row, launch.spans, kLog2E / temperature, own, lane);
   const uint64_t second = warp_shuffle(own, 1);
   const float limit = fmaxf(64.0f, float(p.vocab / 8));
   if (state.invalid != 0 || !(state.sum > 0.0f) || !(all.chosen <= limit)) return false;
