@@ -13,12 +13,14 @@
 // weight of 0, and 0 * NaN is NaN. So V of the slots that some row may not see is looked at. A slot that is not finite
 // throughout is set aside: the tile has zeros in its place, and it is added, row by row, to those that see it.
 //
-// An Engine says how to multiply: it packs V, forms scores and weights, and accumulates outputs. The running maximum is
-// raised only when a score exceeds it by 2^8, so most tiles rescale nothing; weights then reach at most 2^8.
+// An Engine (attention/cpu/engine.h) says how to multiply: it packs V, forms scores and weights, and accumulates
+// outputs. The running maximum is raised only when a score exceeds it by 2^8, so most tiles rescale nothing; weights
+// then reach at most 2^8.
 #pragma once
 
-#include <new>
+#include <optional>
 
+#include "attention/cpu/engine.h"
 #include "attention/cpu/slots.h"
 #include "attention/cpu/visibility.h"
 
@@ -27,8 +29,40 @@ namespace specdec::cpu::SPECDEC_ISA {
 constexpr float kNoMaximum = -1e30f;  // finite, so that subtracting it from itself is 0
 constexpr float kMaximumSlack = 8.0f;
 
+// Floats of the scratch from the next cache line on; moves `scratch` past them.
+static inline float* take(float*& scratch, size_t floats) {
+  float* taken = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
+  scratch = taken + floats;
+  return taken;
+}
+
+// The memory of the tile at hand. Lanes that go through a split together take turns with it.
+template <class Engine>
+struct TileBuffers {
+  using Element = typename Engine::Element;
+  static constexpr int kBlockRows = Engine::kMaxVecs * kWidth;
+
+  TileBuffers(float*& scratch, int dim)
+      : k_copy(reinterpret_cast<Element*>(take(scratch, size_t(Engine::kTile) * dim))),
+        v_copy(reinterpret_cast<Element*>(take(scratch, size_t(Engine::kTile) * dim))),
+        k_packed(take(scratch, Engine::key_floats(dim))),
+        v_packed(take(scratch, Engine::value_floats(dim))),
+        scores(take(scratch, size_t(Engine::kSpan) * kBlockRows)),
+        weights(take(scratch, size_t(Engine::kTile) * kBlockRows * Engine::kWeightFloats)) {}
+
+  Element *const k_copy, *const v_copy;    // [kTile, dim] of groups that can't be used as they lie
+  float *const k_packed, *const v_packed;  // as the engine multiplies them
+  float* const scores;                     // [kSpan, rows of a block]
+  float* const weights;                    // of a tile and a block
+  int asides, aside[Engine::kTile];        // slots that are set aside
+  alignas(64) float top[kBlockRows];       // the greatest scores of a span, by row
+};
+
+// The state of a task in a split: its packed queries, and the partial result.
 template <class Engine>
 class AttentionKernel {
+  static_assert(EngineCheck<Engine>::kHolds);
+  using Buffers = TileBuffers<Engine>;
   using Storage = typename Engine::Storage;
   using Element = typename Storage::Element;
   static constexpr int kTile = Engine::kTile;
@@ -46,17 +80,16 @@ class AttentionKernel {
   }
 
   static void attend(const Task* const* tasks, int count, int begin, int end, float* scratch, float* const* partials) {
-    alignas(AttentionKernel) unsigned char storage[kMaxTogether * sizeof(AttentionKernel)];
-    AttentionKernel* runs = reinterpret_cast<AttentionKernel*>(storage);
+    std::optional<AttentionKernel>
+        runs[kMaxTogether];  // an optional of a type of this namespace is this namespace's own
     Engine::enter();
     for (int i = 0; i < count; i++) {
-      new (runs + i) AttentionKernel(*tasks[i], scratch, partials[i]);
-      runs[i].pack_queries();
-      runs[i].clear();
+      runs[i].emplace(*tasks[i], scratch, partials[i]);
+      runs[i]->start();
     }
-    for (int i = 0; i < count; i++) runs[i].take_shared(scratch, i == 0 ? nullptr : runs);
-    for (int slot = runs[0].first_visible(begin); slot < end; slot += kTile)
-      for (int i = 0; i < count; i++) runs[i].tile(slot, end);
+    Buffers buffers(scratch, tasks[0]->params->dim);
+    for (int slot = runs[0]->first_visible(begin); slot < end; slot += kTile)
+      for (int i = 0; i < count; i++) runs[i]->tile(slot, end, buffers);
     Engine::leave();
   }
 
@@ -86,8 +119,8 @@ class AttentionKernel {
     }
   }
 
- private:
-  // Takes what the task itself needs from the scratch, and moves `scratch` past it.
+  // Takes what the task itself needs from the scratch, and moves `scratch` past it. `partial` may be new memory, which
+  // start() makes a state of, or hold one.
   AttentionKernel(const Task& task, float*& scratch, float* partial)
       : task_(task),
         p_(*task.params),
@@ -95,39 +128,22 @@ class AttentionKernel {
         dim_(p_.dim),
         rows_(round_up(task.rows, kWidth)),
         group_(p_.heads / p_.kv_heads),
+        depth_out_(Engine::Output::depth(dim_)),
+        transform_(p_.softcap > 0 || p_.alibi_slopes || !(p_.scale > 0)),
+        exponent_scale_(transform_ ? 1.0f : p_.scale * kLog2E),
         q_(take(scratch, size_t(rows_) * Engine::query_depth(dim_))),
         slope_(take(scratch, rows_)),
-        rows_see_(task, take(scratch, rows_), reinterpret_cast<int32_t*>(take(scratch, rows_))) {
-    out_ = partial;
-    depth_out_ = Engine::Output::depth(dim_);
-    max_ = out_ + size_t(rows_) * depth_out_;
-    sum_ = max_ + rows_;
+        rows_see_(task, take(scratch, rows_), reinterpret_cast<int32_t*>(take(scratch, rows_))),
+        out_(partial),
+        max_(out_ + size_t(rows_) * depth_out_),
+        sum_(max_ + rows_) {}
 
-    // Scores are transformed (scaled, capped, biased) in a pass of their own only when a feature asks for it; else the
-    // scale rides on the exponential's multiply-add, which needs it positive.
-    transform_ = p_.softcap > 0 || p_.alibi_slopes || !(p_.scale > 0);
-    exponent_scale_ = transform_ ? 1.0f : p_.scale * kLog2E;
-  }
-
-  static float* take(float*& scratch, size_t floats) {
-    float* taken = reinterpret_cast<float*>((reinterpret_cast<uintptr_t>(scratch) + 63) & ~uintptr_t(63));
-    scratch = taken + floats;
-    return taken;
-  }
-
-  // The buffers of the tile at hand, which tasks that run together share.
-  void take_shared(float*& scratch, const AttentionKernel* first) {
-    if (first) {
-      k_copy_ = first->k_copy_, v_copy_ = first->v_copy_, k_packed_ = first->k_packed_, v_packed_ = first->v_packed_;
-      s_ = first->s_, p_t_ = first->p_t_;
-      return;
-    }
-    k_copy_ = reinterpret_cast<Element*>(take(scratch, size_t(kTile) * dim_));
-    v_copy_ = reinterpret_cast<Element*>(take(scratch, size_t(kTile) * dim_));
-    k_packed_ = take(scratch, Engine::key_floats(dim_));
-    v_packed_ = take(scratch, Engine::value_floats(dim_));
-    s_ = take(scratch, size_t(Engine::kSpan) * kBlockRows);
-    p_t_ = take(scratch, size_t(kTile) * kBlockRows * Engine::kWeightFloats);
+ private:
+  // Before the first tile of a split: nothing has been seen.
+  void start() {
+    pack_queries();
+    std::memset(out_, 0, size_t(rows_) * (depth_out_ + 2) * sizeof(float));
+    for (int r = 0; r < rows_; r++) max_[r] = kNoMaximum;
   }
 
   // The widest block of 2^n vectors that the remaining rows fill.
@@ -184,18 +200,13 @@ class AttentionKernel {
       slope_[r] = p_.alibi_slopes[task_.kv_head * group_ + (task_.first_row + min_of(r, task_.rows - 1)) % group_];
   }
 
-  void clear() {
-    std::memset(out_, 0, size_t(rows_) * (depth_out_ + 2) * sizeof(float));
-    for (int r = 0; r < rows_; r++) max_[r] = kNoMaximum;
-  }
-
   // With a window, context slots before every row's window are never read. The result keeps the tiles' alignment.
   int first_visible(int begin) const {
     const int first = rows_see_.first_seen();
     return first <= begin ? begin : begin + (first - begin) / kTile * kTile;
   }
 
-  void tile(int begin, int end) {
+  void tile(int begin, int end, Buffers& buffers) {
     Tile<Element, kTile> t;
     t.begin = begin;
     t.count = min_of(kTile, end - begin);
@@ -205,26 +216,28 @@ class AttentionKernel {
     t.masked = !all_seen || t.padded > t.count;
     for (int g = 0; g * kGroupSlots < round_up(t.padded, kGroupSlots); g++)
       slots_.template gather<Engine::kPairs>(begin + g * kGroupSlots, end, t.k[g], t.v[g],
-                                             k_copy_ + size_t(g) * kGroupSlots * dim_, v_copy_of(g));
-    asides_ = 0;
-    if (!all_seen) set_aside(t);
+                                             buffers.k_copy + size_t(g) * kGroupSlots * dim_, v_copy_of(buffers, g));
+    buffers.asides = 0;
+    if (!all_seen) set_aside(t, buffers);
     t.ahead = task_.fetch_ahead ? slots_.ahead(begin + kTile, kTile) : Ahead{};
-    Engine::pack_keys(t, dim_, k_packed_);
-    Engine::pack_values(t, dim_, v_packed_);
+    Engine::pack_keys(t, dim_, buffers.k_packed);
+    Engine::pack_values(t, dim_, buffers.v_packed);
     for (int row = 0, vecs; row < task_.rows; row += vecs * kWidth) {
       vecs = block_vecs(task_.rows - row);
       const int rows = min_of(vecs * kWidth, task_.rows - row);
       if (begin >= task_.context_len && !rows_see_.anyone_sees(row, rows, begin, t.count)) continue;
-      if (vecs == 1) block<1>(row, t);
+      if (vecs == 1) block<1>(row, t, buffers);
       if constexpr (Engine::kMaxVecs >= 2)
-        if (vecs == 2) block<2>(row, t);
+        if (vecs == 2) block<2>(row, t, buffers);
       if constexpr (Engine::kMaxVecs >= 4)
-        if (vecs == 4) block<4>(row, t);
+        if (vecs == 4) block<4>(row, t, buffers);
       t.ahead.slots = 0;  // the first row block has fetched the next tile
     }
   }
 
-  Element* v_copy_of(int group) const { return v_copy_ + size_t(group) * kGroupSlots * dim_; }
+  Element* v_copy_of(const Buffers& buffers, int group) const {
+    return buffers.v_copy + size_t(group) * kGroupSlots * dim_;
+  }
 
   // 0, or NaN when the row holds something that is not finite.
   SPECDEC_INLINE Vec times_zero(const Group<Element>* groups, int i) const {
@@ -235,7 +248,7 @@ class AttentionKernel {
   }
 
   // Looks at the slots that some row may not see: those at the window's edge, and the tree's.
-  void set_aside(Tile<Element, kTile>& t) {
+  void set_aside(Tile<Element, kTile>& t, Buffers& buffers) {
     const int edge = min_of(rows_see_.all_see() - t.begin, t.count), tree = max_of(task_.context_len - t.begin, 0);
     Vec sum = splat(0.0f);
     for (int i = 0; i < edge; i++) sum = sum + times_zero(t.v, i);
@@ -244,24 +257,25 @@ class AttentionKernel {
     for (int i = 0; i < t.count; i++) {
       if ((i >= edge && i < tree) || !any_nan(times_zero(t.v, i))) continue;
       Group<Element>& group = t.v[i / kGroupSlots];
-      Element* copy = v_copy_of(i / kGroupSlots);
+      Element* copy = v_copy_of(buffers, i / kGroupSlots);
       for (int n = 0; n < kGroupSlots && group.base != copy; n++)
         std::memcpy(copy + n * dim_, group.base + n * group.stride, dim_ * sizeof(Element));
       group = {copy, dim_};
       std::memset(copy + i % kGroupSlots * dim_, 0, dim_ * sizeof(Element));
-      aside_[asides_++] = i;
+      buffers.aside[buffers.asides++] = i;
     }
   }
 
   // Adds the slots set aside in [from, to), whose scores are at hand, to the rows that see them.
   template <int kVecs>
-  __attribute__((noinline)) void add_aside(int row, const Tile<Element, kTile>& t, int from, int to, float* out) {
+  __attribute__((noinline)) void add_aside(int row, const Tile<Element, kTile>& t, int from, int to,
+                                           const Buffers& buffers, float* out) {
     alignas(64) float weights[kVecs * kWidth], values[kWidth];
-    for (int n = 0; n < asides_; n++) {
-      const int i = aside_[n], slot = t.begin + i;
+    for (int n = 0; n < buffers.asides; n++) {
+      const int i = buffers.aside[n], slot = t.begin + i;
       if (i < from || i >= to) continue;
       for (int j = 0; j < kVecs; j++) {
-        const Vec s = load(s_ + ((i - from) * kVecs + j) * kWidth), top = load(max_ + row + j * kWidth);
+        const Vec s = load(buffers.scores + ((i - from) * kVecs + j) * kWidth), top = load(max_ + row + j * kWidth);
         store(weights + j * kWidth, exp2(fma(s, splat(exponent_scale_), splat(0.0f) - top)));
       }
       for (int r = 0; r < min_of(kVecs * kWidth, task_.rows - row); r++) {
@@ -278,35 +292,36 @@ class AttentionKernel {
   // added for the whole tile, which loads and stores them once. Only when the maximum rises in between are they added
   // earlier.
   template <int kVecs>
-  void block(int row, const Tile<Element, kTile>& t) {
+  void block(int row, const Tile<Element, kTile>& t, Buffers& buffers) {
     const float* q = q_ + size_t(row) * Engine::query_depth(dim_);
     float* out = out_ + size_t(row) * depth_out_;
     int added = 0;
     for (int from = 0; from < t.padded; from += Engine::kSpan) {
       const int to = min_of(from + Engine::kSpan, t.padded);
-      Engine::template scores<kVecs>(t, from, to, dim_, q, k_packed_, s_);
-      if (transform_) transform<kVecs>(row, t, from, to);
-      if (t.masked) rows_see_.template mask<kVecs>(s_, row, t.begin + from, t.count - from, to - from);
-      if (rises<kVecs>(row, to - from)) {
-        if (from > added) Engine::template accumulate<kVecs>(t, added, from, v_packed_, dim_, p_t_, out);
+      Engine::template scores<kVecs>(t, from, to, dim_, q, buffers.k_packed, buffers.scores);
+      if (transform_) transform<kVecs>(row, t, from, to, buffers.scores);
+      if (t.masked) rows_see_.template mask<kVecs>(buffers.scores, row, t.begin + from, t.count - from, to - from);
+      if (rises<kVecs>(row, to - from, buffers)) {
+        if (from > added)
+          Engine::template accumulate<kVecs>(t, added, from, buffers.v_packed, dim_, buffers.weights, out);
         added = from;
-        raise_maximum<kVecs>(row);
+        raise_maximum<kVecs>(row, buffers.top);
       }
-      weigh<kVecs>(row, to - from, p_t_ + Engine::weights_offset(from, kVecs));
-      if (asides_ > 0) add_aside<kVecs>(row, t, from, to, out);
+      weigh<kVecs>(row, to - from, buffers.scores, buffers.weights + Engine::weights_offset(from, kVecs));
+      if (buffers.asides > 0) add_aside<kVecs>(row, t, from, to, buffers, out);
     }
-    Engine::template accumulate<kVecs>(t, added, t.padded, v_packed_, dim_, p_t_, out);
+    Engine::template accumulate<kVecs>(t, added, t.padded, buffers.v_packed, dim_, buffers.weights, out);
   }
 
   template <int kVecs>
-  SPECDEC_INLINE void weigh(int row, int slots, float* weights) {
+  SPECDEC_INLINE void weigh(int row, int slots, const float* scores, float* weights) {
     Vec minus_max[kVecs], sum[kVecs];
     SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) {
       minus_max[j] = splat(0.0f) - load(max_ + row + j * kWidth);
       sum[j] = splat(0.0f);  // of this span, added at the end: one long sum would lose more to rounding
     }
-    Engine::template weigh<kVecs>(s_, slots, splat(exponent_scale_), minus_max, weights, sum);
+    Engine::template weigh<kVecs>(scores, slots, splat(exponent_scale_), minus_max, weights, sum);
     SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) {
       float* at = sum_ + row + j * kWidth;
@@ -315,12 +330,12 @@ class AttentionKernel {
   }
 
   template <int kVecs>
-  void transform(int row, const Tile<Element, kTile>& t, int from, int to) {
+  void transform(int row, const Tile<Element, kTile>& t, int from, int to, float* scores) {
     const Vec scale = splat(p_.scale);
     for (int i = from; i < min_of(to, t.count); i++) {
       const Vec position = splat(p_.alibi_slopes ? rows_see_.position(t.begin + i) : 0.0f);
       for (int j = 0; j < kVecs; j++) {
-        float* at = s_ + ((i - from) * kVecs + j) * kWidth;
+        float* at = scores + ((i - from) * kVecs + j) * kWidth;
         Vec s = load(at) * scale;
         if (p_.softcap > 0) s = soft_cap(s, p_.softcap);
         if (p_.alibi_slopes) {
@@ -332,35 +347,35 @@ class AttentionKernel {
     }
   }
 
-  // Finds the largest score of each row (in top_) and tells whether one is far enough above the maximum in use.
+  // Finds the largest score of each row (in buffers.top) and tells whether one is far enough above the maximum in use.
   template <int kVecs>
-  bool rises(int row, int slots) {
+  bool rises(int row, int slots, Buffers& buffers) {
     const Vec scale = splat(exponent_scale_);
     Vec top[kVecs];
     SPECDEC_UNROLL
-    for (int j = 0; j < kVecs; j++) top[j] = load(s_ + j * kWidth);
+    for (int j = 0; j < kVecs; j++) top[j] = load(buffers.scores + j * kWidth);
     for (int i = 1; i < slots; i++) {
       SPECDEC_UNROLL
-      for (int j = 0; j < kVecs; j++) top[j] = maximum(load(s_ + (i * kVecs + j) * kWidth), top[j]);
+      for (int j = 0; j < kVecs; j++) top[j] = maximum(load(buffers.scores + (i * kVecs + j) * kWidth), top[j]);
     }
     bool raise = false;
     SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) {
       top[j] = top[j] * scale;
       raise |= any_above(top[j], load(max_ + row + j * kWidth) + splat(kMaximumSlack));
-      store(top_ + j * kWidth, top[j]);
+      store(buffers.top + j * kWidth, top[j]);
     }
     return raise;
   }
 
   template <int kVecs>
-  void raise_maximum(int row) {
+  void raise_maximum(int row, const float* top) {
     Vec factor[kVecs];
     bool fresh = true;
     SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) {
       const int r = row + j * kWidth;
-      const Vec old = load(max_ + r), now = maximum(load(top_ + j * kWidth), old);
+      const Vec old = load(max_ + r), now = maximum(load(top + j * kWidth), old);
       fresh &= !any_above(old, splat(kNoMaximum));
       factor[j] = exp2(old - now);
       store(max_ + r, now);
@@ -410,16 +425,14 @@ class AttentionKernel {
   const Task& task_;
   const TreeAttentionParams& p_;
   const TaskSlots<Element> slots_;
-  const int dim_, rows_, group_;
-  float *q_, *slope_;
+  const int dim_, rows_, group_, depth_out_;
+  // Scores are transformed (scaled, capped, biased) in a pass of their own only when a feature asks for it; else the
+  // scale rides on the exponential's multiply-add, which needs it positive.
+  const bool transform_;
+  const float exponent_scale_;
+  float *const q_, *const slope_;
   Visibility rows_see_;
-  int depth_out_;
-  float *out_, *max_, *sum_, *k_packed_, *v_packed_, *s_, *p_t_;
-  Element *k_copy_, *v_copy_;
-  bool transform_;
-  float exponent_scale_;
-  int asides_, aside_[kTile];  // slots of the tile at hand
-  alignas(64) float top_[kBlockRows];
+  float *const out_, *const max_, *const sum_;  // the partial result: outputs, and each row's maximum and sum
 };
 
 template <class Engine>
