@@ -2,7 +2,7 @@
 
 import pytest
 
-from screen_bound_cases import far_below_is_nothing, library, rows
+from tests.early_exit.screen_bound_cases import far_below_is_nothing, library, rows
 from tests.emulator import build
 
 pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.why_not()))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from screen_bound_cases import NUMBERS, STATS, edges, far_below_is_nothing, library, rows
+from tests.early_exit.screen_bound_cases import NUMBERS, STATS, edges, far_below_is_nothing, library, rows
 from tests.emulator import build
 
 pytest.importorskip("triton")

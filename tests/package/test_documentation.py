@@ -43,7 +43,8 @@ def test_what_a_reference_page_names_exists():
     for page in PAGES:
         for name in names_on(page):
             first, *rest = name.split(".")
-            thing = specdec_ops if first in (*PUBLIC, "__version__") else importlib.import_module(f"specdec_ops.{first}")
+            own = first in (*PUBLIC, "__version__")
+            thing = specdec_ops if own else importlib.import_module(f"specdec_ops.{first}")
             for part in (first, *rest) if thing is specdec_ops else rest:
                 is_module = not hasattr(thing, part)
                 thing = importlib.import_module(f"{thing.__name__}.{part}") if is_module else getattr(thing, part)

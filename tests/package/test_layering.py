@@ -42,13 +42,6 @@ MAY_IMPORT = {
         "specdec_ops.vocab_map",
     ),
     "specdec_ops/compat/": ("torch", "specdec_ops", *OPS),
-    **dict.fromkeys(
-        ("triton_kernels/early_exit/", "triton_kernels/kv/"),
-        (
-            *("torch", "triton", "specdec_ops.triton_kernels.common", "specdec_ops.triton_kernels.acceptance.sample"),
-            "specdec_ops.triton_kernels.early_exit.exit_kernels",
-        ),
-    ),
     "triton_kernels/common/": ("torch", "triton"),
     "triton_kernels/linear/": ("torch", "triton", "specdec_ops.triton_kernels.common"),
     "triton_kernels/": (
@@ -65,9 +58,6 @@ MAY_INCLUDE = {
     "bindings/": ("bindings/", "common/", *(f"{family}/" for family in FAMILIES)),
     "common/cuda/errors.cu": ("common/", "acceptance/cuda/launchers.h", "topology/cuda/build_topology.cuh"),
     "common/": ("common/",),
-    "kv/cpu/kv_propagate.cpp": ("kv/", "common/", "linear/", "early_exit/cpu/head_reader.h"),
-    "linear/cpu/": ("linear/", "common/", "early_exit/cpu/exit_kernels.h"),
-    "linear/cuda/": ("linear/", "common/", "early_exit/cuda/exit_launch.h"),
 }
 FRAMEWORKS = re.compile(r"#include\s*<(torch|ATen|c10|Python|pybind11|cutlass|cute)\b")
 
@@ -143,8 +133,7 @@ def test_families_of_ops_do_not_import_each_other():
         own = path.split("/")[-2]
         for name in imports_of(path):
             others = [part for part in name.split(".")[2:3] if part in FAMILIES and part not in (own, "linear")]
-            shared = name.endswith((".acceptance.sample", ".early_exit.exit_kernels"))
-            assert not others or shared, f"{path} imports {name}"
+            assert not others, f"{path} imports {name}"
 
 
 def test_tree_needs_no_torch_to_be_imported():

@@ -12,7 +12,7 @@
 // are lost below 2^-38 of the greatest, which is what the second part of a number is good for, too.
 #pragma once
 
-#include "linear/cuda/few_row_tiles.cuh"
+#include "early_exit/cuda/head_tiles.cuh"
 
 namespace specdec::cuda {
 

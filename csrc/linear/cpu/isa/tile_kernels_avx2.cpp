@@ -1,2 +1,0 @@
-#define SPECDEC_ISA avx2
-#include "linear/cpu/tile_kernels.h"

@@ -1,2 +1,0 @@
-#define SPECDEC_ISA avx512_bf16
-#include "linear/cpu/tile_kernels.h"

@@ -1,2 +1,0 @@
-#define SPECDEC_ISA generic
-#include "linear/cpu/tile_kernels.h"
