@@ -51,7 +51,7 @@ def exponential_kernel(v, out, BLOCK: tl.constexpr):
 
 @triton.jit
 def uniforms_kernel(seed, out, start, position, domain, salt, BLOCK: tl.constexpr):
-    v = philox.race_uniforms(tl.load(seed), start, position, domain, salt, BLOCK)
+    v = philox.token_uniforms(philox.NoiseStream(tl.load(seed), position, domain, salt), start, BLOCK)
     tl.store(out + tl.arange(0, BLOCK), v)
 
 

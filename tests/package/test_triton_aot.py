@@ -30,6 +30,24 @@ FLOAT_POINTERS = ("temperatures", "top_ps", "draft_temperatures", "draft_top_ps"
                   "lse_a", "lse_b", "part_out", "part_stats", "sinks", "alibi_slopes")  # fmt: skip
 NUMBERS = ("tokens", "nodes")  # of the attention kernels; to the acceptance kernels they are pointers
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+# The members of the arguments that are tuples.
+SETTINGS = ("temperature", "temperatures", "top_ks", "top_p", "top_ps")
+ACCEPT_TUPLES = {
+    "target": ("target", "target_batch_stride", "target_node_stride", "size"),
+    "draft": ("draft_logits", "draft_batch_stride", "draft_node_stride", "draft_size", "target_to_draft"),
+    "tree": ("draft_tokens", "first_child", "next_sibling", "num_nodes"),
+    "settings": SETTINGS,
+    "draft_settings": tuple(f"draft_{name}" for name in SETTINGS),
+    "noise": ("seeds", "positions"),
+    "outputs": ("tokens", "nodes", "num_accepted", "next_tokens", "status", "finished"),
+    "thresholds": ("threshold_a", "threshold_b"),
+}
+SAMPLE_TUPLES = {
+    "logits": ("logits", "batch_stride", "row_stride", "size"),
+    "settings": SETTINGS,
+    "noise": ("seeds", "positions"),
+    "outputs": ("tokens", "logprobs", "logsumexp", "status"),
+}
 
 
 @dataclass(frozen=True)
@@ -225,20 +243,20 @@ def compile_accept(spec, arch):
 
     block = sample.block_of(10**5)
     if spec.rule == "sample":
-        kernel = sample.sample_kernel
+        kernel, tuples = sample.sample_kernel, SAMPLE_TUPLES
         constants = {"REPLACEMENT": False, "DRAFTING": True, "FILTER": True, "PER_ROW": False, "BLOCK": block}
     else:
-        kernel = accept.KERNELS.get(spec.rule, accept.accept_walk_kernel)
+        kernel, tuples = accept.accept_kernel, ACCEPT_TUPLES
         constants = {
             "RULE": accept.RULES.index(spec.rule), "IDS": False, "REPLACEMENT": False, "CHILD_ROWS": spec.child_rows,
             "FILTER": True, "DRAFT_FILTER": True, "BLOCK": block,
         }  # fmt: skip
         if not spec.draft:
-            constants |= {"draft": None, "target_to_draft": None}
-    return compile_kernel(kernel, constants, POINTERS[spec.dtype], arch, sample.warps_of(block), 3)
+            constants |= {"draft": None}
+    return compile_kernel(kernel, constants, POINTERS[spec.dtype], arch, sample.warps_of(block), 3, tuples=tuples)
 
 
-def compile_kernel(kernel, constants, element_pointer, arch, warps, stages, numbers=()):
+def compile_kernel(kernel, constants, element_pointer, arch, warps, stages, numbers=(), tuples=None):
     """Compile as the launch would: tensors of elements and their strides are aligned, everything else unknown."""
 
     def type_of(name):
@@ -247,28 +265,33 @@ def compile_kernel(kernel, constants, element_pointer, arch, warps, stages, numb
     def is_aligned(name):
         return type_of(name) == element_pointer or name.startswith(ALIGNED) or "part_" in name
 
-    return compile_typed(kernel, constants, arch, warps, stages, type_of, is_aligned)
+    return compile_typed(kernel, constants, arch, warps, stages, type_of, is_aligned, tuples or {})
 
 
-def compile_typed(kernel, constants, arch, warps, stages, type_of, is_aligned):
-    """The same with the types and alignments of the arguments that are not constants."""
+def compile_typed(kernel, constants, arch, warps, stages, type_of, is_aligned, tuples=None):
+    """The same with the types and alignments of the arguments that are not constants, and the members of tuples."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    signature = {name: "constexpr" if name in constants else type_of(name) for name in kernel.arg_names}
-    aligned = {
-        (index,): [["tt.divisibility", 16]]
-        for index, name in enumerate(kernel.arg_names)
-        if name not in constants and is_aligned(name)
-    }
-    source = ASTSource(kernel, signature, constants, aligned)
+    signature, found, aligned = {}, {}, {}
+    for index, argument in enumerate(kernel.arg_names):
+        members = tuples.get(argument) if tuples and argument not in constants else None
+        types = []
+        for path, name in [((index, j), name) for j, name in enumerate(members)] if members else [((index,), argument)]:
+            types.append("constexpr" if name in constants else type_of(name))
+            if name in constants:
+                found[path] = constants[name]
+            elif is_aligned(name):
+                aligned[path] = [["tt.divisibility", 16]]
+        signature[argument] = tuple(types) if members else types[0]
+    source = ASTSource(kernel, signature, found, aligned)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 
 def argument_type(name, element_pointer):
-    if name in ("q", "k_cache", "v_cache", "out", "out_a", "out_b", "target", "draft", "logits"):
+    if name in ("q", "k_cache", "v_cache", "out", "out_a", "out_b", "target", "draft_logits", "logits"):
         return element_pointer
     if name in FLOAT_POINTERS:
         return "*fp32"

@@ -1,21 +1,135 @@
-"""Launch of the acceptance kernels: one program per request, one launch per call, whatever the rule.
+"""The acceptance kernel and its launch: one program per request, one launch per call, whatever the rule.
 
 Scratch is one bit per token of the vocabulary and 96 bytes per node for each request. Nothing of it is read before the
 kernel has written it. Launches depend on shapes alone: nothing syncs, and the call can be captured in a CUDA graph.
+
+The kernel takes plain tuples, which cost a launch no more than single arguments, and makes named ones of them, which
+cost nothing there. Numbers that change from call to call are in no tuple: Triton compiles a kernel anew for a number
+that is 1 or a multiple of 16, and members of tuples can't be exempt from that.
 """
 
 import torch
+import triton
+import triton.language as tl
 from specdec_ops.triton_kernels.common.launch import batch_stride, on
+from specdec_ops.triton_kernels.common.token_rows import Sampling, request_sampling, request_seed, request_setting
 
 from . import sample
-from .accept_kernels import accept_walk_kernel
-from .accept_lossy_kernels import accept_lossy_kernel
-from .accept_state import NODE_WORDS
-from .accept_traversal_kernel import accept_traversal_kernel
+from .accept_kernels import accept_walk
+from .accept_lossy_kernels import accept_lossy
+from .accept_state import (
+    TARGET_ONLY,
+    GREEDY,
+    LONGEST,
+    NODE_WORDS,
+    RECURSIVE,
+    TRAVERSAL,
+    TREE_INVALID,
+    TYPICAL,
+    UNCLAIMED,
+    Model,
+    Outputs,
+    Request,
+    Tree,
+    fill,
+)
+from .accept_traversal_kernel import accept_traversal
 
 RULES = ("greedy", "match", "recursive", "target_only", "kseq", "traversal", "typical", "longest")
-KERNELS = {"traversal": accept_traversal_kernel, "typical": accept_lossy_kernel, "longest": accept_lossy_kernel}
 MAX_EOS = 8
+
+# No recompilation for values of these that happen to be 1 or a multiple of 16. The sizes and strides of rows are not
+# among them: loads of 16 bytes need to know that rows are aligned.
+VOLATILE = [
+    "token_batch_stride", "token_stride", "first_batch_stride", "next_batch_stride", "num_nodes_stride",
+    "scratch_stride", "columns", "max_depth", "width", "top_k", "draft_top_k", "seed_low", "seed_high", "position",
+    "eos0", "eos1", "eos2", "eos3", "eos4", "eos5", "eos6", "eos7",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=VOLATILE)
+def accept_kernel(
+    target, draft, tree, settings, draft_settings, noise, outputs, scratch, thresholds,
+    token_batch_stride, token_stride, first_batch_stride, next_batch_stride, num_nodes_stride, scratch_stride, columns,
+    max_depth, width, top_k, draft_top_k, seed_low, seed_high, position, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7,
+    RULE: tl.constexpr, IDS: tl.constexpr, REPLACEMENT: tl.constexpr, CHILD_ROWS: tl.constexpr, FILTER: tl.constexpr,
+    DRAFT_FILTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Grid: (batch,). The tuples hold what accept has under these names.
+
+    target            target, its strides by request and node, vocab
+    draft             draft_logits, its strides by request and node, draft_vocab, target_to_draft; None: no rows
+    tree              draft_tokens, first_child, next_sibling, num_nodes
+    settings          temperature, temperatures, top_ks, top_p, top_ps of the target, draft_settings those of the draft
+    noise             seeds, positions
+    outputs           tokens, nodes, num_accepted, next_tokens, status, finished
+    thresholds        a pair of numbers
+
+    scratch int32 holds for each request a bit per token of the vocabulary, then NODE_WORDS per node; None with IDS.
+    """
+    index = tl.program_id(0).to(tl.int64)
+    logits, batch_stride, node_stride, size = target
+    logits += index * batch_stride
+    tokens, first_child, next_sibling, num_nodes = tree
+    tokens += index * token_batch_stride
+    if first_child is not None:
+        first_child += index * first_batch_stride
+        next_sibling += index * next_batch_stride
+    else:
+        tokens -= token_stride  # a chain has no column for node 0
+    given = tl.load(num_nodes + index * num_nodes_stride)
+    count = tl.minimum(tl.maximum(given, 1), columns)
+    bits = tl.where(count == given, 0, TREE_INVALID)
+    seeds, positions = noise
+    seed = request_seed(seeds, seed_low, seed_high, index)
+    position = request_setting(position, positions, index)
+
+    sampling, wrong = request_sampling(settings, top_k, index)
+    bits |= wrong
+    weighted = False
+    draft_model = None
+    if draft is not None:
+        draft_logits, draft_batch_stride, draft_node_stride, draft_size, ids_of_target = draft
+        draft_sampling, wrong = request_sampling(draft_settings, draft_top_k, index)
+        weighted = sampling.temperature > 0.0
+        bits |= tl.where(weighted, wrong, 0)
+        draft_logits += index * draft_batch_stride
+        draft_model = Model(draft_logits, draft_node_stride, draft_size, draft_sampling, ids_of_target)
+    if RULE == GREEDY:
+        sampling = Sampling(0.0, sampling.top_k, sampling.top_p)
+
+    state = scratch
+    excluded = None
+    if not IDS:
+        words = (size + 31) // 32
+        state += index * scratch_stride
+        if (RULE == RECURSIVE) | (RULE == TARGET_ONLY) | (RULE == TRAVERSAL):
+            excluded = state
+            fill(excluded, words, 0, BLOCK)
+            state += words
+        if (RULE == TRAVERSAL) | (RULE == TYPICAL) | (RULE == LONGEST):
+            fill(state, columns * NODE_WORDS, UNCLAIMED, BLOCK)
+
+    request = Request(
+        index,
+        Model(logits, node_stride, size, sampling, None),
+        draft_model,
+        weighted,
+        Tree(tokens, token_stride, first_child, next_sibling, count, columns, max_depth),
+        seed,
+        position,
+        (eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7),
+        state,
+        excluded,
+        thresholds,
+        Outputs(outputs[0], outputs[1], outputs[2], outputs[3], outputs[4], outputs[5], width),
+    )
+    if RULE == TRAVERSAL:
+        accept_traversal(request, bits, REPLACEMENT, CHILD_ROWS, FILTER, DRAFT_FILTER, BLOCK)
+    elif (RULE == TYPICAL) | (RULE == LONGEST):
+        accept_lossy(request, bits, RULE, FILTER, DRAFT_FILTER, BLOCK)
+    else:
+        accept_walk(request, bits, RULE, IDS, REPLACEMENT, CHILD_ROWS, FILTER, DRAFT_FILTER, BLOCK)
 
 
 def accept(
@@ -38,24 +152,27 @@ def accept(
         return
     ids = target.dim() == 2
     columns, size = target.shape[1], 2**31 - 1 if ids else target.shape[2]
-    draft = None if rule in ("greedy", "match", "target_only", "typical") else draft_logits
-    block = 64 if ids else sample.block_of(size)
-    scratch = None
+    block, words, scratch = 64, 0, None
     if not ids:
-        words = (size + 31) // 32 + columns * NODE_WORDS.value
+        block, words = sample.block_of(size), (size + 31) // 32 + columns * NODE_WORDS.value
         scratch = torch.empty((batch, words), dtype=torch.int32, device=target.device)
+    draft = None
+    if draft_logits is not None and rule not in ("greedy", "match", "target_only", "typical"):
+        draft = (draft_logits, *draft_logits.stride()[:2], draft_logits.shape[2], target_to_draft)
     with on(target.device):
-        KERNELS.get(rule, accept_walk_kernel)[(batch,)](
-            target, draft_tokens, draft, None if draft is None else target_to_draft, first_child, next_sibling,
-            num_nodes, temperatures, top_ks, top_ps, draft_temperatures, draft_top_ks, draft_top_ps, seeds, positions,
-            tokens, nodes, num_accepted, next_tokens, status, finished.view(torch.int8),
-            scratch, *target.stride()[:2], *draft_tokens.stride(),
-            *((0, 0) if draft is None else draft.stride()[:2]), batch_stride(first_child),
-            batch_stride(next_sibling), batch_stride(num_nodes), 0 if ids else scratch.shape[1], columns, size,
-            0 if draft is None else draft.shape[2], depths - 1, next_tokens.numel() // batch, temperature, top_k, top_p,
-            draft_temperature, draft_top_k, draft_top_p, *sample.seed_words(seed or 0), position or 0,
-            *eos, *[-1] * (MAX_EOS - len(eos)), *thresholds, RULE=RULES.index(rule), IDS=ids, REPLACEMENT=replacement,
-            CHILD_ROWS=child_rows, FILTER=sample.filters(top_k, top_ks, top_p, top_ps),
+        accept_kernel[(batch,)](
+            (target, *target.stride()[:2], size),
+            draft,
+            (draft_tokens, first_child, next_sibling, num_nodes),
+            (temperature, temperatures, top_ks, top_p, top_ps),
+            (draft_temperature, draft_temperatures, draft_top_ks, draft_top_p, draft_top_ps),
+            (seeds, positions),
+            (tokens, nodes, num_accepted, next_tokens, status, finished.view(torch.int8)),
+            scratch, tuple(thresholds), *draft_tokens.stride(), batch_stride(first_child), batch_stride(next_sibling),
+            batch_stride(num_nodes), words, columns, depths - 1, next_tokens.numel() // batch, top_k, draft_top_k,
+            *sample.seed_words(seed or 0), position or 0, *eos, *[-1] * (MAX_EOS - len(eos)),
+            RULE=RULES.index(rule), IDS=ids, REPLACEMENT=replacement, CHILD_ROWS=child_rows,
+            FILTER=sample.filters(top_k, top_ks, top_p, top_ps),
             DRAFT_FILTER=sample.filters(draft_top_k, draft_top_ks, draft_top_p, draft_top_ps), BLOCK=block,
             num_warps=sample.warps_of(block),
         )  # fmt: skip

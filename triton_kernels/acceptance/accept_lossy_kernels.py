@@ -1,4 +1,4 @@
-"""The two rules that look at every reached node and keep the deepest: typical acceptance and longest path.
+"""The two rules that test every reached node and keep the deepest: typical acceptance and longest path.
 
 One program owns one request. Nodes that pass are appended to a queue in scratch, and the queue is served in order: each
 of its nodes reads its row (longest path: its pair of rows) if it has children, and tests them all. So the rows read are
@@ -7,57 +7,59 @@ those of accepted nodes, and one more for the next token.
     typical  Medusa's rule (2401.10774): p(x) > min(epsilon, delta exp(-entropy)). No noise but in the next token, which
              is drawn from the tokens that pass the same test.
     longest  improved MCSD's rule for a forest whose roots are given (2409.10644): u q(x) < p(x) with p and q as they
-             were. `width` next tokens are the first of one race: over (p - q)+ at an inner node, over p at a leaf or a
-             root.
+             were. The next tokens are drawn without replacement: from (p - q)+ at an inner node, from p at a leaf or
+             a root.
 
 Both are lossy: among several accepted nodes they choose by what comes later.
 """
 
 import triton
 import triton.language as tl
-from specdec_ops.triton_kernels.common.philox import BONUS, RESIDUAL, node_coin
+from specdec_ops.triton_kernels.common.philox import BONUS, RESIDUAL, NoiseStream, node_coin
 from specdec_ops.triton_kernels.common.token_rows import (
     DRAFT_INVALID,
     LEAST_SCORE,
     NO_ID,
     TARGET_INVALID,
+    draw_next,
     next_logit,
-    race_rest,
-    request_law,
-    request_setting,
 )
 
-from .accept_kernels import VOLATILE, finish_outputs, node_count, read_proposal, request_seed, write_path
 from .accept_state import (
     DEPTH,
     LOGARITHM,
+    LONGEST,
     NODE_WORDS,
     PARENT,
     QUEUE,
     RESIDUAL_EMPTY,
-    TARGET_LAW,
+    TARGET_ROW,
     TERM_BEFORE,
     TERM_FACTOR,
     TOKEN_IMPOSSIBLE,
     TREE_INVALID,
+    TYPICAL,
     UNCLAIMED,
     draft_proposal,
     draw,
     fill,
+    finish_outputs,
+    first_child_above,
     get_float,
     get_int,
     is_end,
     is_next_end,
-    probability,
+    kept_distribution,
+    next_sibling,
     put_float,
     put_int,
-    residual_race,
-    step,
-    write_law,
+    read_proposal,
+    read_row,
+    residual_draw,
+    row_of,
+    target_probability,
+    write_path,
 )
-
-TYPICAL = tl.constexpr(6)
-LONGEST = tl.constexpr(7)
 
 
 @triton.jit
@@ -74,139 +76,109 @@ def _reach(state, node, parent, depth, logarithm, reached):
 
 
 @triton.jit
-def _passes_longest(
-    row, draft, draft_stride, target_to_draft, state, node, child, token, weighed, sound, seed, position,
-):  # fmt: skip
-    """Whether the child passes its own test, and status bits. weighed: whether there is a q; sound: it can be used."""
+def _passes_longest(request, node, child, token, sound):
+    """Whether the child passes its own test, and status bits. sound: whether its q can be used."""
     q = tl.full([], 1.0, tl.float32)
     drawable = True
-    if draft is not None:
-        if weighed:
-            q, drawable = draft_proposal(draft, draft_stride, target_to_draft, state, node, token)
-    p = probability(row, state, node, TARGET_LAW, token, True)
-    u = node_coin(seed, position, child, 0)
+    if request.draft is not None:
+        if request.weighted:
+            q, drawable = draft_proposal(request, node, token)
+    p = target_probability(request, node, token, True)
+    u = node_coin(request.seed, request.position, child, 0)
     passed = sound & drawable & (u * q.to(tl.float64) < p.to(tl.float64))
     return passed, tl.where(sound & (drawable == 0), TOKEN_IMPOSSIBLE, 0)
 
 
 @triton.jit
-def _counts(
-    tokens, token_stride, next_sibling, count, columns, size, state, node, child, token, PADDED: tl.constexpr,
-):  # fmt: skip
+def _counts(request, node, child, token, PADDED: tl.constexpr):
     """Whether a list of children makes the node read its rows: one that is the node's and, unless PADDED, in range."""
     found = tl.full([], 0, tl.int32)
     while (child >= 0) & (found == 0):
-        owner = get_int(state, child, PARENT)
+        owner = get_int(request.state, child, PARENT)
         free = (owner == UNCLAIMED) | (owner == node)
-        found = (free & (PADDED | ((token >= 0) & (token < size)))).to(tl.int32)
+        found = (free & (PADDED | ((token >= 0) & (token < request.target.size)))).to(tl.int32)
         if free:
-            child, token, _ = step(child, next_sibling, tokens, token_stride, count, columns, True)
+            child, token, _ = next_sibling(request.tree, child)
         else:
             child = tl.full([], -1, tl.int32)
     return found != 0
 
 
 @triton.jit
-def _draw_many(
-    row, size, draft, draft_stride, target_to_draft, state, node, head, ranked, seed, position, domain, next_tokens,
-    width, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Write `width` tokens, the first of one race (or, ranked, the greatest logits); -1 where there are fewer.
+def _draw_many(request, node, head, ranked, domain, next_tokens, BLOCK: tl.constexpr):
+    """Write the next tokens, drawn without replacement (or, ranked, the greatest logits); -1 where there are fewer.
 
     From p alone every possible token can come. A difference p - q has no such scale: what float32 makes 0 is not drawn.
     """
-    maximum = get_float(state, node, TARGET_LAW)
-    scale = get_float(state, node, TARGET_LAW + 1)
-    cut = get_float(state, node, TARGET_LAW + 3)
-    cut_id = get_int(state, node, TARGET_LAW + 4)
-    hot = get_int(state, node, TARGET_LAW + 5)
-    unsure = tl.full([], 0, tl.int32)
+    row = row_of(request.target, node)
+    size = request.target.size
+    stream = NoiseStream(request.seed, request.position, domain, node)
+    of = kept_distribution(request.state, node, TARGET_ROW)
+    maximum = of.maximum
+    unreliable = tl.full([], 0, tl.int32)  # float32 can't rank the tokens that are left by their scores
     last = tl.full([], float("inf"), tl.float32)
     last_id = tl.full([], -1, tl.int32)
     attempt = tl.full([], 0, tl.int32)
     left = True
-    for index in range(width):
-        key = last
+    for index in range(request.outputs.width):
+        score = last
         token = tl.full([], 2147483647, tl.int32)
         if ranked:
-            key, token = next_logit(row, size, last, last_id, BLOCK)
-        elif unsure == 0:
+            score, token = next_logit(row, size, last, last_id, BLOCK)
+        elif unreliable == 0:
             searching = tl.full([], 1, tl.int32)
             while searching != 0:
-                key, token = residual_race(
-                    row, size, draft, draft_stride, target_to_draft, state, None, node, tl.where(attempt < 2, head, -1),
-                    False, 0.0, 1.0, 0.0, seed, position, domain, node, last, last_id, attempt % 2 == 1, False, BLOCK,
+                score, token = residual_draw(
+                    request, node, tl.where(attempt < 2, head, -1), False, 0.0, 1.0, 0.0, stream, last, last_id,
+                    attempt % 2 == 1, False, BLOCK,
                 )  # fmt: skip
-                # The first token decides what is raced for: the residual by score or weight, or the row if it is empty.
+                # The first token decides for all: the residual by score or by weight, or the row if that is empty.
                 searching = ((token == NO_ID) & (index == 0) & (attempt < 3)).to(tl.int32)
                 attempt += searching
-            alone = ((head < 0) | (attempt >= 2)) & (hot < 0)
-            unsure = (alone & (index > 0) & ((key < LEAST_SCORE) | (attempt % 2 == 1))).to(tl.int32)
-        if unsure != 0:
-            token, maximum = race_rest(row, size, seed, position, domain, node, maximum, scale, cut, cut_id,
-                                       next_tokens, index, BLOCK)  # fmt: skip
+            alone = ((head < 0) | (attempt >= 2)) & (of.one_hot_id < 0)
+            unreliable = (alone & (index > 0) & ((score < LEAST_SCORE) | (attempt % 2 == 1))).to(tl.int32)
+        if unreliable != 0:
+            token, maximum = draw_next(row, size, of, maximum, stream, next_tokens, index, BLOCK)
         left = left & (token != NO_ID)
         tl.store(next_tokens + index, tl.where(left, token, -1))
-        last = key
+        last = score
         last_id = token
     return tl.where(attempt >= 2, RESIDUAL_EMPTY, 0)
 
 
-@triton.jit(do_not_specialize=VOLATILE)
-def accept_lossy_kernel(
-    target, draft_tokens, draft, target_to_draft, first_child, next_sibling, num_nodes, temperatures, top_ks, top_ps,
-    draft_temperatures, draft_top_ks, draft_top_ps, seeds, positions, tokens, nodes, num_accepted, next_tokens, status,
-    finished, scratch, target_batch_stride, target_node_stride, token_batch_stride, token_stride, draft_batch_stride,
-    draft_node_stride, first_batch_stride, next_batch_stride, num_nodes_stride, scratch_stride, columns, size,
-    draft_size, max_depth, width, temperature, top_k, top_p, draft_temperature, draft_top_k, draft_top_p, seed_low,
-    seed_high, position, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7, threshold_a, threshold_b,
-    RULE: tl.constexpr, IDS: tl.constexpr, REPLACEMENT: tl.constexpr, CHILD_ROWS: tl.constexpr, FILTER: tl.constexpr,
-    DRAFT_FILTER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Grid: (batch,). Arguments as in accept_walk_kernel."""
-    request = tl.program_id(0).to(tl.int64)
-    target += request * target_batch_stride
-    draft_tokens += request * token_batch_stride
-    next_tokens += request * width
-    if first_child is not None:
-        first_child += request * first_batch_stride
-        next_sibling += request * next_batch_stride
-    else:
-        draft_tokens -= token_stride  # a chain has no column for node 0
-    if draft is not None:
-        draft += request * draft_batch_stride
-    count, bits = node_count(num_nodes, num_nodes_stride, request, columns)
-    seed = request_seed(seeds, seed_low, seed_high, request)
-    place = request_setting(position, positions, request)
-    heat, k, p, wrong_law = request_law(temperature, temperatures, top_k, top_ks, top_p, top_ps, request)
-    draft_heat, draft_k, draft_p, wrong_draft_law = request_law(
-        draft_temperature, draft_temperatures, draft_top_k, draft_top_ks, draft_top_p, draft_top_ps, request
-    )
-    weighed = (heat > 0.0) & (draft is not None)
-    bits |= wrong_law | tl.where(weighed, wrong_draft_law, 0)
-    state = scratch + request * scratch_stride
-    fill(state, columns * NODE_WORDS, UNCLAIMED, BLOCK)
+@triton.jit
+def _ends(request, node, RULE: tl.constexpr):
+    """Whether the node's token ends the sequence. Node 0 is a draft in a forest only."""
+    drafted = node >= 0 if RULE == LONGEST else node > 0
+    token = tl.load(request.tree.tokens + node * request.tree.token_stride, mask=drafted, other=-1)
+    return drafted & is_end(token, request.eos)
 
+
+@triton.jit
+def accept_lossy(
+    request, bits, RULE: tl.constexpr, FILTER: tl.constexpr, DRAFT_FILTER: tl.constexpr, BLOCK: tl.constexpr
+):
+    """One request, by one of the rules above. bits: its status so far. Its nodes in scratch are UNCLAIMED."""
+    target, tree, state = request.target, request.tree, request.state
     zero = tl.full([], 0.0, tl.float32)
     end = tl.full([], 0, tl.int32)
     end_depth = tl.full([], 0, tl.int32)
     end_logarithm = zero
     reached = _reach(state, end, -1, 0, zero, tl.full([], 0, tl.int32))
     if RULE == LONGEST:
-        token = tl.load(draft_tokens)
-        bits |= tl.where((token < -1) | (token >= size), TOKEN_IMPOSSIBLE, 0)
-        root, token, wrong = step(end, next_sibling, draft_tokens, token_stride, count, columns, True)
+        token = tl.load(tree.tokens)
+        bits |= tl.where((token < -1) | (token >= target.size), TOKEN_IMPOSSIBLE, 0)
+        root, token, wrong = next_sibling(tree, end)
         bits |= wrong
         while root >= 0:
-            if (token < 0) | (token >= size):
+            if (token < 0) | (token >= target.size):
                 bits |= TOKEN_IMPOSSIBLE
             else:
                 reached = _reach(state, root, -1, 0, zero, reached)
-            root, token, wrong = step(root, next_sibling, draft_tokens, token_stride, count, columns, True)
+            root, token, wrong = next_sibling(tree, root)
             bits |= wrong
     # One round more than there are nodes in the queue: the last is for the next token, from the row of the deepest.
     served = tl.full([], 0, tl.int32)
-    row = target
     least = zero
     head = tl.full([], -1, tl.int32)
     known = False
@@ -217,24 +189,19 @@ def accept_lossy_kernel(
         if not last:
             node = get_int(state, served, QUEUE)
         depth = get_int(state, node, DEPTH)
-        row = target + node.to(tl.int64) * target_node_stride
-        ended = _ends(draft_tokens, token_stride, node, RULE, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
-        over = ended | (depth >= max_depth)
-        child, token, wrong = step(node, first_child, draft_tokens, token_stride, tl.where(over, 0, count), columns,
-                                   False)  # fmt: skip
-        bits |= tl.where(over, 0, wrong)
+        ended = _ends(request, node, RULE)
+        over = ended | (depth >= tree.max_depth)
+        child, token, wrong = first_child_above(tree, node, over)
+        bits |= wrong
         known = True
         sound = True
-        if (last & (ended == 0)) | _counts(draft_tokens, token_stride, next_sibling, count, columns, size, state, node,
-                                           child, token, RULE == TYPICAL):  # fmt: skip
-            _, known, entropy = write_law(state, node, TARGET_LAW, row, size, heat, k, p, FILTER, True, RULE == TYPICAL,
-                                          BLOCK)  # fmt: skip
+        if (last & (ended == 0)) | _counts(request, node, child, token, RULE == TYPICAL):
+            _, known, entropy = read_row(state, node, TARGET_ROW, target, FILTER, True, RULE == TYPICAL, BLOCK)
             bits |= tl.where(known, 0, TARGET_INVALID)
-            least = tl.minimum(threshold_a, threshold_b * tl.exp(-entropy))
-            if draft is not None:
-                if weighed & (child >= 0) & ((last == 0) | (get_int(state, node, PARENT) >= 0)):
-                    sound = read_proposal(draft, draft_node_stride, draft_size, state, node, draft_heat, draft_k,
-                                          draft_p, DRAFT_FILTER, BLOCK)  # fmt: skip
+            least = tl.minimum(request.thresholds[0], request.thresholds[1] * tl.exp(-entropy))
+            if request.draft is not None:
+                if request.weighted & (child >= 0) & ((last == 0) | (get_int(state, node, PARENT) >= 0)):
+                    sound = read_proposal(request, node, DRAFT_FILTER, BLOCK)
                     bits |= tl.where(sound, 0, DRAFT_INVALID)
                     put_int(state, node, TERM_BEFORE, -1)
                     put_float(state, node, TERM_FACTOR, zero + 1.0)
@@ -246,17 +213,16 @@ def accept_lossy_kernel(
                 child = tl.full([], -1, tl.int32)
             else:
                 put_int(state, child, PARENT, node)
-                if (token < 0) | (token >= size):
+                if (token < 0) | (token >= target.size):
                     bits |= TOKEN_IMPOSSIBLE
                 else:
                     logarithm = zero
                     if RULE == TYPICAL:
-                        mass = probability(row, state, node, TARGET_LAW, token, True)
+                        mass = target_probability(request, node, token, True)
                         passed = mass > least
                         logarithm = get_float(state, node, LOGARITHM) + tl.log(tl.where(passed, mass, 1.0))
                     else:
-                        passed, wrong = _passes_longest(row, draft, draft_node_stride, target_to_draft, state, node,
-                                                        child, token, weighed, sound, seed, place)  # fmt: skip
+                        passed, wrong = _passes_longest(request, node, child, token, sound)
                         bits |= wrong
                     if passed:
                         reached = _reach(state, child, node, depth + 1, logarithm, reached)
@@ -265,36 +231,26 @@ def accept_lossy_kernel(
                             end = child
                             end_depth = depth + 1
                             end_logarithm = logarithm
-                child, token, wrong = step(child, next_sibling, draft_tokens, token_stride, count, columns, True)
+                child, token, wrong = next_sibling(tree, child)
                 bits |= wrong
         served += 1
 
+    next_tokens = request.outputs.next_tokens + request.index * request.outputs.width
     if RULE == TYPICAL:
         following = tl.full([], -1, tl.int32)
         if not ended:
-            following, empty = draw(row, size, None, 0, None, state, None, end, -1, 0.0, 1.0, least, seed, place, BONUS,
-                                    end, False, BLOCK)  # fmt: skip
+            following, empty = draw(request, end, -1, 0.0, 1.0, least, request.position, BONUS, end, False, BLOCK)
             bits |= empty
-        final = ended.to(tl.int32) | is_next_end(following, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
+        final = ended.to(tl.int32) | is_next_end(following, request.eos)
         tl.store(next_tokens, following)
-        write_path(draft_tokens, token_stride, state, tokens, nodes, request, max_depth, end, end_depth, 1)
-        finish_outputs(tokens, nodes, num_accepted, status, finished, request, max_depth, end_depth, end_depth + 1,
-                       following, bits, final)  # fmt: skip
+        write_path(request, end, end_depth, 1)
+        finish_outputs(request, end_depth, end_depth + 1, following, bits, final)
     else:
         if ended:
-            fill(next_tokens, width, -1, 64)
+            fill(next_tokens, request.outputs.width, -1, 64)
         else:
-            bits |= _draw_many(row, size, draft, draft_node_stride, target_to_draft, state, end, head,
-                               known & ((heat > 0.0) == 0), seed, place, tl.where(head >= 0, RESIDUAL, BONUS),
-                               next_tokens, width, BLOCK)  # fmt: skip
-        write_path(draft_tokens, token_stride, state, tokens, nodes, request, max_depth, end, end_depth, 0)
-        finish_outputs(tokens, nodes, num_accepted, status, finished, request, max_depth, end_depth + 1, end_depth + 1,
-                       -1, bits, ended)  # fmt: skip
-
-
-@triton.jit
-def _ends(tokens, token_stride, node, RULE: tl.constexpr, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7):
-    """Whether the node's token ends the sequence. Node 0 is a draft in a forest only."""
-    drafted = node >= 0 if RULE == LONGEST else node > 0
-    token = tl.load(tokens + node * token_stride, mask=drafted, other=-1)
-    return drafted & is_end(token, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
+            ranked = known & ((target.sampling.temperature > 0.0) == 0)
+            domain = tl.where(head >= 0, RESIDUAL, BONUS)
+            bits |= _draw_many(request, end, head, ranked, domain, next_tokens, BLOCK)
+        write_path(request, end, end_depth, 0)
+        finish_outputs(request, end_depth + 1, end_depth + 1, -1, bits, ended)

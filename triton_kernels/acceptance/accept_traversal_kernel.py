@@ -20,13 +20,11 @@ share nodes, it keeps every node to one visit, so the time is bounded by the nod
 import triton
 import triton.language as tl
 from specdec_ops.triton_kernels.common.philox import BONUS, RESIDUAL, node_coin
-from specdec_ops.triton_kernels.common.token_rows import DRAFT_INVALID, TARGET_INVALID, request_law, request_setting
+from specdec_ops.triton_kernels.common.token_rows import DRAFT_INVALID, TARGET_INVALID
 
-from .accept_kernels import VOLATILE, finish_outputs, node_count, read_proposal, request_seed, write_path
 from .accept_state import (
     ALPHA,
     HEAD,
-    LAW_READ,
     MOST_FACTOR,
     NODE_WORDS,
     PARENT,
@@ -34,8 +32,9 @@ from .accept_state import (
     REJECTED,
     REMAINING,
     REMOVED,
+    ROW_READ,
     SUM,
-    TARGET_LAW,
+    TARGET_ROW,
     TERM_BEFORE,
     TERM_FACTOR,
     TOKEN_IMPOSSIBLE,
@@ -44,20 +43,23 @@ from .accept_state import (
     draft_proposal,
     draw,
     exclude,
-    fill,
+    finish_outputs,
+    first_child,
     get_float,
     get_int,
     include,
     is_end,
     is_excluded,
     is_next_end,
+    next_sibling,
     put_float,
     put_int,
+    read_proposal,
+    read_row,
     residual_sums,
     residual_weight,
-    step,
     take_from_draft,
-    write_law,
+    write_path,
 )
 
 
@@ -68,7 +70,7 @@ def _open_level(state, node, alpha):
     tl.store(at + ALPHA, alpha.to(tl.int32, bitcast=True))
     tl.store(at + SUM, (alpha * 0.0 + 1.0).to(tl.int32, bitcast=True))
     tl.store(at + REMAINING, (alpha * 0.0 + 1.0).to(tl.int32, bitcast=True))
-    tl.store(at + LAW_READ, 0)
+    tl.store(at + ROW_READ, 0)
     tl.store(at + REJECTED, 0)
     tl.store(at + HEAD, -1)
     tl.store(at + PROPOSAL, 0)
@@ -76,45 +78,43 @@ def _open_level(state, node, alpha):
 
 
 @triton.jit
-def _mark(state, excluded, tokens, token_stride, first_child, next_sibling, count, columns, node, TAKE: tl.constexpr):
+def _mark(request, node, TAKE: tl.constexpr):
     """Put the tokens that are excluded at the node into the bit set, or take them all out."""
-    child, token, _ = step(node, first_child, tokens, token_stride, count, columns, False)
+    child, token, _ = first_child(request.tree, node)
     while child >= 0:
-        if get_int(state, child, PARENT) == node:
-            if get_int(state, child, REMOVED) == 1:
+        if get_int(request.state, child, PARENT) == node:
+            if get_int(request.state, child, REMOVED) == 1:
                 if TAKE:
-                    include(excluded, token)
+                    include(request.excluded, token)
                 else:
-                    exclude(excluded, token)
-            child, token, _ = step(child, next_sibling, tokens, token_stride, count, columns, True)
+                    exclude(request.excluded, token)
+            child, token, _ = next_sibling(request.tree, child)
         else:  # not tried yet, or not the node's: the list has no removed ones after it
             child = tl.full([], -1, tl.int32)
 
 
 @triton.jit
-def _use_marks_of(node, marked, state, excluded, tokens, token_stride, first_child, next_sibling, count, columns):
+def _use_marks_of(request, node, marked):
     """Make the bit set that of the node; gives the node back."""
     if marked != node:
         if marked >= 0:
-            _mark(state, excluded, tokens, token_stride, first_child, next_sibling, count, columns, marked, True)
-        _mark(state, excluded, tokens, token_stride, first_child, next_sibling, count, columns, node, False)
+            _mark(request, marked, True)
+        _mark(request, node, False)
     return node
 
 
 @triton.jit
-def _reject(
-    row, size, draft, draft_stride, target_to_draft, state, excluded, node, child, token, weighed,
-    REPLACEMENT: tl.constexpr, CHILD_ROWS: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _reject(request, node, child, token, REPLACEMENT: tl.constexpr, CHILD_ROWS: tl.constexpr, BLOCK: tl.constexpr):
     """Update a node, whose marks are in use, after its child was deleted."""
+    state, weighted = request.state, request.weighted
     alpha = get_float(state, node, ALPHA)
     total = get_float(state, node, SUM)
     remaining = get_float(state, node, REMAINING)
     head = get_int(state, node, HEAD)
     put_int(state, node, REJECTED, 1)
     alive = (alpha > 0.0) & (total > 0.0)
-    if draft is not None:
-        if weighed:
+    if request.draft is not None:
+        if weighted:
             factor = tl.where(alive, total / tl.where(alive, alpha * remaining, 1.0), 0.0)
             if CHILD_ROWS:
                 put_int(state, child, TERM_BEFORE, head)
@@ -123,16 +123,16 @@ def _reject(
             else:
                 factor += get_float(state, node, TERM_FACTOR)
             put_float(state, head, TERM_FACTOR, tl.minimum(factor, MOST_FACTOR))
-    w, _ = residual_weight(row, draft, draft_stride, target_to_draft, state, excluded, node, head, True, token, True)
-    if not is_excluded(excluded, token, True):
-        exclude(excluded, token)
+    w, _ = residual_weight(request, node, head, True, token, True)
+    if not is_excluded(request.excluded, token, True):
+        exclude(request.excluded, token)
         put_int(state, child, REMOVED, 1)
     left = total - w
-    if weighed | (left < 0.0009765625):
-        left, free = residual_sums(row, size, draft, draft_stride, target_to_draft, state, excluded, node, head, BLOCK)
-        if draft is not None:
-            if weighed & (not REPLACEMENT) & (not CHILD_ROWS):
-                free = take_from_draft(draft, draft_stride, size, target_to_draft, state, excluded, node, free, BLOCK)
+    if weighted | (left < 0.0009765625):
+        left, free = residual_sums(request, node, head, BLOCK)
+        if request.draft is not None:
+            if weighted & (not REPLACEMENT) & (not CHILD_ROWS):
+                free = take_from_draft(request, node, free, BLOCK)
                 put_float(state, node, REMAINING, free)
     put_float(state, node, SUM, left)
     # The loss of a child has the probability S + 1 - alpha, so what the difference loses is lost as rarely.
@@ -144,29 +144,23 @@ def _reject(
 
 
 @triton.jit
-def _proposal_of(
-    draft, draft_stride, draft_size, state, node, child, temperature, top_k, top_p, CHILD_ROWS: tl.constexpr,
-    FILTER: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+def _proposal_of(request, node, child, CHILD_ROWS: tl.constexpr, FILTER: tl.constexpr, BLOCK: tl.constexpr):
     """Whether there is a sound row that the child was drawn from, read at its first use, and the status bit if not."""
     if CHILD_ROWS:
-        sound = read_proposal(draft, draft_stride, draft_size, state, child, temperature, top_k, top_p, FILTER, BLOCK)
+        sound = read_proposal(request, child, FILTER, BLOCK)
     else:
-        if get_int(state, node, PROPOSAL) == 0:
-            fresh = read_proposal(
-                draft, draft_stride, draft_size, state, node, temperature, top_k, top_p, FILTER, BLOCK
-            )
-            put_int(state, node, TERM_BEFORE, -1)
-            put_int(state, node, HEAD, tl.where(fresh, node, -1))
-            put_int(state, node, PROPOSAL, tl.where(fresh, 1, 2))
-        sound = get_int(state, node, PROPOSAL) == 1
+        if get_int(request.state, node, PROPOSAL) == 0:
+            fresh = read_proposal(request, node, FILTER, BLOCK)
+            put_int(request.state, node, TERM_BEFORE, -1)
+            put_int(request.state, node, HEAD, tl.where(fresh, node, -1))
+            put_int(request.state, node, PROPOSAL, tl.where(fresh, 1, 2))
+        sound = get_int(request.state, node, PROPOSAL) == 1
     return sound, tl.where(sound, 0, DRAFT_INVALID)
 
 
 @triton.jit
 def _weight_of(
-    row, size, draft, draft_stride, draft_size, target_to_draft, state, excluded, node, child, token, weighed,
-    temperature, top_k, top_p, status, REPLACEMENT: tl.constexpr, CHILD_ROWS: tl.constexpr, FILTER: tl.constexpr,
+    request, node, child, token, status, REPLACEMENT: tl.constexpr, CHILD_ROWS: tl.constexpr, FILTER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Alpha of a child, or what to do without one: (alpha, verdict, status).
@@ -174,31 +168,28 @@ def _weight_of(
     verdict 0: alpha holds. 1: the child was not drawn from q, it is rejected without an update. 2: there is no q left
     to have drawn it or its later siblings from. 3: there is no q for this child.
     """
+    state = request.state
     alpha = tl.full([], 0.0, tl.float32)
     verdict = tl.full([], 0, tl.int32)
     remaining = get_float(state, node, REMAINING)
-    if draft is not None:
-        if weighed:
-            sound, bits = _proposal_of(draft, draft_stride, draft_size, state, node, child, temperature, top_k, top_p,
-                                       CHILD_ROWS, FILTER, BLOCK)  # fmt: skip
+    if request.draft is not None:
+        if request.weighted:
+            sound, bits = _proposal_of(request, node, child, CHILD_ROWS, FILTER, BLOCK)
             status |= bits
             if CHILD_ROWS:
                 verdict = tl.where(sound, 0, 3)
             else:
                 verdict = tl.where(sound & (remaining > 0.0), 0, 2)
     if verdict == 0:
-        head = get_int(state, node, HEAD)
-        w, _ = residual_weight(
-            row, draft, draft_stride, target_to_draft, state, excluded, node, head, True, token, True
-        )
+        w, _ = residual_weight(request, node, get_int(state, node, HEAD), True, token, True)
         q = tl.full([], 1.0, tl.float32)
         drawable = True
-        if draft is not None:
-            if weighed:
+        if request.draft is not None:
+            if request.weighted:
                 holder = child if CHILD_ROWS else node
-                q, drawable = draft_proposal(draft, draft_stride, target_to_draft, state, holder, token)
+                q, drawable = draft_proposal(request, holder, token)
                 if (not REPLACEMENT) & (not CHILD_ROWS):
-                    drawable = drawable & (is_excluded(excluded, token, True) == 0)
+                    drawable = drawable & (is_excluded(request.excluded, token, True) == 0)
         total = get_float(state, node, SUM)
         if not drawable:
             verdict = tl.full([], 1, tl.int32)
@@ -224,43 +215,13 @@ def _claim(state, node, child, status):
     return child, status
 
 
-@triton.jit(do_not_specialize=VOLATILE)
-def accept_traversal_kernel(
-    target, draft_tokens, draft, target_to_draft, first_child, next_sibling, num_nodes, temperatures, top_ks, top_ps,
-    draft_temperatures, draft_top_ks, draft_top_ps, seeds, positions, tokens, nodes, num_accepted, next_tokens, status,
-    finished, scratch, target_batch_stride, target_node_stride, token_batch_stride, token_stride, draft_batch_stride,
-    draft_node_stride, first_batch_stride, next_batch_stride, num_nodes_stride, scratch_stride, columns, size,
-    draft_size, max_depth, width, temperature, top_k, top_p, draft_temperature, draft_top_k, draft_top_p, seed_low,
-    seed_high, position, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7, threshold_a, threshold_b,
-    RULE: tl.constexpr, IDS: tl.constexpr, REPLACEMENT: tl.constexpr, CHILD_ROWS: tl.constexpr, FILTER: tl.constexpr,
+@triton.jit
+def accept_traversal(
+    request, bits, REPLACEMENT: tl.constexpr, CHILD_ROWS: tl.constexpr, FILTER: tl.constexpr,
     DRAFT_FILTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (batch,). Arguments as in accept_walk_kernel."""
-    request = tl.program_id(0).to(tl.int64)
-    target += request * target_batch_stride
-    draft_tokens += request * token_batch_stride
-    if first_child is not None:
-        first_child += request * first_batch_stride
-        next_sibling += request * next_batch_stride
-    else:
-        draft_tokens -= token_stride  # a chain has no column for node 0
-    if draft is not None:
-        draft += request * draft_batch_stride
-    count, bits = node_count(num_nodes, num_nodes_stride, request, columns)
-    seed = request_seed(seeds, seed_low, seed_high, request)
-    place = request_setting(position, positions, request)
-    heat, k, p, wrong_law = request_law(temperature, temperatures, top_k, top_ks, top_p, top_ps, request)
-    draft_heat, draft_k, draft_p, wrong_draft_law = request_law(
-        draft_temperature, draft_temperatures, draft_top_k, draft_top_ks, draft_top_p, draft_top_ps, request
-    )
-    weighed = (heat > 0.0) & (draft is not None)
-    bits |= wrong_law | tl.where(weighed, wrong_draft_law, 0)
-    excluded = scratch + request * scratch_stride
-    words = (size + 31) // 32
-    fill(excluded, words, 0, BLOCK)
-    state = excluded + words
-    fill(state, columns * NODE_WORDS, UNCLAIMED, BLOCK)
-
+    """One request. bits: its status so far. Its nodes in scratch are UNCLAIMED, and no token is excluded."""
+    target, tree, state = request.target, request.tree, request.state
     node = tl.full([], 0, tl.int32)
     depth = tl.full([], 0, tl.int32)
     marked = tl.full([], -1, tl.int32)
@@ -268,58 +229,53 @@ def accept_traversal_kernel(
     stopped = tl.full([], 0, tl.int32)  # whether the node's later children are not tried
     at_end = tl.full([], 0, tl.int32)
     walking = tl.full([], 1, tl.int32)
-    row = target
     _open_level(state, node, tl.full([], 1.0, tl.float32))
     while walking != 0:
-        row = target + node.to(tl.int64) * target_node_stride
         child = tl.full([], -1, tl.int32)
         token = tl.full([], -1, tl.int32)
         wrong = tl.full([], 0, tl.int32)
-        if (stopped == 0) & (depth < max_depth) & (at_end == 0):
+        if (stopped == 0) & (depth < tree.max_depth) & (at_end == 0):
             if last < 0:
-                child, token, wrong = step(node, first_child, draft_tokens, token_stride, count, columns, False)
+                child, token, wrong = first_child(tree, node)
             else:
-                child, token, wrong = step(last, next_sibling, draft_tokens, token_stride, count, columns, True)
+                child, token, wrong = next_sibling(tree, last)
         child, bits = _claim(state, node, child, bits | wrong)
         deleted = tl.full([], -1, tl.int32)
         if child < 0:
-            u = node_coin(seed, place, node, 0)
+            u = node_coin(request.seed, request.position, node, 0)
             if (node == 0) | (u < get_float(state, node, ALPHA).to(tl.float64)):
                 walking = tl.full([], 0, tl.int32)
             else:
                 deleted = node
-                token = tl.load(draft_tokens + node * token_stride)
+                token = tl.load(tree.tokens + node * tree.token_stride)
                 node = get_int(state, node, PARENT)
-                row = target + node.to(tl.int64) * target_node_stride
                 depth -= 1
-        elif (token < 0) | (token >= size):
+        elif (token < 0) | (token >= target.size):
             bits |= TOKEN_IMPOSSIBLE
             put_int(state, node, REJECTED, 1)
             last = child
 
         # A child is to be tried, or one was deleted, or the next token comes from here: all need the node's row.
-        trying = (child >= 0) & (token >= 0) & (token < size)
+        trying = (child >= 0) & (token >= 0) & (token < target.size)
         used = trying | (deleted >= 0) | ((walking == 0) & (at_end == 0))
-        if used & (get_int(state, node, LAW_READ) == 0):
-            _, sound, _ = write_law(state, node, TARGET_LAW, row, size, heat, k, p, FILTER, True, False, BLOCK)
+        if used & (get_int(state, node, ROW_READ) == 0):
+            _, sound, _ = read_row(state, node, TARGET_ROW, target, FILTER, True, False, BLOCK)
             bits |= tl.where(sound, 0, TARGET_INVALID)
-            put_int(state, node, LAW_READ, 1)
+            put_int(state, node, ROW_READ, 1)
         if used:
-            marked = _use_marks_of(node, marked, state, excluded, draft_tokens, token_stride, first_child, next_sibling,
-                                   count, columns)  # fmt: skip
+            marked = _use_marks_of(request, node, marked)
         if trying:
             last = child
             alpha, verdict, bits = _weight_of(
-                row, size, draft, draft_node_stride, draft_size, target_to_draft, state, excluded, node, child, token,
-                weighed, draft_heat, draft_k, draft_p, bits, REPLACEMENT, CHILD_ROWS, DRAFT_FILTER, BLOCK,
-            )  # fmt: skip
+                request, node, child, token, bits, REPLACEMENT, CHILD_ROWS, DRAFT_FILTER, BLOCK
+            )
             if verdict == 0:
                 if alpha > 0.0:
                     _open_level(state, child, alpha)
                     node = child
                     depth += 1
                     last = tl.full([], -1, tl.int32)
-                    at_end = is_end(token, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7).to(tl.int32)
+                    at_end = is_end(token, request.eos).to(tl.int32)
                 else:
                     deleted = child
             elif verdict == 1:
@@ -327,8 +283,7 @@ def accept_traversal_kernel(
             elif verdict == 2:
                 stopped = tl.full([], 1, tl.int32)
         if deleted >= 0:
-            _reject(row, size, draft, draft_node_stride, target_to_draft, state, excluded, node, deleted, token,
-                    weighed, REPLACEMENT, CHILD_ROWS, BLOCK)  # fmt: skip
+            _reject(request, node, deleted, token, REPLACEMENT, CHILD_ROWS, BLOCK)
             last = deleted
             stopped = tl.full([], 0, tl.int32)
             at_end = tl.full([], 0, tl.int32)
@@ -336,12 +291,10 @@ def accept_traversal_kernel(
     following = tl.full([], -1, tl.int32)
     if at_end == 0:
         domain = tl.where(get_int(state, node, REJECTED) != 0, RESIDUAL, BONUS)
-        following, empty = draw(row, size, draft, draft_node_stride, target_to_draft, state, excluded, node,
-                                get_int(state, node, HEAD), 0.0, 1.0, 0.0, seed, place, domain, node, False,
-                                BLOCK)  # fmt: skip
+        head = get_int(state, node, HEAD)
+        following, empty = draw(request, node, head, 0.0, 1.0, 0.0, request.position, domain, node, False, BLOCK)
         bits |= empty
-    at_end |= is_next_end(following, eos0, eos1, eos2, eos3, eos4, eos5, eos6, eos7)
-    tl.store(next_tokens + request, following)
-    write_path(draft_tokens, token_stride, state, tokens, nodes, request, max_depth, node, depth, 1)
-    finish_outputs(tokens, nodes, num_accepted, status, finished, request, max_depth, depth, depth + 1, following, bits,
-                   at_end)  # fmt: skip
+    at_end |= is_next_end(following, request.eos)
+    tl.store(request.outputs.next_tokens + request.index, following)
+    write_path(request, node, depth, 1)
+    finish_outputs(request, depth, depth + 1, following, bits, at_end)

@@ -50,9 +50,10 @@ def sample(
     block = block_of(size)
     with on(logits.device):
         sample_kernel[(rows, batch)](
-            logits, draft_to_target, parents, temperatures, top_ks, top_ps, seeds, positions, tokens, logprobs,
-            logsumexp, status, *logits.stride()[:2], *((0, 0) if parents is None else parents.stride()), rows, size,
-            count, first_parent, temperature, top_k, top_p, *seed_words(seed or 0), position or 0,
+            (logits, *logits.stride()[:2], size), draft_to_target, parents,
+            (temperature, temperatures, top_ks, top_p, top_ps), (seeds, positions),
+            (tokens, logprobs, logsumexp, status), *((0, 0) if parents is None else parents.stride()), rows, count,
+            first_parent, top_k, *seed_words(seed or 0), position or 0,
             REPLACEMENT=replacement, DRAFTING=domain == "draft", FILTER=filters(top_k, top_ks, top_p, top_ps),
             PER_ROW=per_row, BLOCK=block, num_warps=warps_of(block),
         )  # fmt: skip

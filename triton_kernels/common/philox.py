@@ -1,4 +1,4 @@
-"""The noise of sampling and acceptance: Philox, coins and race exponentials, the same integers on every backend.
+"""The noise of sampling and acceptance: Philox, coins and exponentials, the same integers on every backend.
 
 Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011) is a function of a key, the request's
 seed, and of a counter of four words. Every use has its own domain in the third word, so that no two draws share a word:
@@ -13,10 +13,14 @@ seed, and of a counter of four words. Every use has its own domain in the third 
 A token (or node) takes lane token % 4, so a block of BLOCK tokens costs BLOCK / 4 calls. Nothing is stored, nothing
 depends on the batch, and a replayed CUDA graph draws anew as soon as the position has grown.
 
-A token is drawn by an exponential race, argmax of weight / E: no scan over the vocabulary, no overshoot, and a result
-that does not depend on the order of the sums. The winners are those with a small E, so E = -log1p(-v), whose small
-values are resolved down to 2^-33, and not -log(v), whose are not.
+A weighted draw takes the token with the greatest score, weight / E, where each token has an exponential variable E of
+its own: it is drawn with a probability proportional to its weight (an "exponential race": the first of many clocks to
+ring, each at the rate of its weight). That needs no prefix sum over the vocabulary and no normalisation, and the result
+does not depend on the order of any sum. The greatest scores come from small E, so E = -log1p(-v), whose small values
+are resolved down to 2^-33, and not -log(v), whose are not.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,6 +30,15 @@ DRAFT = tl.constexpr(1)
 ACCEPT = tl.constexpr(2)
 RESIDUAL = tl.constexpr(3)
 BONUS = tl.constexpr(4)
+
+
+class NoiseStream(NamedTuple):
+    """What the uniforms of one draw depend on besides the token: Philox' key and the last words of its counter."""
+
+    seed: tl.tensor
+    position: tl.tensor
+    domain: tl.tensor
+    salt: tl.tensor
 
 
 @triton.jit
@@ -45,9 +58,9 @@ def node_coin(seed, position, node, level):
 
 
 @triton.jit
-def race_uniforms(seed, start, position, domain, salt, BLOCK: tl.constexpr):
+def token_uniforms(stream, start, BLOCK: tl.constexpr):
     """V in (0, 1] for the tokens start .. start + BLOCK - 1; start is a multiple of 4."""
-    a, b, c, d = philox(seed, start // 4 + tl.arange(0, BLOCK // 4), position, domain, salt)
+    a, b, c, d = philox(stream.seed, start // 4 + tl.arange(0, BLOCK // 4), stream.position, stream.domain, stream.salt)
     words = tl.interleave(tl.interleave(a, c), tl.interleave(b, d))
     return (words.to(tl.float32) + 0.5) * 2.3283064365386963e-10
 

@@ -1,15 +1,10 @@
-"""The distribution that a row of logits stands for, and races over it: what every sampling kernel is made of.
+"""The distribution of the tokens that a row of logits gives, and draws from it: the parts of every sampling kernel.
 
 A row is read in blocks of BLOCK tokens by all threads of one program. What is carried from block to block is kept per
 lane and reduced once at the end: a lane sees its ids in ascending order, so a strict comparison keeps the lowest id,
 and the sums have one order whatever the machine. Lanes past the vocabulary read -inf, which has no weight.
 
-A row's law is six numbers, and a token's weight follows from its own logit and these:
-
-    maximum, scale       weight exp2((z - maximum) * scale), scale = log2(e) / temperature
-    inverse              1 / sum of the weights that are kept
-    cut, cut_id          kept: z > cut, or z == cut and id <= cut_id. That is top-k and top-p, exactly, without a sort
-    hot                  the one token of a one-hot row (temperature 0, or a malformed row), else -1
+A row's distribution is six numbers, see TokenDistribution; a token's weight follows from its own logit and these.
 
 The first pass finds the maximum and whether the row is sound, the second adds the weights; the row (304 KB for 151,936
 tokens of 16 bits) is in L2 by then, and two passes cost one exp2 per token where one online pass costs two. Filters
@@ -17,10 +12,12 @@ bisect for the cut with a pass per pivot, over the integers that order floats, h
 steps; in all but crafted rows the interval holds a single token after about twenty, and the search ends.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .philox import exponential, race_uniforms
+from .philox import exponential, token_uniforms
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -35,6 +32,29 @@ SETTING_INVALID = tl.constexpr(32)
 # Temperatures further out count as these, see csrc/common/sampling_params.h.
 LEAST_TEMPERATURE = tl.constexpr(1e-20)
 MOST_TEMPERATURE = tl.constexpr(1e20)
+
+
+class Sampling(NamedTuple):
+    """How a request's logits become a distribution. Temperature 0 stands for the argmax, top_k 0 for no limit."""
+
+    temperature: tl.tensor
+    top_k: tl.tensor
+    top_p: tl.tensor
+
+
+class TokenDistribution(NamedTuple):
+    """A row's tokens have the weight exp2((z - maximum) * scale) where they are kept, else 0.
+
+    Kept are z > cut, and of those with z == cut the ids up to cut_id: that is top-k and top-p, exactly, without a sort.
+    one_hot_id >= 0 overrules all this: that token has probability 1 (temperature 0, or a malformed row).
+    """
+
+    maximum: tl.tensor
+    scale: tl.tensor  # log2(e) / temperature
+    inverse: tl.tensor  # 1 / sum of the weights
+    cut: tl.tensor
+    cut_id: tl.tensor
+    one_hot_id: tl.tensor  # or -1
 
 
 @triton.jit
@@ -57,22 +77,20 @@ def row_tile(row, ids, size):
 
 
 @triton.jit
+def is_kept(z, ids, cut, cut_id):
+    return (z > cut) | ((z == cut) & (ids <= cut_id))
+
+
+@triton.jit
 def token_weight(z, ids, maximum, scale, cut, cut_id):
-    kept = (z > cut) | ((z == cut) & (ids <= cut_id))
-    return tl.where(kept, tl.exp2((z - maximum) * scale), 0.0)
+    return tl.where(is_kept(z, ids, cut, cut_id), tl.exp2((z - maximum) * scale), 0.0)
 
 
 @triton.jit
-def token_probability(z, ids, maximum, scale, inverse, cut, cut_id, hot):
-    weight = token_weight(z, ids, maximum, scale, cut, cut_id) * inverse
-    return tl.where(hot >= 0, tl.where(ids == hot, 1.0, 0.0), weight)
-
-
-@triton.jit
-def row_probability(row, token, maximum, scale, inverse, cut, cut_id, hot):
-    """Of one token that is inside the row."""
-    z = tl.load(row + token).to(tl.float32)
-    return token_probability(z, token, maximum, scale, inverse, cut, cut_id, hot)
+def token_probability(z, ids, of):
+    """Of tokens with logits z, under a TokenDistribution."""
+    weight = token_weight(z, ids, of.maximum, of.scale, of.cut, of.cut_id) * of.inverse
+    return tl.where(of.one_hot_id >= 0, tl.where(ids == of.one_hot_id, 1.0, 0.0), weight)
 
 
 @triton.jit
@@ -98,14 +116,23 @@ def softmax_temperature(temperature):
 
 
 @triton.jit
-def request_law(temperature, temperatures, top_k, top_ks, top_p, top_ps, request):
-    """How a request's logits become a distribution: temperature (0 for the argmax), top_k, top_p, and a status bit."""
-    heat = tl.full([], 0.0, tl.float32) + request_setting(temperature, temperatures, request)
+def request_sampling(settings, top_k, request):
+    """Sampling of a request, and a status bit. settings: temperature, temperatures, top_ks, top_p, top_ps."""
+    temperature, temperatures, top_ks, top_p, top_ps = settings
+    given = tl.full([], 0.0, tl.float32) + request_setting(temperature, temperatures, request)
     k = request_setting(top_k, top_ks, request)
     p = tl.full([], 0.0, tl.float32) + request_setting(top_p, top_ps, request)
-    bits = tl.where(is_temperature(heat) & (p == p), 0, SETTING_INVALID)
-    heat = tl.where(heat >= LEAST_TEMPERATURE, tl.minimum(heat, MOST_TEMPERATURE), 0.0)
-    return heat, k, p, bits
+    bits = tl.where(is_temperature(given) & (p == p), 0, SETTING_INVALID)
+    bounded = tl.where(given >= LEAST_TEMPERATURE, tl.minimum(given, MOST_TEMPERATURE), 0.0)
+    return Sampling(bounded, k, p), bits
+
+
+@triton.jit
+def request_seed(seeds, seed_low, seed_high, request):
+    if seeds is not None:
+        return tl.load(seeds + request)
+    else:
+        return (seed_high.to(tl.int64) << 32) | (seed_low.to(tl.int64) & 0xFFFFFFFF)
 
 
 @triton.jit
@@ -149,7 +176,7 @@ def _part_from(row, size, pivot, maximum, scale, cut, cut_id, BLOCK: tl.constexp
         z = row_tile(row, ids, size)
         inside = z >= pivot
         weight = token_weight(z, ids, maximum, scale, cut, cut_id)
-        count += (inside & ((z > cut) | ((z == cut) & (ids <= cut_id)))).to(tl.int32)
+        count += (inside & is_kept(z, ids, cut, cut_id)).to(tl.int32)
         mass += tl.where(inside, weight, 0.0)
     return tl.sum(count, 0), tl.sum(mass, 0)
 
@@ -172,7 +199,7 @@ def _id_of_tie(row, size, value, rank, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _tighten(row, size, maximum, scale, cut, cut_id, need, target, BLOCK: tl.constexpr):
+def _search_cut(row, size, maximum, scale, cut, cut_id, need, target, BLOCK: tl.constexpr):
     """The cut after the shortest leading part of the kept tokens that has `need` of them and `target` of their mass.
 
     Invariant: the part from key `low` on has enough, the part from `high` on has not. It ends as soon as there is
@@ -215,7 +242,7 @@ def _tighten(row, size, maximum, scale, cut, cut_id, need, target, BLOCK: tl.con
 
 
 @triton.jit
-def row_cut(row, size, maximum, scale, top_k, top_p, BLOCK: tl.constexpr):
+def top_k_top_p(row, size, maximum, scale, top_k, top_p, BLOCK: tl.constexpr):
     """The cut of top-k, then of top-p among what top-k has kept."""
     cut = tl.full([], float("-inf"), tl.float32)
     cut_id = tl.full([], 2147483647, tl.int32)
@@ -228,29 +255,29 @@ def row_cut(row, size, maximum, scale, top_k, top_p, BLOCK: tl.constexpr):
             if stage == 1:
                 _, total = _part_from(row, size, float("-inf"), maximum, scale, cut, cut_id, BLOCK)
                 target = total * tl.maximum(top_p, 0.0)
-            cut, cut_id = _tighten(row, size, maximum, scale, cut, cut_id, need, target, BLOCK)
+            cut, cut_id = _search_cut(row, size, maximum, scale, cut, cut_id, need, target, BLOCK)
     return cut, cut_id
 
 
 @triton.jit
-def row_law(
-    row, size, temperature, top_k, top_p, FILTER: tl.constexpr, SUM: tl.constexpr, ENTROPY: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """(maximum, scale, inverse, cut, cut_id, hot), argmax, sound, entropy in nats.
+def row_distribution(
+    row, size, sampling, FILTER: tl.constexpr, SUM: tl.constexpr, ENTROPY: tl.constexpr, BLOCK: tl.constexpr
+):
+    """TokenDistribution, argmax, sound, entropy in nats.
 
-    inverse is 1 unless SUM, for races do not need it; so is the entropy 0 unless ENTROPY.
+    inverse is 1 unless SUM, for draws do not need it; so is the entropy 0 unless ENTROPY.
     """
+    temperature, top_k, top_p = sampling
     maximum, argmax, sound = row_maximum(row, size, BLOCK)
-    hot = tl.where(sound & (temperature > 0.0), -1, argmax)
+    one_hot_id = tl.where(sound & (temperature > 0.0), -1, argmax)
     scale = LOG2E / tl.where(temperature > 0.0, temperature, 1.0)
     cut = tl.full([], float("-inf"), tl.float32)
     cut_id = tl.full([], 2147483647, tl.int32)
     inverse = tl.full([], 1.0, tl.float32)
     entropy = tl.full([], 0.0, tl.float32)
-    if hot < 0:
+    if one_hot_id < 0:
         if FILTER:
-            cut, cut_id = row_cut(row, size, maximum, scale, top_k, top_p, BLOCK)
+            cut, cut_id = top_k_top_p(row, size, maximum, scale, top_k, top_p, BLOCK)
         if SUM:
             lane = tl.arange(0, BLOCK)
             total = tl.zeros([BLOCK], tl.float32)
@@ -266,7 +293,7 @@ def row_law(
             inverse = 1.0 / whole
             if ENTROPY:
                 entropy = tl.log(whole) - LN2 * (tl.sum(moment, 0) * inverse)
-    return maximum, scale, inverse, cut, cut_id, hot, argmax, sound, entropy
+    return TokenDistribution(maximum, scale, inverse, cut, cut_id, one_hot_id), argmax, sound, entropy
 
 
 @triton.jit
@@ -284,31 +311,29 @@ def next_logit(row, size, last, last_id, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def race_key(weight, v, BY_WEIGHT):
-    """What the race is decided by: weight / exponential, or the weight where all of these are 0."""
+def draw_score(weight, v, BY_WEIGHT):
+    """What a draw takes the greatest of: weight / exponential, or the weight where all of these are 0."""
     return tl.where(BY_WEIGHT, weight, weight / exponential(v))
 
 
 @triton.jit
-def race_row(
-    row, size, seed, position, domain, salt, maximum, scale, cut, cut_id, hot, last, last_id, BY_WEIGHT,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The race's key and token over one row; NO_ID if no token has a key.
+def weighted_draw(row, size, of, stream, last, last_id, BY_WEIGHT, BLOCK: tl.constexpr):
+    """The greatest score over one row, of a TokenDistribution, and its token; NO_ID if no token has a score.
 
-    Only tokens that come after (last, last_id) in the order of the race take part: calling again with the winner gives
-    the second, and so on, which are draws without replacement. (inf, -1) lets all take part.
+    Only tokens that come after (last, last_id) in the order of the scores take part: calling again with the result
+    gives the second, and so on, which are draws without replacement. (inf, -1) lets all take part.
     """
     lane = tl.arange(0, BLOCK)
     best = tl.zeros([BLOCK], tl.float32)
     best_id = tl.full([BLOCK], 2147483647, tl.int32)
+    unscaled = TokenDistribution(of.maximum, of.scale, 1.0, of.cut, of.cut_id, of.one_hot_id)
     for start in range(0, size, BLOCK):
         ids = start + lane
         z = row_tile(row, ids, size)
-        weight = token_probability(z, ids, maximum, scale, 1.0, cut, cut_id, hot)
-        key = race_key(weight, race_uniforms(seed, start, position, domain, salt, BLOCK), BY_WEIGHT)
-        waits = (key < last) | ((key == last) & (ids > last_id))
-        best, best_id = keep_best(best, best_id, tl.where(waits, key, 0.0), ids)
+        weight = token_probability(z, ids, unscaled)
+        score = draw_score(weight, token_uniforms(stream, start, BLOCK), BY_WEIGHT)
+        waits = (score < last) | ((score == last) & (ids > last_id))
+        best, best_id = keep_best(best, best_id, tl.where(waits, score, 0.0), ids)
     return best_of(best, best_id)
 
 
@@ -322,53 +347,47 @@ def _is_drawn(ids, drawn, count):
 
 
 @triton.jit
-def _race_left(
-    row, size, seed, position, domain, salt, maximum, scale, cut, cut_id, drawn, count, BY_WEIGHT, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """race_row over the tokens that are not drawn yet."""
+def _draw_from_rest(row, size, of, maximum, stream, drawn, count, BY_WEIGHT, BLOCK: tl.constexpr):
+    """weighted_draw over the tokens that are not drawn yet, with weights relative to `maximum`."""
     lane = tl.arange(0, BLOCK)
     best = tl.zeros([BLOCK], tl.float32)
     best_id = tl.full([BLOCK], 2147483647, tl.int32)
     for start in range(0, size, BLOCK):
         ids = start + lane
         z = tl.where(_is_drawn(ids, drawn, count), float("-inf"), row_tile(row, ids, size))
-        weight = token_weight(z, ids, maximum, scale, cut, cut_id)
-        key = race_key(weight, race_uniforms(seed, start, position, domain, salt, BLOCK), BY_WEIGHT)
-        best, best_id = keep_best(best, best_id, key, ids)
+        weight = token_weight(z, ids, maximum, of.scale, of.cut, of.cut_id)
+        score = draw_score(weight, token_uniforms(stream, start, BLOCK), BY_WEIGHT)
+        best, best_id = keep_best(best, best_id, score, ids)
     return best_of(best, best_id)
 
 
 @triton.jit
-def _greatest_left(row, size, cut, cut_id, drawn, count, BLOCK: tl.constexpr):
+def _greatest_of_rest(row, size, of, drawn, count, BLOCK: tl.constexpr):
     """The greatest logit that is kept and not drawn yet; -inf if there is none."""
     lane = tl.arange(0, BLOCK)
     best = tl.full([BLOCK], float("-inf"), tl.float32)
     for start in range(0, size, BLOCK):
         ids = start + lane
         z = row_tile(row, ids, size)
-        left = ((z > cut) | ((z == cut) & (ids <= cut_id))) & (_is_drawn(ids, drawn, count) == 0)
+        left = is_kept(z, ids, of.cut, of.cut_id) & (_is_drawn(ids, drawn, count) == 0)
         best = tl.maximum(best, tl.where(left, z, float("-inf")))
     return tl.max(best, 0)
 
 
 @triton.jit
-def race_rest(
-    row, size, seed, position, domain, salt, maximum, scale, cut, cut_id, drawn, count, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The next token of a race of which `count` are drawn, and the logit that its weights are relative to.
+def draw_next(row, size, of, maximum, stream, drawn, count, BLOCK: tl.constexpr):
+    """The next of draws without replacement, of which `count` are made, and the logit that its weights are relative to.
 
-    That is `maximum` as long as the scores are sure, else the greatest logit left: a change of it is one factor for all
-    scores, so it is the same race. NO_ID if nothing is left.
+    That is `maximum` as long as scores relative to it are reliable, else the greatest logit left: a change of it is one
+    factor for all scores, so the order stays. NO_ID if nothing is left.
     """
     tl.debug_barrier()  # one thread has written what all read here
-    key, token = _race_left(row, size, seed, position, domain, salt, maximum, scale, cut, cut_id, drawn, count, False,
-                            BLOCK)  # fmt: skip
-    if key < LEAST_SCORE:
+    score, token = _draw_from_rest(row, size, of, maximum, stream, drawn, count, False, BLOCK)
+    if score < LEAST_SCORE:
         token = tl.full([], 2147483647, tl.int32)
-        maximum = _greatest_left(row, size, cut, cut_id, drawn, count, BLOCK)
+        maximum = _greatest_of_rest(row, size, of, drawn, count, BLOCK)
         attempt = tl.where(maximum > float("-inf"), 0, 2)
         while (token == NO_ID) & (attempt < 2):  # by score, then by weight, should a uniform have rounded to 1
-            _, token = _race_left(row, size, seed, position, domain, salt, maximum, scale, cut, cut_id, drawn, count,
-                                  attempt == 1, BLOCK)  # fmt: skip
+            _, token = _draw_from_rest(row, size, of, maximum, stream, drawn, count, attempt == 1, BLOCK)
             attempt += 1
     return token, maximum
