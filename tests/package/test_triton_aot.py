@@ -42,6 +42,14 @@ ACCEPT_TUPLES = {
     "outputs": ("tokens", "nodes", "num_accepted", "next_tokens", "status", "finished"),
     "thresholds": ("threshold_a", "threshold_b"),
 }
+ATTENTION_TUPLES = {
+    "queries": ("q", "q_batch_stride", "q_row_stride", "q_head_stride"),
+    "k_cache": ("k_cache", "k_page_stride", "k_slot_stride", "k_head_stride"),
+    "v_cache": ("v_cache", "v_page_stride", "v_slot_stride", "v_head_stride"),
+    "output": ("out", "out_batch_stride", "out_row_stride", "out_head_stride", "lse"),
+    "scratch": ("part_out", "part_stats"),
+    "scales": ("logit_scale", "softcap", "out_scale"),
+}
 SAMPLE_TUPLES = {
     "logits": ("logits", "batch_stride", "row_stride", "size"),
     "settings": SETTINGS,
@@ -220,7 +228,8 @@ def compile_attention(spec, arch):
     }  # fmt: skip
     constants |= {name: None for name, there in present.items() if not there}
     kernel = module.tree_attention_kernel
-    return compile_kernel(kernel, constants, POINTERS[spec.dtype], arch, shape.warps, shape.stages, NUMBERS)
+    element = POINTERS[spec.dtype]
+    return compile_kernel(kernel, constants, element, arch, shape.warps, shape.stages, NUMBERS, ATTENTION_TUPLES)
 
 
 def compile_small(name, arch):
@@ -235,7 +244,7 @@ def compile_small(name, arch):
         "DIM": 128, "PADDED_DIM": 128, "ROWS": module.MERGE_ROWS, "CHUNK": 512, "BLOCK_N": 64, "WINDOW": True,
         "TREE": True,
     }  # fmt: skip
-    return compile_kernel(module.merge_parts_kernel, constants, "*bf16", arch, 4, 3, NUMBERS)
+    return compile_kernel(module.merge_parts_kernel, constants, "*bf16", arch, 4, 3, NUMBERS, ATTENTION_TUPLES)
 
 
 def compile_accept(spec, arch):

@@ -123,8 +123,14 @@ def tree_attention(
         part_out = torch.empty((requests * rows, dim), dtype=torch.float32, device=q.device)
         part_stats = torch.empty((requests * rows, 2), dtype=torch.float32, device=q.device)
 
-    q_strides = (0, *q.stride()[:2]) if offsets is not None else q.stride()[:3]
-    out_strides = (0, *out.stride()[:2]) if offsets is not None else out.stride()[:3]
+    # Packed rows have no stride by request.
+    queries = (q, 0, *q.stride()[:2]) if offsets is not None else (q, *q.stride()[:3])
+    output = (out, 0, *out.stride()[:2], lse) if offsets is not None else (out, *out.stride()[:3], lse)
+    scratch = (part_out, part_stats)
+    scales = (scale / softcap if softcap > 0.0 else scale * LOG2E, softcap * LOG2E, out_scale)
+    keys, values = (k_cache, *k_cache.stride()[:3]), (v_cache, *v_cache.stride()[:3])
+    dim0, dim1 = split_dim(dim, shape.rows)
+    num_nodes = None if ancestors is None else num_nodes
     num_nodes_stride = batch_stride(num_nodes)
     nodes, words, node_stride = (0, 0, 0) if ancestors is None else (*ancestors.shape[1:], ancestors.stride(1))
     common = dict(CHUNK=shape.chunk, BLOCK_N=shape.slots, WINDOW=window > 0, enable_fp_fusion=True)
@@ -133,22 +139,20 @@ def tree_attention(
             count = min(requests, batch - first)
             blocks = triton.cdiv(max_queries * group, shape.rows)
             tree_attention_kernel[(count * kv_heads * blocks, parts)](
-                q, k_cache, v_cache, out, lse, part_out, part_stats, ancestors, depths,
-                None if ancestors is None else num_nodes, offsets, context_lens, page_table, query_starts, sinks,
-                alibi_slopes, *q_strides, *out_strides, *k_cache.stride()[:3], *v_cache.stride()[:3],
+                queries, keys, values, output, scratch, scales, ancestors, depths, num_nodes, offsets, context_lens,
+                page_table, query_starts, sinks, alibi_slopes,
                 batch_stride(ancestors), node_stride, batch_stride(depths), num_nodes_stride,
                 0 if page_table is None else page_table.stride(0),
                 first, batch, heads, max_queries, q.shape[0], nodes, words, capacity, page_size, pages, query_start,
-                scale / softcap if softcap > 0.0 else scale * LOG2E, softcap * LOG2E, window, out_scale, num_splits,
-                parts, GROUP=group, DIM=dim, **dict(zip(("DIM0", "DIM1"), split_dim(dim, shape.rows), strict=True)),
-                BLOCK_M=shape.rows, PAGING=paging, SOFTCAP=softcap > 0.0, SPLIT=parts > 1,
-                WIDEN=not q.is_cuda,                num_warps=shape.warps, num_stages=shape.stages, **common,
+                window, num_splits, parts, GROUP=group, DIM=dim, DIM0=dim0, DIM1=dim1, BLOCK_M=shape.rows,
+                PAGING=paging, SOFTCAP=softcap > 0.0, SPLIT=parts > 1, WIDEN=not q.is_cuda, num_warps=shape.warps,
+                num_stages=shape.stages, **common,
             )  # fmt: skip
             if parts > 1:
                 merge_parts_kernel[(triton.cdiv(max_queries * heads, MERGE_ROWS), count)](
-                    out, lse, part_out, part_stats, None if ancestors is None else num_nodes, offsets, context_lens,
-                    query_starts, sinks, *out_strides, num_nodes_stride, first, batch, heads, max_queries, q.shape[0],
-                    nodes, capacity, query_start, window, out_scale, num_splits, parts, DIM=dim,
+                    output, scratch, out_scale, num_nodes, offsets, context_lens, query_starts, sinks,
+                    num_nodes_stride, first, batch, heads, max_queries, q.shape[0], nodes, capacity, query_start,
+                    window, num_splits, parts, DIM=dim,
                     PADDED_DIM=triton.next_power_of_2(dim), ROWS=MERGE_ROWS, TREE=ancestors is not None,
                     num_warps=4, num_stages=3, **common,
                 )  # fmt: skip

@@ -36,15 +36,18 @@ Head dimensions that are no power of two are padded, in registers and shared mem
 tree_attention.py, decides.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
-from .tree_attention_sums import scores, sum_again
+from .tree_attention_sums import Cache, Keys, Rows, Scoring, scores, sum_again
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
-# Arguments that change from call to call: no recompilation for a value that happens to be 1 or a multiple of 16.
+# Arguments that change from call to call: no recompilation for a value that happens to be 1 or a multiple of 16. They
+# are no members of tuples, for which that can't be had.
 _VOLATILE = [
     "request_begin", "batch", "heads", "max_queries", "tokens", "nodes", "words", "capacity", "page_size",
     "pages", "query_start", "window", "fixed_parts", "max_parts", "ancestors_batch_stride", "ancestors_node_stride",
@@ -140,23 +143,47 @@ def _finish(acc0, acc1, maximum, total, head, sinks, real, out_scale, DIM1: tl.c
     return acc0, acc1, lse
 
 
-@triton.jit
-def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limit, lowest, context, position, row_words,
-            words, slope, depth_row, page_row, page_size, pages, logit_scale, softcap, window, edge, gap,
-            request, real, DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr, BLOCK_N: tl.constexpr,
-            PAGING: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
-            WIDEN: tl.constexpr):  # fmt: skip
-    """Online softmax over the tiles that start in [begin, end). A page that does not exist reads as zeros.
+class Softmax(NamedTuple):
+    """Sums of the online softmax over the slots so far. acc1 is for the second piece of the head dimension."""
 
-    MASKED: what is visible is asked for every slot, up to `limit`; and tiles from `edge` on lie `gap` slots further.
-    The last result is above 0 if a value wasn't finite: then the sums of rows that don't see it are not right.
+    acc0: tl.tensor
+    acc1: tl.tensor
+    maximum: tl.tensor  # of the scores, in units of log2
+    total: tl.tensor  # of the weights
+
+
+class Slots(NamedTuple):
+    """Tiles that start in [begin, end), of which those from `edge` on lie `gap` slots further. No row sees a slot below
+    `lowest` or from `limit` on.
     """
-    k_cache, k_page, k_slot = k_view
-    v_cache, v_page, v_slot = v_view
+
+    begin: tl.tensor
+    end: tl.tensor
+    edge: tl.tensor
+    gap: tl.tensor
+    lowest: tl.tensor
+    limit: tl.tensor
+
+
+@triton.jit
+def _attend(
+    softmax, q0, q1, cache, rows, scoring, slots, DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr,
+    BLOCK_N: tl.constexpr, PAGING: tl.constexpr, MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+):  # fmt: skip
+    """Softmax after these slots, and a number. A page that does not exist reads as zeros.
+
+    MASKED: every slot is masked by what the rows see; without it the rows see all slots, and edge and gap are unused.
+    The number is above 0 if a value wasn't finite: then the sums of rows that don't see it are not right.
+    """
+    acc0, acc1, maximum, total = softmax
+    k, v, request, page_row, page_size, pages = cache
+    real, position, context, ancestors, words, depths, slope = rows
+    begin, end, edge, gap, lowest, limit = slots
     column = tl.arange(0, BLOCK_N)
     d0 = tl.arange(0, DIM0)
     CHECKED: tl.constexpr = MASKED or PAGING > 0
-    spoilt = 0
+    nonfinite = 0
     for tile in tl.range(begin, end, BLOCK_N, num_stages=1 if MASKED else None):
         start = tile
         if MASKED and WINDOW:
@@ -167,21 +194,21 @@ def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limi
         readable = inside
         if PAGING == 0:
             page = request.to(tl.int64)
-            place = slot.to(tl.int64)
+            offset = slot.to(tl.int64)
         elif PAGING == 1:  # a tile lies inside one page
             number = tl.load(page_row + start // page_size)
             page = number.to(tl.int64)
-            place = (start % page_size + column).to(tl.int64)
+            offset = (start % page_size + column).to(tl.int64)
             there = (number + tl.zeros_like(column) >= 0) & (number + tl.zeros_like(column) < pages)
         else:
             number = tl.load(page_row + slot // page_size, mask=inside, other=-1)
             page = number.to(tl.int64)
-            place = (slot % page_size).to(tl.int64)
+            offset = (slot % page_size).to(tl.int64)
             there = (number >= 0) & (number < pages)
         if PAGING > 0:
             readable = (inside & there) if MASKED else there
-        k_at = k_cache + page * k_page + place * k_slot
-        v_at = v_cache + page * v_page + place * v_slot
+        k_at = k.start + page * k.page_stride + offset * k.slot_stride
+        v_at = v.start + page * v.page_stride + offset * v.slot_stride
 
         k0 = _load(k_at, d0, readable, CHECKED, DIM0 > DIM, DIM)
         s = _dot(q0, tl.trans(k0), tl.zeros([q0.shape[0], BLOCK_N], tl.float32), WIDEN)
@@ -193,21 +220,21 @@ def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limi
         distance = 0
         if (MASKED and WINDOW) or slope is not None:
             slot_position = slot
-            if MASKED and depth_row is not None:
+            if MASKED and depths is not None:
                 node = slot - context
-                depth = tl.load(depth_row + node, mask=(node >= 0) & (slot < limit), other=0)
+                depth = tl.load(depths + node, mask=(node >= 0) & (slot < limit), other=0)
                 slot_position = tl.where(node >= 0, context + depth, slot)
             distance = position[:, None] - slot_position[None, :]
-        s = scores(s, distance, None if slope is None else slope[:, None], logit_scale, softcap, SOFTCAP)
+        s = scores(s, distance, None if slope is None else slope[:, None], scoring, SOFTCAP)
         if MASKED:
             visible = inside[None, :]
-            if row_words is not None:
+            if ancestors is not None:
                 bit = start - context
                 word = (bit >> 6) + tl.zeros_like(position)
                 shift = bit & 63
-                low = tl.load(row_words + word, mask=real & (word >= 0) & (word < words), other=0)
+                low = tl.load(ancestors + word, mask=real & (word >= 0) & (word < words), other=0)
                 low = tl.where(word < 0, -1, low).to(tl.uint64, bitcast=True)
-                high = tl.load(row_words + word + 1, mask=real & (word >= -1) & (word + 1 < words), other=0)
+                high = tl.load(ancestors + word + 1, mask=real & (word >= -1) & (word + 1 < words), other=0)
                 high = tl.where(word < -1, -1, high).to(tl.uint64, bitcast=True)
                 bits = (low >> shift.to(tl.uint64)) | ((high << 1) << (63 - shift).to(tl.uint64))
                 half = bits.to(tl.uint32)[:, None]
@@ -215,7 +242,7 @@ def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limi
                     half = tl.where(column[None, :] < 32, half, (bits >> 32).to(tl.uint32)[:, None])
                 visible = visible & (((half >> (column & 31).to(tl.uint32)[None, :]) & 1) != 0)
             if WINDOW:
-                visible = visible & (distance >= 0) & (distance < window)
+                visible = visible & (distance >= 0) & (distance < scoring.window)
             s = tl.where(visible, s, float("-inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(s, 1))
@@ -231,29 +258,38 @@ def _attend(acc0, acc1, maximum, total, q0, q1, k_view, v_view, begin, end, limi
         p = p.to(v0.dtype)
         acc0 = _dot(p, v0, acc0 * decay[:, None], WIDEN)
         if MASKED:
-            spoilt = tl.maximum(spoilt, _some_nonfinite(v0))
+            nonfinite = tl.maximum(nonfinite, _some_nonfinite(v0))
         if DIM1 > 0:
             v1 = _load(v_at, d1, readable, CHECKED, DIM0 + DIM1 > DIM, DIM)
             acc1 = _dot(p, v1, acc1 * decay[:, None], WIDEN)
             if MASKED:
-                spoilt = tl.maximum(spoilt, _some_nonfinite(v1))
-    return acc0, acc1, maximum, total, spoilt
+                nonfinite = tl.maximum(nonfinite, _some_nonfinite(v1))
+    return Softmax(acc0, acc1, maximum, total), nonfinite
 
 
 @triton.jit(do_not_specialize=_VOLATILE, do_not_specialize_on_alignment=_VOLATILE_POINTERS)
 def tree_attention_kernel(
-    q, k_cache, v_cache, out, lse, part_out, part_stats, ancestors, depths, num_nodes, offsets, context_lens,
-    page_table, query_starts, sinks, alibi_slopes,
-    q_batch_stride, q_row_stride, q_head_stride, out_batch_stride, out_row_stride, out_head_stride,
-    k_page_stride, k_slot_stride, k_head_stride, v_page_stride, v_slot_stride, v_head_stride,
+    queries, k_cache, v_cache, output, scratch, scales, ancestors, depths, num_nodes, offsets, context_lens, page_table,
+    query_starts, sinks, alibi_slopes,
     ancestors_batch_stride, ancestors_node_stride, depths_batch_stride, num_nodes_stride, page_table_stride,
     request_begin, batch, heads, max_queries, tokens, nodes, words, capacity, page_size, pages, query_start,
-    logit_scale, softcap, window, out_scale, fixed_parts, max_parts,
+    window, fixed_parts, max_parts,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, PAGING: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (requests * kv_heads * row blocks, parts). See the head of the file."""
+    """Grid: (requests * kv_heads * row blocks, parts). See the head of the file. The tuples hold this.
+
+    queries             q, its strides by request, row and head
+    k_cache, v_cache    the cache, its strides by page (or request), slot and KV head
+    output              out, its strides by request, row and head, lse or None
+    scratch             part_out, part_stats; both None without SPLIT
+    scales              logit_scale and softcap as in Scoring, out_scale
+    """
+    q, q_batch_stride, q_row_stride, q_head_stride = queries
+    out, out_batch_stride, out_row_stride, out_head_stride, lse = output
+    part_out, part_stats = scratch
+    logit_scale, softcap, out_scale = scales
     row_blocks = tl.cdiv(max_queries * GROUP, BLOCK_M)
     kv_heads = heads // GROUP
     row_block = tl.program_id(0) % row_blocks
@@ -312,16 +348,16 @@ def tree_attention_kernel(
     # The tail ends after the block's last node; slots beyond the cache do not exist.
     position = tl.zeros([BLOCK_M], tl.int32) + context
     limit = context
-    row_words = None
-    depth_row = None
+    row_ancestors = None
+    row_depths = None
     if ancestors is not None:
         last_node = tl.max(tl.where(real, node, -1), 0)
         limit = tl.minimum(context + last_node + 1, capacity)
-        row_words = (ancestors + request.to(tl.int64) * ancestors_batch_stride
-                     + node.to(tl.int64) * ancestors_node_stride)  # fmt: skip
+        row_ancestors = (ancestors + request.to(tl.int64) * ancestors_batch_stride
+                         + node.to(tl.int64) * ancestors_node_stride)  # fmt: skip
         if WINDOW or alibi_slopes is not None:
-            depth_row = depths + request.to(tl.int64) * depths_batch_stride
-            position += tl.load(depth_row + node, mask=real, other=0)
+            row_depths = depths + request.to(tl.int64) * depths_batch_stride
+            position += tl.load(row_depths + node, mask=real, other=0)
     slope = None
     if alibi_slopes is not None:
         slope = tl.load(alibi_slopes + head) * LOG2E
@@ -342,8 +378,8 @@ def tree_attention_kernel(
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
 
-    k_view = (k_cache + kv_head.to(tl.int64) * k_head_stride, k_page_stride, k_slot_stride)
-    v_view = (v_cache + kv_head.to(tl.int64) * v_head_stride, v_page_stride, v_slot_stride)
+    k = Keys(k_cache[0] + kv_head.to(tl.int64) * k_cache[3], k_cache[1], k_cache[2])
+    v = Keys(v_cache[0] + kv_head.to(tl.int64) * v_cache[3], v_cache[1], v_cache[2])
     page_row = None
     if PAGING > 0:
         page_row = page_table + request.to(tl.int64) * page_table_stride
@@ -361,25 +397,29 @@ def tree_attention_kernel(
         end = begin
         edge = begin
         tail_end = whole
-    acc0, acc1, maximum, total, _ = _attend(
-        acc0, acc1, maximum, total, q0, q1, k_view, v_view, edge, end, limit, lowest, context, position, row_words,
-        words, slope, depth_row, page_row, page_size, pages, logit_scale, softcap, window, 0, 0, request, real,
-        DIM, DIM0, DIM1, BLOCK_N, PAGING, False, WINDOW, SOFTCAP, WIDEN)  # fmt: skip
+    cache = Cache(k, v, request, page_row, page_size, pages)
+    rows = Rows(real, position, context, row_ancestors, words, row_depths, slope)
+    scoring = Scoring(logit_scale, softcap, window)
+    softmax = Softmax(acc0, acc1, maximum, total)
+    softmax, _ = _attend(
+        softmax, q0, q1, cache, rows, scoring, Slots(edge, end, 0, 0, lowest, limit),
+        DIM, DIM0, DIM1, BLOCK_N, PAGING, False, WINDOW, SOFTCAP, WIDEN,
+    )  # fmt: skip
     masked_begin = whole
     if WINDOW:
         masked_begin = begin
         tail_end = edge + tl.maximum(tail_end - whole, 0)
-    acc0, acc1, maximum, total, spoilt = _attend(
-        acc0, acc1, maximum, total, q0, q1, k_view, v_view, masked_begin, tail_end, limit, lowest, context, position,
-        row_words, words, slope, depth_row, page_row, page_size, pages, logit_scale, softcap, window, edge,
-        whole - edge, request, real, DIM, DIM0, DIM1, BLOCK_N, PAGING, True, WINDOW, SOFTCAP, WIDEN)  # fmt: skip
-    if spoilt > 0:
+    softmax, nonfinite = _attend(
+        softmax, q0, q1, cache, rows, scoring, Slots(masked_begin, tail_end, edge, whole - edge, lowest, limit),
+        DIM, DIM0, DIM1, BLOCK_N, PAGING, True, WINDOW, SOFTCAP, WIDEN,
+    )  # fmt: skip
+    acc0, acc1, maximum, total = softmax
+    if nonfinite > 0:
         last = tl.where(part < parts - 1, end, limit)
         again_at = q + row.to(tl.int64) * q_row_stride + head.to(tl.int64) * q_head_stride
         acc0, acc1, total = sum_again(
-            again_at, maximum, k_view, v_view, begin, last, lowest, context, position, real, row_words, slope,
-            depth_row, page_row, page_size, pages, logit_scale, softcap, window, request,
-            DIM, DIM0, DIM1, PAGING, WINDOW, SOFTCAP)  # fmt: skip
+            again_at, maximum, cache, rows, scoring, begin, last, lowest, DIM, DIM0, DIM1, PAGING, WINDOW, SOFTCAP
+        )
 
     if SPLIT:  # noqa: SIM102
         if parts > 1:
@@ -403,14 +443,17 @@ def tree_attention_kernel(
 
 @triton.jit(do_not_specialize=_VOLATILE, do_not_specialize_on_alignment=_VOLATILE_POINTERS)
 def merge_parts_kernel(
-    out, lse, part_out, part_stats, num_nodes, offsets, context_lens, query_starts, sinks,
-    out_batch_stride, out_row_stride, out_head_stride, num_nodes_stride,
-    request_begin, batch, heads, max_queries, tokens, nodes, capacity, query_start, window, out_scale,
-    fixed_parts, max_parts,
+    output, scratch, out_scale, num_nodes, offsets, context_lens, query_starts, sinks, num_nodes_stride,
+    request_begin, batch, heads, max_queries, tokens, nodes, capacity, query_start, window, fixed_parts, max_parts,
     DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row blocks, requests). A program owns ROWS of the (tree row, head) pairs and adds their parts in order."""
+    """Grid: (row blocks, requests). A program owns ROWS of the (tree row, head) pairs and adds their parts in order.
+
+    The arguments are those of tree_attention_kernel.
+    """
+    out, out_batch_stride, out_row_stride, out_head_stride, lse = output
+    part_out, part_stats = scratch
     local_request = tl.program_id(1)
     request = request_begin + local_request
     context = tl.minimum(tl.maximum(tl.load(context_lens + request), 0), capacity)

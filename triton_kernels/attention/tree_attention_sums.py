@@ -1,7 +1,48 @@
 """Scores of tree attention, and sums of values that are made once more. The kernels: tree_attention_kernels.py."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
+
+
+class Keys(NamedTuple):
+    """K or V of one KV head."""
+
+    start: tl.tensor
+    page_stride: tl.tensor  # by request, where there are no pages
+    slot_stride: tl.tensor
+
+
+class Cache(NamedTuple):
+    """K and V of one request and KV head, and where its slots lie."""
+
+    k: Keys
+    v: Keys
+    request: tl.tensor
+    page_row: tl.tensor  # the request's pages, or None
+    page_size: tl.tensor
+    pages: tl.tensor  # pages with an id of pages or more do not exist
+
+
+class Rows(NamedTuple):
+    """The query rows of a block, and what decides which slots they see."""
+
+    real: tl.tensor  # whether the row is one of the request's
+    position: tl.tensor
+    context: tl.tensor  # slots before the nodes
+    ancestors: tl.tensor  # each row's words; None: no tree
+    words: tl.tensor  # of a row
+    depths: tl.tensor  # of the request's nodes; None: nobody asks
+    slope: tl.tensor  # of ALiBi, or None
+
+
+class Scoring(NamedTuple):
+    """How products q . k become scores in units of log2, and how many slots back a row sees."""
+
+    logit_scale: tl.tensor  # log2(e) * scale, or scale / softcap when there is a soft cap of log2(e) * softcap
+    softcap: tl.tensor
+    window: tl.tensor
 
 
 @triton.jit
@@ -19,11 +60,11 @@ def _tanh(x):
 
 
 @triton.jit
-def scores(s, distance, slope, logit_scale, softcap, SOFTCAP: tl.constexpr):
+def scores(s, distance, slope, scoring, SOFTCAP: tl.constexpr):
     """Products q . k to scores: scaled, capped, biased. Of a tile or of one slot."""
-    s = s * logit_scale  # LOG2E * scale, or scale / softcap when there is a soft cap of LOG2E * softcap
+    s = s * scoring.logit_scale
     if SOFTCAP:
-        s = _tanh(s) * softcap
+        s = _tanh(s) * scoring.softcap
     if slope is not None:
         s -= slope * distance.to(tl.float32)
     return s
@@ -48,16 +89,16 @@ def _dots(q_at, k_at, real, exists, DIM: tl.constexpr):
 
 
 @triton.jit
-def sum_again(q_at, maximum, k_view, v_view, begin, end, lowest, context, position, real, row_words, slope, depth_row,
-               page_row, page_size, pages, logit_scale, softcap, window, request, DIM: tl.constexpr,
-               DIM0: tl.constexpr, DIM1: tl.constexpr, PAGING: tl.constexpr, WINDOW: tl.constexpr,
-               SOFTCAP: tl.constexpr):  # fmt: skip
+def sum_again(
+    q_at, maximum, cache, rows, scoring, begin, end, lowest, DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr,
+    PAGING: tl.constexpr, WINDOW: tl.constexpr, SOFTCAP: tl.constexpr,
+):  # fmt: skip
     """The sums of values and of weights over slots [begin, end), slot by slot: none reaches a row that doesn't see it.
 
     `maximum` is known already. Slow, and held apart from the loop over tiles, whose registers it would take.
     """
-    k_cache, k_page, k_slot = k_view
-    v_cache, v_page, v_slot = v_view
+    k, v, request, page_row, page_size, pages = cache
+    real, position, context, ancestors, _, depths, slope = rows
     d0 = tl.arange(0, DIM0)
     acc0 = tl.zeros([q_at.shape[0], DIM0], tl.float32)
     acc1 = 0.0
@@ -70,25 +111,25 @@ def sum_again(q_at, maximum, k_view, v_view, begin, end, lowest, context, positi
         slot = tl.zeros([], tl.int32) + index  # the interpreter's index is a Python int
         exists = slot >= 0
         page = request
-        place = slot
+        offset = slot
         if PAGING > 0:
             page = tl.load(page_row + slot // page_size)
-            place = slot % page_size
+            offset = slot % page_size
             exists = (page >= 0) & (page < pages)
-        k_at = k_cache + page.to(tl.int64) * k_page + place.to(tl.int64) * k_slot
-        v_at = v_cache + page.to(tl.int64) * v_page + place.to(tl.int64) * v_slot
+        k_at = k.start + page.to(tl.int64) * k.page_stride + offset.to(tl.int64) * k.slot_stride
+        v_at = v.start + page.to(tl.int64) * v.page_stride + offset.to(tl.int64) * v.slot_stride
         s = _dots(q_at, k_at, real, exists, DIM)
         node = slot - context + tl.zeros_like(position)
         sees = real
-        if row_words is not None:
-            words = tl.load(row_words + (node >> 6), mask=real & (node >= 0), other=-1)
+        if ancestors is not None:
+            words = tl.load(ancestors + (node >> 6), mask=real & (node >= 0), other=-1)
             sees = sees & (((words >> (node & 63).to(tl.int64)) & 1) != 0)
         distance = position - slot
-        if depth_row is not None:
-            distance -= tl.where(node >= 0, tl.load(depth_row + node, mask=node >= 0, other=0) - node, 0)
+        if depths is not None:
+            distance -= tl.where(node >= 0, tl.load(depths + node, mask=node >= 0, other=0) - node, 0)
         if WINDOW:
-            sees = sees & (distance >= 0) & (distance < window)
-        weight = tl.exp2(scores(s, distance, slope, logit_scale, softcap, SOFTCAP) - safe)
+            sees = sees & (distance >= 0) & (distance < scoring.window)
+        weight = tl.exp2(scores(s, distance, slope, scoring, SOFTCAP) - safe)
         total += tl.where(sees, weight, 0.0)
         acc0 += tl.where(sees[:, None], weight[:, None] * _piece(v_at, d0, exists, DIM)[None, :], 0.0)
         if DIM1 > 0:
