@@ -6,6 +6,7 @@ nothing and returns None. It is named as "module:function" and imported when it 
 
 import functools
 import importlib
+import importlib.metadata
 import importlib.util
 import os
 from collections.abc import Callable
@@ -271,6 +272,9 @@ def _cuda_reason(op: str, device: torch.device) -> str | None:
     return module.cuda_device_error(index) or None
 
 
+_LEAST_TRITON = (3, 4)  # older ones can't pass tuples that hold None to a function
+
+
 def _triton_reason(op: str, device: torch.device) -> str | None:
     if device.type == "cpu" and os.environ.get("TRITON_INTERPRET", "").lower() not in ("1", "true", "yes", "on"):
         return "Triton runs on CPU tensors in its interpreter only, and TRITON_INTERPRET is not 1"
@@ -278,6 +282,20 @@ def _triton_reason(op: str, device: torch.device) -> str | None:
         return f"it takes CUDA tensors, these are on {device.type}"
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
+    version = _triton_version()
+    if version is not None and tuple(map(int, version.split(".")[:2])) < _LEAST_TRITON:
+        return f"its kernels need Triton {'.'.join(map(str, _LEAST_TRITON))} or later, installed is {version}"
+    return None
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    """Without importing it. Nightly builds of PyTorch bring it under the second name; others are not judged."""
+    for name in ("triton", "pytorch-triton"):
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            pass
     return None
 
 

@@ -129,6 +129,15 @@ def test_missing_triton(monkeypatch):
     assert backends("tree_attention")["triton"] == "the package triton is not installed"
 
 
+def test_old_triton(monkeypatch):
+    """A reason, not an error of Triton's compiler."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for version, old in (("3.3.1", True), ("3.4.0", False), ("3.10.0+git1234", False), (None, False)):
+        monkeypatch.setattr(dispatch, "_triton_version", lambda version=version: version)
+        expected = f"its kernels need Triton 3.4 or later, installed is {version}" if old else None
+        assert backends("tree_attention")["triton"] == expected
+
+
 def test_the_environment_overrides_auto_only(monkeypatch):
     """A name given in the call wins."""
     monkeypatch.setenv(dispatch.ENVIRONMENT, "torch")
