@@ -18,11 +18,11 @@ from . import sample
 from .accept_kernels import accept_walk
 from .accept_lossy_kernels import accept_lossy
 from .accept_state import (
-    TARGET_ONLY,
     GREEDY,
     LONGEST,
     NODE_WORDS,
     RECURSIVE,
+    TARGET_ONLY,
     TRAVERSAL,
     TREE_INVALID,
     TYPICAL,

@@ -27,12 +27,12 @@ from specdec_ops.triton_kernels.common.philox import BONUS, RESIDUAL, SAMPLE, no
 from specdec_ops.triton_kernels.common.token_rows import DRAFT_INVALID, TARGET_INVALID
 
 from .accept_state import (
-    TARGET_ONLY,
     GREEDY,
     KSEQ,
     MATCH,
     NODE_WORDS,
     RECURSIVE,
+    TARGET_ONLY,
     TARGET_ROW,
     TERM_BEFORE,
     TERM_FACTOR,
