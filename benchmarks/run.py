@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import functools
 import gc
 import re
 import sys
@@ -15,14 +14,11 @@ import torch
 
 import specdec_ops
 
-from .acceptance import cases as acceptance_cases
-from .early_exit import cases as exit_cases
 from .harness import machine, report, results, roofs
-from .harness.cases import PRESETS as ATTENTION_PRESETS
 from .harness.cases import Case
 from .harness.contestant import check, unavailable
-from .harness.peers import OPS
 from .harness.timing import CpuTimer, Evictor, Measurement
+from .registry import OPS, PRESETS
 
 LOCAL_RESULTS = Path(__file__).parent / "results" / "local"
 LIMITS = {"quick": 160.0, "gpu-quick": 480.0, "gpu": 540.0}  # seconds for everything after the imports
@@ -33,17 +29,6 @@ FLEX_SECONDS = {"quick": 40.0, "standard": 120.0, "full": 300.0, "gpu-quick": 60
 UNFINISHED = 75  # exit status: time was up, or the GPU failed; run again with --resume for the rest
 MOST_ATTEMPTS = 3  # at a cell that does not end
 GEMM_ROWS = 64  # query rows per KV head from which the roofs of arithmetic run beside the contestants
-
-
-def every_family(preset: str) -> list:
-    """The cases of all ops: attention first, but last where FlexAttention is compiled, in what time is left."""
-    attention = ATTENTION_PRESETS[preset]()
-    others = [case for family in (exit_cases, acceptance_cases) for case in family.PRESETS[preset]()]
-    late = [case for case in attention if case.flex and preset == "quick"]
-    return [*(case for case in attention if case not in late), *others, *late]
-
-
-PRESETS = {preset: functools.partial(every_family, preset) for preset in ATTENTION_PRESETS}
 
 
 @dataclass
@@ -262,7 +247,7 @@ def say(line: str = "") -> None:
 def begin(case: Case, clock: Clock) -> None:
     """What is being done, where that takes long; on a terminal always, in a line that the result replaces."""
     text = f"[{clock.cells - clock.left + 1}/{clock.cells}] {case.label} ..."
-    if case.flex or getattr(case, "compiled", False):
+    if case.flex or case.compiled:
         say(f"{text} compiling PyTorch's form, which may take half a minute")
     elif sys.stdout.isatty():
         print(text, end="\r", flush=True)

@@ -1,1 +1,1 @@
-"""Inputs, exact results and contestants of the family's ops."""
+"""The acceptance rules, and how many tokens a call of the target gives with each (lengths.py)."""

@@ -1,10 +1,10 @@
-"""What is measured of acceptance: vocabularies, batches, trees and rules. Plain data, like harness/cases.py."""
+"""What is measured of acceptance: vocabularies, batches, trees and rules. Plain data."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from benchmarks.harness.cases import ITEM_BYTES, Model, TreeShape, branching, chain
+from benchmarks.harness.cases import ITEM_BYTES, Case, Model, TreeShape, branching, chain
 
 VOCABULARIES = (32_000, 128_256, 151_936)
 
@@ -17,12 +17,17 @@ MCSD_82 = TreeShape("improved MCSD 2x4x3x1x1", branching(1, 2, 4, 3, 1, 1))
 CHAIN_RULES = ("token", "block")
 TREE_RULES = ("greedy", "match", "recursive", "traversal", "target_only", "typical")
 FILTERED = ("token", "recursive", "target_only")  # that are measured with top-p, too
+OPS = tuple(
+    f"accept {rule}{suffix}"
+    for rule in (*CHAIN_RULES, *TREE_RULES)
+    for suffix in (("", " top-p") if rule in FILTERED else ("",))
+)
 UNSAMPLED = ("greedy", "match", "target_only", "typical")  # their trees are made of the draft's most likely tokens
 
 
 @dataclass(frozen=True)
-class AcceptCase:
-    """One cell: a rule, a tree, a batch of requests and a vocabulary. Its interface is that of harness.cases.Case.
+class AcceptCase(Case):
+    """One cell: a rule, a tree, a batch of requests and a vocabulary.
 
     What a call must read depends on what it accepts, so `bytes` is known only once the inputs are made: the target's
     rows on the accepted path and, for rules that compare, the draft's rows that score their children.
@@ -39,10 +44,6 @@ class AcceptCase:
     modes: tuple[str, ...] = ("warm",)
     must_read: list[int] = field(default_factory=list, compare=False, repr=False)
 
-    flops = 0
-    flex = False
-    ragged = False
-
     @property
     def op(self) -> str:
         return f"accept {self.rule}" + (" top-p" if self.top_p < 1 else "")
@@ -50,14 +51,6 @@ class AcceptCase:
     @property
     def model(self) -> Model:
         return Model(f"vocabulary {self.vocab}", 0, 0, 0)
-
-    @property
-    def context(self) -> int:
-        return 0
-
-    @property
-    def nodes(self) -> int:
-        return self.tree.nodes
 
     @property
     def drafts(self) -> bool:
@@ -71,8 +64,6 @@ class AcceptCase:
     @property
     def bytes(self) -> int:
         return self.must_read[0] if self.must_read else self.row_bytes * self.batch
-
-    kv_bytes = bytes  # what a plain read reads
 
     @property
     def memory(self) -> int:

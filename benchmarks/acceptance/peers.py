@@ -8,41 +8,12 @@ as the reference does, and with PyTorch's they are timed.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 
 from specdec_ops.ops.acceptance import reference_philox as reference_noise
 
 from .cases import CHAIN_RULES, AcceptCase
-
-
-class TreeTable(NamedTuple):
-    """What the walks look up in a tree. It is made once, like the topology that the ops get."""
-
-    parents: torch.Tensor  # [nodes], 0 of the root
-    depths: torch.Tensor  # [nodes]
-    children: torch.Tensor  # [nodes, width], padded with -1
-    levels: list[torch.Tensor]  # the nodes of every depth
-    width: int
-    depth: int
-
-    @classmethod
-    def of(cls, tree, device) -> TreeTable:
-        lists = [[] for _ in range(len(tree))]
-        for child, parent in enumerate(tree.parents.tolist()):
-            if parent >= 0:
-                lists[parent].append(child)
-        width, depths = max(1, *map(len, lists)), torch.tensor(tree.depths).to(device, torch.long)
-        depth = int(depths.max())
-        return cls(
-            torch.tensor(tree.parents).to(device, torch.long).clamp(min=0),
-            depths,
-            torch.tensor([children + [-1] * (width - len(children)) for children in lists], device=device),
-            [(depths == level).nonzero()[:, 0] for level in range(depth + 1)],
-            width,
-            depth,
-        )
+from .inputs import Inputs, call
 
 
 class TorchNoise:
@@ -127,21 +98,9 @@ def forms(case: AcceptCase) -> list[tuple[str, object]]:
     return listed
 
 
-def problem(inputs, form) -> str:
+def problem(inputs: Inputs, form) -> str:
     """Why a form is wrong for these inputs, or "": with our noise it must decide as our reference does."""
-    from .accept import Inputs, call
-
-    one = slice(0, min(inputs.case.batch, 2))
-    few = Inputs(
-        inputs.case,
-        inputs.target[one].double(),
-        None if inputs.draft is None else inputs.draft[one].double(),
-        inputs.tokens[one],
-        inputs.topology,
-        inputs.tree,
-        inputs.seeds[one],
-        inputs.positions[one],
-    )
+    few = inputs.exact(list(range(min(inputs.case.batch, 2))))
     exact = call(few, "torch").tokens
     try:
         got = form(few, ExactNoise(few))

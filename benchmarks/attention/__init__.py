@@ -1,1 +1,1 @@
-"""Inputs, exact results and contestants of the family's ops."""
+"""tree_attention and merge_states."""

@@ -23,8 +23,10 @@ from dataclasses import replace
 import torch
 import torch.nn.functional as functional
 
-from benchmarks.harness.cases import PRESETS, Case
 from benchmarks.harness.contestant import Contestant, unavailable
+
+from .cases import PRESETS, AttentionCase
+from .inputs import Inputs, make_inputs
 
 PAGE = 64
 WORKSPACE_BYTES = 256 << 20
@@ -63,7 +65,7 @@ def row_starts(batch: int, nodes: int) -> torch.Tensor:
     return torch.arange(batch + 1, dtype=torch.int32) * nodes
 
 
-def whole_mask(inputs) -> torch.Tensor:
+def whole_mask(inputs: Inputs) -> torch.Tensor:
     """One bool for every node and visible slot, request after request, flat."""
     nodes, parts = inputs.case.nodes, []
     for context in inputs.case.contexts:
@@ -90,7 +92,7 @@ def rows(tensor: torch.Tensor) -> torch.Tensor:
 class Problem:
     """What every form needs of a case: pages, rows of queries, lists and the common arguments of a plan."""
 
-    def __init__(self, inputs, library) -> None:
+    def __init__(self, inputs: Inputs, library) -> None:
         self.inputs, self.case, self.library = inputs, inputs.case, library
         self.device, self.dtype = inputs.q.device, inputs.q.dtype
         self.q = rows(inputs.q).contiguous()
@@ -214,7 +216,7 @@ def missing() -> str:
     return ""
 
 
-def contestants(inputs) -> list[Contestant]:
+def contestants(inputs: Inputs) -> list[Contestant]:
     """All forms; one that can't be made is listed with the reason."""
     reason = missing()
     if reason:
@@ -232,7 +234,7 @@ def contestants(inputs) -> list[Contestant]:
 # --- compiling before the benchmarks, because it takes minutes
 
 
-def compilations(preset: str) -> list[tuple[str, Case]]:
+def compilations(preset: str) -> list[tuple[str, AttentionCase]]:
     """One (form, small case) for everything that FlashInfer compiles for the cells of a preset."""
     found = {}
     for case in PRESETS[preset]():
@@ -250,8 +252,6 @@ def compilations(preset: str) -> list[tuple[str, Case]]:
 
 def main(arguments: list[str] | None = None) -> int:
     """`python -m benchmarks.attention.flashinfer_peers PRESET 0/4`: compile the kernels of every fourth form."""
-    from . import tree_attention as attention
-
     preset, shard = sys.argv[1:] if arguments is None else arguments
     index, count = map(int, shard.split("/"))
     reason = missing()
@@ -262,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name, case in compilations(preset)[index::count]:
         print(f"{name}, {case.model.name} {case.dtype} n{case.nodes} ...", flush=True)
         try:
-            problem = Problem(attention.make_inputs(case, device), importlib.import_module("flashinfer"))
+            problem = Problem(make_inputs(case, device), importlib.import_module("flashinfer"))
             for contestant in forms()[name](problem):
                 contestant.run()
                 print(f"{contestant.name}: {contestant.problem or 'compiled'}", flush=True)

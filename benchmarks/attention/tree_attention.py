@@ -1,4 +1,4 @@
-"""tree_attention: inputs, the exact result, and the contestants.
+"""tree_attention: the exact result, and the contestants.
 
 Excluded from every timing: making the mask, packing q for the packed view, copying K and V to another layout, building
 FlexAttention's block mask. PyTorch's users pay for some of these on every step; specdec_ops needs none of them.
@@ -7,82 +7,29 @@ FlexAttention's block mask. PyTorch's users pay for some of these on every step;
 from __future__ import annotations
 
 import contextlib
-import math
+import functools
 import signal
 import threading
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as functional
 
 import specdec_ops
 from benchmarks.harness import rounding
-from benchmarks.harness.cases import Case
-from benchmarks.harness.contestant import Contestant, Expected, allowed_error, compiled, largest_error, unavailable
+from benchmarks.harness.contestant import (
+    Contestant,
+    Expected,
+    allowed_error,
+    compiled,
+    largest_error,
+    on_backends,
+    unavailable,
+)
 from benchmarks.harness.machine import native
 from benchmarks.harness.reading import reader
 
 from . import flashinfer_peers, xformers_peer
-
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-@dataclass
-class Inputs:
-    """q [batch, nodes, heads, dim], caches [batch, slots, kv_heads, dim], True in a mask means visible.
-
-    tree_mask [nodes, nodes] is the tree's own part, mask [batch or 1, 1, nodes, slots] all of it.
-    """
-
-    case: Case
-    q: torch.Tensor
-    k_cache: torch.Tensor
-    v_cache: torch.Tensor
-    topology: specdec_ops.Topology
-    context_lens: torch.Tensor
-    tree_mask: torch.Tensor
-    mask: torch.Tensor
-
-    @property
-    def head_major(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views [batch, kv_heads, slots, dim] of the caches, as PyTorch wants them."""
-        return self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
-
-
-def fill_random(shape: tuple[int, ...], dtype: torch.dtype, seed: int, device: str = "cpu") -> torch.Tensor:
-    """Normal numbers, repeated after some millions: drawing every one would take longer than the measurement."""
-    base = torch.randn(min(math.prod(shape), (1 << 22) + 13), generator=torch.Generator().manual_seed(seed))
-    base = base.to(device, dtype)
-    repeats = -(-math.prod(shape) // base.numel())
-    return base.repeat(repeats)[: math.prod(shape)].view(shape)
-
-
-def make_inputs(case: Case, device: str = "cpu", seed: int = 1) -> Inputs:
-    """Random inputs in which the tree matters.
-
-    Among thousands of context slots a few tree slots would weigh nothing, and a wrong mask would pass the check. In
-    every second KV head the tree's keys therefore point the way the queries do, such that each node weighs an eighth of
-    the context; the other heads are plain random and show errors in the context.
-    """
-    model, dtype = case.model, DTYPES[case.dtype]
-    q = fill_random((case.batch, case.nodes, model.heads, model.dim), dtype, seed, device)
-    k_cache, v_cache = (
-        fill_random((case.batch, case.slots, model.kv_heads, model.dim), dtype, seed + 1 + i, device) for i in range(2)
-    )
-    push = math.sqrt(math.log(max(case.context / 8, 2.0)) * math.sqrt(model.dim))
-    q.view(case.batch, case.nodes, model.kv_heads, model.group, model.dim)[:, :, ::2, :, 0] += push
-    for request, context in enumerate(case.contexts):
-        k_cache[request, context : context + case.nodes, ::2, 0] += push
-
-    tree = specdec_ops.Tree.from_parents(case.tree.parents)
-    tree_mask = torch.as_tensor(tree.mask()).bool()
-    mask = torch.zeros(case.batch if case.ragged else 1, 1, case.nodes, case.slots, dtype=torch.bool)
-    for request, context in enumerate(case.contexts[: mask.shape[0]]):
-        mask[request, :, :, :context] = True
-        mask[request, :, :, context : context + case.nodes] = tree_mask
-    lengths = torch.tensor(case.contexts, dtype=torch.int32)
-    topology, lengths = tree.to(device), lengths.to(device)
-    return Inputs(case, q, k_cache, v_cache, topology, lengths, tree_mask.to(device), mask.to(device))
+from .inputs import Inputs
 
 
 def expected(inputs: Inputs) -> Expected:
@@ -117,12 +64,11 @@ def expected(inputs: Inputs) -> Expected:
 # --- ours
 
 
-def ours(inputs: Inputs, backend: str = "auto") -> Contestant:
+def ours(inputs: Inputs, backend: str = "auto", name: str = "specdec_ops") -> Contestant:
     def call():
         i = inputs
         return specdec_ops.tree_attention(i.q, i.k_cache, i.v_cache, i.topology, i.context_lens, backend=backend)
 
-    name = "specdec_ops" if backend == "auto" else f"specdec_ops {backend}"
     return Contestant(name, "ours", call, reads=(inputs.k_cache, inputs.v_cache))
 
 
@@ -141,8 +87,7 @@ def ours_limited(inputs: Inputs, isa: str) -> Contestant:
     module, name = native(), f"specdec_ops {isa}"
     if module is None or not hasattr(module, "set_cpu_isa"):
         return unavailable(name, "ours", "this build can't limit the instruction set at run time")
-    contestant = ours(inputs, "cpu")
-    contestant.name = name
+    contestant = ours(inputs, "cpu", name)
     contestant.before, contestant.after = lambda: module.set_cpu_isa(isa), lambda: module.set_cpu_isa("")
     return contestant
 
@@ -312,7 +257,8 @@ def ours_paged(inputs: Inputs) -> Contestant:
 
 def contestants_on_gpu(inputs: Inputs, options) -> list[Contestant]:
     """Everybody who runs on CUDA tensors."""
-    listed = [ours(inputs), ours_paged(inputs)] + [ours(inputs, backend) for backend in options.backends]
+    first, *others = on_backends(functools.partial(ours, inputs), options)
+    listed = [first, ours_paged(inputs), *others]
     listed += [sdpa_packed(inputs), sdpa_packed(inputs, contiguous=True)]
     listed[-1].layout = ""  # every peer on a GPU has the layout that suits it best
     listed.append(Contestant("eager", "pytorch", lambda: eager(inputs), reads=(inputs.k_cache, inputs.v_cache)))
@@ -326,7 +272,7 @@ def contestants(inputs: Inputs, options) -> list[Contestant]:
     """Everybody, in the order of the table. `options` is benchmarks.run.Options."""
     if inputs.q.is_cuda:
         return contestants_on_gpu(inputs, options)
-    listed = [ours(inputs)] + [ours(inputs, backend) for backend in options.backends]
+    listed = on_backends(functools.partial(ours, inputs), options)
     listed += [ours_limited(inputs, isa) for isa in options.isas]
     listed += [sdpa(inputs), sdpa_packed(inputs)]
     if options.preset != "quick":

@@ -12,6 +12,8 @@ import torch
 
 from benchmarks.harness.contestant import Contestant, unavailable
 
+from .inputs import Inputs
+
 
 def grouped(tensor: torch.Tensor, kv_heads: int) -> torch.Tensor:
     """[batch, nodes, heads, dim] as [batch, nodes, kv_heads, group, dim]."""
@@ -30,7 +32,7 @@ def tree_bias(tree_mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return bias.masked_fill_(~tree_mask, float("-inf"))
 
 
-def contestants(inputs) -> list[Contestant]:
+def contestants(inputs: Inputs) -> list[Contestant]:
     name = "xformers tree_attention"
     try:
         function = importlib.import_module("xformers.ops.tree_attention").tree_attention

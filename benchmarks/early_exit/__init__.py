@@ -1,1 +1,1 @@
-"""Inputs, exact results and contestants of the family's ops."""
+"""exit_confidence, screened_exit, bounded_exit and exit_mlp: whether a draft may stop at a layer."""

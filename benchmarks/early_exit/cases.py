@@ -1,38 +1,15 @@
-"""What is measured of early exit: heads and numbers of rows. Plain data, like benchmarks/harness/cases.py."""
+"""What is measured of early exit: heads and numbers of rows. Plain data."""
 
 from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass, replace
 
-from benchmarks.harness.cases import DRAFT_68M, ITEM_BYTES, LLAMA2_7B, LLAMA3_8B, Model, TreeShape, chain
+from benchmarks.harness.cases import ITEM_BYTES, Model, RowsCase, TreeShape, chain
 
 LLAMA2_HEAD = (32_000, 4096)
 LLAMA3_HEAD = (128_256, 4096)
 SMALL_HEAD = (32_000, 768)  # of the 68M draft
-
-
-class RowsCase:
-    """What cells over rows have in common. Together they have the interface of benchmarks.harness.cases.Case."""
-
-    flex = False
-    ragged = False
-    context = 0
-    batch = 1
-    modes = ("warm",)
-
-    @property
-    def nodes(self) -> int:
-        return self.rows
-
-    @property
-    def kv_bytes(self) -> int:
-        """What a plain read reads."""
-        return self.bytes
-
-    @property
-    def memory(self) -> int:
-        return self.bytes
 
 
 @dataclass(frozen=True)
@@ -91,40 +68,6 @@ class ExitCase(RowsCase):
 
 
 @dataclass(frozen=True)
-class KvCase(RowsCase):
-    """One cell: K and V of skipped layers for rows [rows, hidden]."""
-
-    model: Model
-    hidden: int
-    layers: int
-    rows: int
-    dtype: str
-    compiled: bool = False
-
-    op = "kv_propagate"
-
-    @property
-    def width(self) -> int:
-        return self.model.kv_heads * self.model.dim
-
-    @property
-    def tree(self) -> TreeShape:
-        return TreeShape(f"{self.layers} layers", chain(self.rows))
-
-    @property
-    def bytes(self) -> int:
-        return self.layers * 2 * self.width * self.hidden * ITEM_BYTES[self.dtype]
-
-    @property
-    def flops(self) -> int:
-        return 2 * self.rows * self.layers * 2 * self.width * self.hidden
-
-    @property
-    def label(self) -> str:
-        return f"{self.op} {self.model.name} {self.layers} layers {self.dtype} rows {self.rows}"
-
-
-@dataclass(frozen=True)
 class MlpCase(RowsCase):
     """One cell: rows through a decision model."""
 
@@ -160,23 +103,20 @@ class MlpCase(RowsCase):
         return f"{self.op} {self.model.name} {self.dtype} rows {self.rows}"
 
 
-# (model, dim, layers that an exit skips)
-PROPAGATIONS = ((LLAMA3_8B, 4096, 8), (LLAMA2_7B, 4096, 4), (DRAFT_68M, 768, 1))
 DECISION_MODELS = ((11, 44, 1), (768, 512, 256, 1), (2048, 1024, 512, 1))
 
 
-def quick() -> list[ExitCase | KvCase | MlpCase]:
+def quick() -> list[ExitCase | MlpCase]:
     cases = [ExitCase(*LLAMA2_HEAD, rows, "bf16", compiled=rows == 8) for rows in (1, 4, 8, 16, 60)]
     cases += [ExitCase(*LLAMA3_HEAD, rows, "bf16") for rows in (1, 8)]
     cases += [ExitCase(*SMALL_HEAD, 1, "bf16", top_k=10), *(ExitCase(*LLAMA2_HEAD, n, "fp32") for n in (1, 60))]
     # Quantising a head of 4,096 columns would take a tenth of the time.
     cases += [ExitCase(*SMALL_HEAD, rows, "bf16", screened=True) for rows in (1, 4)]
     cases += [ExitCase(*SMALL_HEAD, 4, "bf16", bounds=bounds) for bounds in ("even", "falling")]
-    cases += [KvCase(*PROPAGATIONS[0], rows, "bf16") for rows in (1, 16)]
     return [*cases, MlpCase(DECISION_MODELS[0], 4, "fp32"), MlpCase(DECISION_MODELS[2], 4, "bf16")]
 
 
-def standard() -> list[ExitCase | KvCase | MlpCase]:
+def standard() -> list[ExitCase | MlpCase]:
     cases: list = [
         ExitCase(*head, rows, dtype, top_k, compiled=top_k == 0)
         for head in (LLAMA2_HEAD, LLAMA3_HEAD, SMALL_HEAD)
@@ -196,12 +136,6 @@ def standard() -> list[ExitCase | KvCase | MlpCase]:
         for bounds in ("even", "falling")
     ]
     cases += [
-        KvCase(*shape, rows, dtype, compiled=True)
-        for shape in PROPAGATIONS
-        for dtype in ("bf16", "fp32")
-        for rows in (1, 4, 8, 16, 60)
-    ]
-    cases += [
         MlpCase(sizes, rows, dtype, compiled=True)
         for sizes in DECISION_MODELS
         for dtype in ("bf16", "fp32")
@@ -216,10 +150,6 @@ PRESETS = {"quick": quick, "standard": standard, "full": standard, "gpu-quick": 
 def toy(**changes) -> ExitCase:
     """A case of a few kilobytes, for tests."""
     return replace(ExitCase(201, 48, 3, "fp32"), **changes)
-
-
-def toy_propagation(**changes) -> KvCase:
-    return replace(KvCase(Model("toy", 4, 2, 16), 64, 3, 5, "fp32"), **changes)
 
 
 def toy_model(**changes) -> MlpCase:

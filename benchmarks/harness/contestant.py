@@ -53,6 +53,12 @@ def unavailable(name: str, role: str, reason: str) -> Contestant:
     return Contestant(name, role, call=lambda: None, problem=reason)
 
 
+def on_backends(ours: Callable[[str, str], Contestant], options) -> list[Contestant]:
+    """ours(backend, name) for the backend that the op itself chooses, and for each that was asked for beside it."""
+    named = [(backend, f"specdec_ops {backend}") for backend in options.backends]
+    return [ours(*each) for each in (("auto", "specdec_ops"), *named)]
+
+
 def compiled(form: Callable, **options) -> Callable:
     """`form` compiled for every shape that it is called with.
 

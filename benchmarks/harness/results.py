@@ -36,7 +36,7 @@ def fastest_peer(contestants: list[Contestant], timings: dict[str, Timing], layo
 
 
 def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Measurement, roofs, machine) -> list[dict]:
-    """The lines of one cell. `roofs` is benchmarks.roofs.Roofs, `machine` the columns that never change."""
+    """The lines of one cell. `roofs` is benchmarks.harness.roofs.Roofs, `machine` the columns that never change."""
     timings = measured.timings
     gemm, arithmetic = _arithmetic_rates(case, timings, roofs)
     read = timings.get("plain read")

@@ -15,9 +15,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from benchmarks.attention.tree_attention import DTYPES
-
 from .contestant import Contestant
+from .inputs import DTYPES
 from .machine import native
 from .reading import Reader, reader
 

@@ -10,11 +10,14 @@ import time
 import pytest
 import torch
 
-from benchmarks import compare, run
+from benchmarks import compare, registry, run
 from benchmarks.acceptance import lengths as acceptance_lengths
-from benchmarks.attention import tree_attention as attention
-from benchmarks.harness import cases, peers, reading, report, results, roofs, targets, timing
+from benchmarks.attention import cases, tree_attention
+from benchmarks.attention.inputs import make_inputs
+from benchmarks.harness import reading, report, results, roofs, targets, timing
+from benchmarks.harness.cases import TREES, Model, TreeShape, chain
 from benchmarks.harness.contestant import Contestant, check
+from benchmarks.topology import cases as topology_cases
 from specdec_ops import _C
 from tests.harness.quick_reader import quick_reader  # noqa: F401
 
@@ -46,19 +49,19 @@ def toys():
         cases.toy(),
         cases.toy(dtype="bf16"),
         cases.toy(contexts=(48, 48)),
-        cases.toy(contexts=(48, 0, 17), tree=cases.TREES[44]),
-        cases.toy(tree=cases.TREES[1]),
+        cases.toy(contexts=(48, 0, 17), tree=TREES[44]),
+        cases.toy(tree=TREES[1]),
         cases.toy("merge_states"),
         cases.toy("merge_states", dtype="bf16", contexts=(0, 0)),
-        cases.toy("build_topology"),
-        cases.toy("build_topology", contexts=(0, 0), tree=cases.TREES[128]),
+        topology_cases.toy(),
+        topology_cases.toy(batch=2, tree=TREES[128]),
     ]
 
 
 def test_every_op_has_a_toy_case():
     """Those of acceptance and early exit are in files of their own."""
-    others = {op for op in peers.OPS if op.startswith("accept ")} | {*targets.EXIT_OPS}
-    assert {case.op for case in toys()} == peers.OPS.keys() - others
+    others = {op for op in registry.OPS if op.startswith("accept ")} | {*targets.EXIT_OPS}
+    assert {case.op for case in toys()} == registry.OPS.keys() - others
 
 
 @pytest.mark.parametrize("case", toys(), ids=lambda case: case.label)
@@ -81,14 +84,14 @@ def test_a_wrong_contestant_gets_no_time(monkeypatch, toy_roofs):
         cheat = dataclasses.replace(inputs, tree_mask=blind)
         broken = Contestant("broken", "pytorch", lambda: 1 / 0)
         return [
-            *attention.contestants(inputs, options),
-            Contestant("cheat", "pytorch", lambda: attention.eager(cheat)),
-            Contestant("not a number", "pytorch", lambda: attention.eager(inputs) * float("nan")),
+            *tree_attention.contestants(inputs, options),
+            Contestant("cheat", "pytorch", lambda: tree_attention.eager(cheat)),
+            Contestant("not a number", "pytorch", lambda: tree_attention.eager(inputs) * float("nan")),
             broken,
         ]
 
-    op = peers.OPS["tree_attention"]._replace(contestants=with_a_wrong_one)
-    monkeypatch.setitem(peers.OPS, "tree_attention", op)
+    op = registry.OPS["tree_attention"]._replace(contestants=with_a_wrong_one)
+    monkeypatch.setitem(registry.OPS, "tree_attention", op)
     rows = {row["contestant"]: row for row in run_toys(toy_roofs, [cases.toy(dtype="bf16")])}
     assert rows["cheat"]["problem"].startswith("WRONG") and rows["cheat"]["p50_us"] == ""
     assert rows["not a number"]["problem"].startswith("WRONG") and rows["not a number"]["p50_us"] == ""
@@ -99,22 +102,22 @@ def test_a_wrong_contestant_gets_no_time(monkeypatch, toy_roofs):
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 def test_the_check_sees_one_missing_ancestor(dtype):
-    model = cases.Model("one head", 4, 1, 64)
+    model = Model("one head", 4, 1, 64)
     case = cases.attention(model, 1024, 64, dtype)
-    inputs = attention.make_inputs(case)
+    inputs = make_inputs(case)
     blind = inputs.tree_mask.clone()
     leaf = int(blind.sum(dim=1).argmax())
     blind[leaf, int(blind[leaf].nonzero()[1])] = False
     wrong = dataclasses.replace(inputs, tree_mask=blind)
-    expected = attention.expected(inputs)
-    right = check(Contestant("right", "pytorch", lambda: attention.eager(inputs)), expected)
+    expected = tree_attention.expected(inputs)
+    right = check(Contestant("right", "pytorch", lambda: tree_attention.eager(inputs)), expected)
     assert not right.problem and right.error <= 1
-    assert check(Contestant("wrong", "pytorch", lambda: attention.eager(wrong)), expected).problem
+    assert check(Contestant("wrong", "pytorch", lambda: tree_attention.eager(wrong)), expected).problem
 
 
 def test_trees_have_their_sizes():
-    assert all(tree.nodes == nodes for nodes, tree in cases.TREES.items())
-    for tree in cases.TREES.values():
+    assert all(tree.nodes == nodes for nodes, tree in TREES.items())
+    for tree in TREES.values():
         assert all(-1 <= parent < i for i, parent in enumerate(tree.parents))
 
 
@@ -123,19 +126,19 @@ def test_presets_list_each_cell_once(preset):
     """All but the quick ones have every op."""
     labels = [(case.label, mode) for case in run.PRESETS[preset]() for mode in case.modes]
     assert len(labels) == len(set(labels))
-    missing = peers.OPS.keys() - {case.op for case in run.PRESETS[preset]()}
+    missing = registry.OPS.keys() - {case.op for case in run.PRESETS[preset]()}
     assert not missing - ({"accept token top-p", "accept recursive top-p"} if "quick" in preset else set())
 
 
 def test_bytes_and_flops_by_hand():
-    case = cases.attention(cases.Model("m", 4, 2, 16), 100, cases.TreeShape("t", cases.chain(8)), "bf16", batch=3)
+    case = cases.attention(Model("m", 4, 2, 16), 100, TreeShape("t", chain(8)), "bf16", batch=3)
     assert case.kv_bytes == 2 * 2 * 16 * 2 * 3 * 108
     assert case.bytes == case.kv_bytes + 2 * 2 * 4 * 16 * 24 + 8 * 24
     assert case.flops == 4 * 4 * 16 * 3 * 8 * 108
 
 
 def test_command_writes_csv_and_plot(tmp_path, monkeypatch, capsys):
-    few = [cases.toy(), cases.toy(tree=cases.TREES[16]), cases.toy("merge_states"), cases.toy("build_topology")]
+    few = [cases.toy(), cases.toy(tree=TREES[16]), cases.toy("merge_states"), topology_cases.toy()]
     monkeypatch.setitem(run.PRESETS, "quick", lambda: few)
     monkeypatch.setattr(roofs, "SIZES", (64,))
     monkeypatch.setitem(acceptance_lengths.SIZES, "quick", (4, 1))
@@ -227,7 +230,7 @@ def test_hopeless_peers_leave():
 
 
 def test_time_limit_passes_through_handlers_of_exceptions():
-    with pytest.raises(attention.OutOfTime, match="did not compile"), attention.time_limit(0.05):
+    with pytest.raises(tree_attention.OutOfTime, match="did not compile"), tree_attention.time_limit(0.05):
         try:
             time.sleep(5)
         except Exception:
@@ -235,7 +238,7 @@ def test_time_limit_passes_through_handlers_of_exceptions():
 
 
 def test_no_time_for_flex_is_said():
-    contestant = attention.flex(attention.make_inputs(cases.toy()), seconds=1)
+    contestant = tree_attention.flex(make_inputs(cases.toy()), seconds=1)
     assert contestant.problem == "no time left to compile it in this preset"
 
 
@@ -292,7 +295,7 @@ def test_no_kernel_can_beat_the_roof_of_arithmetic():
 
 
 def test_the_roof_is_the_longer_of_the_best_read_and_the_best_arithmetic():
-    case = cases.attention(cases.Model("m", 4, 2, 16), 100, cases.TreeShape("t", cases.chain(8)), "fp32")
+    case = cases.attention(Model("m", 4, 2, 16), 100, TreeShape("t", chain(8)), "fp32")
     known = roofs.Roofs(1e9, {"fp32": (1e9, 10)}, loops={"fp32": roofs.Loop(4e9, "avx2", 1, 1e6)})
     ours = [Contestant("specdec_ops", "ours", list)]
 

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks.acceptance import accept as acceptance
 from benchmarks.acceptance import cases as acceptance_cases
+from benchmarks.acceptance import inputs as acceptance
 from benchmarks.acceptance import peers as acceptance_peers
 from benchmarks.harness import results, roofs, targets
 from benchmarks.harness.contestant import check
-from benchmarks.harness.peers import OPS
 from benchmarks.harness.timing import CpuTimer
+from benchmarks.registry import OPS
 from tests.harness.quick_reader import quick_reader  # noqa: F401
 
 RULES = (*acceptance_cases.CHAIN_RULES, *acceptance_cases.TREE_RULES)

@@ -5,13 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import draft_ops
+from benchmarks.early_exit import bounded_exit, exit_confidence, screened_exit
 from benchmarks.early_exit import cases as exit_cases
-from benchmarks.early_exit import exit_confidence as exit
+from benchmarks.early_exit.inputs import make_inputs
 from benchmarks.harness import results, roofs, targets
 from benchmarks.harness.contestant import check, compiled
-from benchmarks.harness.peers import OPS
 from benchmarks.harness.timing import CpuTimer
+from benchmarks.kv import cases as kv_cases
+from benchmarks.registry import OPS
 from tests.harness.quick_reader import quick_reader  # noqa: F401
 
 
@@ -22,22 +23,22 @@ class Options:
 @pytest.mark.parametrize("top_k", [0, 5])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_every_contestant_is_right(dtype, top_k):
-    inputs = exit.make_inputs(exit_cases.toy(dtype=dtype, top_k=top_k))
-    exact = exit.expected(inputs)
-    for contestant in exit.contestants(inputs, Options):
+    inputs = make_inputs(exit_cases.toy(dtype=dtype, top_k=top_k))
+    exact = exit_confidence.expected(inputs)
+    for contestant in exit_confidence.contestants(inputs, Options):
         assert check(contestant, exact).problem == "", contestant.name
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_a_screened_cell_has_the_whole_head_beside_it(dtype):
-    inputs = exit.make_inputs(exit_cases.toy(dtype=dtype, vocab=300, screened=True))
-    exact = exit.expected(inputs)
-    found = exit.contestants(inputs, Options)
+    inputs = make_inputs(exit_cases.toy(dtype=dtype, vocab=300, screened=True))
+    exact = screened_exit.expected(inputs)
+    found = screened_exit.contestants(inputs, Options)
     assert [contestant.name for contestant in found][:2] == ["specdec_ops", "specdec_ops full head"]
     for contestant in found:
         assert check(contestant, exact).problem == "", contestant.name
     assert found[0].call().rechecked is not None and found[1].call().rechecked is None
-    another = exit.ours(inputs, "torch", "wrong")
+    another = screened_exit.ours(inputs, "torch", "wrong")
     another.to_result = lambda result: [result.max_prob, result.logsumexp, (result.token + 1) % 300]
     assert check(another, exact).problem.startswith("WRONG")
 
@@ -45,33 +46,29 @@ def test_a_screened_cell_has_the_whole_head_beside_it(dtype):
 @pytest.mark.parametrize("bounds", ["even", "falling"])
 def test_a_bounded_cell_has_the_whole_head_beside_it(bounds):
     """It asks which rows exit, of which there are some that do and some that don't."""
-    inputs = exit.make_inputs(exit_cases.toy(dtype="bf16", vocab=4000, dim=512, rows=4, bounds=bounds))
-    exact = exit.expected_exits(inputs)
+    inputs = make_inputs(exit_cases.toy(dtype="bf16", vocab=4000, dim=512, rows=4, bounds=bounds))
+    exact = bounded_exit.expected(inputs)
     assert set(exact.exact[0].tolist()) == {0.0, 1.0}
-    found = exit.exits_contestants(inputs, Options)
+    found = bounded_exit.contestants(inputs, Options)
     assert [contestant.name for contestant in found][:2] == ["specdec_ops", "specdec_ops full head"]
     for contestant in found:
         assert check(contestant, exact).problem == "", contestant.name
     seen = found[0].call().seen
     assert found[1].call().seen is None
     assert (seen < 4000).any() == (bounds == "falling")
-    another = exit.our_exits(inputs, "torch", "wrong")
+    another = bounded_exit.ours(inputs, "torch", "wrong")
     another.to_result = lambda result: [~result.exited]
     assert check(another, exact).problem.startswith("WRONG")
 
 
-PROPAGATION = (draft_ops.make_propagation, draft_ops.expected_propagation, draft_ops.propagators)
-DECISION = (draft_ops.make_decision, draft_ops.expected_decision, draft_ops.deciders)
-
-
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("case", [exit_cases.toy_propagation(), exit_cases.toy_model()], ids=lambda case: case.op)
+@pytest.mark.parametrize("case", [kv_cases.toy(), exit_cases.toy_model()], ids=lambda case: case.op)
 def test_contestants_of_the_draft_ops_are_right(case, dtype):
     """PyTorch's forms too; and one that leaves a cache alone, or a score that is off, is not."""
-    make, expect, contest = PROPAGATION if case.op == "kv_propagate" else DECISION
-    inputs = make(dataclasses.replace(case, dtype=dtype))
-    exact = expect(inputs)
-    found = contest(inputs, Options)
+    op = OPS[case.op]
+    inputs = op.make_inputs(dataclasses.replace(case, dtype=dtype))
+    exact = op.expected(inputs)
+    found = op.contestants(inputs, Options)
     for contestant in found:
         assert check(contestant, exact).problem == "", contestant.name
     idle = found[0]
@@ -97,9 +94,9 @@ def test_compiled_contestants_are_compiled_for_every_shape():
 
 
 def test_a_wrong_result_gets_no_time():
-    inputs = exit.make_inputs(exit_cases.toy())
-    exact = exit.expected(inputs)
-    wrong = exit.ours(inputs, "torch", "wrong")
+    inputs = make_inputs(exit_cases.toy())
+    exact = exit_confidence.expected(inputs)
+    wrong = exit_confidence.ours(inputs, "torch", "wrong")
     right = wrong.to_result
     wrong.to_result = lambda result: [figure * 1.01 for figure in right(result)]
     assert check(wrong, exact).problem.startswith("WRONG")
@@ -107,7 +104,7 @@ def test_a_wrong_result_gets_no_time():
 
 OTHERS = (
     *(exit_cases.toy(screened=True, rows=1), exit_cases.toy(bounds="even", dim=512, dtype="bf16")),
-    *(exit_cases.toy(bounds="falling", dim=512, dtype="bf16"), exit_cases.toy_propagation(), exit_cases.toy_model()),
+    *(exit_cases.toy(bounds="falling", dim=512, dtype="bf16"), kv_cases.toy(), exit_cases.toy_model()),
 )
 
 
@@ -133,7 +130,7 @@ def test_cells_of_the_other_ops(case):
 @pytest.mark.parametrize("preset", exit_cases.PRESETS)
 def test_cases_differ(preset):
     """And bf16 as well as fp32 is measured."""
-    cases = exit_cases.PRESETS[preset]()
+    cases = [*exit_cases.PRESETS[preset](), *kv_cases.PRESETS[preset]()]
     assert len({case.label for case in cases}) == len({results.key(case, "warm") for case in cases}) == len(cases)
     assert {case.op for case in cases} == set(targets.EXIT_OPS)
     assert {case.dtype for case in cases if case.op == "exit_confidence"} == {"bf16", "fp32"}

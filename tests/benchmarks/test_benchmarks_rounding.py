@@ -5,18 +5,23 @@ import dataclasses
 import pytest
 import torch
 
-from benchmarks import draft_ops, small_ops
-from benchmarks.acceptance import accept as acceptance
+from benchmarks.acceptance import accept
 from benchmarks.acceptance import cases as acceptance_cases
-from benchmarks.attention import tree_attention as attention
+from benchmarks.acceptance import inputs as acceptance_inputs
+from benchmarks.attention import cases, merge_states, tree_attention
+from benchmarks.attention import inputs as attention_inputs
 from benchmarks.early_exit import cases as exit_cases
-from benchmarks.early_exit import exit_confidence as exit
-from benchmarks.harness import cases, peers
+from benchmarks.early_exit import exit_confidence, exit_mlp, peers
+from benchmarks.early_exit import inputs as exit_inputs
+from benchmarks.harness.cases import Model
 from benchmarks.harness.contestant import Contestant, Expected, allowed_error, check
+from benchmarks.kv import cases as kv_cases
+from benchmarks.kv import kv_propagate
+from benchmarks.registry import OPS
 from specdec_ops import _C
 from tests.harness.quick_reader import quick_reader  # noqa: F401
 
-MODEL = cases.Model("one", 4, 2, 64)
+MODEL = Model("one", 4, 2, 64)
 ISAS = ("generic", "avx2", "avx512", "")  # those of this processor: a limit above it is none
 
 
@@ -35,7 +40,7 @@ def without_gradients():
 @pytest.fixture
 def exact_pytorch(monkeypatch):
     """PyTorch's own error is nothing, as one figure's may be by chance: only the bounds are left."""
-    for module in (attention, exit, draft_ops, small_ops):
+    for module in (tree_attention, merge_states, exit_confidence, exit_mlp, kv_propagate):
         monkeypatch.setattr(module, "largest_error", lambda got, exact: 0.0)
 
 
@@ -47,8 +52,8 @@ def some_cases(dtype):
         *(cases.attention(MODEL, *shape, dtype) for shape in ((0, 8), (1, 16), (100, 64), (4096, 8), (4096, 60))),
         *(cases.attention(MODEL, context, 1, dtype) for context in (1, 1024)),
         cases.toy("merge_states", dtype=dtype, contexts=(0, 0)),
-        exit_cases.toy_propagation(dtype=dtype),
-        exit_cases.KvCase(MODEL, 1024, 3, 5, dtype),
+        kv_cases.toy(dtype=dtype),
+        kv_cases.KvCase(MODEL, 1024, 3, 5, dtype),
         exit_cases.toy_model(dtype=dtype),
         exit_cases.MlpCase((768, 512, 256, 1), 60, dtype),
     ]
@@ -58,7 +63,7 @@ def some_cases(dtype):
 def test_no_right_result_is_refused(exact_pytorch, dtype):
     """Of ours on every instruction set and of PyTorch's: within the bound itself, without the lenience for peers."""
     for case in some_cases(dtype):
-        op = peers.OPS[case.op]
+        op = OPS[case.op]
         inputs = op.make_inputs(case)
         expected = op.expected(inputs)
         for isa in ISAS:
@@ -78,81 +83,79 @@ def refused(inputs, expected, call):
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_wrong_attention_is_refused(dtype):
     """One slot that is not seen, a wrong scale, a row of another node, a row of nothing."""
-    inputs = attention.make_inputs(cases.attention(MODEL, 1000, 16, dtype))
-    expected = attention.expected(inputs)
-    assert not refused(inputs, expected, attention.eager)
+    inputs = attention_inputs.make_inputs(cases.attention(MODEL, 1000, 16, dtype))
+    expected = tree_attention.expected(inputs)
+    assert not refused(inputs, expected, tree_attention.eager)
     for slot in (0, 500, 999):
         k, v = (cache.clone() for cache in (inputs.k_cache, inputs.v_cache))
         k[:, slot], v[:, slot] = k[:, slot - 1], v[:, slot - 1]  # another one twice in its place
-        assert refused(dataclasses.replace(inputs, k_cache=k, v_cache=v), expected, attention.eager), slot
+        assert refused(dataclasses.replace(inputs, k_cache=k, v_cache=v), expected, tree_attention.eager), slot
     scale = 1 + {"fp32": 1e-3, "bf16": 5e-2}[dtype]
-    assert refused(dataclasses.replace(inputs, q=(inputs.q * scale).to(inputs.q.dtype)), expected, attention.eager)
+    assert refused(dataclasses.replace(inputs, q=(inputs.q * scale).to(inputs.q.dtype)), expected, tree_attention.eager)
     swapped = [*range(14), 15, 14]
-    assert refused(inputs, expected, lambda i: attention.eager(i)[:, swapped])
-    assert refused(inputs, expected, lambda i: attention.eager(i) * (torch.arange(16) != 3)[:, None, None])
-    assert refused(inputs, expected, lambda i: attention.eager(i) * (1 + 2 * {"fp32": 1e-3, "bf16": 4e-2}[dtype]))
+    assert refused(inputs, expected, lambda i: tree_attention.eager(i)[:, swapped])
+    assert refused(inputs, expected, lambda i: tree_attention.eager(i) * (torch.arange(16) != 3)[:, None, None])
+    assert refused(inputs, expected, lambda i: tree_attention.eager(i) * (1 + 2 * {"fp32": 1e-3, "bf16": 4e-2}[dtype]))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_wrong_exit_figures_are_refused(dtype):
     """Another token, a wrong scale, a tile of the head that is left out, the figures of another row."""
-    inputs = exit.make_inputs(exit_cases.toy(vocab=4000, dim=1024, rows=2, dtype=dtype))
-    expected = exit.expected(inputs)
-    assert not refused(inputs, expected, exit.eager)
+    inputs = exit_inputs.make_inputs(exit_cases.toy(vocab=4000, dim=1024, rows=2, dtype=dtype))
+    expected = exit_confidence.expected(inputs)
+    assert not refused(inputs, expected, peers.eager)
 
     def second_best(i):
-        max_prob, lse, _ = exit.eager(i)
-        return [max_prob, lse, (exit.normalised(i) @ i.head.T).float().topk(2, 1).indices[:, 1]]
+        max_prob, lse, _ = peers.eager(i)
+        return [max_prob, lse, (peers.normalised(i) @ i.head.T).float().topk(2, 1).indices[:, 1]]
 
     assert refused(inputs, expected, second_best)
     scale = 1 + {"fp32": 1e-3, "bf16": 2e-2}[dtype]
     scaled = dataclasses.replace(inputs, norm_weight=inputs.norm_weight.float() * scale, hidden=inputs.hidden.float())
-    assert refused(scaled, expected, lambda i: exit.eager(dataclasses.replace(i, head=i.head.float())))
+    assert refused(scaled, expected, lambda i: peers.eager(dataclasses.replace(i, head=i.head.float())))
     if dtype == "fp32":  # a tile of 64 unlikely tokens weighs less than one rounding of a logit in bfloat16
         missing = dataclasses.replace(inputs, head=torch.cat([inputs.head[:1000], inputs.head[1064:]]))
-        assert refused(missing, expected, exit.eager)
-    assert refused(inputs, expected, lambda i: [figure.flip(0) for figure in exit.eager(i)])
+        assert refused(missing, expected, peers.eager)
+    assert refused(inputs, expected, lambda i: [figure.flip(0) for figure in peers.eager(i)])
     for part in range(2):  # each figure alone
         factors = [1.0, 1.0, 1]
         factors[part] += {"fp32": 1e-3, "bf16": 0.1}[dtype]
-        wrong = lambda i, by=factors: [figure * factor for figure, factor in zip(exit.eager(i), by, strict=True)]  # noqa: E731
+        wrong = lambda i, by=factors: [figure * factor for figure, factor in zip(peers.eager(i), by, strict=True)]  # noqa: E731
         assert refused(inputs, expected, wrong), part
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_wrong_results_of_the_other_ops_are_refused(dtype):
     off = 1 + {"fp32": 1e-3, "bf16": 5e-2}[dtype]
-    states = small_ops.make_states(cases.toy("merge_states", dtype=dtype))
-    expected = small_ops.expected_states(states)
-    assert not refused(states, expected, lambda s: small_ops.eager_merge(*s.all))
-    assert refused(
-        states, expected, lambda s: [small_ops.eager_merge(*s.all)[0] * off, small_ops.eager_merge(*s.all)[1]]
-    )
-    assert refused(states, expected, lambda s: small_ops.eager_merge(s.out_a, s.lse_a * off, s.out_b, s.lse_b))
+    states = merge_states.make_inputs(cases.toy("merge_states", dtype=dtype))
+    expected = merge_states.expected(states)
+    assert not refused(states, expected, lambda s: merge_states.eager(*s.all))
+    assert refused(states, expected, lambda s: [merge_states.eager(*s.all)[0] * off, merge_states.eager(*s.all)[1]])
+    assert refused(states, expected, lambda s: merge_states.eager(s.out_a, s.lse_a * off, s.out_b, s.lse_b))
 
-    inputs = draft_ops.make_propagation(exit_cases.KvCase(MODEL, 256, 3, 5, dtype))
-    expected = draft_ops.expected_propagation(inputs)
-    assert not refused(inputs, expected, lambda i: draft_ops.layer_by_layer(i, i.caches()))
-    assert refused(inputs, expected, lambda i: draft_ops.layer_by_layer(i, i.caches()) * off)
+    inputs = kv_propagate.make_inputs(kv_cases.KvCase(MODEL, 256, 3, 5, dtype))
+    expected = kv_propagate.expected(inputs)
+    assert not refused(inputs, expected, lambda i: kv_propagate.layer_by_layer(i, i.caches()))
+    assert refused(inputs, expected, lambda i: kv_propagate.layer_by_layer(i, i.caches()) * off)
     late = dataclasses.replace(inputs, positions=(inputs.positions - 1).clamp(min=0))
-    assert refused(late, expected, lambda i: draft_ops.layer_by_layer(i, i.caches()))
+    assert refused(late, expected, lambda i: kv_propagate.layer_by_layer(i, i.caches()))
     elsewhere = dataclasses.replace(inputs, long_slots=inputs.long_slots - 1)
-    assert refused(elsewhere, expected, lambda i: draft_ops.layer_by_layer(i, i.caches()))
+    assert refused(elsewhere, expected, lambda i: kv_propagate.layer_by_layer(i, i.caches()))
 
-    inputs = draft_ops.make_decision(exit_cases.MlpCase((768, 512, 256, 1), 8, dtype))
-    expected = draft_ops.expected_decision(inputs)
+    inputs = exit_mlp.make_inputs(exit_cases.MlpCase((768, 512, 256, 1), 8, dtype))
+    expected = exit_mlp.expected(inputs)
     cast = [(weight, bias.to(weight.dtype)) for weight, bias in inputs.layers]
-    assert not refused(inputs, expected, lambda i: draft_ops.linear_layers(i.features, cast))
+    assert not refused(inputs, expected, lambda i: exit_mlp.linear_layers(i.features, cast))
     without_bias = [(weight, bias * (number > 0)) for number, (weight, bias) in enumerate(cast)]
-    assert refused(inputs, expected, lambda i: draft_ops.linear_layers(i.features, without_bias))
-    score, decision = draft_ops.linear_layers(inputs.features, cast)
+    assert refused(inputs, expected, lambda i: exit_mlp.linear_layers(i.features, without_bias))
+    score, decision = exit_mlp.linear_layers(inputs.features, cast)
     assert refused(inputs, expected, lambda i: [score, ~decision])
 
 
 def test_one_wrong_token_is_refused():
-    inputs = acceptance.make_inputs(acceptance_cases.toy("token"))
-    expected = acceptance.expected(inputs)
-    right = acceptance.call(inputs)
+    inputs = acceptance_inputs.make_inputs(acceptance_cases.toy("token"))
+    expected = accept.expected(inputs)
+    right = acceptance_inputs.call(inputs)
     assert not refused(inputs, expected, lambda i: right)
     tokens = right.tokens.clone()
     tokens[0, 0] = (tokens[0, 0] + 1) % inputs.case.vocab
@@ -161,7 +164,7 @@ def test_one_wrong_token_is_refused():
 
 def test_a_decision_at_the_edge_may_go_either_way():
     """Two logits that differ by less than their rounding: either is the greatest. Two that differ by more: one is."""
-    inputs = acceptance.make_inputs(acceptance_cases.toy("greedy"))
+    inputs = acceptance_inputs.make_inputs(acceptance_cases.toy("greedy"))
     target = inputs.target.double()
     for gap, accepted in ((1e-8, True), (1e-3, False)):
         target[0, 0] = 0.0
@@ -170,8 +173,8 @@ def test_a_decision_at_the_edge_may_go_either_way():
         tokens = inputs.tokens.clone()
         tokens[0, 1:] = 7  # no child has either token: node 0 gives the only one
         edge = dataclasses.replace(inputs, target=target, tokens=tokens)
-        expected = acceptance.expected(edge)
-        right = acceptance.call(edge, "torch")
+        expected = accept.expected(edge)
+        right = acceptance_inputs.call(edge, "torch")
         assert right.tokens[0, 0] == first
         other = right.tokens.clone()
         other[0, 0] = second

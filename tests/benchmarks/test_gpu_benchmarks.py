@@ -8,20 +8,21 @@ import torch
 
 from benchmarks import run
 from benchmarks.acceptance import lengths as acceptance_lengths
-from benchmarks.attention import flashinfer_peers, xformers_peer
-from benchmarks.attention import tree_attention as attention
+from benchmarks.attention import cases, flashinfer_peers, tree_attention, xformers_peer
+from benchmarks.attention.inputs import make_inputs
 from benchmarks.gpu import timing as gpu_timing
-from benchmarks.harness import cases, report, results, roofs, targets_gpu, timing
+from benchmarks.harness import report, results, roofs, targets_gpu, timing
+from benchmarks.harness.cases import TREES, Model
 from benchmarks.harness.contestant import Contestant, check, unavailable
 from tests.benchmarks import stub_peers
 
-MODEL = cases.Model("small", 4, 2, 32)
+MODEL = Model("small", 4, 2, 32)
 SHAPES = {
-    "one request": cases.Case("tree_attention", MODEL, (70,), cases.TREES[8], "bf16"),
-    "even pages": cases.Case("tree_attention", MODEL, (120, 120), cases.TREES[8], "fp32"),
-    "ragged": cases.Case("tree_attention", MODEL, (150, 64, 1, 63), cases.TREES[16], "bf16"),
-    "odd mask": cases.Case("tree_attention", MODEL, (33, 90), cases.TREES[44], "fp32"),
-    "one node": cases.Case("tree_attention", MODEL, (65, 127), cases.TREES[1], "fp32"),
+    "one request": cases.AttentionCase("tree_attention", MODEL, (70,), TREES[8], "bf16"),
+    "even pages": cases.AttentionCase("tree_attention", MODEL, (120, 120), TREES[8], "fp32"),
+    "ragged": cases.AttentionCase("tree_attention", MODEL, (150, 64, 1, 63), TREES[16], "bf16"),
+    "odd mask": cases.AttentionCase("tree_attention", MODEL, (33, 90), TREES[44], "fp32"),
+    "one node": cases.AttentionCase("tree_attention", MODEL, (65, 127), TREES[1], "fp32"),
 }
 
 
@@ -43,8 +44,8 @@ def peers(monkeypatch):
 @pytest.mark.parametrize("case", SHAPES.values(), ids=SHAPES)
 def test_libraries_get_what_they_need(peers, case):
     """Every form is right by the check that comes before each timing, and again when it is called again."""
-    inputs = attention.make_inputs(case)
-    expected = attention.expected(inputs)
+    inputs = make_inputs(case)
+    expected = tree_attention.expected(inputs)
     listed = [*flashinfer_peers.contestants(inputs), *xformers_peer.contestants(inputs)]
     names = {each.name for each in listed if not each.problem}
     right = {"flashinfer mask", "flashinfer mask + plan", "flashinfer fa2 + tree + merge", "xformers tree_attention"}
@@ -58,7 +59,7 @@ def test_libraries_get_what_they_need(peers, case):
 
 def test_plans_are_inside_or_outside(peers, monkeypatch):
     """A contestant that plans can't be in a graph, and its plan never touches the wrappers of the one in the graph."""
-    inputs = attention.make_inputs(SHAPES["ragged"])
+    inputs = make_inputs(SHAPES["ragged"])
     listed = {each.name: each for each in flashinfer_peers.contestants(inputs)}
     assert [name for name, each in listed.items() if not each.graph] == [n for n in listed if n.endswith("+ plan")]
     stub, calls = sys.modules["flashinfer"].BatchPrefillWithPagedKVCacheWrapper, []
@@ -76,8 +77,8 @@ def test_plans_are_inside_or_outside(peers, monkeypatch):
 
 def test_a_wrong_mask_is_noticed(peers, monkeypatch):
     """The stubs obey the masks: with everything visible, each form with a mask is wrong."""
-    inputs = attention.make_inputs(SHAPES["ragged"])
-    expected = attention.expected(inputs)
+    inputs = make_inputs(SHAPES["ragged"])
+    expected = tree_attention.expected(inputs)
     inputs.tree_mask = torch.ones_like(inputs.tree_mask)
     listed = [*flashinfer_peers.contestants(inputs), *xformers_peer.contestants(inputs)]
     assert len(listed) == 6 and all(check(each, expected).problem.startswith("WRONG") for each in listed)
@@ -100,7 +101,7 @@ def test_page_lists_by_hand():
 def test_absent_libraries_say_so(monkeypatch):
     for name in ("flashinfer", "xformers", "xformers.ops.tree_attention"):
         monkeypatch.setitem(sys.modules, name, None)
-    inputs = attention.make_inputs(SHAPES["one request"])
+    inputs = make_inputs(SHAPES["one request"])
     listed = [*flashinfer_peers.contestants(inputs), *xformers_peer.contestants(inputs)]
     assert [each.problem[:60].partition(":")[0] for each in listed] == [
         "flashinfer can't be imported",
@@ -113,7 +114,7 @@ def test_a_form_that_fails_to_compile_spares_the_others(peers, monkeypatch):
         raise RuntimeError("ninja: build stopped")
 
     monkeypatch.setattr(sys.modules["flashinfer"], "BatchPrefillWithRaggedKVCacheWrapper", broken)
-    listed = {each.name: each for each in flashinfer_peers.contestants(attention.make_inputs(SHAPES["one request"]))}
+    listed = {each.name: each for each in flashinfer_peers.contestants(make_inputs(SHAPES["one request"]))}
     assert "ninja: build stopped" in listed["flashinfer fa2 + tree + merge"].problem
     assert not listed["flashinfer mask"].problem and not listed["flashinfer xqa"].problem
 
@@ -135,19 +136,19 @@ def test_every_kernel_is_compiled_before(peers, monkeypatch, capsys):
 
 
 def test_additive_masks_and_our_pages():
-    inputs = attention.make_inputs(SHAPES["ragged"])
-    bias = attention.additive(inputs.mask, torch.float32)
+    inputs = make_inputs(SHAPES["ragged"])
+    bias = tree_attention.additive(inputs.mask, torch.float32)
     assert bias.shape == inputs.mask.shape and bias.stride(-2) % 8 == 0
     assert torch.equal(bias == 0, inputs.mask) and torch.equal(bias == -torch.inf, ~inputs.mask)
-    checked = check(attention.ours_paged(inputs), attention.expected(inputs))
+    checked = check(tree_attention.ours_paged(inputs), tree_attention.expected(inputs))
     assert not checked.problem and checked.error is not None
 
 
 def test_everybody_on_a_gpu_is_checked(peers):
     """All contestants of a cell, ratios against any library included."""
-    inputs = attention.make_inputs(SHAPES["odd mask"])
-    listed = attention.contestants_on_gpu(inputs, run.Options("gpu", backends=("torch",), device="cuda"))
-    expected = attention.expected(inputs)
+    inputs = make_inputs(SHAPES["odd mask"])
+    listed = tree_attention.contestants_on_gpu(inputs, run.Options("gpu", backends=("torch",), device="cuda"))
+    expected = tree_attention.expected(inputs)
     assert not [f"{each.name}: {each.problem}" for each in (check(c, expected) for c in listed) if each.problem]
     assert {each.role for each in listed} == {"ours", "pytorch", "library"}
     timings = {each.name: timing.Timing([2.0]) for each in listed} | {"flashinfer xqa": timing.Timing([1.0])}
@@ -257,7 +258,7 @@ def test_a_cell_on_a_gpu(fake_cuda, peers, monkeypatch):
     """From inputs to the report, on a device of which only the clock is not real: every call takes a millisecond."""
 
     def contestants(inputs, options):
-        listed = attention.contestants_on_gpu(inputs, options)
+        listed = tree_attention.contestants_on_gpu(inputs, options)
         spend = fake_cuda.spend(1.0)
         for each in listed:
             each.call = lambda call=each.call: (call(), spend())[0]
@@ -269,7 +270,7 @@ def test_a_cell_on_a_gpu(fake_cuda, peers, monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(roofs, "gemm_operands", lambda dtype, size, device: operands(dtype, size, "cpu"))
     on_cpu = run.OPS["tree_attention"]._replace(
-        make_inputs=lambda case, device: attention.make_inputs(case), contestants=contestants
+        make_inputs=lambda case, device: make_inputs(case), contestants=contestants
     )
     monkeypatch.setitem(run.OPS, "tree_attention", on_cpu)
     case = SHAPES["ragged"]
@@ -351,7 +352,7 @@ def known_roofs(monkeypatch):
 
 
 def test_a_run_goes_on_where_it_stopped(known_roofs, tmp_path, monkeypatch, capsys):
-    few = [cases.toy(), cases.toy(tree=cases.TREES[16]), cases.toy("merge_states")]
+    few = [cases.toy(), cases.toy(tree=TREES[16]), cases.toy("merge_states")]
     monkeypatch.setitem(run.PRESETS, "quick", lambda: few)
     csv = tmp_path / "result.csv"
     command = ["--quick", "--seconds", "0.01", "--csv", str(csv), "--resume", "--no-plot", "--isa", ""]

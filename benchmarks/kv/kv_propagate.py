@@ -1,26 +1,21 @@
-"""kv_propagate and exit_mlp: inputs, exact results, contestants."""
+"""kv_propagate: inputs, the exact result, and the contestants."""
 
 from __future__ import annotations
 
-import itertools
+import functools
 from dataclasses import dataclass
 
 import torch
 
 import specdec_ops
+from benchmarks.harness import rounding
+from benchmarks.harness.contestant import Contestant, Expected, allowed_error, compiled, largest_error, on_backends
+from benchmarks.harness.inputs import DTYPES, NORM_EPS, fill_random
+from benchmarks.harness.reading import reader
 
-from .attention.tree_attention import DTYPES, fill_random
-from .early_exit.cases import KvCase, MlpCase
-from .early_exit.exit_confidence import EPS
-from .harness import rounding
-from .harness.contestant import Contestant, Expected, allowed_error, compiled, largest_error
-from .harness.reading import reader
+from .cases import KvCase
 
 SLOTS, FIRST_POSITION, THETA = 128, 1000, 5e5
-THRESHOLD = 0.4  # of improved MCSD's decision model
-
-
-# --- kv_propagate
 
 
 @dataclass
@@ -45,7 +40,7 @@ class Propagation:
         return torch.full(shape, float("nan"), dtype=dtype or self.hidden.dtype, device=self.hidden.device)
 
 
-def make_propagation(case: KvCase, device: str = "cpu") -> Propagation:
+def make_inputs(case: KvCase, device: str = "cpu") -> Propagation:
     dtype, pairs = DTYPES[case.dtype], case.model.dim // 2
     weights = fill_random((case.layers, 2, case.width, case.hidden), dtype, 1) * case.hidden**-0.5
     positions = torch.arange(FIRST_POSITION, FIRST_POSITION + case.rows, dtype=torch.int32)
@@ -64,7 +59,7 @@ def make_propagation(case: KvCase, device: str = "cpu") -> Propagation:
     )
 
 
-def our_propagator(inputs: Propagation, backend: str, name: str) -> Contestant:
+def ours(inputs: Propagation, backend: str, name: str) -> Contestant:
     caches = inputs.caches()
     k_caches, v_caches = (list(part) for part in caches)
     layers = [(norm, *pair) for norm, pair in zip(inputs.norms, inputs.weights, strict=True)]
@@ -72,7 +67,15 @@ def our_propagator(inputs: Propagation, backend: str, name: str) -> Contestant:
     def call():
         i = inputs
         specdec_ops.kv_propagate(
-            i.hidden, layers, i.positions, i.slots, k_caches, v_caches, rope=i.tables, norm_eps=EPS, backend=backend
+            i.hidden,
+            layers,
+            i.positions,
+            i.slots,
+            k_caches,
+            v_caches,
+            rope=i.tables,
+            norm_eps=NORM_EPS,
+            backend=backend,
         )
         return caches
 
@@ -90,7 +93,7 @@ def layer_by_layer(inputs: Propagation, caches: torch.Tensor) -> torch.Tensor:
     """As engines do it: the code of a layer's attention up to the cache."""
     heads = caches.shape[-2:]
     for layer, (norm, (k_weight, v_weight)) in enumerate(zip(inputs.norms, inputs.weights, strict=True)):
-        y = torch.nn.functional.rms_norm(inputs.hidden, inputs.hidden.shape[1:], norm, EPS)
+        y = torch.nn.functional.rms_norm(inputs.hidden, inputs.hidden.shape[1:], norm, NORM_EPS)
         k, v = ((y @ weight.T).unflatten(1, heads) for weight in (k_weight, v_weight))
         caches[0, layer, 0].index_copy_(0, inputs.long_slots, rotated(k, inputs))
         caches[1, layer, 0].index_copy_(0, inputs.long_slots, v)
@@ -100,7 +103,7 @@ def layer_by_layer(inputs: Propagation, caches: torch.Tensor) -> torch.Tensor:
 def stacked(inputs: Propagation, caches: torch.Tensor) -> torch.Tensor:
     """All layers at once, which nothing but the norms' weights forbids: one batched product."""
     hidden, heads = inputs.hidden, caches.shape[-2:]
-    normed = hidden.float() * torch.rsqrt(hidden.float().square().mean(1, keepdim=True) + EPS)
+    normed = hidden.float() * torch.rsqrt(hidden.float().square().mean(1, keepdim=True) + NORM_EPS)
     y = (normed * inputs.norms.float()[:, None]).to(hidden.dtype)
     both = torch.bmm(y, inputs.weights.flatten(1, 2).transpose(1, 2)).unflatten(2, (2, *heads))
     caches[0, :, 0].index_copy_(1, inputs.long_slots, rotated(both[:, :, 0], inputs))
@@ -108,7 +111,7 @@ def stacked(inputs: Propagation, caches: torch.Tensor) -> torch.Tensor:
     return caches
 
 
-def expected_propagation(inputs: Propagation) -> Expected:
+def expected(inputs: Propagation) -> Expected:
     """Of the first and the last layer."""
     chosen = sorted({0, inputs.case.layers - 1})
 
@@ -124,19 +127,19 @@ def expected_propagation(inputs: Propagation) -> Expected:
         inputs.slots,
         *([part[at] for at in chosen] for part in exact),
         rope=tuple(table.double() for table in inputs.tables),
-        norm_eps=EPS,
+        norm_eps=NORM_EPS,
         backend="torch",
     )
     plain = take(layer_by_layer(inputs, inputs.caches()))
     errors = [largest_error(*both) for both in zip(plain, take(exact), strict=True)]
-    bounds = [propagation_bound(inputs, layer) for layer in chosen]
+    bounds = [rounding_bound(inputs, layer) for layer in chosen]
     return Expected(take, take(exact), [allowed_error(*each) for each in zip(take(exact), errors, bounds, strict=True)])
 
 
-def propagation_bound(inputs: Propagation, layer: int) -> torch.Tensor:
+def rounding_bound(inputs: Propagation, layer: int) -> torch.Tensor:
     """[K and V, rows, kv_heads, head_dim] of one layer. The keys are turned after they were rounded."""
     hidden, dtype, width = inputs.hidden.double(), inputs.hidden.dtype, inputs.case.model.dim
-    y = hidden * torch.rsqrt(hidden.square().mean(1, keepdim=True) + EPS) * inputs.norms[layer].double()
+    y = hidden * torch.rsqrt(hidden.square().mean(1, keepdim=True) + NORM_EPS) * inputs.norms[layer].double()
     totals = [y @ weight.double().T for weight in inputs.weights[layer]]
     weights = inputs.weights[layer]
     errors = [rounding.product(y, weight, total, dtype) for weight, total in zip(weights, totals, strict=True)]
@@ -150,9 +153,8 @@ def propagation_bound(inputs: Propagation, layer: int) -> torch.Tensor:
     return torch.stack([torch.cat(turned, -1), v_error + rounding.ROUNDOFF[dtype] * v.abs()])
 
 
-def propagators(inputs: Propagation, options) -> list[Contestant]:
-    listed = [our_propagator(inputs, "auto", "specdec_ops")]
-    listed += [our_propagator(inputs, backend, f"specdec_ops {backend}") for backend in options.backends]
+def contestants(inputs: Propagation, options) -> list[Contestant]:
+    listed = on_backends(functools.partial(ours, inputs), options)
     forms = [("eager", layer_by_layer), ("stacked", stacked)]
     if inputs.case.compiled:
         forms.append(("compiled", compiled(stacked)))
@@ -161,66 +163,3 @@ def propagators(inputs: Propagation, options) -> list[Contestant]:
         call = lambda form=form, caches=caches: form(inputs, caches)  # noqa: E731
         listed.append(Contestant(name, "pytorch", call, reads=(inputs.weights,)))
     return [*listed, reader().control(inputs.case.bytes)] if inputs.hidden.device.type == "cpu" else listed
-
-
-# --- exit_mlp
-
-
-@dataclass
-class Decision:
-    """features [rows, inputs], and a weight and a bias for each layer."""
-
-    case: MlpCase
-    features: torch.Tensor
-    layers: list[tuple[torch.Tensor, torch.Tensor]]
-
-    @property
-    def weights(self) -> list[torch.Tensor]:
-        return [weight for weight, _ in self.layers]
-
-
-def make_decision(case: MlpCase, device: str = "cpu") -> Decision:
-    dtype, layers = DTYPES[case.dtype], []
-    for index, (inputs, outputs) in enumerate(itertools.pairwise(case.sizes)):
-        weight = (fill_random((outputs, inputs), torch.float32, 2 * index) * (2 / inputs) ** 0.5).to(device, dtype)
-        layers.append((weight, 0.1 * fill_random((outputs,), torch.float32, 2 * index + 1, device)))
-    return Decision(case, fill_random((case.rows, case.sizes[0]), dtype, 99).to(device), layers)
-
-
-def our_decider(inputs: Decision, backend: str, name: str) -> Contestant:
-    def call():
-        return specdec_ops.exit_mlp(inputs.features, inputs.layers, THRESHOLD, backend=backend)
-
-    return Contestant(name, "ours", call, list, inputs.weights)
-
-
-def linear_layers(features: torch.Tensor, layers: list[tuple[torch.Tensor, torch.Tensor]]) -> list[torch.Tensor]:
-    """The biases are of the weights' dtype already."""
-    x = features
-    for index, (weight, bias) in enumerate(layers):
-        x = torch.nn.functional.linear(torch.relu(x) if index else x, weight, bias)
-    score = torch.sigmoid(x[:, 0])
-    return [score, ~(score > THRESHOLD).any(0, keepdim=True)]
-
-
-def expected_decision(inputs: Decision) -> Expected:
-    layers = [(weight.double(), bias) for weight, bias in inputs.layers]
-    exact = list(specdec_ops.exit_mlp(inputs.features.double(), layers, THRESHOLD, backend="torch"))
-    cast = [(weight, bias.to(weight.dtype)) for weight, bias in inputs.layers]
-    plain, _ = linear_layers(inputs.features, cast)
-    score, bound = rounding.decision_score(inputs.features, inputs.layers, inputs.features.dtype)
-    near = ((score - THRESHOLD).abs() <= bound).any()  # rounding may decide it either way
-    return Expected(list, exact, [allowed_error(exact[0], largest_error(plain, exact[0]), bound), float(near)])
-
-
-def deciders(inputs: Decision, options) -> list[Contestant]:
-    listed = [our_decider(inputs, "auto", "specdec_ops")]
-    listed += [our_decider(inputs, backend, f"specdec_ops {backend}") for backend in options.backends]
-    layers = [(weight, bias.to(weight.dtype)) for weight, bias in inputs.layers]
-    forms = [("eager", linear_layers)]
-    if inputs.case.compiled:
-        forms.append(("compiled", compiled(linear_layers)))
-    for name, form in forms:
-        call = lambda form=form: form(inputs.features, layers)  # noqa: E731
-        listed.append(Contestant(name, "pytorch", call, list, inputs.weights))
-    return [*listed, reader().control(inputs.case.bytes)] if inputs.features.device.type == "cpu" else listed

@@ -1,0 +1,1 @@
+"""kv_propagate: keys and values of layers that an exit skipped."""

@@ -1,0 +1,1 @@
+"""build_topology: trees of every step."""
