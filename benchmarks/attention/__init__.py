@@ -1,1 +1,1 @@
-"""tree_attention and merge_states."""
+"""`tree_attention` and `merge_states`; the other libraries' ways to attend over a tree."""

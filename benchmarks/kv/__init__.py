@@ -1,1 +1,1 @@
-"""kv_propagate: keys and values of layers that an exit skipped."""
+"""`kv_propagate`: keys and values of the layers that an exit skipped."""

@@ -1,1 +1,1 @@
-"""build_topology: trees of every step."""
+"""`build_topology`: the topology of trees that change every step."""

@@ -2,10 +2,13 @@
 
 import dataclasses
 import functools
+import importlib
 import importlib.util
 import itertools
 import operator
+import re
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -19,8 +22,10 @@ from benchmarks.harness.cases import TREES, Model, TreeShape, chain
 from benchmarks.harness.contestant import Contestant, check
 from benchmarks.topology import cases as topology_cases
 from specdec_ops import _C
+from specdec_ops._core import dispatch
 from tests.harness.quick_reader import quick_reader  # noqa: F401
 
+ROOT = Path(__file__).parents[2]
 COLUMNS = {"machine": "a machine", "isa": "an ISA", "threads": "1", "torch": "2", "commit": "abc", "date": "today"}
 COLUMNS |= {"specdec_ops": "0", "python": "3", "command": "python -m benchmarks.run"}
 
@@ -62,6 +67,20 @@ def test_every_op_has_a_toy_case():
     """Those of acceptance and early exit are in files of their own."""
     others = {op for op in registry.OPS if op.startswith("accept ")} | {*targets.EXIT_OPS}
     assert {case.op for case in toys()} == registry.OPS.keys() - others
+
+
+def test_every_op_is_found_by_its_path():
+    """benchmarks/<family>/<op>.py measures what csrc/<family>/cpu/<op>.cpp computes, and the README has its command."""
+    measured = dispatch.IMPLEMENTATIONS.keys() - {"sample"}  # of which there is no benchmark yet, as the README says
+    assert {op.partition(" ")[0] for op in registry.OPS} == measured
+    for op in measured:
+        (kernel,) = ROOT.glob(f"csrc/*/cpu/{op}.cpp")
+        (program,) = ROOT.glob(f"benchmarks/*/{op}.py")
+        family = program.parent.name
+        assert family == kernel.parts[-3]
+        assert op in importlib.import_module(f"benchmarks.{family}").__doc__
+        line = rf"^\| `{family}/{op}.py` .*`python -m benchmarks.run --quick --op '?{op}\b"
+        assert re.search(line, (ROOT / "benchmarks/README.md").read_text(), re.MULTILINE), op
 
 
 @pytest.mark.parametrize("case", toys(), ids=lambda case: case.label)

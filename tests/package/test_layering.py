@@ -143,13 +143,33 @@ def test_tree_needs_no_torch_to_be_imported():
     assert not [node for node in imported if isinstance(node, ast.ImportFrom) and node.level]
 
 
-@pytest.mark.parametrize("path", files("benchmarks/**/*.py", "examples/*.py"))
+# What the folders of benchmarks/ may import of benchmarks/, besides themselves. The programs at its top, and the
+# registry of ops, know them all. Another folder is a mistake.
+BENCHMARKS_MAY_IMPORT = {
+    "harness": (),
+    "decode": ("harness",),
+    "gpu": ("harness",),
+    **dict.fromkeys(FAMILIES, ("harness", "decode")),
+}
+
+
+@pytest.mark.parametrize("path", files("benchmarks/**/*.py", "examples/**/*.py"))
 def test_programs_use_the_public_interface_only(path):
     names = list(imports_of(path))
     if path.startswith("examples/"):
-        private = [name for name in names if "._" in name or name.startswith(("specdec_ops.ops", "benchmarks"))]
+        private = [name for name in names if "._" in name or name.startswith("specdec_ops.ops")]
         assert not private, f"{path} imports {private}"
     assert not [name for name in names if name.startswith(("specdec_ops.triton_kernels", "tests"))], path
+    other = "benchmarks" if path.startswith("examples/") else "examples"
+    assert not [name for name in names if within(name, (other,))], f"{path} imports {other}"
+
+
+@pytest.mark.parametrize("path", files("benchmarks/*/**/*.py"))
+def test_programs_of_a_family_of_benchmarks_know_no_other(path):
+    folder = path.split("/")[1]
+    allowed = [f"benchmarks.{name}" for name in (folder, *BENCHMARKS_MAY_IMPORT[folder])]
+    wrong = [name for name in imports_of(path) if name.startswith("benchmarks") and not within(name, allowed)]
+    assert not wrong, f"{path} imports {wrong}, and may import {allowed}"
 
 
 def test_no_circle_among_modules():
