@@ -108,7 +108,7 @@ SAMPLING_RULES = (
     Rule("traversal", "distinct", _tree("traversal", "distinct")),
     Rule("traversal, repeated draws", "repeated", _tree("traversal", "repeated")),
     Rule("traversal, top children", "greatest", _tree("traversal", "greatest")),
-    Rule("coin, top children", "greatest", _tree("target_only", "greatest")),
+    Rule("target_only, top children", "greatest", _tree("target_only", "greatest")),
     Rule("kseq, repeated draws", "repeated", _tree("kseq", "repeated")),
 )
 RULES = (*SAMPLING_RULES, Rule("match, top children", "greatest", _match))
