@@ -10,7 +10,7 @@ import specdec_ops
 from tests.harness.public_names import PUBLIC
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "csrc").rglob("*.md"))]
 PAGES = sorted((ROOT / "docs" / "reference").glob("*.md"))
 FOLDERS = ("benchmarks", "csrc", "docs", "examples", "specdec_ops", "tests", "triton_kernels")
 
@@ -75,3 +75,22 @@ def test_the_source_map_has_every_path_of_the_other_pages():
     known = {path.rstrip("/") for path in paths_in((ROOT / "docs" / "source_map.md").read_text())}
     for page in (ROOT / "docs").rglob("*.md"):
         assert {path.rstrip("/") for path in paths_in(page.read_text())} <= known, page.name
+
+
+FAMILIES = ("topology", "attention", "acceptance", "early_exit", "kv", "linear")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_readme_of_a_family_names_its_files(family):
+    """Every file of its own folder but instantiations, launchers and the lists of entry points; every Triton file."""
+    folder, text = ROOT / "csrc" / family, (ROOT / "csrc" / family / "README.md").read_text()
+    named = {path.name for path in folder.rglob("*") if path.suffix in (".h", ".cuh", ".cpp")}
+    named -= {"kernels.h", "launchers.h", "mlp_launch.h", "exit_launch.h", "exit_mlp.h", "row_kernels.h"}
+    named -= {path.name for path in (folder / "cpu" / "isa").glob("*")}
+    named -= {f"{Path(name).stem}.cpp" for name in named if name.endswith(".h")}
+    named |= (
+        {path.name for path in (ROOT / "triton_kernels" / family).glob("*.py")} if family != "early_exit" else set()
+    )
+    assert not [name for name in sorted(named) if name not in text]
+    for path in re.findall(r"`((?:cpu|cuda)/[\w/.]*)`", text):
+        assert (folder / path).exists(), path
