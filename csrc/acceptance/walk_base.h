@@ -1,4 +1,4 @@
-// What all acceptance rules share: rows as distributions, the tree, noise, results. See accept_walk.h.
+// What all acceptance rules share: rows as distributions, the tree, noise, results. See walk.h.
 #pragma once
 
 #include "acceptance/params.h"

@@ -2,8 +2,10 @@
 //
 // Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", 2011). The key is the request's seed;
 // the counter says what is drawn, so that no draw is ever used twice: (token or node / 4, position, domain, detail),
-// and the lane is token or node % 4. Uniforms are midpoints and never 0 or 1. Races are exponential: the token with
-// the greatest weight / E wins, E = -log1p(-v), which keeps the small E of unlikely winners as fine as they come.
+// and the lane is token or node % 4. Uniforms are midpoints and never 0 or 1. A weighted draw is an
+// exponential race: the token with the greatest weight / E wins, where E = -log1p(-v) of the token's uniform v. The
+// winner follows the weights, and the k best are k draws without replacement. log1p keeps the small E of unlikely
+// winners as fine as they come.
 #pragma once
 
 #include <math.h>

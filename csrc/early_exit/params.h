@@ -1,4 +1,4 @@
-// Plain structs of the early exit ops, shared by the CPU kernels, the CUDA launchers and the bindings. See params.h.
+// Plain structs of the early exit ops, shared by the CPU kernels, the CUDA launchers and the bindings. See common/types.h.
 #pragma once
 
 #include <cstdint>

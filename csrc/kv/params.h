@@ -1,4 +1,4 @@
-// Plain structs of kv_propagate, shared by the CPU kernel, the CUDA launcher and the bindings. See params.h.
+// Plain structs of kv_propagate, shared by the CPU kernel, the CUDA launcher and the bindings. See common/types.h.
 #pragma once
 
 #include <cstdint>

@@ -7,7 +7,7 @@ Four launches, whatever the rows turn out to need:
                  then on in L2); of each program's entries the greatest lower bounds of logits are kept.
     scan         a program owns a row and a part of its approximations. Entries that may be among the best are
                  candidates; all others fall into BINS bins by how far below the reference they lie. Each bin leaves
-                 SUMS sums (screen_figures.py), and each entry above the last bin its place in the bin's list. The last
+                 SUMS sums (screen_stats.py), and each entry above the last bin its place in the bin's list. The last
                  program of a row to arrive answers it (screen_answer.py): it goes down bin by bin until candidates
                  and bins so far would settle the row, reads their rows of the head, and writes the figures, or marks
                  the row as fallen.

@@ -75,7 +75,7 @@ static SPECDEC_INLINE float block_peak(const typename Storage::Element* at, int 
     constexpr int kInfinity = std::is_same<Storage, BFloat16>::value ? 0x7f80 : 0x7c00;
     const int whole = count / (4 * Halves::kLanes) * (4 * Halves::kLanes);
     uint16_t bits;
-    if (whole > 0 && half_peak(at, whole, kInfinity, bits)) {
+    if (whole > 0 && max_of_halves(at, whole, kInfinity, bits)) {
       const float top = load_one<Storage>(&bits, 0);
       if (whole == count) return top;
       const float rest = greatest(peak_of<Storage>(at + whole, count - whole, nan));

@@ -39,7 +39,7 @@ class RowReader {
  public:
   explicit RowReader(int threads) : kernels_(row_kernels()), pool_(threads) {}
 
-  // One pass over the row; filters add passes (see row_filter.cpp). `keep` gets its weights; nothing where a filter,
+  // One pass over the row; filters add passes (see top_k_top_p.cpp). `keep` gets its weights; nothing where a filter,
   // temperature 0 or the entropy is asked for, and where they are too many.
   TokenDistribution distribution(const void* row, DType dtype, int64_t size, const RowSettings& settings,
                                  bool with_entropy, KeptRow* keep = nullptr);

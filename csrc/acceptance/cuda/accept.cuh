@@ -1,6 +1,6 @@
 // Acceptance on a GPU: from rows of logits to accepted tokens.
 //
-// Lazy path, one launch: a block owns a request. Its first warp walks the tree (accept_walk.h), all lanes alike, and
+// Lazy path, one launch: a block owns a request. Its first warp walks the tree (acceptance/walk.h), all lanes alike, and
 // the other warps are a team that serves it: the distribution of a row, the sum of a node's weights, a draw. The walk posts a
 // task in shared memory and waits until it is served. So each pass over a row is compiled once, whatever the number of
 // rules that ask for it, the walk's state takes no registers from the passes, and a block reads what the walk asks for
@@ -296,7 +296,7 @@ class WorkerWarps {
     return {probability_of(distribution, logit, id), logit > negative_infinity() && keeps(distribution, logit, id)};
   }
 
-  // The best tokens of one draw come out one by one: each pass looks below the one before. Where p alone is drew for
+  // The best tokens of one draw come out one by one: each pass looks below the one before. Where p alone is drawn from
   // and a score is not sure, the drawn tokens are excluded, and the rest of the draw is one relative to the greatest
   // logit left: that is one factor for all scores.
   __device__ __forceinline__ void answer_draw(const Task& task) {

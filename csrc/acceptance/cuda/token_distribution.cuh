@@ -2,7 +2,7 @@
 //
 // A pass over the row finds the greatest logit, the lowest id that has it, and the sum of exp((z - max) / T), in one
 // go: when a thread meets a greater logit it scales down what it has added up. Parts of a row can be merged, so several
-// blocks can share one; row_cut.cuh does the filters afterwards, for rows that have any.
+// blocks can share one; top_k_top_p.cuh does the filters afterwards, for rows that have any.
 #pragma once
 
 #include <cmath>

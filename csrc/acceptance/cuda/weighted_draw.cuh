@@ -1,9 +1,9 @@
-// Passes over the weights of a node: their sum, and the token that wins a draw among them.
+// Passes over the weights of a node: their sum, and a weighted draw among them (common/philox.h).
 //
 // Weights are made from the rows each time; nothing of the size of a vocabulary is ever written. A thread makes the
 // weights of a chunk of 8 tokens from 16 bytes of the target's row and as much of each draft row, takes the noise of
-// the chunk from two calls of Philox, and remembers its best token. E is never below v, so w / v bounds a token's
-// score, and most tokens are passed over before a logarithm is taken.
+// the chunk from two calls of Philox, and remembers its best token. A token's score is w / E, E exponential; E is never below
+// its uniform v, so w / v bounds the score, and most tokens are passed over before a logarithm is taken.
 #pragma once
 
 #include "acceptance/cuda/row.cuh"

@@ -47,7 +47,7 @@ struct Halves {
 };
 
 // The bits of the greatest of `count` 16-bit floats, a multiple of 4 * kLanes; false if one of them is a NaN.
-static SPECDEC_INLINE bool half_peak(const uint16_t* at, int count, int infinity, uint16_t& bits) {
+static SPECDEC_INLINE bool max_of_halves(const uint16_t* at, int count, int infinity, uint16_t& bits) {
   constexpr int kNegative = 0x8000;
   Halves::Lanes top[4], most[4];
   for (int j = 0; j < 4; j++) {

@@ -1,4 +1,4 @@
-// What the screened head asks of each instruction set: looks at a row's approximate logits.
+// What the screened head asks of each instruction set: scans of a row's approximate logits.
 #pragma once
 
 #include <cstdint>

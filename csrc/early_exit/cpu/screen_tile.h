@@ -1,4 +1,4 @@
-// The looks at approximate logits (early_exit/cpu/screen_kernels.h) of one instruction set. One pass each, a vector at a time.
+// The scans of approximate logits (early_exit/cpu/screen_kernels.h) of one instruction set. One pass each, a vector at a time.
 #pragma once
 
 #include "common/cpu/simd_int.h"
