@@ -29,6 +29,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BINDINGS = "csrc/bindings/"  # the only files that know Python
+STRUCT_FIELDS = "csrc/bindings/struct_fields.py"  # writes a header for the bindings, of the structs in these:
+PARAMS_HEADERS = "csrc/*/params.h"
 KNOW_THE_BUILD = (
     "csrc/common/cpu/build_info.cpp",
     "csrc/common/cuda/errors.cu",
@@ -329,7 +331,7 @@ class Build:
         isa_macros = [f"-DSPECDEC_HAVE_{isa.upper()}=1" for isa in self.isas]
         x86_macros = ["-DSPECDEC_X86=1", *isa_macros] if self.isas else []
         common = ["-Icsrc", *x86_macros]
-        python = ["-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
+        python = [f"-I{self.folder}", "-isystem", sysconfig.get_path("include"), "-isystem", pybind11.get_include()]
         cuda_flags = [*NVCC_FLAGS, "$flags", "--threads", str(self.nvcc_threads)]
         if os.environ.get("CXX"):
             cuda_flags += ["-ccbin", self.cxx[0]]
@@ -347,6 +349,10 @@ class Build:
             rule("cxx", [*compile_cxx, "$flags", "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], depfile=True),
             rule("link", [*self.cxx, *link_flags, "$in", *link_libraries, "-o", "$out"]),
         ]
+        headers = sorted(map(str, Path().glob(PARAMS_HEADERS)))
+        fields = f"{self.folder}/struct_fields.h"
+        lines.append(rule("fields", [sys.executable, STRUCT_FIELDS, "$out", *headers]))
+        lines.append(f"build {fields}: fields {' '.join(headers)} | {STRUCT_FIELDS}\n")
         if self.nvcc:
             compile_cuda = [self.nvcc, *cuda_flags, *common]
             lines.append(rule("nvcc", [*compile_cuda, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], True))
@@ -358,7 +364,8 @@ class Build:
                 flags = python if source.startswith(BINDINGS) else X86_FLAGS.get(self.cpu_sources[source], [])
             flags = [*flags, *(self.macros() if source in KNOW_THE_BUILD else [])]
             compiler = "nvcc" if source in self.cuda_sources else "cxx"
-            lines.append(f"build {self.object_of(source)}: {compiler} {source}\n  flags = {quote(flags)}\n")
+            needed = f" | {fields}" if source.startswith(BINDINGS) else ""
+            lines.append(f"build {self.object_of(source)}: {compiler} {source}{needed}\n  flags = {quote(flags)}\n")
         objects = [self.object_of(source) for source in (*self.cpu_sources, *self.cuda_sources)]
         lines.append(f"build {self.folder}/_C.so: link {' '.join(objects)}\n")
         return "\n".join(lines)

@@ -8,8 +8,9 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from ._core import alloc, library
+from ._core import alloc
 from ._core.checks import INT32_MAX, argument_error, as_int32, device_error, is_int, strides_error
+from .ops.topology import contract
 from .tree import MAX_NODES, Tree
 
 
@@ -227,7 +228,8 @@ def build_topology(
     else:
         num_nodes = _check_num_nodes(num_nodes, batch, parents.device)
     written = None if out is None else _written(out, parents)
-    built = library.build_topology(parents.contiguous(), num_nodes.contiguous(), backend, written)
+    arguments = contract.BuildTopologyArguments(parents.contiguous(), num_nodes.contiguous())
+    built = contract.build_topology(arguments, backend, written)
     return Topology(*built) if out is None else out
 
 
@@ -243,8 +245,8 @@ def _check_num_nodes(num_nodes, batch: int, device) -> torch.Tensor:
     return num_nodes
 
 
-def _written(out: Topology, parents: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """The tensors of `out` that build_topology writes, in the order of its implementations."""
+def _written(out: Topology, parents: torch.Tensor) -> contract.BuildTopologyOutputs:
+    """The tensors of `out` that build_topology writes."""
     if not isinstance(out, Topology):
         raise TypeError(argument_error("build_topology", "out", "a Topology", out))
     if out.parents is parents:
@@ -253,7 +255,7 @@ def _written(out: Topology, parents: torch.Tensor) -> tuple[torch.Tensor, ...]:
     table, row = (batch, nodes), (batch,)
     sets = (batch, nodes, max(1, (nodes + 63) // 64))
     names = ("parents", "depths", "ancestors", "first_child", "next_sibling", "num_nodes", "status")
-    tensors = tuple(getattr(out, name) for name in names)
+    tensors = contract.BuildTopologyOutputs(*(getattr(out, name) for name in names))
     for name, tensor, shape in zip(names, tensors, (table, table, sets, table, table, row, row), strict=True):
         dtype = torch.int64 if name == "ancestors" else torch.int32
         if tensor.dtype != dtype or tensor.shape != shape or not tensor.is_contiguous():

@@ -15,16 +15,9 @@ if not torch.cuda.is_available():
 import specdec_ops
 from specdec_ops._core import alloc, dispatch, loader
 from tests.attention import attention_cases
-from tests.emulator import accept_kernels, build, draft_kernels, exit_kernels, kernels
+from tests.emulator import build, kernels
 from tests.harness import selection
 from tests.harness.cpu_seconds import CpuSeconds
-
-EMULATED = {
-    **kernels.IMPLEMENTATIONS,
-    **accept_kernels.IMPLEMENTATIONS,
-    **exit_kernels.IMPLEMENTATIONS,
-    **draft_kernels.IMPLEMENTATIONS,
-}
 
 
 def pytest_addoption(parser):
@@ -66,7 +59,7 @@ def targets(op: str) -> list[Target]:
     One more is known to the tests only: the CUDA kernels on CPU tensors, run by the emulator in tests/emulator.
     """
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
-    emulated = [Target(kernels.BACKEND, "cpu")] if op in EMULATED and not build.why_not() else []
+    emulated = [Target(kernels.BACKEND, "cpu")] if op in kernels.IMPLEMENTATIONS and not build.why_not() else []
     return emulated + [
         Target(backend, device)
         for device in devices
@@ -109,6 +102,8 @@ def poisoned_empty(shape, dtype, device):
     if dtype == torch.bool:
         tensor.view(torch.uint8).fill_(0x80)
         return tensor
+    if dtype == torch.uint8:  # bytes of scratch, which may be any numbers
+        return tensor.fill_(0xFF)
     return tensor.fill_(float("nan") if dtype.is_floating_point else torch.iinfo(dtype).min)
 
 
@@ -165,7 +160,7 @@ def emulate_cuda(monkeypatch):
     resolve = dispatch.resolve
 
     def resolve_or_emulate(op, backend, *tensors):
-        return EMULATED[op] if backend == kernels.BACKEND else resolve(op, backend, *tensors)
+        return kernels.IMPLEMENTATIONS[op] if backend == kernels.BACKEND else resolve(op, backend, *tensors)
 
     monkeypatch.setattr(dispatch, "resolve", resolve_or_emulate)
 

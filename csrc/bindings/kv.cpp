@@ -1,65 +1,53 @@
-// kv_propagate of specdec_ops._C. The caller in specdec_ops/ops/kv/native.py has checked everything.
-#include <pybind11/stl.h>
-
-#include <tuple>
-#include <vector>
-
+// kv_propagate of specdec_ops._C.
 #include "bindings/bind.h"
+#include "bindings/families.h"
 #include "kv/cpu/kernels.h"
 #include "kv/params.h"
 
 namespace specdec {
 
-namespace {
-
-using Strides = std::tuple<int64_t, int64_t, int64_t>;
-using Layer = std::tuple<std::tuple<Address, int32_t>, std::tuple<Address, Address>, std::tuple<Address, Address>,
-                         Strides, Strides>;
-
-KvLayer kv_layer(const Layer& layer) {
-  const auto& [norm, weights, caches, k_strides, v_strides] = layer;
+static KvLayer layer_of(Tensor norm_weight, Tensor k_weight, Tensor v_weight, Tensor k_cache, Tensor v_cache) {
   KvLayer l{};
-  l.norm_weight = pointer<void>(std::get<0>(norm));
-  l.norm_dtype = static_cast<DType>(std::get<1>(norm));
-  l.k_weight = pointer<void>(std::get<0>(weights));
-  l.v_weight = pointer<void>(std::get<1>(weights));
-  l.k_cache = pointer<void>(std::get<0>(caches));
-  l.v_cache = pointer<void>(std::get<1>(caches));
-  std::tie(l.k_stride_batch, l.k_stride_slot, l.k_stride_head) = k_strides;
-  std::tie(l.v_stride_batch, l.v_stride_slot, l.v_stride_head) = v_strides;
+  l.norm_weight = norm_weight.address();
+  l.norm_dtype = norm_weight.dtype();
+  l.k_weight = k_weight.address();
+  l.v_weight = v_weight.address();
+  l.k_cache = k_cache.address();
+  l.v_cache = v_cache.address();
+  l.k_stride_batch = k_cache.stride(0), l.k_stride_slot = k_cache.stride(1), l.k_stride_head = k_cache.stride(2);
+  l.v_stride_batch = v_cache.stride(0), l.v_stride_slot = v_cache.stride(1), l.v_stride_head = v_cache.stride(2);
   return l;
 }
 
-// At most kMaxKvLayers layers.
-KvPropagateParams kv_propagate_params(std::tuple<Address, int32_t, int64_t> hidden, std::vector<Layer> layers,
-                                      float norm_eps, std::tuple<Address, Address, int32_t, bool> rotation,
-                                      std::tuple<Address, Address, Address> places,
-                                      std::tuple<int32_t, int32_t, int32_t, int32_t> sizes,
-                                      std::tuple<int32_t, int64_t, int32_t, int64_t> cache_sizes) {
-  KvPropagateParams p{};
-  p.hidden = pointer<void>(std::get<0>(hidden));
-  p.dtype = static_cast<DType>(std::get<1>(hidden));
-  p.hidden_stride_row = std::get<2>(hidden);
-  for (const Layer& layer : layers) p.layers[p.count++] = kv_layer(layer);
-  p.norm_eps = norm_eps;
-  p.cosines = pointer<float>(std::get<0>(rotation));
-  p.sines = pointer<float>(std::get<1>(rotation));
-  p.pairs = std::get<2>(rotation);
-  p.interleaved = std::get<3>(rotation);
-  p.requests = pointer<int32_t>(std::get<0>(places));
-  p.slots = pointer<int32_t>(std::get<1>(places));
-  p.page_table = pointer<int32_t>(std::get<2>(places));
-  std::tie(p.rows, p.dim, p.kv_heads, p.head_dim) = sizes;
-  std::tie(p.batch, p.slots_each, p.pages, p.page_size) = cache_sizes;
-  return p;
+static void derive(KvPropagateParams& p, Call& call) {
+  Tensor hidden = call.tensor("hidden"), cosines = call.tensor("cosines"), page_table = call.tensor("page_table");
+  const List norms = call.list("norm_weights"), k_weights = call.list("k_weights"), v_weights = call.list("v_weights");
+  const List k_caches = call.list("k_caches"), v_caches = call.list("v_caches");
+  p.count = k_caches.size();
+  if (p.count < 1 || p.count > kMaxKvLayers) throw py::value_error("a call of kv_propagate has 1 to 32 layers");
+  for (int i = 0; i < kMaxKvLayers; ++i) {
+    p.layers[i] = KvLayer{};
+    if (i >= p.count) continue;
+    p.layers[i] = layer_of(Tensor(norms.size() > 0 ? norms[i] : Py_None), Tensor(k_weights[i]), Tensor(v_weights[i]),
+                           Tensor(k_caches[i]), Tensor(v_caches[i]));
+  }
+  Tensor cache(k_caches[0]);
+  const bool paged = bool(page_table);
+  p.hidden_stride_row = hidden.stride(0);
+  p.dtype = hidden.dtype();
+  p.rows = int32_t(hidden.size(0)), p.dim = int32_t(hidden.size(1));
+  p.kv_heads = int32_t(cache.size(2)), p.head_dim = int32_t(cache.size(3));
+  p.pairs = cosines ? int32_t(cosines.size(1)) : 0;
+  p.batch = int32_t(paged ? page_table.size(0) : cache.size(0));
+  p.slots_each = paged ? page_table.size(1) * cache.size(1) : cache.size(1);
+  p.pages = paged ? int32_t(cache.size(0)) : 0;
+  p.page_size = paged ? cache.size(1) : 0;
 }
 
-}  // namespace
-
-void bind_kv(pybind11::module_& m) {
-  Bind<decltype(&kv_propagate_params)>::cpu(m, "kv_propagate_cpu", kv_propagate_params, kv_propagate_cpu);
+void bind_kv(py::module_& m) {
+  bind_op(m, "kv_propagate", kv_propagate_cpu);
 #ifdef SPECDEC_WITH_CUDA
-  Bind<decltype(&kv_propagate_params)>::cuda(m, "kv_propagate_cuda", kv_propagate_params, kv_propagate_cuda);
+  bind_cuda<KvPropagateParams, KvPropagateParams>(m, "kv_propagate", nullptr, kv_propagate_cuda);
 #endif
 }
 

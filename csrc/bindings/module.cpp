@@ -1,19 +1,18 @@
-// The Python module specdec_ops._C: addresses, sizes, strides and a stream in, nothing out.
+// The Python module specdec_ops._C: the arguments and outputs of a call in, nothing out.
 //
-// The callers in specdec_ops/_core/native.py have checked every argument. Addresses arrive as integers, so the module knows
-// no framework and is compiled without one. CPU calls release the interpreter lock.
+// The public ops have checked every argument. See bindings/bind.h for what the functions of an op take. CPU calls
+// release the interpreter lock.
 #include <pybind11/pybind11.h>
 
 #include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <tuple>
-#include <utility>
 
 #include "attention/cpu/kernels.h"
 #include "attention/params.h"
 #include "bindings/bind.h"
+#include "bindings/families.h"
 #include "common/cpu/benchmark_probes.h"
 #include "common/cpu/build_info.h"
 #include "common/cpu/isa.h"
@@ -25,90 +24,61 @@
 #endif
 
 namespace py = pybind11;
+namespace specdec {
+
+static void derive(BuildTopologyParams& p, Call& call) {
+  Tensor ancestors = call.tensor("ancestors");
+  p.batch = int32_t(ancestors.size(0));
+  p.nodes = int32_t(ancestors.size(1));
+  p.words = int32_t(ancestors.size(2));
+}
+
+static void derive(MergeStatesParams& p, Call& call) {
+  Tensor out = call.tensor("out");
+  p.rows = call.tensor("lse").elements();
+  p.dim = int32_t(out.size(-1));
+  p.dtype = out.dtype();
+}
+
+static constexpr int64_t kMaxSlots = 1 << 30;  // of a request: kernels count slots in 32 bits, and nobody reaches more
+static constexpr int64_t kMaxInt32 = 0x7fffffff;
+
+static void derive(TreeAttentionParams& p, Call& call) {
+  Tensor q = call.tensor("q"), out = call.tensor("out"), k = call.tensor("k_cache"), v = call.tensor("v_cache");
+  Tensor context_lens = call.tensor("context_lens"), page_table = call.tensor("page_table");
+  Tensor ancestors = call.tensor("ancestors");
+  const bool packed = bool(call.tensor("offsets")), paged = bool(page_table), tree = bool(ancestors);
+  p.q_stride_batch = packed ? 0 : q.stride(0);
+  p.q_stride_row = q.stride(-3), p.q_stride_head = q.stride(-2);
+  p.out_stride_batch = packed ? 0 : out.stride(0);
+  p.out_stride_row = out.stride(-3), p.out_stride_head = out.stride(-2);
+  p.k_stride_batch = k.stride(0), p.k_stride_slot = k.stride(1), p.k_stride_head = k.stride(2);
+  p.v_stride_batch = v.stride(0), p.v_stride_slot = v.stride(1), p.v_stride_head = v.stride(2);
+  p.page_table_stride = paged ? page_table.stride(0) : 0;
+  p.dtype = q.dtype();
+  p.float8_cache = k.element() == Element::kFloat8;
+  p.batch = int32_t(context_lens.size(0));
+  p.queries = int32_t(q.size(-3)), p.heads = int32_t(q.size(-2)), p.dim = int32_t(q.size(-1));
+  p.kv_heads = int32_t(k.size(2));
+  p.slots = int32_t(std::min(paged ? page_table.size(1) * k.size(1) : k.size(1), kMaxSlots));
+  p.pages = paged ? int32_t(std::min(k.size(0), kMaxInt32)) : 0;
+  p.page_size = paged ? int32_t(std::min(k.size(1), kMaxInt32)) : 0;
+  p.topology_batch = tree ? int32_t(ancestors.size(0)) : 1;
+  p.nodes = tree ? int32_t(ancestors.size(1)) : 0;
+  p.words = tree ? int32_t(ancestors.size(2)) : 0;
+}
+
+}  // namespace specdec
+
 using namespace specdec;
 
 namespace {
 
-using Strides3 = std::tuple<int64_t, int64_t, int64_t>;
+using Address = uintptr_t;
 
-BuildTopologyParams build_topology_params(Address parents, Address num_nodes, Address parents_out, Address depths,
-                                          Address ancestors, Address first_child, Address next_sibling,
-                                          Address num_nodes_out, Address status, int32_t batch, int32_t nodes,
-                                          int32_t words) {
-  BuildTopologyParams p{};
-  p.parents = pointer<int32_t>(parents);
-  p.num_nodes = pointer<int32_t>(num_nodes);
-  p.parents_out = pointer<int32_t>(parents_out);
-  p.depths = pointer<int32_t>(depths);
-  p.ancestors = pointer<uint64_t>(ancestors);
-  p.first_child = pointer<int32_t>(first_child);
-  p.next_sibling = pointer<int32_t>(next_sibling);
-  p.num_nodes_out = pointer<int32_t>(num_nodes_out);
-  p.status = pointer<int32_t>(status);
-  p.batch = batch;
-  p.nodes = nodes;
-  p.words = words;
-  return p;
-}
-
-MergeStatesParams merge_states_params(Address out_a, Address lse_a, Address out_b, Address lse_b, Address out,
-                                      Address lse, int64_t rows, int32_t dim, int32_t dtype) {
-  MergeStatesParams p{};
-  p.out_a = pointer<void>(out_a);
-  p.lse_a = pointer<float>(lse_a);
-  p.out_b = pointer<void>(out_b);
-  p.lse_b = pointer<float>(lse_b);
-  p.out = pointer<void>(out);
-  p.lse = pointer<float>(lse);
-  p.rows = rows;
-  p.dim = dim;
-  p.dtype = static_cast<DType>(dtype);
-  return p;
-}
-
-// The order of these arguments is the order of specdec_ops/_core/native.py's one call.
-TreeAttentionParams tree_attention_params(
-    Address q, Strides3 q_strides, Address k_cache, Strides3 k_strides, Address v_cache, Strides3 v_strides,
-    Address out, Strides3 out_strides, Address lse, Address ancestors, Address depths, Address num_nodes,
-    Address offsets, Address context_lens, Address page_table, int64_t page_table_stride, Address query_starts,
-    Address sinks, Address alibi_slopes, std::tuple<int32_t, int32_t> dtypes,
-    std::tuple<int32_t, int32_t, int32_t, int32_t, int32_t> sizes, std::tuple<int32_t, int32_t, int32_t> cache_sizes,
-    std::tuple<int32_t, int32_t, int32_t> topology_sizes, int32_t query_start, float scale, int32_t window,
-    float softcap, float out_scale, int32_t num_splits, Address scratch, Address counters) {
-  TreeAttentionParams p{};
-  p.q = pointer<void>(q);
-  p.k_cache = pointer<void>(k_cache);
-  p.v_cache = pointer<void>(v_cache);
-  p.out = pointer<void>(out);
-  p.lse = pointer<float>(lse);
-  p.ancestors = pointer<uint64_t>(ancestors);
-  p.depths = pointer<int32_t>(depths);
-  p.num_nodes = pointer<int32_t>(num_nodes);
-  p.offsets = pointer<int32_t>(offsets);
-  p.context_lens = pointer<int32_t>(context_lens);
-  p.page_table = pointer<int32_t>(page_table);
-  p.page_table_stride = page_table_stride;
-  p.query_starts = pointer<int32_t>(query_starts);
-  p.sinks = pointer<float>(sinks);
-  p.alibi_slopes = pointer<float>(alibi_slopes);
-  std::tie(p.q_stride_batch, p.q_stride_row, p.q_stride_head) = q_strides;
-  std::tie(p.k_stride_batch, p.k_stride_slot, p.k_stride_head) = k_strides;
-  std::tie(p.v_stride_batch, p.v_stride_slot, p.v_stride_head) = v_strides;
-  std::tie(p.out_stride_batch, p.out_stride_row, p.out_stride_head) = out_strides;
-  std::tie(p.batch, p.queries, p.heads, p.kv_heads, p.dim) = sizes;
-  std::tie(p.slots, p.pages, p.page_size) = cache_sizes;
-  std::tie(p.nodes, p.words, p.topology_batch) = topology_sizes;
-  p.dtype = static_cast<DType>(std::get<0>(dtypes));
-  p.float8_cache = std::get<1>(dtypes);
-  p.query_start = query_start;
-  p.scale = scale;
-  p.window = window;
-  p.softcap = softcap;
-  p.out_scale = out_scale;
-  p.num_splits = num_splits;
-  p.scratch = pointer<float>(scratch);
-  p.counters = pointer<int32_t>(counters);
-  return p;
+template <class T>
+T* pointer(Address address) {
+  return reinterpret_cast<T*>(address);
 }
 
 }  // namespace
@@ -155,34 +125,16 @@ PYBIND11_MODULE(_C, m) {
       },
       "The attention kernels' exponential, for the tests.");
 
-  Bind<decltype(&build_topology_params)>::cpu(m, "build_topology_cpu", build_topology_params, build_topology_cpu);
-  Bind<decltype(&merge_states_params)>::cpu(m, "merge_states_cpu", merge_states_params, merge_states_cpu);
-  Bind<decltype(&tree_attention_params)>::cpu(m, "tree_attention_cpu", tree_attention_params, tree_attention_cpu);
+  bind_op(m, "build_topology", build_topology_cpu);
+  bind_op(m, "merge_states", merge_states_cpu);
+  bind_op(m, "tree_attention", tree_attention_cpu);
   bind_accept(m);
   bind_exit(m);
   bind_kv(m);
 #ifdef SPECDEC_WITH_CUDA
   m.def("cuda_device_error", &cuda_device_error, "Why this device can't run the compiled kernels, or an empty string.");
-  Bind<decltype(&build_topology_params)>::cuda(m, "build_topology_cuda", build_topology_params, build_topology_cuda);
-  Bind<decltype(&merge_states_params)>::cuda(m, "merge_states_cuda", merge_states_params, merge_states_cuda);
-  Bind<decltype(&tree_attention_params)>::cuda(m, "tree_attention_cuda", tree_attention_params, tree_attention_cuda);
-  m.def(
-      "tree_attention_scratch",
-      [](int32_t batch, int32_t max_queries, int32_t heads, int32_t kv_heads, int32_t dim, int32_t slots,
-         int32_t num_splits, int32_t float8_cache) {
-        TreeAttentionParams p{};
-        p.batch = batch;
-        p.queries = max_queries;
-        p.heads = heads;
-        p.kv_heads = kv_heads;
-        p.dim = dim;
-        p.slots = slots;
-        p.num_splits = num_splits;
-        p.float8_cache = float8_cache;
-        const TreeAttentionScratch scratch = tree_attention_scratch(p);
-        return std::pair(scratch.floats, scratch.counters);
-      },
-      "How many float32 numbers of scratch, and how many zeroed int32 counters, such a call of tree_attention_cuda "
-      "needs.");
+  bind_cuda<BuildTopologyParams, BuildTopologyParams>(m, "build_topology", nullptr, build_topology_cuda);
+  bind_cuda<MergeStatesParams, MergeStatesParams>(m, "merge_states", nullptr, merge_states_cuda);
+  bind_cuda<TreeAttentionParams, TreeAttentionParams>(m, "tree_attention", tree_attention_scratch, tree_attention_cuda);
 #endif
 }

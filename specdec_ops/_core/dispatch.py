@@ -1,7 +1,9 @@
 """Which implementation runs an op: the table of backends, and why one is not available.
 
-Every implementation of an op has one signature, whatever its backend: it writes into preallocated outputs, checks
-nothing and returns None. It is named as "module:function" and imported when it is first used.
+Every implementation of an op has one signature, whatever its backend: `implementation(arguments, outputs)`, the two
+named tuples of the op's contract. It writes into preallocated outputs, checks nothing and returns None. Those of
+Triton and the definitions are named as "module:function"; the compiled module has the others, OP_cpu and OP_cuda. All
+are looked up when they are first used.
 """
 
 import functools
@@ -22,63 +24,43 @@ ENVIRONMENT = "SPECDEC_OPS_BACKEND"
 
 IMPLEMENTATIONS = {
     "accept": {
-        "cuda": "specdec_ops.ops.acceptance.native:accept_cuda",
         "triton": "specdec_ops.triton_kernels.acceptance.accept:accept",
-        "cpu": "specdec_ops.ops.acceptance.native:accept_cpu",
         "torch": "specdec_ops.ops.acceptance.reference_accept:accept",
     },
     "bounded_exit": {
-        "cuda": "specdec_ops.ops.early_exit.native:bounded_exit_cuda",
         "triton": "specdec_ops.triton_kernels.early_exit.bounded_exit:bounded_exit",
-        "cpu": "specdec_ops.ops.early_exit.native:bounded_exit_cpu",
         "torch": "specdec_ops.ops.early_exit.reference_bounded_exit:bounded_exit",
     },
     "build_topology": {
-        "cuda": "specdec_ops._core.native:build_topology_cuda",
         "triton": "specdec_ops.triton_kernels.topology.build_topology:build_topology",
-        "cpu": "specdec_ops._core.native:build_topology_cpu",
         "torch": "specdec_ops.ops.topology.reference_build_topology:build_topology",
     },
     "exit_confidence": {
-        "cuda": "specdec_ops.ops.early_exit.native:exit_confidence_cuda",
         "triton": "specdec_ops.triton_kernels.early_exit.exit_confidence:exit_confidence",
-        "cpu": "specdec_ops.ops.early_exit.native:exit_confidence_cpu",
         "torch": "specdec_ops.ops.early_exit.reference_exit_confidence:exit_confidence",
     },
     "exit_mlp": {
-        "cuda": "specdec_ops.ops.early_exit.native:exit_mlp_cuda",
         "triton": "specdec_ops.triton_kernels.early_exit.exit_mlp:exit_mlp",
-        "cpu": "specdec_ops.ops.early_exit.native:exit_mlp_cpu",
         "torch": "specdec_ops.ops.early_exit.reference_exit_mlp:exit_mlp",
     },
     "kv_propagate": {
-        "cuda": "specdec_ops.ops.kv.native:kv_propagate_cuda",
         "triton": "specdec_ops.triton_kernels.kv.kv_propagate:kv_propagate",
-        "cpu": "specdec_ops.ops.kv.native:kv_propagate_cpu",
         "torch": "specdec_ops.ops.kv.reference_kv_propagate:kv_propagate",
     },
     "merge_states": {
-        "cuda": "specdec_ops._core.native:merge_states_cuda",
         "triton": "specdec_ops.triton_kernels.attention.merge_states:merge_states",
-        "cpu": "specdec_ops._core.native:merge_states_cpu",
         "torch": "specdec_ops.ops.attention.reference_merge_states:merge_states",
     },
     "sample": {
-        "cuda": "specdec_ops.ops.acceptance.native:sample_cuda",
         "triton": "specdec_ops.triton_kernels.acceptance.sample:sample",
-        "cpu": "specdec_ops.ops.acceptance.native:sample_cpu",
         "torch": "specdec_ops.ops.acceptance.reference_sample:sample",
     },
     "screened_exit": {
-        "cuda": "specdec_ops.ops.early_exit.native:screened_exit_cuda",
         "triton": "specdec_ops.triton_kernels.early_exit.screened_exit:screened_exit",
-        "cpu": "specdec_ops.ops.early_exit.native:screened_exit_cpu",
         "torch": "specdec_ops.ops.early_exit.reference_screened_exit:screened_exit",
     },
     "tree_attention": {
-        "cuda": "specdec_ops._core.native:tree_attention_cuda",
         "triton": "specdec_ops.triton_kernels.attention.tree_attention:tree_attention",
-        "cpu": "specdec_ops._core.native:tree_attention_cpu",
         "torch": "specdec_ops.ops.attention.reference_tree_attention:tree_attention",
     },
 }
@@ -247,8 +229,6 @@ def _unavailable(op: str, backend: str, device: torch.device) -> str | None:
     """Why this backend can't run the op on this device, or None."""
     if backend == "torch":
         return None
-    if backend not in IMPLEMENTATIONS[op]:
-        return f"there is no {backend} kernel for {op} yet"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "PyTorch sees no CUDA device"
     return _REASONS[backend](op, device)
@@ -304,6 +284,8 @@ _REASONS = {"cpu": _cpu_reason, "cuda": _cuda_reason, "triton": _triton_reason}
 
 @functools.cache
 def _load(op: str, backend: str) -> Callable:
+    if backend in ("cpu", "cuda"):
+        return importlib.import_module("specdec_ops._core.native").implementation(op, backend)
     module, function = IMPLEMENTATIONS[op][backend].split(":")
     implementation = getattr(importlib.import_module(module), function)
     return shielded(implementation) if backend == "torch" else implementation

@@ -1,12 +1,18 @@
-"""The ops as torch.library operators, and the rule that decides when a call may skip them.
+"""An op's contract as a torch.library operator, and the rule that decides when a call may skip the operator.
+
+A contract is two named tuples, the arguments and the outputs of an op's implementations. Their annotations say all that
+PyTorch needs: the schema, and which of the arguments are tensors.
 
 torch.compile, torch.export, fake tensors and dispatch modes see `torch.ops.specdec_ops.*`: a schema, a fake and an
-implementation for CPU and CUDA. A plain eager call goes straight to the same `run_*` functions, since the detour
-through PyTorch's dispatcher costs several microseconds of a call that may take ten.
+implementation for CPU and CUDA. A plain eager call goes straight to the implementation, since the detour through
+PyTorch's dispatcher costs several microseconds of a call that may take ten.
 
 The ops are for inference: they have no backward.
 """
 
+import inspect
+import itertools
+import typing
 from collections.abc import Callable
 from operator import itemgetter
 
@@ -17,14 +23,25 @@ from . import alloc, dispatch
 _LIBRARY = torch.library.Library("specdec_ops", "DEF")
 _NAMESPACE = torch.ops.specdec_ops
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))  # a parameter differs in its name alone
+_SCHEMA_TYPES = {
+    torch.Tensor: "Tensor",
+    torch.Tensor | None: "Tensor?",
+    list[torch.Tensor]: "Tensor[]",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    list[int]: "int[]",
+    list[float]: "float[]",
+}
 
-# Private names, so a PyTorch that drops one only costs the short cut.
+# Private names, so a PyTorch that drops one only costs the bypass.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _tracing = torch._C._get_tracing_state  # torch.jit.trace records operators, and nothing of what they do
 _transforms = getattr(torch._C._functorch, "maybe_current_level", lambda: 1)  # vmap and the like hide what a tensor is
 
 
-def short_cut(*tensors: torch.Tensor | None) -> bool:
+def may_bypass_dispatcher(tensors: typing.Iterable[torch.Tensor | None]) -> bool:
     """Whether these tensors are plain and nobody watches, so that an implementation may be called directly."""
     return (
         not torch.compiler.is_compiling()
@@ -35,247 +52,175 @@ def short_cut(*tensors: torch.Tensor | None) -> bool:
     )
 
 
-def short_cut_of(schema: str) -> Callable[..., bool]:
-    """The same for a call's arguments in the order of a schema, such as "Tensor q, Tensor? offsets, float scale".
-
-    Which of them are tensors the schema says, so that none is overlooked. What follows the arguments are tensors.
-    """
-    types = (argument.partition(" ")[0] for argument in schema.split(", "))
-    tensors = itemgetter(*(place for place, of in enumerate(types) if of in ("Tensor", "Tensor?")))
-
-    def applies(arguments: tuple, *others: torch.Tensor | None) -> bool:
-        return not torch.compiler.is_compiling() and short_cut(*tensors(arguments), *others)
-
-    return applies
-
-
-def define(name: str, arguments: str, results: str, outputs: str, run, run_out, fake, what: str = "") -> None:
-    """Register `name(arguments, what) -> results` and `name.out(arguments, *, outputs) -> ()`.
-
-    `what` tells which results to make; the out overload makes those that it is given.
-
-    The out overload returns nothing: a returned alias of an argument is what fake tensors can't follow. The tag keeps
-    the compiler from handing over inputs in another layout than the one the checks have accepted.
-    """
-    for overload, schema, function, fake_function in (
-        ("", f"({arguments}{what}) -> {results}", run, fake),
-        (".out", f"({arguments}, *, {outputs}) -> ()", run_out, lambda *_, **__: None),
-    ):
-        _LIBRARY.define(name + overload + schema, tags=(torch.Tag.needs_fixed_stride_order,))
-        for key in ("CPU", "CUDA"):
-            _LIBRARY.impl(name + overload, function, key)
-        torch.library.register_fake(f"specdec_ops::{name}{overload}", fake_function, lib=_LIBRARY)
-
-
-# build_topology
-
-
-def build_topology(parents: torch.Tensor, num_nodes: torch.Tensor, backend: str, out=None) -> tuple[torch.Tensor, ...]:
-    """Checked arguments in; (parents, depths, ancestors, first_child, next_sibling, num_nodes, status) out."""
-    if short_cut(parents, num_nodes, *(out or ())):
-        if out is None:
-            return _run_build_topology(parents, num_nodes, backend)
-        _run_build_topology_out(parents, num_nodes, backend, *out)
-    elif out is None:
-        return _NAMESPACE.build_topology(parents, num_nodes, backend)
-    else:
-        names = ("parents_out", "depths", "ancestors", "first_child", "next_sibling", "num_nodes_out", "status")
-        _NAMESPACE.build_topology.out(parents, num_nodes, backend, **dict(zip(names, out, strict=True)))
-    return tuple(out)
-
-
-def _topology_like(parents: torch.Tensor, empty) -> tuple[torch.Tensor, ...]:
-    batch, nodes = parents.shape
-    words = max(1, (nodes + 63) // 64)
-    table, row = (batch, nodes), (batch,)
-    shapes = (table, table, (batch, nodes, words), table, table, row, row)
-    return tuple(
-        empty(shape, torch.int64 if index == 2 else torch.int32, parents.device) for index, shape in enumerate(shapes)
-    )
-
-
-def _run_build_topology(parents, num_nodes, backend):
-    out = _topology_like(parents, alloc.empty)
-    _run_build_topology_out(parents, num_nodes, backend, *out)
-    return out
-
-
-def _run_build_topology_out(
-    parents, num_nodes, backend, parents_out, depths, ancestors, first_child, next_sibling, num_nodes_out, status
-):
-    implementation = dispatch.resolve("build_topology", backend, parents)
-    if parents.shape[0]:
-        implementation(
-            parents, num_nodes, parents_out, depths, ancestors, first_child, next_sibling, num_nodes_out, status
-        )
-
-
-def fake_empty(shape, dtype, device):
+def _fake_empty(shape, dtype, device):
     return torch.empty(shape, dtype=dtype, device=device)
 
 
-define(
-    "build_topology",
-    "Tensor parents, Tensor num_nodes, str backend",
-    "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    "Tensor(a!) parents_out, Tensor(b!) depths, Tensor(c!) ancestors, Tensor(d!) first_child, "
-    "Tensor(e!) next_sibling, Tensor(f!) num_nodes_out, Tensor(g!) status",
-    _run_build_topology,
-    _run_build_topology_out,
-    lambda parents, num_nodes, backend: _topology_like(parents, fake_empty),
-)
+def _wanted(*_) -> bool:
+    """In the place of `empty`: which outputs there are, without making them."""
+    return True
 
 
-# merge_states
+def _schema(fields: dict[str, type], marks: typing.Iterator[str] | None = None) -> str:
+    """`Tensor q, Tensor? lse`. With marks, of tensors that are written to: `Tensor(a!) out`."""
+    parts = []
+    for name, kind in fields.items():
+        if kind not in _SCHEMA_TYPES:
+            raise TypeError(
+                f"a contract's field {name} can't be {kind}; it may be {', '.join(map(str, _SCHEMA_TYPES))}"
+            )
+        written = _SCHEMA_TYPES[kind]
+        if marks is not None:
+            written = written.replace("Tensor", f"Tensor({next(marks)}!)")
+        parts.append(f"{written} {name}")
+    return ", ".join(parts)
 
 
-def merge_states(out_a, lse_a, out_b, lse_b, backend: str, out=None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Checked arguments in; (out, lse) out."""
-    if short_cut(out_a, lse_a, out_b, lse_b, *(out or ())):
-        if out is None:
-            return _run_merge_states(out_a, lse_a, out_b, lse_b, backend)
-        _run_merge_states_out(out_a, lse_a, out_b, lse_b, backend, *out)
-    elif out is None:
-        return _NAMESPACE.merge_states(out_a, lse_a, out_b, lse_b, backend)
-    else:
-        _NAMESPACE.merge_states.out(out_a, lse_a, out_b, lse_b, backend, out=out[0], lse=out[1])
-    return tuple(out)
+def _tensors_of(kind: type) -> Callable[[tuple], typing.Iterable]:
+    """A function that picks the tensors of a named tuple of this type, those in its lists too."""
+    fields = typing.get_type_hints(kind)
+    lists = [place for place, of in enumerate(fields.values()) if of == list[torch.Tensor]]
+    single = [place for place, of in enumerate(fields.values()) if of in (torch.Tensor, torch.Tensor | None)]
+    pick = itemgetter(*single) if len(single) > 1 else lambda values: tuple(values[place] for place in single)
+    if not lists:
+        return pick
+    return lambda values: itertools.chain(pick(values), *(values[place] for place in lists))
 
 
-def _run_merge_states(out_a, lse_a, out_b, lse_b, backend):
-    out = alloc.empty(out_a.shape, out_a.dtype, out_a.device)
-    lse = alloc.empty(lse_a.shape, lse_a.dtype, lse_a.device)
-    _run_merge_states_out(out_a, lse_a, out_b, lse_b, backend, out, lse)
-    return out, lse
+class Operator:
+    """An op with a contract: `operator(arguments, backend, out, **what_to_make)` runs it and returns its outputs."""
 
+    def __init__(
+        self,
+        name: str,
+        arguments: type,
+        outputs: type,
+        make_outputs: Callable | None,
+        *,
+        decided_by: Callable[[tuple, tuple], tuple] | None = None,
+        answers: Callable[[tuple, tuple], bool] | None = None,
+        pieces: Callable[[tuple, tuple], typing.Iterable[tuple[tuple, tuple]]] | None = None,
+    ):
+        """Registers the operator.
 
-def _run_merge_states_out(out_a, lse_a, out_b, lse_b, backend, out, lse):
-    implementation = dispatch.resolve("merge_states", backend, out_a)
-    if out.numel():
-        implementation(out_a, lse_a, out_b, lse_b, out, lse)
+        Args:
+            name: of the operator, of its implementations in `dispatch`, and of its functions in the compiled module.
+            arguments: a NamedTuple class. The first tensor's device is that of the call.
+            outputs: a NamedTuple class of tensors.
+            make_outputs: `make_outputs(arguments, empty, *, option)` allocates the outputs of a call with
+                `empty(shape, dtype, device)`. Its keyword-only parameters say what is to be made, and follow the
+                arguments in the schema; an output that is not made is None. Without this function the op has no
+                functional form: it writes to tensors that the caller gives, which come before `backend` in the schema.
+            decided_by: `decided_by(arguments, outputs)` gives what `dispatch.resolve` looks at to choose an
+                implementation, by default the first tensor.
+            answers: `answers(arguments, outputs)` returns whether it has answered a call that leaves nothing to
+                compute. Implementations are spared such calls.
+            pieces: `pieces(arguments, outputs)` cuts a call into several that implementations take.
+        """
+        self.name = name
+        self._arguments, self._outputs = arguments, outputs
+        self._tensors, self._written = _tensors_of(arguments), _tensors_of(outputs)
+        fields, written = typing.get_type_hints(arguments), typing.get_type_hints(outputs)
+        first = next(place for place, kind in enumerate(fields.values()) if kind is torch.Tensor)
+        self._decided_by = decided_by or (lambda arguments, _: (arguments[first],))
+        self._answers, self._pieces = answers, pieces
+        self._make_outputs = make_outputs
+        inputs, marks = _schema(fields), map(chr, itertools.count(ord("a")))
+        if make_outputs is None:
+            self._options = ()
+            self._register("", f"({inputs}, {_schema(written, marks)}, str backend) -> ()", self._in_place, None)
+        else:
+            options = inspect.get_annotations(make_outputs)
+            parameters = inspect.signature(make_outputs).parameters.values()
+            self._options = tuple(p.name for p in parameters if p.kind is p.KEYWORD_ONLY)
+            asked = "".join(f", {_schema({name: options[name]})}" for name in self._options)
+            results = ", ".join(["Tensor"] * len(written))
+            self._register("", f"({inputs}, str backend{asked}) -> ({results})", self._functional, self._fake)
+            self._register(".out", f"({inputs}, str backend, *, {_schema(written, marks)}) -> ()", self._out, None)
+            self._out_operator = getattr(_NAMESPACE, name).out
+        self._operator = getattr(_NAMESPACE, name).default
 
+    def _register(self, overload: str, schema: str, function: Callable, fake: Callable | None) -> None:
+        """The out overload returns nothing: a returned alias of an argument is what fake tensors can't follow.
 
-define(
-    "merge_states",
-    "Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b, str backend",
-    "(Tensor, Tensor)",
-    "Tensor(a!) out, Tensor(b!) lse",
-    _run_merge_states,
-    _run_merge_states_out,
-    lambda out_a, lse_a, out_b, lse_b, backend: (
-        fake_empty(out_a.shape, out_a.dtype, out_a.device),
-        fake_empty(lse_a.shape, lse_a.dtype, lse_a.device),
-    ),
-)
+        The tag keeps the compiler from handing over inputs in another layout than the one the checks have accepted.
+        """
+        name = self.name + overload
+        _LIBRARY.define(name + schema, tags=(torch.Tag.needs_fixed_stride_order,))
+        for key in ("CPU", "CUDA"):
+            _LIBRARY.impl(name, function, key)
+        torch.library.register_fake(f"specdec_ops::{name}", fake or (lambda *_, **__: None), lib=_LIBRARY)
 
+    def __call__(self, arguments: tuple, backend: str, out: tuple | None = None, **what) -> tuple:
+        """Run the op on checked arguments.
 
-# tree_attention. `arguments` is everything from q to num_splits, in the order of the schema below.
+        Args:
+            arguments: of the contract's type.
+            backend: its name, or "auto".
+            out: outputs to write to, of the contract's type; None makes them.
+            what: a value for each option of `make_outputs`. Without effect where `out` is given.
 
-_TREE_ATTENTION = (
-    "Tensor q, Tensor k_cache, Tensor v_cache, Tensor? ancestors, Tensor? depths, Tensor? num_nodes, Tensor? offsets, "
-    "Tensor context_lens, Tensor? page_table, Tensor? query_starts, SymInt query_start, float scale, SymInt window, "
-    "float softcap, Tensor? sinks, Tensor? alibi_slopes, float out_scale, SymInt num_splits"
-)
-_attention_short_cut = short_cut_of(_TREE_ATTENTION)
+        Returns:
+            `out`, or new outputs of the contract's type.
+        """
+        if self.bypass_dispatcher(arguments, out):
+            if out is None:
+                out = self._make_outputs(arguments, alloc.empty, **what)
+            self._run(arguments, backend, out)
+        elif self._make_outputs is None:
+            self._operator(*arguments, *out, backend)
+        elif out is None:
+            results = self._operator(*arguments, backend, *(what[name] for name in self._options))
+            there = self._make_outputs(arguments, _wanted, **what)
+            return self._outputs(*(result if made else None for result, made in zip(results, there)))  # noqa: B905
+        else:
+            self._out_operator(*arguments, backend, **out._asdict())
+        return out
 
+    def bypass_dispatcher(self, arguments: tuple, out: tuple | None) -> bool:
+        """Whether this call may go straight to an implementation: see `may_bypass_dispatcher`."""
+        if torch.compiler.is_compiling():
+            return False
+        tensors = self._tensors(arguments)
+        return may_bypass_dispatcher(tensors if out is None else itertools.chain(tensors, self._written(out)))
 
-def tree_attention(arguments: tuple, return_lse: bool, backend: str, out=None, lse=None):
-    """Checked arguments in; (out, lse) out. Without return_lse, lse is None or an empty tensor."""
-    if _attention_short_cut(arguments, out, lse):
-        if out is None:
-            q, *_ = arguments
-            out = alloc.empty(q.shape, q.dtype, q.device)
-            lse = alloc.empty(q.shape[:-1], torch.float32, q.device) if return_lse else None
-        _run_tree_attention_out(*arguments, backend, out, lse)
-    elif out is None:
-        return _NAMESPACE.tree_attention(*arguments, backend, return_lse)
-    else:
-        _NAMESPACE.tree_attention.out(*arguments, backend, out=out, lse=lse)
-    return out, lse
-
-
-def _run_tree_attention(q, *others):
-    *arguments, backend, return_lse = others
-    out = alloc.empty(q.shape, q.dtype, q.device)
-    lse = alloc.empty(q.shape[:-1] if return_lse else (0,), torch.float32, q.device)
-    _run_tree_attention_out(q, *arguments, backend, out, lse if return_lse else None)
-    return out, lse
-
-
-def _run_tree_attention_out(
-    q,
-    k_cache,
-    v_cache,
-    ancestors,
-    depths,
-    num_nodes,
-    offsets,
-    context_lens,
-    page_table,
-    query_starts,
-    query_start,
-    scale,
-    window,
-    softcap,
-    sinks,
-    alibi_slopes,
-    out_scale,
-    num_splits,
-    backend,
-    out,
-    lse,
-):
-    implementation = dispatch.resolve("tree_attention", backend, q, (k_cache, v_cache), out)
-    if out.numel() == 0:
-        return
-    max_queries = q.shape[-3]
-    if ancestors is not None:
-        nodes = ancestors.shape[1]
-        if nodes == 0:  # a tree without nodes: every row is padding
-            out.zero_()
-            if lse is not None:
-                lse.fill_(float("-inf"))
+    def _run(self, arguments: tuple, backend: str, outputs: tuple) -> None:
+        implementation = dispatch.resolve(self.name, backend, *self._decided_by(arguments, outputs))
+        if self._answers is not None and self._answers(arguments, outputs):
             return
-        if offsets is not None and nodes < max_queries:
-            max_queries = nodes
-    implementation(
-        q,
-        k_cache,
-        v_cache,
-        ancestors,
-        depths,
-        num_nodes,
-        offsets,
-        context_lens,
-        page_table,
-        query_starts,
-        query_start,
-        max_queries,
-        scale,
-        window,
-        softcap,
-        sinks,
-        alibi_slopes,
-        out_scale,
-        num_splits,
-        out,
-        lse,
-    )
+        if self._pieces is None:
+            implementation(arguments, outputs)
+        else:
+            for piece in self._pieces(arguments, outputs):
+                implementation(*piece)
+
+    # What PyTorch's dispatcher calls, with flat arguments: those of the contract, backend, options.
+
+    def _functional(self, *flat):
+        arguments, (backend, *options) = self._split(flat)
+        outputs = self._make_outputs(arguments, alloc.empty, **dict(zip(self._options, options, strict=True)))
+        self._run(arguments, backend, outputs)
+        return _all_tensors(outputs, alloc.empty)
+
+    def _fake(self, *flat):
+        arguments, (_, *options) = self._split(flat)
+        outputs = self._make_outputs(arguments, _fake_empty, **dict(zip(self._options, options, strict=True)))
+        return _all_tensors(outputs, _fake_empty)
+
+    def _out(self, *flat, **outputs):
+        arguments, (backend,) = self._split(flat)
+        self._run(arguments, backend, self._outputs(*(outputs.get(name) for name in self._outputs._fields)))
+
+    def _in_place(self, *flat):
+        arguments, (*outputs, backend) = self._split(flat)
+        self._run(arguments, backend, self._outputs._make(outputs))
+
+    def _split(self, flat: tuple) -> tuple[tuple, tuple]:
+        count = len(self._arguments._fields)
+        return self._arguments._make(flat[:count]), flat[count:]
 
 
-def _fake_tree_attention(q, *others):
-    *_, return_lse = others
-    lse_shape = q.shape[:-1] if return_lse else (0,)
-    return fake_empty(q.shape, q.dtype, q.device), fake_empty(lse_shape, torch.float32, q.device)
-
-
-define(
-    "tree_attention",
-    f"{_TREE_ATTENTION}, str backend",
-    "(Tensor, Tensor)",
-    "Tensor(a!) out, Tensor(b!)? lse",
-    _run_tree_attention,
-    lambda *arguments, out, lse=None: _run_tree_attention_out(*arguments, out, lse),
-    _fake_tree_attention,
-    what=", bool return_lse",
-)
+def _all_tensors(outputs: tuple, empty: Callable) -> tuple[torch.Tensor, ...]:
+    """An operator can't return None for a Tensor: what was not made is an empty one."""
+    device = next(output for output in outputs if output is not None).device
+    return tuple(empty((0,), torch.float32, device) if output is None else output for output in outputs)

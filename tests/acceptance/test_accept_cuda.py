@@ -12,7 +12,7 @@ import torch
 from specdec_ops import sample_children, sample_tokens
 from specdec_ops._core import dispatch
 from tests.acceptance.accept_cases import RULES, Bands, chain, make_case, random_parents, star
-from tests.emulator import accept_kernels, build, kernels, mutants
+from tests.emulator import build, kernels, mutants
 from tests.emulator.checks import (
     NO_FENCE,
     SANITIZERS,
@@ -34,30 +34,20 @@ LAWS = {
 }
 
 
-def call(function, make_launch, act):
-    """Call a public op on a backend that makes a launch of its arguments and acts on it."""
-
-    def implementation(*arguments):
-        act(make_launch(*arguments))
-
-    with mock.patch.object(dispatch, "resolve", lambda *_, **__: implementation):
+def emulated(function, op, path="auto"):
+    """The result of a public op on one of the paths."""
+    implementation = functools.partial(kernels.IMPLEMENTATIONS[op], path=kernels.PATHS[path])
+    with mock.patch.object(dispatch, "resolve", lambda *_: implementation):
         return function(backend=kernels.BACKEND)
 
 
 def accepted(case, path):
     """The result of a case on one of the paths."""
-    return call(case.run, functools.partial(accept_kernels.accept_launch, path=path), accept_kernels.run)
-
-
-def launch_of(function, make_launch):
-    """The launch of a call, not run, with outputs that nobody has written."""
-    found = []
-    call(function, make_launch, found.append)
-    return found[0]
+    return emulated(case.run, "accept", path)
 
 
 def accept_launch(case, path):
-    return launch_of(case.run, functools.partial(accept_kernels.accept_launch, path=path))
+    return kernels.launch_of(functools.partial(case.run, "auto"), path=path)
 
 
 def options_of(rule, distributions=True):
@@ -124,7 +114,7 @@ def test_result_does_not_depend_on_where_rows_start(dtype):
         view = memory[..., shift : shift + 1003]
         launch = accept_launch(case.changed(target=view.copy_(case.target)), "lazy")
         assert launch.tensors["target"].data_ptr() % 16 == shift * dtype.itemsize % 16
-        accept_kernels.run(launch)
+        kernels.run(launch)
         results.append(outputs(launch))
     for other in results[1:]:
         assert_same(other, results[0])
@@ -138,15 +128,14 @@ def test_launches():
     many = make_case("greedy", [chain(65)] * 2, 16_384)
     expectations = [(small, "lazy", 1), (small, "eager", 3), (small, "auto", 1), (ids, "eager", 1)]
     for case, path, expected in [*expectations, (large, "auto", 3), (many, "auto", 1)]:
-        before = accept_kernels.launches("accept")
+        before = kernels.launches("accept")
         accepted(case, path)
-        assert accept_kernels.launches("accept") - before == expected
-    before = accept_kernels.launches("sample")
-    call(functools.partial(sample_tokens, torch.randn(2, 9000), seeds=1, positions=2), *SAMPLE)
-    assert accept_kernels.launches("sample") - before == 1
+        assert kernels.launches("accept") - before == expected
+    before = kernels.launches("sample")
+    emulated(functools.partial(sample_tokens, torch.randn(2, 9000), seeds=1, positions=2), "sample")
+    assert kernels.launches("sample") - before == 1
 
 
-SAMPLE = (accept_kernels.sample_launch, accept_kernels.run)
 ROW = 4096
 
 
@@ -154,7 +143,7 @@ def moved(case, path):
     """(bytes read of the target, of the draft) in rows of 16 bits, and what was accepted."""
     launch = accept_launch(case, path)
     traffic = kernels.traffic(launch)
-    rows = [traffic[name].read / (2 * ROW) if name in traffic else 0.0 for name in ("target", "draft")]
+    rows = [traffic[name].read / (2 * ROW) if name in traffic else 0.0 for name in ("target", "draft_logits")]
     return *rows, launch.tensors["num_accepted"].tolist()[0]
 
 
@@ -188,14 +177,14 @@ def test_sampling_reads_a_row_twice():
     logits = torch.randn(3, ROW).to(torch.bfloat16)
     for temperature, rows in ((1.0, 6), (0.0, 3)):
         function = functools.partial(sample_tokens, logits, seeds=1, positions=2, temperature=temperature)
-        launch = launch_of(function, accept_kernels.sample_launch)
+        launch = kernels.launch_of(function)
         assert kernels.traffic(launch)["logits"].read == rows * 2 * ROW
 
 
 def children_launch(vocab=9001, **options):
     logits = torch.randn(2, 2, vocab)
     noise = {"seeds": torch.tensor([5, 6]), "positions": torch.tensor([3, 4], dtype=torch.int32), "first_parent": 0}
-    return launch_of(functools.partial(sample_children, logits, 3, **noise, **options), accept_kernels.sample_launch)
+    return kernels.launch_of(functools.partial(sample_children, logits, 3, **noise, **options))
 
 
 def accept_case(rule, path, vocab=600, **options):
@@ -288,5 +277,5 @@ def test_planted_bug_in_unlikely_children():
         launch, "plain", "acceptance/cuda/weighted_draw.cuh", "kLeastScore = 0x1p-92f", "kLeastScore = 0.0f"
     )
     assert (got["tokens"] < 0).any()
-    accept_kernels.run(launch)
+    kernels.run(launch)
     assert (launch.tensors["tokens"] >= 0).all()

@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from specdec_ops import chain_accept, sample_children, sample_tokens, tree_accept
-from specdec_ops.ops.acceptance import library
+from specdec_ops.ops.acceptance import contract
 from tests.acceptance.accept_cases import RULES, assert_same, make_case, random_parents
 
 OPS = torch.ops.specdec_ops
@@ -20,10 +20,15 @@ def case_of(rule, **options):
 
 
 def operator_call(monkeypatch, function, name):
-    """The arguments with which a public op calls its operator's wrapper in library."""
+    """The arguments, backend and options with which a public op calls its operator."""
     seen = []
-    original = getattr(library, name)
-    monkeypatch.setattr(library, name, lambda *arguments: seen.append(arguments) or original(*arguments))
+    operator = getattr(contract, name)
+
+    def call(arguments, backend, out=None, **what):
+        seen.append((arguments, backend, what))
+        return operator(arguments, backend, out, **what)
+
+    monkeypatch.setattr(contract, name, call)
     function()
     return seen[0]
 
@@ -32,10 +37,10 @@ def operator_call(monkeypatch, function, name):
 def test_opcheck_accept(rule, monkeypatch):
     """Both overloads."""
     case = case_of(rule)
-    arguments, max_depth, width, backend = operator_call(monkeypatch, lambda: case.run("auto"), "accept")
-    torch.library.opcheck(OPS.accept.default, (*arguments, backend, max_depth, width), test_utils=CHECKS)
-    outputs = OPS.accept(*arguments, backend, max_depth, width)
-    names = ("tokens", "nodes", "num_accepted", "next_tokens", "status", "finished")
+    arguments, backend, what = operator_call(monkeypatch, lambda: case.run("auto"), "accept")
+    torch.library.opcheck(OPS.accept.default, (*arguments, backend), what, test_utils=CHECKS)
+    outputs = OPS.accept(*arguments, backend, **what)
+    names = contract.AcceptOutputs._fields
     into = {name: torch.zeros_like(tensor) for name, tensor in zip(names, outputs, strict=True)}
     torch.library.opcheck(OPS.accept.out, (*arguments, backend), into, test_utils=CHECKS)
     OPS.accept.out(*arguments, backend, **into)
@@ -52,10 +57,10 @@ def test_opcheck_sample(children, monkeypatch):
             return sample_children(logits, 2, seeds=torch.arange(2), positions=4, top_k=3)
         return sample_tokens(logits[0], seeds=1, positions=torch.arange(3, dtype=torch.int32))
 
-    arguments, with_law, backend = operator_call(monkeypatch, call, "sample")
-    torch.library.opcheck(OPS.sample.default, (*arguments, backend, with_law), test_utils=CHECKS)
-    outputs = OPS.sample(*arguments, backend, with_law)
-    names = ("tokens", "logprobs", "logsumexp", "status")
+    arguments, backend, what = operator_call(monkeypatch, call, "sample")
+    torch.library.opcheck(OPS.sample.default, (*arguments, backend), what, test_utils=CHECKS)
+    outputs = OPS.sample(*arguments, backend, **what)
+    names = contract.SampleOutputs._fields
     kept = names if children else ("tokens", "status")
     into = {n: torch.zeros_like(t) if n in kept else None for n, t in zip(names, outputs, strict=True)}
     torch.library.opcheck(OPS.sample.out, (*arguments, backend), into, test_utils=CHECKS)

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from specdec_ops.ops.acceptance import reference_philox
+from specdec_ops.ops.acceptance.contract import AcceptArguments, AcceptOutputs, SampleArguments, SampleOutputs
 from specdec_ops.ops.acceptance.reference_accept import accept, margins
 from specdec_ops.ops.acceptance.reference_sample import sample
 from specdec_ops.topology import Topology
@@ -19,7 +20,7 @@ PER_REQUEST = ("temperature", "top_k", "top_p")
 def arguments(
     rule, target, tokens, parents=None, draft=None, *, links=None, num_nodes=None, width=1, depth=None, **given
 ):
-    """Arguments of `accept` by name. Without parents and links: a chain, whose tokens start at node 1."""
+    """Arguments and outputs of `accept` by name. Without parents and links: a chain, whose tokens start at node 1."""
     batch, nodes = target.shape[:2]
     defaults = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "seed": 5, "position": 7}
     call = {"rule": rule, "target": target, "draft_logits": draft, "target_to_draft": None, "eos": ()}
@@ -44,8 +45,13 @@ def arguments(
 
 def run(*args, **options):
     call = arguments(*args, **options)
-    accept(**call)
+    accept(*contract_of(call))
     return call
+
+
+def contract_of(call):
+    """The arguments and the outputs."""
+    return tuple(kind(*(call[name] for name in kind._fields)) for kind in (AcceptArguments, AcceptOutputs))
 
 
 def race(weights, domain, detail, *, seed=5, position=7):
@@ -101,10 +107,11 @@ def test_match_is_plain_sampling():
     """Drafts that plain sampling would draw are accepted, and the text is that of plain sampling whatever they are."""
     target, text = logits(1, 6, 30), torch.empty(6, 1, 1, dtype=torch.int32)
     places = torch.arange(8, 14, dtype=torch.int32)
+    rows = (target.transpose(0, 1), None, 1, False, None, 0, "sample")
     sample(
-        target.transpose(0, 1), None, 1, False, None, 0, "sample",
-        1.0, None, 0, None, 0.9, None, 5, None, 0, places, text, None, None, torch.zeros(6, dtype=torch.int32),
-    )  # fmt: skip
+        SampleArguments(*rows, 1.0, None, 0, None, 0.9, None, 5, None, 0, places),
+        SampleOutputs(text, None, None, status=torch.zeros(6, dtype=torch.int32)),
+    )
     text = text.flatten().tolist()
     assert run("match", target, text[:5], top_p=0.9)["tokens"].tolist() == [text]
     wrong = [*text[:2], (text[2] + 1) % 30, *text[3:5]]
@@ -359,10 +366,13 @@ def test_forest():
 def draw_children(
     rows, tokens, *, to_target=None, replacement=False, temperature=1.0, top_k=0, parents=None, **outputs
 ):
+    drawing = (rows, to_target, tokens.shape[-1], replacement, parents, 2, "draft")
+    settings = (temperature, None, top_k, None, 1.0, None, 5, None, 7, None)
+    status = outputs.get("status", torch.zeros(len(rows), dtype=torch.int32))
     sample(
-        rows, to_target, tokens.shape[-1], replacement, parents, 2, "draft", temperature, None, top_k, None, 1.0, None,
-        5, None, 7, None, tokens, outputs.get("logprobs"), outputs.get("logsumexp"), outputs.get("status"),
-    )  # fmt: skip
+        SampleArguments(*drawing, *settings),
+        SampleOutputs(tokens, outputs.get("logprobs"), outputs.get("logsumexp"), status),
+    )
 
 
 def test_children():
@@ -413,7 +423,7 @@ def test_margins_find_what_rounding_could_turn():
     for request, p in enumerate((u * (1 + 2e-5), (1 + u) / 2)):
         target[request, 0] = torch.tensor([1 - p, p], dtype=torch.float64).log()
         target[request, 1, 0] = 50.0
-    found = margins(arguments("recursive", target, [1]), trials=20)
+    found = margins(*contract_of(arguments("recursive", target, [1])), trials=20)
     assert found[0] in (1e-5, 1e-4) and found[1] > 1e-3
 
 
@@ -421,5 +431,8 @@ def test_margins_of_a_cut():
     """top-p ends between two tokens, 10^-5 from taking one more."""
     target = torch.tensor([0.5 - 1e-5, 0.25, 0.25 + 1e-5], dtype=torch.float64).log()[None, None]
     # The sum up to the second token: 0.75 - 1e-5 + 1e-5, at top_p = 0.75.
-    found = [margins(arguments("match", target, [], top_p=0.75, seed=seed), trials=20).item() for seed in range(20)]
+    found = [
+        margins(*contract_of(arguments("match", target, [], top_p=0.75, seed=seed)), trials=20).item()
+        for seed in range(20)
+    ]
     assert min(found) <= 1e-5

@@ -5,12 +5,11 @@ import dataclasses
 import pytest
 import torch
 
-from specdec_ops import Topology, Tree, merge_states
-from specdec_ops._core import dispatch
+from specdec_ops import Topology, Tree, build_topology, merge_states
+from specdec_ops.ops.attention.contract import MergeStatesArguments, MergeStatesOutputs
 from tests.attention.attention_cases import chain, expected, make_case
 from tests.attention.attention_cases import random_tree as random_parents
 from tests.attention.test_merge_states import DTYPES, states
-from tests.conftest import poisoned_empty
 from tests.emulator import build, kernels
 from tests.emulator.checks import (
     RACE,
@@ -29,11 +28,7 @@ if reason := build.why_not():
 
 
 def topology_launch(parents, num_nodes):
-    batch, nodes = parents.shape
-    table, words = (batch, nodes), max(1, (nodes + 63) // 64)
-    shapes = (table, table, (*table, words), table, table, (batch,), (batch,))
-    out = [poisoned_empty(shape, torch.int64 if len(shape) == 3 else torch.int32, "cpu") for shape in shapes]
-    return kernels.build_topology_launch(parents, num_nodes, *out)
+    return kernels.launch_of(lambda: build_topology(parents, num_nodes))
 
 
 def trees_launch(*trees):
@@ -48,8 +43,7 @@ def malformed_launch():
 def merge_launch(*shape, dtype):
     out_a, lse_a, out_b, lse_b = states(*shape, dtype=dtype)
     lse_a[0], lse_b[-1] = -torch.inf, -torch.inf
-    out, lse = poisoned_empty(shape, dtype, "cpu"), poisoned_empty(shape[:-1], torch.float32, "cpu")
-    return kernels.merge_states_launch(out_a, lse_a, out_b, lse_b, out, lse)
+    return kernels.launch_of(lambda: merge_states(out_a, lse_a, out_b, lse_b))
 
 
 def merge_in_place_launch(dtype):
@@ -59,16 +53,7 @@ def merge_in_place_launch(dtype):
 
 
 def attention_launch(case):
-    """The launch that a call of the op makes."""
-    made = []
-
-    def keep(*given):
-        made.append(kernels.tree_attention_launch(*given))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "resolve", lambda *_: keep)
-        case.run("auto", return_lse=True)
-    return made[0]
+    return kernels.launch_of(lambda: case.run("auto", return_lse=True))
 
 
 def attention(nodes, context, *, dtype=torch.bfloat16, float8=False, **options):
@@ -257,7 +242,9 @@ def test_conversions_round_as_pytorch_does(dtype):
     lse = torch.zeros(values.shape[0])
     for other in (values.flatten().roll(1).view_as(values), values.flatten()[torch.randperm(2**16)].view_as(values)):
         out, merged_lse = torch.empty_like(values), torch.empty_like(lse)
-        kernels.merge_states(values, lse, other, lse, out, merged_lse)
+        kernels.IMPLEMENTATIONS["merge_states"](
+            MergeStatesArguments(values, lse, other, lse), MergeStatesOutputs(out, merged_lse)
+        )
         right = (0.5 * values.float() + 0.5 * other.float()).to(dtype)
         assert torch.equal(out, right)
         assert torch.equal(merge_states(values, lse, other, lse, backend="torch").out, right)

@@ -29,7 +29,7 @@ def float8_case(trees, contexts, dtype, **options):
 def backend(request, monkeypatch):
     """Those that take fp8 caches."""
     if request.param == kernels.BACKEND:
-        monkeypatch.setattr("specdec_ops._core.dispatch.resolve", lambda *_: kernels.tree_attention)
+        monkeypatch.setattr("specdec_ops._core.dispatch.resolve", lambda *_: kernels.IMPLEMENTATIONS["tree_attention"])
     return request.param
 
 

@@ -3,12 +3,11 @@
 Without a GPU this runs in Triton's interpreter: shapes are small. The cases common to all backends are elsewhere.
 """
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 
 from specdec_ops import Topology, Tree
+from specdec_ops.ops.attention.contract import TreeAttentionArguments, TreeAttentionOutputs, tree_attention
 from specdec_ops.ops.attention.reference_tree_attention import tree_attention as reference
 from tests.attention.attention_cases import random_tree
 from tests.harness.close import assert_as_good_as_torch
@@ -47,7 +46,7 @@ def make(contexts, trees, *, group=1, kv_heads=1, dim=16, dtype=torch.float32, p
         ancestors=getattr(topology, "ancestors", None), depths=getattr(topology, "depths", None),
         num_nodes=getattr(topology, "num_nodes", None), offsets=None,
         context_lens=torch.tensor(contexts, dtype=torch.int32, device=DEVICE), page_table=page_table,
-        query_starts=None, query_start=0, max_queries=rows, scale=dim**-0.5, window=0, softcap=0.0, sinks=None,
+        query_starts=None, query_start=0, scale=dim**-0.5, window=0, softcap=0.0, sinks=None,
         alibi_slopes=None, out_scale=1.0, num_splits=0,
     )  # fmt: skip
     return arguments | options
@@ -58,9 +57,9 @@ def run(implementation, arguments, dtype=None):
     if dtype is not None:
         arguments = arguments | {name: arguments[name].to(dtype) for name in ("q", "k_cache", "v_cache")}
     out = torch.full_like(arguments["q"], NAN)
-    lse = torch.full(out.shape[:-1], NAN, dtype=torch.float32, device=DEVICE)
-    implementation(**arguments, out=out, lse=lse)
-    return SimpleNamespace(out=out, lse=lse)
+    outputs = TreeAttentionOutputs(out, torch.full(out.shape[:-1], NAN, dtype=torch.float32, device=DEVICE))
+    implementation(TreeAttentionArguments(**arguments), outputs)
+    return outputs
 
 
 def check(arguments):
@@ -151,7 +150,7 @@ def test_packed_rows_nobody_owns(num_splits):
     arguments = make([70, 5, 140], [random_tree(6), random_tree(4), random_tree(3)], group=2, num_splits=num_splits)
     offsets = torch.tensor([0, 9, 9, 14], dtype=torch.int32, device=DEVICE)
     q = torch.randn(20, *arguments["q"].shape[2:], device=DEVICE)
-    got = check(arguments | dict(q=q, offsets=offsets, max_queries=6))
+    got = check(arguments | dict(q=q, offsets=offsets))
     assert (got.out[14:] == 0).all()
 
 
@@ -199,12 +198,17 @@ def test_lengths_beyond_the_cache_are_not_read(page_size):
 
 
 def test_empty_calls():
+    """Which the operator answers without a launch."""
+
+    def called(arguments, outputs):
+        tree_attention(arguments, "triton", outputs)
+
     arguments = make([5], [random_tree(3)])
     nothing = arguments | dict(q=arguments["q"][:0], context_lens=arguments["context_lens"][:0])
-    assert run(kernels.tree_attention, nothing).out.shape[0] == 0
+    assert run(called, nothing).out.shape[0] == 0
     offsets = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     rows = dict(q=arguments["q"][0], offsets=offsets, context_lens=arguments["context_lens"][:0])
-    assert (run(kernels.tree_attention, arguments | rows).out == 0).all()
+    assert (run(called, arguments | rows).out == 0).all()
 
 
 def test_parts_follow_the_capacity_and_the_heads():

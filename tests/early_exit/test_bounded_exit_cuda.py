@@ -6,8 +6,8 @@ import torch
 from specdec_ops import bound_head, early_exit, quantize_head
 from tests.early_exit.exit_cases import ExitCase, make_case
 from tests.early_exit.test_exit_confidence import DTYPES, FIGURES
-from tests.early_exit.test_exit_confidence_cuda import BF16, DECISION, FLOAT, HALF, launch_of, outputs_of
-from tests.emulator import build, exit_kernels, kernels
+from tests.early_exit.test_exit_confidence_cuda import BF16, DECISION, FLOAT, HALF, launch_of, outputs_of, whole
+from tests.emulator import build, kernels
 from tests.emulator.checks import (
     NO_FENCE,
     SANITIZERS,
@@ -45,10 +45,7 @@ def bounded_launch(case, ends=ENDS, threshold=0.4, **options):
 
 def whole_outputs(launch):
     """What the same call gives without bounds."""
-    tensors = {name: tensor.clone() for name, tensor in launch.tensors.items() if name not in ("norms_after", "seen")}
-    del tensors["scratch"], tensors["counters"]
-    numbers = {name: number for name, number in launch.numbers.items() if name not in ("ends", "parts")}
-    return outputs_of(exit_kernels.with_scratch(kernels.Launch("exit_confidence", tensors, numbers)))
+    return outputs_of(whole(launch))
 
 
 def assert_decided_alike(got, expected):
@@ -137,9 +134,9 @@ def test_one_launch_for_each_part_and_one_more():
     case = fading_case(5, 64, 801, BF16)
     for threshold in (NEVER, 2.0, 0.4):
         launch = bounded_launch(case, threshold=threshold)
-        before = exit_kernels.launches("bounded_exit")
-        exit_kernels.run(launch)
-        assert exit_kernels.launches("bounded_exit") - before == len(ENDS) + 1
+        before = kernels.launches("bounded_exit")
+        kernels.run(launch)
+        assert kernels.launches("bounded_exit") - before == len(ENDS) + 1
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
@@ -157,7 +154,7 @@ def test_what_is_read(dtype):
         row_bytes, visits, begin = 64 * hidden.element_size(), 8, 0
         for end in ENDS:
             tiles = -(-(end - begin) // 128)
-            blocks = min(tiles, 2 * exit_kernels.MULTIPROCESSORS) if dtype in (HALF, torch.int8) else 0
+            blocks = min(tiles, 2 * kernels.MULTIPROCESSORS) if dtype in (HALF, torch.int8) else 0
             visits += int((seen >= end).sum()) * (tiles + blocks)
             begin = end
         assert moved["hidden"].read == visits * row_bytes
@@ -225,7 +222,7 @@ def test_result_does_not_depend_on_where_rows_start(dtype):
 def test_scratch_is_what_blocks_leave():
     """A slot more than exit_confidence has; nothing is written where no row is open."""
     launch = bounded_launch(fading_case(5, 64, 801, BF16), threshold=2.0, top_k=7)
-    slots = 2 * exit_kernels.MULTIPROCESSORS + 1
+    slots = 2 * kernels.MULTIPROCESSORS + 1
     lists = 2 * (5 + 1) * 4
     assert launch.tensors["scratch"].numel() == (5 * slots * (16 + 7 * 8) + 8) + 5 * 16 + 15 * 32 * 4 + lists
     state = 16 + 7 * 8

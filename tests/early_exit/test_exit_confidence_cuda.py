@@ -3,16 +3,16 @@
 Their values are also tested with all other backends', in test_early_exit.py.
 """
 
-from unittest import mock
+import copy
 
 import pytest
 import torch
 
 from specdec_ops import quantize_head
-from specdec_ops._core import dispatch
+from specdec_ops.ops.early_exit.contract import ExitConfidenceArguments, ExitConfidenceOutputs
 from tests.early_exit.exit_cases import ExitCase, make_case
 from tests.early_exit.test_exit_confidence import DTYPES, FIGURES
-from tests.emulator import build, exit_kernels, kernels
+from tests.emulator import build, kernels
 from tests.emulator.checks import (
     NO_FENCE,
     SANITIZERS,
@@ -32,28 +32,22 @@ DECISION = ("exited", "active_rows", "inverse", "num_active")
 HALF, BF16, FLOAT = torch.float16, torch.bfloat16, torch.float32
 
 
-def launch_of(case, decides=True, threshold=0.4, **options):
-    """The launch of a case, not run, with outputs that nobody has written. Some of the options are the launch's own."""
-    own = {name: options.pop(name) for name in ("multiprocessors",) if name in options}
-    form = "screened_exit" if "screen" in options else "bounded_exit" if "bounds" in options else "exit_confidence"
-    make = getattr(exit_kernels, f"{form}_launch")
-    found = []
+def launch_of(case, decides=True, threshold=0.4, multiprocessors=kernels.MULTIPROCESSORS, **options):
+    """The launch of a case, not run, with outputs that nobody has written."""
 
-    def implementation(*arguments):
-        found.append(make(*arguments, **own))
-
-    with mock.patch.object(dispatch, "resolve", lambda *_, **__: implementation):
+    def call():
         if decides:
-            case.decide(kernels.BACKEND, threshold, **options)
+            case.decide("auto", threshold, **options)
         else:
-            case.run(kernels.BACKEND, **options)
-    return found[0]
+            case.run("auto", **options)
+
+    return kernels.launch_of(call, multiprocessors=multiprocessors)
 
 
 def outputs_of(launch, *order):
     """Run a launch on poisoned outputs."""
     poison(launch)
-    exit_kernels.run(launch, *order)
+    kernels.run(launch, *order)
     return outputs(launch)
 
 
@@ -147,9 +141,9 @@ def test_one_launch():
     cases = [make_case(1, 64, 97, BF16), make_case(70, 48, 700, HALF, norm=True), int8_case(40, 64, 300, FLOAT)]
     for case, decides in [(case, decides) for case in cases for decides in (False, True)]:
         launch = launch_of(case, decides)
-        before = exit_kernels.launches("exit_confidence")
-        exit_kernels.run(launch)
-        assert exit_kernels.launches("exit_confidence") - before == 1
+        before = kernels.launches("exit_confidence")
+        kernels.run(launch)
+        assert kernels.launches("exit_confidence") - before == 1
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int8], ids=str)
@@ -160,7 +154,7 @@ def test_the_head_is_read_once(dtype):
     launch = launch_of(case)
     moved = kernels.traffic(launch)
     head, hidden = launch.tensors["head"], launch.tensors["hidden"]
-    blocks = 2 * exit_kernels.MULTIPROCESSORS
+    blocks = 2 * kernels.MULTIPROCESSORS
     assert moved["head"].read == head.numel() * head.element_size()
     assert moved["hidden"].read == (8 + blocks * (dtype in (HALF, torch.int8))) * hidden.numel() * hidden.element_size()
     assert moved["head"].written == moved["hidden"].written == 0
@@ -172,7 +166,7 @@ def test_the_head_is_read_once(dtype):
 def test_scratch_is_what_blocks_leave():
     """16 bytes and the list for each row and block, written once and read once or twice."""
     launch = launch_of(make_case(5, 64, 1100, BF16), top_k=7)
-    blocks = 2 * exit_kernels.MULTIPROCESSORS
+    blocks = 2 * kernels.MULTIPROCESSORS
     assert launch.tensors["scratch"].numel() == 5 * blocks * (16 + 7 * 8)
     assert kernels.traffic(launch)["scratch"].written == 5 * blocks * (16 + 7 * 8)
 
@@ -185,11 +179,11 @@ def screened_launch(*sizes, **options):
 
 
 def whole(launch):
-    """The same call without its screen."""
-    tensors = {name: tensor for name, tensor in launch.tensors.items() if not name.startswith("screen_")}
-    del tensors["scratch"], tensors["counters"]
-    numbers = {name: number for name, number in launch.numbers.items() if not name.startswith("screen_")}
-    return exit_kernels.with_scratch(kernels.Launch("exit_confidence", tensors, numbers))
+    """The same call without its screen or bounds."""
+    parts = []
+    for kind, part in ((ExitConfidenceArguments, launch.arguments), (ExitConfidenceOutputs, launch.outputs)):
+        parts.append(kind(*(getattr(part, name) for name in kind._fields)))
+    return kernels.Launch("exit_confidence", *copy.deepcopy(parts))
 
 
 def test_a_screen_is_three_launches():
@@ -197,9 +191,9 @@ def test_a_screen_is_three_launches():
     sure, open_ = screened_launch(5, 64, 700, BF16, norm=True), screened_launch(3, 16, 300, BF16)
     open_.tensors["hidden"].zero_()
     for launch, fell in ((sure, 0), (open_, 3)):
-        before = exit_kernels.launches("screened_exit")
+        before = kernels.launches("screened_exit")
         got = outputs_of(launch)
-        assert exit_kernels.launches("screened_exit") - before == 3
+        assert kernels.launches("screened_exit") - before == 3
         assert (got["status"] & 2).ne(0).sum() == fell
 
 
@@ -207,7 +201,7 @@ def test_a_screen_is_three_launches():
 def test_what_a_screen_reads(dtype):
     """The copy once; of the head just what is counted, or all of it once for the rows that fell back."""
     launch = screened_launch(4, 128, 5000, dtype, norm=True)
-    moved, rechecked = kernels.traffic(launch), launch.tensors["screen_rechecked"]
+    moved, rechecked = kernels.traffic(launch), launch.tensors["rechecked"]
     head = launch.tensors["head"]
     assert moved["screen_values"].read == head.numel()
     assert moved["head"].read == int(rechecked.sum()) * 128 * head.element_size() < 0.2 * head.nbytes
@@ -226,7 +220,7 @@ def test_a_screen_answers_nearly_always(dtype):
     got, expected = outputs_of(launch), outputs_of(whole(launch))
     assert_same({name: got[name] for name in ("token", *DECISION)}, {n: expected[n] for n in ("token", *DECISION)})
     assert (got["status"] != 0).sum() <= 1
-    assert got["screen_rechecked"].float().median() <= 0.02 * 4000
+    assert got["rechecked"].float().median() <= 0.02 * 4000
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

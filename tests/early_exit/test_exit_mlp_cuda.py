@@ -11,7 +11,7 @@ import torch
 
 from specdec_ops import exit_mlp, kv_propagate
 from specdec_ops._core import dispatch
-from tests.emulator import accept_kernels, build, draft_kernels, kernels
+from tests.emulator import build, kernels
 from tests.emulator.checks import (
     NO_FENCE,
     SANITIZERS,
@@ -28,18 +28,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 POISON = 7.5
 
 
-def launch_of(function, make_launch):
-    """The launch of a call of a public op, not run, with outputs that nobody has written."""
-    found = []
-
-    def implementation(*arguments):
-        found.append(make_launch(*arguments))
-
-    with mock.patch.object(dispatch, "resolve", lambda *_, **__: implementation):
-        function()
-    return found[0]
-
-
 def normal(*shape, seed=0):
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
 
@@ -54,11 +42,11 @@ def model(sizes, dtype=torch.float32):
 
 def mlp_launch(rows, sizes, dtype=torch.float32, threshold=0.5, features=None):
     features = normal(rows, sizes[0]).to(dtype) if features is None else features
-    return launch_of(lambda: exit_mlp(features, model(sizes, dtype), threshold), draft_kernels.mlp_launch)
+    return kernels.launch_of(lambda: exit_mlp(features, model(sizes, dtype), threshold))
 
 
 def scores(launch):
-    accept_kernels.run(launch)
+    kernels.run(launch)
     return launch.tensors["score"]
 
 
@@ -90,7 +78,7 @@ def test_layers_of_several_dtypes():
     (first, a), (second, b), (third, c) = model((48, 32, 16, 1))
     layers = [(first.half(), a), (second, b), (third.bfloat16(), c)]
     features = normal(5, 48).bfloat16()
-    launch = launch_of(lambda: exit_mlp(features, layers), draft_kernels.mlp_launch)
+    launch = kernels.launch_of(lambda: exit_mlp(features, layers))
     exact = [(weight.double(), bias) for weight, bias in layers]
     want, _ = exit_mlp(features.double(), exact, backend="torch")
     torch.testing.assert_close(scores(launch), want.float(), rtol=0, atol=3e-6)
@@ -113,7 +101,7 @@ def test_stop_is_of_all_blocks_of_rows():
         if above is not None:
             rows[above] = 9.0
         layers = [(torch.ones(1, 4), torch.zeros(1))]
-        launch = launch_of(lambda rows=rows, layers=layers: exit_mlp(rows, layers), draft_kernels.mlp_launch)
+        launch = kernels.launch_of(lambda rows=rows, layers=layers: exit_mlp(rows, layers))
         scores(launch)
         assert launch.tensors["stop"].tolist() == [above is None]
 
@@ -127,25 +115,25 @@ def test_more_rows_than_scratch_is_for_take_another_launch():
     for above in (True, False):
         if not above:
             features[3] = -1.0
-        launch = launch_of(lambda: exit_mlp(features, layers), draft_kernels.mlp_launch)
-        before = accept_kernels.launches("exit_mlp")
+        launch = kernels.launch_of(lambda: exit_mlp(features, layers))
+        before = kernels.launches("exit_mlp")
         want = torch.sigmoid(features[:, 0].relu())
         torch.testing.assert_close(scores(launch), want, rtol=0, atol=3e-6)
-        assert accept_kernels.launches("exit_mlp") == before + 2
+        assert kernels.launches("exit_mlp") == before + 2
         assert launch.tensors["stop"].tolist() == [not above]
 
 
 def test_exit_mlp_is_one_launch_that_reads_the_weights_once():
     """Once for each block of 4 rows (8 with more than 16 rows); those of the third layer on, once for each row."""
     for rows, blocks in ((1, 1), (4, 1), (20, 3)):
-        before = accept_kernels.launches("exit_mlp")
+        before = kernels.launches("exit_mlp")
         launch = mlp_launch(rows, (256, 128, 64, 1), torch.bfloat16)
         scores(launch)
-        assert accept_kernels.launches("exit_mlp") == before + 1
+        assert kernels.launches("exit_mlp") == before + 1
         traffic = kernels.traffic(launch)
-        for name in ("layers0_weight", "layers1_weight"):
+        for name in ("weights[0]", "weights[1]"):
             assert traffic[name].read == blocks * launch.tensors[name].nbytes
-        assert traffic["layers2_weight"].read == blocks * (4 if rows <= 16 else 8) * 64 * 2
+        assert traffic["weights[2]"].read == blocks * (4 if rows <= 16 else 8) * 64 * 2
 
 
 def caches(layers, dtype, *shape):
@@ -219,11 +207,11 @@ def test_kv_shapes(name, dtype):
 
 
 def kv_launch(call, pair):
-    return launch_of(lambda: kv_propagate(**call, k_caches=pair[0], v_caches=pair[1]), draft_kernels.kv_launch)
+    return kernels.launch_of(lambda: kv_propagate(**call, k_caches=pair[0], v_caches=pair[1]))
 
 
 def run_kv(call, pair):
-    with mock.patch.object(dispatch, "resolve", lambda *_, **__: draft_kernels.kv_propagate):
+    with mock.patch.object(dispatch, "resolve", lambda *_: kernels.IMPLEMENTATIONS["kv_propagate"]):
         kv_propagate(**call, k_caches=pair[0], v_caches=pair[1])
 
 
@@ -245,17 +233,17 @@ def test_kv_propagate_is_a_launch_for_32_layers_that_reads_weights_once():
     for layers, launches in ((3, 1), (33, 2)):
         call = kv_call(4, layers, 1, 16, 16, torch.bfloat16)
         pair = caches(layers, torch.bfloat16, 1, 6, 1, 16)
-        before = accept_kernels.launches("kv_propagate")
+        before = kernels.launches("kv_propagate")
         run_kv(call, pair)
-        assert accept_kernels.launches("kv_propagate") == before + launches
+        assert kernels.launches("kv_propagate") == before + launches
         assert all((cache[0, call["slots"].long()] != POISON).all() for cache in pair[0] + pair[1])
     call = kv_call(4, 3, 4, 16, 264, torch.bfloat16)
     launch = kv_launch(call, caches(3, torch.bfloat16, 1, 6, 4, 16))
     traffic = kernels.traffic(launch)
     for layer in range(3):
-        for name in (f"layers{layer}_k_weight", f"layers{layer}_v_weight"):
+        for name in (f"k_weights[{layer}]", f"v_weights[{layer}]"):
             assert traffic[name].read == launch.tensors[name].nbytes
-        written = [traffic[f"layers{layer}_{part}_cache"] for part in "kv"]
+        written = [traffic[f"{part}_caches[{layer}]"] for part in "kv"]
         assert all(each.read == 0 and each.written == 4 * 4 * 16 * 2 for each in written)
 
 

@@ -10,6 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from specdec_ops._core import loader
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parent.parent
 OUTPUT = Path("build", "emulator")  # of ROOT
@@ -27,18 +29,18 @@ EMULATOR_FLAGS = {"plain": ["-O2"], "address": SANITIZERS["address"], "thread": 
 SHARED = ["-shared", "-Wl,-Bsymbolic"]
 PROGRAMS = ["planted_bugs", "device_names"]
 EMULATOR = ["emulator", "shared_memory", "fiber", "collectives"]
-# Parameters of each op's launcher, which is OP_cuda. Its sources are csrc/*/cuda/**/OP*.cu, and those of an op it
+# Parameters of each op, whose launcher is OP_cuda. Its sources are csrc/*/cuda/**/OP*.cu, and those of an op it
 # calls.
 OPS = {
     "build_topology": "BuildTopologyParams",
     "merge_states": "MergeStatesParams",
     "tree_attention": "TreeAttentionParams",
-    "accept": "AcceptLaunch",
-    "sample": "SampleLaunch",
-    "exit_confidence": "ExitLaunch",
-    "bounded_exit": "BoundedLaunch",
-    "screened_exit": "ScreenLaunch",
-    "exit_mlp": "MlpLaunch",
+    "accept": "AcceptParams",
+    "sample": "SampleParams",
+    "exit_confidence": "ExitParams",
+    "bounded_exit": "BoundedParams",
+    "screened_exit": "ScreenedParams",
+    "exit_mlp": "MlpParams",
     "kv_propagate": "KvPropagateParams",
 }
 # Ops whose OP_scratch says how much a call needs.
@@ -70,7 +72,7 @@ def why_not():
         return f"there is no C++ compiler {compiler()[0]!r}"
     if find_ninja() is None:
         return "there is no ninja"
-    return None
+    return loader.load()[1]  # the compiled module marshals the calls
 
 
 def ninja_file():

@@ -8,37 +8,18 @@ import torch
 from tests.conftest import poisoned_empty
 
 from . import build, kernels, mutants
-from .accept_kernels import counters_are_zero
+from .kernels import counters_are_zero
 
 SANITIZERS = [sanitizer for sanitizer in build.SANITIZERS if sanitizer != "plain"]
 RACE = "WARNING: ThreadSanitizer: data race"
 # Bugs to plant are (file, the line, what becomes of it). This one is in every kernel whose last block joins the parts.
 NO_FENCE = ("last_block.cuh", "  device_fence();\n  team.sync();", "  team.sync();")
 
-_STATE = ("out", "lse")
-_EXIT = ("token", "max_prob", "margin", "entropy", "logsumexp", "status")
-_OUTPUTS = {
-    "build_topology": ("parents_out", "depths", "ancestors", "first_child", "next_sibling", "num_nodes_out", "status"),
-    "merge_states": _STATE,
-    "tree_attention": _STATE,
-    "accept": ("tokens", "status", "path", "num_accepted", "next_tokens", "finished"),
-    "sample": ("tokens", "status", "logprobs", "logsumexp"),
-    "exit_confidence": _EXIT,
-    "bounded_exit": (*_EXIT, "seen"),
-    "screened_exit": (*_EXIT, "screen_rechecked"),
-    "exit_mlp": ("score", "stop"),
-}
-_ASKED_FOR = ("exited", "active_rows", "inverse", "num_active", "top_tokens", "top_logprobs")  # outputs of some calls
-
 
 def outputs(launch, tensors=None):
     """The outputs of a launch that was run: {name: a copy}. `tensors` may be those of a replay."""
     tensors = launch.tensors if tensors is None else tensors
-    if launch.op == "kv_propagate":
-        names = [name for name in tensors if name.endswith("_cache")]
-    else:
-        names = [*_OUTPUTS[launch.op], *(name for name in _ASKED_FOR if name in tensors)]
-    return {name: tensors[name].clone() for name in names}
+    return {name: tensors[name].clone() for name in launch.output_names}
 
 
 def assert_same(got, expected):
@@ -64,8 +45,7 @@ def assert_order_changes_nothing(launch, seeds):
     expected = outputs(first)
     for order, seed in [("reverse", 0), *(("random", seed) for seed in range(seeds))]:
         again = copy.deepcopy(launch)
-        if "scratch" in again.tensors:
-            again.tensors["scratch"].fill_(seed)
+        again.tensors["scratch"].fill_(seed)
         kernels.run(again, order, seed)
         assert counters_are_zero(again.tensors)
         assert_same(outputs(again), expected)

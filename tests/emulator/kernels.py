@@ -1,164 +1,228 @@
-"""The CUDA launchers, emulated: the backend "cuda-emulated" of the tests, and replays under a sanitizer."""
+"""The CUDA launchers, emulated: the backend "cuda-emulated" of the tests, and replays under a sanitizer.
+
+Calls are marshalled by the compiled module, as in production. A call of a public op goes through `_core.native` to an
+object that stands in for the module: it takes the parameters that the module makes, and the memory that `_core.native`
+gives, to the emulated launcher.
+"""
 
 import contextlib
 import ctypes
 import functools
-import re
 import struct
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 
-from specdec_ops._core import dispatch
-from specdec_ops._core.native import MAX_SLOTS
+from specdec_ops._core import dispatch, loader, native
 
 from . import build
 
 BACKEND = "cuda-emulated"
 ORDERS = {"forward": 0, "reverse": 1, "random": 2}
-DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_C_TYPES = {
-    "int32_t": ctypes.c_int32,
-    "int64_t": ctypes.c_int64,
-    "uint64_t": ctypes.c_uint64,
-    "float": ctypes.c_float,
-    "bool": ctypes.c_bool,
-}
-_COUNTS = {"kMaxEos": 8, "kMaxLayers": 8, "kMaxParts": 16, "kMaxKvLayers": 32}
-_PREFIXES = {"draft_sampling": "draft_", "ScreenedParams": "screen_"}  # of the fields of a structure in another one
-_HEADERS = ("*/params.h", "*/cuda/*_launch.h")
+MULTIPROCESSORS = 2  # few, so that blocks have several tiles
+PATHS = {"auto": 0, "lazy": 1, "eager": 2}  # AcceptPath
 
 
-class Launch(NamedTuple):
-    """A call of an op's launcher: the tensors that its parameters point to, by name, and the other parameters."""
+class Launch:
+    """A call of an op's launcher that can be run again, in any order, and changed.
 
-    op: str
-    tensors: dict
-    numbers: dict
+    tensors: those of the contract by name, the ones in a list as NAME[0], NAME[1], ...; and scratch and counters. They
+    may be replaced.
+    """
 
+    def __init__(self, op: str, arguments: tuple, outputs: tuple, *, multiprocessors=MULTIPROCESSORS, path="auto"):
+        """With scratch of just the size that the call needs, which may hold anything, and counters of zeros."""
+        self.op = op
+        self._contract = (arguments, outputs)
+        self._settings = (multiprocessors, PATHS[path])
+        self.tensors = {name: tensor for part in self._contract for name, tensor in tensors_of(part)}
+        self.output_names = [name for name, _ in tensors_of(outputs)]
+        scratch_bytes, counters = scratch_sizes(op, self.call())
+        self.tensors["scratch"] = torch.full((scratch_bytes,), 0xFF, dtype=torch.uint8)
+        self.tensors["counters"] = torch.zeros(counters, dtype=torch.int32)
 
-def build_topology_launch(
-    parents, num_nodes, parents_out, depths, ancestors, first_child, next_sibling, num_nodes_out, status
-):
-    tensors = dict(locals())
-    return Launch("build_topology", tensors, dict(zip(("batch", "nodes", "words"), ancestors.shape, strict=True)))
+    @property
+    def arguments(self) -> tuple:
+        """With the tensors as they are now."""
+        return self._renewed(self._contract[0])
 
+    @property
+    def outputs(self) -> tuple:
+        """The same."""
+        return self._renewed(self._contract[1])
 
-def merge_states_launch(out_a, lse_a, out_b, lse_b, out, lse):
-    tensors = dict(locals())
-    numbers = {"rows": lse.numel(), "dim": out.shape[-1], "dtype": DTYPES[out.dtype]}
-    return Launch("merge_states", tensors, numbers)
+    def call(self) -> bytes:
+        """As specdec_run takes it."""
+        memory = (self._address("scratch"), self._address("counters"))
+        return call_of(self.op, params_of(self.op, self.arguments, self.outputs), *memory, *self._settings)
 
+    def places(self, call: bytes, name: str) -> list[int]:
+        """Where in a call the pointers to a tensor are."""
+        if name in ("scratch", "counters"):
+            return [memory_offset(call) + ("scratch", "counters").index(name) * 8]
+        address = self._address(name)
+        pointers = (place for _, place, _, is_pointer in fields(self.op) if is_pointer)
+        return [place for place in pointers if address and struct.unpack_from("<Q", call, place)[0] == address]
 
-def tree_attention_launch(
-    q, k_cache, v_cache, ancestors, depths, num_nodes, offsets, context_lens, page_table, query_starts, query_start,
-    max_queries, scale, window, softcap, sinks, alibi_slopes, out_scale, num_splits, out, lse,
-):  # fmt: skip
-    """With scratch of just the size that the call needs, which may hold anything, and counters of zeros."""
-    given = dict(locals())
-    tensors = {name: value for name, value in given.items() if isinstance(value, torch.Tensor)}
-    own = {name: given[name] for name in ("query_start", "scale", "window", "softcap", "out_scale", "num_splits")}
-    for name, tensor in (("q", q), ("out", out), ("k", k_cache), ("v", v_cache)):
-        strides = tensor.stride()[:-1] if tensor.dim() == 4 else (0, *tensor.stride()[:-1])
-        middle = "row" if name in ("q", "out") else "slot"
-        own |= dict(zip((f"{name}_stride_{axis}" for axis in ("batch", middle, "head")), strides, strict=True))
-    sizes = {"batch": context_lens.shape[0], "queries": q.shape[-3], "heads": q.shape[-2], "dim": q.shape[-1]}
-    sizes |= {"kv_heads": k_cache.shape[2], "slots": min(k_cache.shape[1], MAX_SLOTS), "topology_batch": 1}
-    sizes |= {"dtype": DTYPES[q.dtype], "float8_cache": k_cache.dtype == torch.float8_e4m3fn}
-    if page_table is not None:
-        pages, page_size = k_cache.shape[:2]
-        sizes |= {"slots": min(page_table.shape[1] * page_size, MAX_SLOTS), "pages": pages, "page_size": page_size}
-        sizes["page_table_stride"] = page_table.stride(0)
-    if ancestors is not None:
-        sizes |= dict(zip(("topology_batch", "nodes", "words"), ancestors.shape, strict=True))
-    launch = Launch("tree_attention", tensors, {**own, **sizes})
-    floats, counters = scratch_sizes(launch)
-    tensors["scratch"] = torch.full((floats,), float("nan"))
-    tensors["counters"] = torch.zeros(counters, dtype=torch.int32)
-    return launch
+    def _address(self, name: str) -> int:
+        return self.tensors[name].data_ptr() if name in self.tensors else 0
 
-
-def scratch_sizes(launch):
-    """What tree_attention_scratch says of a call."""
-    sizes = (ctypes.c_int64 * 2)()
-    library("tree_attention", "tree_attention").specdec_scratch(ctypes.byref(params_of(launch)), sizes)
-    return tuple(sizes)
+    def _renewed(self, part: tuple) -> tuple:
+        changed = {}
+        for field, value in part._asdict().items():
+            if isinstance(value, torch.Tensor):
+                changed[field] = self.tensors[field]
+            elif is_list_of_tensors(value):
+                changed[field] = [self.tensors[f"{field}[{index}]"] for index in range(len(value))]
+        return part._replace(**changed)
 
 
-# The signature that all backends of an op share.
-def build_topology(*arguments):
-    run(build_topology_launch(*arguments))
+def is_list_of_tensors(value) -> bool:
+    return isinstance(value, list | tuple) and len(value) > 0 and isinstance(value[0], torch.Tensor)
 
 
-def merge_states(*arguments):
-    run(merge_states_launch(*arguments))
+def tensors_of(part: tuple):
+    """(name, tensor) of the arguments or outputs of a call."""
+    for field, value in part._asdict().items():
+        if isinstance(value, torch.Tensor):
+            yield field, value
+        elif is_list_of_tensors(value):
+            yield from ((f"{field}[{index}]", tensor) for index, tensor in enumerate(value))
 
 
-def tree_attention(*arguments):
-    """Refuses what dispatch refuses for the backend "cuda"."""
-    q, k_cache, v_cache, *_, out, _ = arguments
-    aligned = dispatch._is_aligned(q, k_cache, v_cache, out)
-    if reason := dispatch.attention_refusal("cuda", q.dtype, q.shape[-1], k_cache.dtype, aligned):
-        raise RuntimeError(reason)
-    launch = tree_attention_launch(*arguments)
-    run(launch)
-    assert not launch.tensors["counters"].any()
+def launch_of(call: Callable, **settings) -> Launch:
+    """The last launch that a call of a public op makes, not run, with outputs that nobody has written."""
+    found = []
+
+    def resolve(op, *_):
+        return lambda arguments, outputs: found.append(Launch(op, arguments, outputs, **settings))
+
+    with mock.patch.object(dispatch, "resolve", resolve):
+        call()
+    return found[-1]
 
 
-IMPLEMENTATIONS = {"build_topology": build_topology, "merge_states": merge_states, "tree_attention": tree_attention}
+def params_of(op: str, arguments: tuple, outputs: tuple) -> bytes:
+    """The launcher's parameters, as the compiled module makes them."""
+    return getattr(loader.load()[0], f"{op}_params")(arguments, outputs)
 
 
 @functools.cache
-def params_type(op):
-    """The ctypes structure of an op's parameters, read from the headers in csrc."""
-    return type(build.OPS[op], (ctypes.Structure,), {"_fields_": fields_of(build.OPS[op])})
+def fields(op: str) -> list[tuple]:
+    """The fields of an op's parameters: [(name, offset, bytes, whether it is a pointer)]"""
+    return getattr(loader.load()[0], f"{op}_fields")()
 
 
-def fields_of(struct, prefix=""):
-    """The fields of a structure, and in their places those of the structures in it: [(name, type)]
+def call_of(op: str, params: bytes, scratch: int, counters: int, multiprocessors: int, path: int) -> bytes:
+    """Parameters and memory in one piece: GivenCall in entry.cpp."""
+    padding = bytes(-len(params) % 8)
+    return params + padding + struct.pack("<QQii", scratch, counters, multiprocessors, path)
 
-    A PerRequest is a pointer NAMEs and a number NAME. The third of an array of structures has fields NAME2_*.
-    """
-    text = "".join(path.read_text() for header in _HEADERS for path in (build.ROOT / "csrc").glob(header))
-    body = re.search(rf"struct {struct} \{{(.*?)\n\}};", re.sub(r"//.*", "", text), re.DOTALL)[1]
-    fields = []
-    for declaration in filter(None, map(str.strip, body.split(";"))):
-        kind, names = re.fullmatch(r"(?:const )?(\w+(?:<\w+>)?\*?) (.*)", declaration, re.DOTALL).groups()
-        for name in (prefix + name.strip() for name in names.split(",")):
-            name, _, count = name.rstrip("]").partition("[")
-            if kind.endswith("*"):
-                fields.append((name, ctypes.c_void_p))
-            elif kind.startswith("PerRequest"):
-                fields += [(f"{name}s", ctypes.c_void_p), (name, _C_TYPES[kind[len("PerRequest<") : -1]])]
-            elif kind.endswith("Params"):
-                fields += fields_of(kind, _PREFIXES.get(name, _PREFIXES.get(kind, "")))
-            elif kind.endswith("Layer"):
-                for index in range(_COUNTS[count]):
-                    fields += fields_of(kind, f"{name}{index}_")
-            elif count:
-                fields.append((name, _C_TYPES[kind] * (_COUNTS.get(count) or int(count))))
-            else:
-                fields.append((name, _C_TYPES.get(kind, ctypes.c_int32)))  # others are enums
-    return fields
+
+def memory_offset(call: bytes) -> int:
+    return len(call) - struct.calcsize("<QQii")
+
+
+def scratch_sizes(op: str, call: bytes) -> tuple[int, int]:
+    """Bytes of scratch, and counters, that a call needs."""
+    sizes = (ctypes.c_int64 * 2)()
+    library(op, op).specdec_scratch(call, sizes)
+    return tuple(sizes)
+
+
+def counters_are_zero(tensors: dict) -> bool:
+    """As every call leaves them."""
+    return not tensors["counters"].any()
+
+
+def launches(op: str) -> int:
+    """Kernels that this op's library has launched so far."""
+    return library(op, op).specdec_launches()
+
+
+class EmulatedModule:
+    """Stands in for the compiled module: OP_cuda runs the emulated launcher of OP."""
+
+    def __init__(self, **settings):
+        self._settings = settings
+
+    def __getattr__(self, name: str):
+        op = name.removesuffix("_cuda")
+        if op == name:
+            raise AttributeError(name)
+        return functools.partial(self._launch, op)
+
+    def _launch(self, op, arguments, outputs, memory, device, stream, path=0):
+        assert (device, stream) == EmulatedDevice().stream(None)
+        settings = (self._settings.get("multiprocessors", MULTIPROCESSORS), path)
+        params = params_of(op, arguments, outputs)
+        scratch_bytes, count = scratch_sizes(op, call_of(op, params, 0, 0, *settings))
+        scratch = counters = 0
+        if scratch_bytes or count:
+            scratch, counters = memory(scratch_bytes, count)
+        run_call(op, call_of(op, params, scratch, counters, *settings))
+        left = bytes((ctypes.c_char * (4 * count)).from_address(counters)) if count else b""
+        assert not any(left), f"{op} leaves counters that are not zero"
+
+
+class EmulatedDevice(native.Device):
+    """The one stream of a device that is none."""
+
+    def stream(self, device):
+        return 0, 0
+
+    def is_capturing(self, device):
+        return False
+
+
+def implementation(op: str, **settings) -> Callable:
+    """An op's implementation, from `_core.native` to the emulated launcher."""
+    run_op = native.cuda(op, EmulatedModule(**settings), EmulatedDevice())
+
+    def checked(arguments, outputs, **options):
+        if op == "tree_attention":  # refuses what dispatch refuses for the backend "cuda"
+            q, k_cache = arguments.q, arguments.k_cache
+            aligned = dispatch._is_aligned(q, k_cache, arguments.v_cache, outputs.out)
+            if reason := dispatch.attention_refusal("cuda", q.dtype, q.shape[-1], k_cache.dtype, aligned):
+                raise RuntimeError(reason)
+        run_op(arguments, outputs, **options)
+
+    return checked
+
+
+IMPLEMENTATIONS = {op: implementation(op) for op in build.OPS}
+
+
+def run_call(op: str, call: bytes, order="forward", seed=0, library_name=None):
+    """Emulate a call in this process. Raises RuntimeError for whatever the kernel does wrong."""
+    loaded = library(library_name or op, op)
+    assert len(call) == loaded.specdec_call_bytes(), "the compiled module is older than the sources; build it"
+    message = loaded.specdec_run(call, ORDERS[order], seed)
+    if message is not None:
+        raise RuntimeError(f"{op} on the emulator: {message.decode()}")
+
+
+def run(launch, order="forward", seed=0, library_name=None):
+    """Emulate a launch in this process. Raises RuntimeError for whatever the kernel does wrong."""
+    run_call(launch.op, launch.call(), order, seed, library_name)
+    assert counters_are_zero(launch.tensors), "the counters are not back at zero"
 
 
 @functools.cache
 def library(name, op):
     """A library of an op, with the types of its functions."""
     loaded = ctypes.CDLL(build.made(f"{name}.so"))
-    loaded.specdec_params_bytes.restype = ctypes.c_size_t
+    loaded.specdec_call_bytes.restype = ctypes.c_size_t
     loaded.specdec_launches.restype = ctypes.c_uint64
+    loaded.specdec_scratch.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)]
+    loaded.specdec_scratch.restype = None
     loaded.specdec_run.restype = ctypes.c_char_p
-    loaded.specdec_run.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_uint64]
-    assert loaded.specdec_params_bytes() == ctypes.sizeof(params_type(op))
+    loaded.specdec_run.argtypes = [ctypes.c_char_p, ctypes.c_int, ctypes.c_uint64]
     return loaded
-
-
-def params_of(launch):
-    addresses = {name: tensor.data_ptr() for name, tensor in launch.tensors.items() if tensor is not None}
-    return params_type(launch.op)(**addresses, **launch.numbers)
 
 
 @contextlib.contextmanager
@@ -171,14 +235,6 @@ def small_device(op):
         yield
     finally:
         grant(227 * 1024)
-
-
-def run(launch, order="forward", seed=0, library_name=None):
-    """Emulate a launch in this process. Raises RuntimeError for whatever the kernel does wrong."""
-    params = params_of(launch)
-    message = library(library_name or launch.op, launch.op).specdec_run(ctypes.byref(params), ORDERS[order], seed)
-    if message is not None:
-        raise RuntimeError(f"{launch.op} on the emulator: {message.decode()}")
 
 
 def extent(tensor):
@@ -229,15 +285,14 @@ def replay(launch, sanitizer, program=None):
         RuntimeError: the emulator or the sanitizer found something wrong, or orders differ in their result.
     """
     tensors = {name: tensor for name, tensor in launch.tensors.items() if tensor is not None}
-    kind = params_type(launch.op)
-    params = bytes(kind(**launch.numbers))
+    call = launch.call()
     sharing = {}  # {address: the names of the tensors there}
     for name, tensor in tensors.items():
         sharing.setdefault(tensor.data_ptr() or name, []).append(name)  # an empty tensor may have no address
-    parts = [numbers(len(params)), params, numbers(len(sharing))]
+    parts = [numbers(len(call)), call, numbers(len(sharing))]
     for names in sharing.values():
         content = bytes_of(tensors[names[0]])
-        places = [getattr(kind, name).offset for name in names]
+        places = sorted({place for name in names for place in launch.places(call, name)})
         parts += [numbers("scratch" not in names, len(places), *places, len(content)), content]
     with tempfile.TemporaryDirectory() as folder:
         file, results = Path(folder, "launch"), Path(folder, "results")

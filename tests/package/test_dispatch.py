@@ -75,7 +75,7 @@ def test_auto_on_cpu_takes_cpu_then_torch(op, monkeypatch):
     """And never Triton, even under its interpreter."""
     tensor = torch.zeros(2, 64)
     if loader.load()[0] is not None:
-        assert chosen(op, tensor) == dispatch.IMPLEMENTATIONS[op]["cpu"]
+        assert chosen(op, tensor) == f"specdec_ops._core.native:{op}_cpu"
     monkeypatch.setattr(loader, "load", lambda: (None, "not built"))
     dispatch.forget()
     assert chosen(op, tensor) == dispatch.IMPLEMENTATIONS[op]["torch"]
@@ -103,8 +103,7 @@ def test_the_op_reports_it_too(without_compiled_kernels):
 def test_reasons():
     """One for each way of not being available."""
     for op in OPS:
-        there = "cuda" in dispatch.IMPLEMENTATIONS[op]
-        assert ("it takes CUDA tensors" if there else f"there is no cuda kernel for {op} yet") in backends(op)["cuda"]
+        assert "it takes CUDA tensors" in backends(op)["cuda"]
     if not HAS_GPU:
         assert backends("merge_states", "cuda")["cuda"] == "PyTorch sees no CUDA device"
         assert backends("merge_states", "cuda")["triton"] == "PyTorch sees no CUDA device"
@@ -218,6 +217,6 @@ def test_alignment():
 
 @pytest.mark.parametrize("op", OPS)
 def test_every_implementation_can_be_imported(op):
-    """The table names functions that exist."""
-    for backend in dispatch.IMPLEMENTATIONS[op]:
+    """The table names functions that exist, and the compiled module has the op."""
+    for backend in (*dispatch.IMPLEMENTATIONS[op], *(["cpu"] if loader.load()[0] else [])):
         assert callable(dispatch._load(op, backend))

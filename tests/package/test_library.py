@@ -9,8 +9,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from specdec_ops import AttentionState, Tree, build_topology, merge_states, tree_attention
 from specdec_ops._core import library
-from specdec_ops.ops.early_exit import library as early_exit
-from specdec_ops.ops.kv import library as kv
 from tests.attention.attention_cases import make_case, random_tree
 from tests.harness.public_calls import CALLS, run
 
@@ -124,13 +122,13 @@ def test_direct_calls_and_operators_agree():
     assert torch.equal(out, wanted.out)
 
 
-def test_what_takes_the_short_cut():
+def test_what_bypasses_the_dispatcher():
     plain = torch.zeros(2)
-    assert library.short_cut(plain, None, torch.nn.Parameter(plain))
-    assert not library.short_cut(plain, plain.as_subclass(Marked))
+    assert library.may_bypass_dispatcher((plain, None, torch.nn.Parameter(plain)))
+    assert not library.may_bypass_dispatcher((plain, plain.as_subclass(Marked)))
     with FakeTensorMode() as mode:
-        assert not library.short_cut(plain)
-    assert not library.short_cut(mode.from_tensor(plain))
+        assert not library.may_bypass_dispatcher((plain,))
+    assert not library.may_bypass_dispatcher((mode.from_tensor(plain),))
 
 
 def test_fake_tensors():
@@ -245,9 +243,13 @@ TENSORS = [
 @pytest.mark.parametrize(("name", "argument"), TENSORS)
 def test_no_tensor_of_a_call_is_overlooked(name, argument, monkeypatch):
     """A single argument that is more than a plain tensor, also an optional one, sends the call through the operator."""
-    short_cut, plain = library.short_cut, []
-    for module in (library, early_exit, kv):
-        monkeypatch.setattr(module, "short_cut", lambda *tensors: plain.append(short_cut(*tensors)) or plain[-1])
+    plain, bypass = [], library.Operator.bypass_dispatcher
+
+    def watched(*arguments):
+        plain.append(bypass(*arguments))
+        return plain[-1]
+
+    monkeypatch.setattr(library.Operator, "bypass_dispatcher", watched)
     run(name, backend="cpu")
     run(name, **{argument: CALLS[name].arguments[argument].as_subclass(Marked)}, backend="cpu")
     assert plain == [True, False]

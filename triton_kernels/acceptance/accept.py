@@ -132,47 +132,45 @@ def accept_kernel(
         accept_walk(request, bits, RULE, IDS, REPLACEMENT, CHILD_ROWS, FILTER, DRAFT_FILTER, BLOCK)
 
 
-def accept(
-    rule, target, draft_tokens, draft_logits, target_to_draft, first_child, next_sibling, num_nodes, temperature,
-    temperatures, top_k, top_ks, top_p, top_ps, draft_temperature, draft_temperatures, draft_top_k, draft_top_ks,
-    draft_top_p, draft_top_ps, seed, seeds, position, positions, eos, thresholds, replacement, child_rows, tokens,
-    nodes, num_accepted, next_tokens, status, finished,
-) -> None:  # fmt: skip
+def accept(arguments, outputs) -> None:
     """Accept drafted tokens by one of RULES, on checked arguments; reference_accept.py defines the result.
 
-    target [batch, nodes, vocab] logits, or for "greedy" int32 ids [batch, nodes]; draft_tokens int32 [batch, nodes], or
-    [batch, nodes - 1] for a chain, which is first_child None; draft_logits [batch, rows, draft_vocab] or None;
-    target_to_draft int32 [vocab] or None; first_child, next_sibling int32 [batch or 1, nodes]; num_nodes int32
-    [batch or 1]. Logits have a unit last stride. Each setting is a number, used where its tensor [batch] is None.
-    eos: up to 8 tokens. Outputs are contiguous: tokens, nodes int32 [batch, max_depth + 1], num_accepted, status int32
-    [batch], next_tokens int32 [batch, width] or [batch], finished bool [batch].
+    What the arguments and outputs are is told in specdec_ops/ops/acceptance/contract.py.
     """
+    rule, target, draft_tokens, first_child = (
+        arguments.rule, arguments.target, arguments.draft_tokens, arguments.first_child
+    )  # fmt: skip
+    top_k, top_p, draft_top_k, draft_top_p = (
+        arguments.top_k, arguments.top_p, arguments.draft_top_k, arguments.draft_top_p
+    )  # fmt: skip
+    tokens, next_tokens = outputs.tokens, outputs.next_tokens
     batch, depths = tokens.shape
-    if batch == 0:
-        return
     ids = target.dim() == 2
     columns, size = target.shape[1], 2**31 - 1 if ids else target.shape[2]
     block, words, scratch = 64, 0, None
     if not ids:
         block, words = sample.block_of(size), (size + 31) // 32 + columns * NODE_WORDS.value
         scratch = torch.empty((batch, words), dtype=torch.int32, device=target.device)
-    draft = None
-    if draft_logits is not None and rule not in ("greedy", "match", "target_only", "typical"):
-        draft = (draft_logits, *draft_logits.stride()[:2], draft_logits.shape[2], target_to_draft)
+    draft = arguments.draft_logits
+    if draft is not None:
+        reads_it = rule not in ("greedy", "match", "target_only", "typical")
+        draft = (draft, *draft.stride()[:2], draft.shape[2], arguments.target_to_draft) if reads_it else None
+    a, (seed_low, seed_high) = arguments, sample.seed_words(arguments.seed or 0)
     with on(target.device):
         accept_kernel[(batch,)](
             (target, *target.stride()[:2], size),
             draft,
-            (draft_tokens, first_child, next_sibling, num_nodes),
-            (temperature, temperatures, top_ks, top_p, top_ps),
-            (draft_temperature, draft_temperatures, draft_top_ks, draft_top_p, draft_top_ps),
-            (seeds, positions),
-            (tokens, nodes, num_accepted, next_tokens, status, finished.view(torch.int8)),
-            scratch, tuple(thresholds), *draft_tokens.stride(), batch_stride(first_child), batch_stride(next_sibling),
-            batch_stride(num_nodes), words, columns, depths - 1, next_tokens.numel() // batch, top_k, draft_top_k,
-            *sample.seed_words(seed or 0), position or 0, *eos, *[-1] * (MAX_EOS - len(eos)),
-            RULE=RULES.index(rule), IDS=ids, REPLACEMENT=replacement, CHILD_ROWS=child_rows,
-            FILTER=sample.filters(top_k, top_ks, top_p, top_ps),
-            DRAFT_FILTER=sample.filters(draft_top_k, draft_top_ks, draft_top_p, draft_top_ps), BLOCK=block,
+            (draft_tokens, first_child, a.next_sibling, a.num_nodes),
+            (a.temperature, a.temperatures, a.top_ks, top_p, a.top_ps),
+            (a.draft_temperature, a.draft_temperatures, a.draft_top_ks, draft_top_p, a.draft_top_ps),
+            (a.seeds, a.positions),
+            (tokens, outputs.nodes, outputs.num_accepted, next_tokens, outputs.status,
+             outputs.finished.view(torch.int8)),
+            scratch, tuple(a.thresholds), *draft_tokens.stride(), batch_stride(first_child),
+            batch_stride(a.next_sibling), batch_stride(a.num_nodes), words, columns, depths - 1,
+            next_tokens.numel() // batch, top_k, draft_top_k, seed_low, seed_high, a.position or 0, *a.eos,
+            *[-1] * (MAX_EOS - len(a.eos)), RULE=RULES.index(rule), IDS=ids, REPLACEMENT=a.replacement,
+            CHILD_ROWS=a.child_rows, FILTER=sample.filters(top_k, a.top_ks, top_p, a.top_ps),
+            DRAFT_FILTER=sample.filters(draft_top_k, a.draft_top_ks, draft_top_p, a.draft_top_ps), BLOCK=block,
             num_warps=sample.warps_of(block),
         )  # fmt: skip

@@ -66,7 +66,7 @@ RESIDUAL_EMPTY = tl.constexpr(8)
 TREE_INVALID = tl.constexpr(16)
 
 LEAST_LEFT = tl.constexpr(2.0**-64)  # of a draft row; what is 2^-62 of that is still a normal number
-MOST_FACTOR = tl.constexpr(2.0**120)  # of a path that is kept with a probability below 2^-50
+MAX_FACTOR = tl.constexpr(2.0**120)  # of a path that is kept with a probability below 2^-50
 
 
 class Model(NamedTuple):

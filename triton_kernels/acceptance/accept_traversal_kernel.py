@@ -25,7 +25,7 @@ from specdec_ops.triton_kernels.common.token_rows import DRAFT_INVALID, TARGET_I
 from .accept_state import (
     ALPHA,
     HEAD,
-    MOST_FACTOR,
+    MAX_FACTOR,
     NODE_WORDS,
     PARENT,
     PROPOSAL,
@@ -122,7 +122,7 @@ def _reject(request, node, child, token, REPLACEMENT: tl.constexpr, CHILD_ROWS: 
                 put_int(state, node, HEAD, head)
             else:
                 factor += get_float(state, node, TERM_FACTOR)
-            put_float(state, head, TERM_FACTOR, tl.minimum(factor, MOST_FACTOR))
+            put_float(state, head, TERM_FACTOR, tl.minimum(factor, MAX_FACTOR))
     w, _ = residual_weight(request, node, head, True, token, True)
     if not is_excluded(request.excluded, token, True):
         exclude(request.excluded, token)

@@ -28,20 +28,15 @@ def filters(top_k, top_ks, top_p, top_ps) -> bool:
     return top_ks is not None or top_ps is not None or top_k > 0 or top_p < 1
 
 
-def sample(
-    logits, draft_to_target, count, replacement, parents, first_parent, domain, temperature, temperatures, top_k,
-    top_ks, top_p, top_ps, seed, seeds, position, positions, tokens, logprobs, logsumexp, status,
-) -> None:  # fmt: skip
+def sample(arguments, outputs) -> None:
     """Draw `count` tokens of every row, on checked arguments.
 
-    logits [batch, rows, vocab] with unit last stride; tokens int32 [batch, rows, count] and, unless None, logprobs
-    float32 alike and logsumexp float32 [batch, rows] are contiguous; status int32 [batch] or [batch, rows] or None.
-    draft_to_target int32 [vocab] or None; parents int32 [batch, rows] or None: first_parent + row. domain "sample" or
-    "draft" says which noise. Each setting is a number, used where its tensor [batch] is None.
+    What they are is told in specdec_ops/ops/acceptance/contract.py. For tests, status may also be [batch, rows] or
+    None.
     """
+    logits, parents, top_k, top_p = arguments.logits, arguments.parents, arguments.top_k, arguments.top_p
+    tokens, logprobs, logsumexp, status = outputs
     batch, rows, size = logits.shape
-    if tokens.numel() == 0:
-        return
     per_row = status is None or status.dim() == 2
     if status is None:
         status = torch.empty((batch, rows), dtype=torch.int32, device=logits.device)
@@ -50,10 +45,11 @@ def sample(
     block = block_of(size)
     with on(logits.device):
         sample_kernel[(rows, batch)](
-            (logits, *logits.stride()[:2], size), draft_to_target, parents,
-            (temperature, temperatures, top_ks, top_p, top_ps), (seeds, positions),
-            (tokens, logprobs, logsumexp, status), *((0, 0) if parents is None else parents.stride()), rows, count,
-            first_parent, top_k, *seed_words(seed or 0), position or 0,
-            REPLACEMENT=replacement, DRAFTING=domain == "draft", FILTER=filters(top_k, top_ks, top_p, top_ps),
+            (logits, *logits.stride()[:2], size), arguments.draft_to_target, parents,
+            (arguments.temperature, arguments.temperatures, arguments.top_ks, top_p, arguments.top_ps),
+            (arguments.seeds, arguments.positions), (tokens, logprobs, logsumexp, status),
+            *((0, 0) if parents is None else parents.stride()), rows, arguments.count, arguments.first_parent, top_k,
+            *seed_words(arguments.seed or 0), arguments.position or 0, REPLACEMENT=arguments.replacement,
+            DRAFTING=arguments.domain == "draft", FILTER=filters(top_k, arguments.top_ks, top_p, arguments.top_ps),
             PER_ROW=per_row, BLOCK=block, num_warps=warps_of(block),
         )  # fmt: skip

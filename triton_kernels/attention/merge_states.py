@@ -42,13 +42,14 @@ def merge_states_kernel(out_a, lse_a, out_b, lse_b, out, lse, rows, DIM: tl.cons
     tl.store(lse + row, joint, mask=inside)
 
 
-def merge_states(out_a, lse_a, out_b, lse_b, out, lse):
+def merge_states(arguments, outputs) -> None:
     """Launch the merge on checked, contiguous arguments: out* [..., heads, dim], lse* float32 [..., heads]."""
+    out, lse = outputs
     rows, dim = lse.numel(), out.shape[-1]
     if rows == 0:
         return
     with on(out.device):
         merge_states_kernel[(triton.cdiv(rows, ROWS),)](
-            out_a, lse_a, out_b, lse_b, out, lse, rows, DIM=dim, PADDED_DIM=triton.next_power_of_2(dim), ROWS=ROWS,
-            num_warps=4, enable_fp_fusion=True,
+            **arguments._asdict(), **outputs._asdict(), rows=rows, DIM=dim, PADDED_DIM=triton.next_power_of_2(dim),
+            ROWS=ROWS, num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip

@@ -19,8 +19,8 @@ from .tree_attention_kernels import merge_parts_kernel, tree_attention_kernel
 MERGE_ROWS = 4
 SCRATCH_BYTES = 256 * 2**20
 LOG2E = 1.4426950408889634
-MOST_INT32 = 2**31 - 1
-MOST_SLOTS = 2**30  # of a request; slots are counted in 32 bits
+MAX_INT32 = 2**31 - 1
+MAX_SLOTS = 2**30  # of a request; slots are counted in 32 bits
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,38 +82,34 @@ def max_parts(kv_heads: int, capacity: int, window: int, num_splits: int, shape:
     return max(1, min(most, triton.cdiv(capacity, shape.chunk)))
 
 
-def tree_attention(
-    q, k_cache, v_cache, ancestors, depths, num_nodes, offsets, context_lens, page_table, query_starts, query_start,
-    max_queries, scale, window, softcap, sinks, alibi_slopes, out_scale, num_splits, out, lse,
-):  # fmt: skip
-    """Launch tree attention on checked arguments. Writes `out` and, unless it is None, `lse`.
+def max_queries_of(arguments) -> int:
+    """The most rows of one request: a packed one has no more than there is room for nodes."""
+    rows = arguments.q.shape[-3]
+    packed = arguments.offsets is not None and arguments.ancestors is not None
+    return min(rows, arguments.ancestors.shape[1]) if packed else rows
 
-    q [batch, queries, heads, dim], or packed [tokens, heads, dim] with offsets int32 [batch + 1]; `out` alike, and
-    lse float32 without dim, contiguous. k_cache, v_cache [batch, slots, kv_heads, dim], or [pages, page_size, kv_heads,
-    dim] with page_table int32 [batch, max_pages]. ancestors int64 [batch or 1, nodes, words], depths int32
-    [batch or 1, nodes], num_nodes int32 [batch or 1]; ancestors None: no tree, a row sees exactly the context.
-    context_lens int32 [batch]. A request's first row is node query_start + query_starts[request] (int32 [batch] or
-    None), and it has at most max_queries rows. sinks, alibi_slopes float32 [heads] or None. window, softcap: 0 turns
-    them off. num_splits: parts per request, 0 lets each request's context length decide.
 
-    Whatever the numbers on the device are, nothing outside of the tensors is read: lengths are clamped to the cache's
-    capacity, offsets to the rows of q, and a page that does not exist reads as zeros.
+def tree_attention(arguments, outputs) -> None:
+    """Launch tree attention on checked arguments; specdec_ops/ops/attention/contract.py tells what they are.
+
+    Writes `out` and, unless it is None, `lse`. Whatever the numbers on the device are, nothing outside of the tensors
+    is read: lengths are clamped to the cache's capacity, offsets to the rows of q, and a page that does not exist reads
+    as zeros.
     """
-    batch, (heads, dim), kv_heads = context_lens.shape[0], q.shape[-2:], k_cache.shape[2]
-    if out.numel() == 0:
-        return
-    if batch == 0 or max_queries == 0:  # a packed q whose rows belong to nobody
-        out.zero_()
-        if lse is not None:
-            lse.fill_(float("-inf"))
-        return
+    q, k_cache, v_cache, page_table = arguments.q, arguments.k_cache, arguments.v_cache, arguments.page_table
+    ancestors, depths, offsets = arguments.ancestors, arguments.depths, arguments.offsets
+    softcap, window, num_splits = arguments.softcap, arguments.window, arguments.num_splits
+    num_nodes = None if ancestors is None else arguments.num_nodes
+    out, lse = outputs
+    batch, (heads, dim), kv_heads = arguments.context_lens.shape[0], q.shape[-2:], k_cache.shape[2]
+    max_queries = max_queries_of(arguments)
     group = heads // kv_heads
     shape = block_shape(max_queries * group, dim, q.element_size(), _major(q.device), page_table is not None)
-    page_size, pages = k_cache.shape[1], min(k_cache.shape[0], MOST_INT32)
+    page_size, pages = k_cache.shape[1], min(k_cache.shape[0], MAX_INT32)
     paging, capacity = 0, page_size
     if page_table is not None:
         paging, capacity = 1 if page_size % shape.slots == 0 else 2, page_table.shape[1] * page_size
-    capacity, page_size = min(capacity, MOST_SLOTS), min(page_size, MOST_INT32)
+    capacity, page_size = min(capacity, MAX_SLOTS), min(page_size, MAX_INT32)
     parts = max_parts(kv_heads, capacity, window, num_splits, shape)
 
     requests, part_out, part_stats = batch, None, None
@@ -127,10 +123,11 @@ def tree_attention(
     queries = (q, 0, *q.stride()[:2]) if offsets is not None else (q, *q.stride()[:3])
     output = (out, 0, *out.stride()[:2], lse) if offsets is not None else (out, *out.stride()[:3], lse)
     scratch = (part_out, part_stats)
+    scale, out_scale, query_start = arguments.scale, arguments.out_scale, arguments.query_start
+    context_lens, query_starts, sinks = arguments.context_lens, arguments.query_starts, arguments.sinks
     scales = (scale / softcap if softcap > 0.0 else scale * LOG2E, softcap * LOG2E, out_scale)
     keys, values = (k_cache, *k_cache.stride()[:3]), (v_cache, *v_cache.stride()[:3])
     dim0, dim1 = split_dim(dim, shape.rows)
-    num_nodes = None if ancestors is None else num_nodes
     num_nodes_stride = batch_stride(num_nodes)
     nodes, words, node_stride = (0, 0, 0) if ancestors is None else (*ancestors.shape[1:], ancestors.stride(1))
     common = dict(CHUNK=shape.chunk, BLOCK_N=shape.slots, WINDOW=window > 0, enable_fp_fusion=True)
@@ -140,7 +137,7 @@ def tree_attention(
             blocks = triton.cdiv(max_queries * group, shape.rows)
             tree_attention_kernel[(count * kv_heads * blocks, parts)](
                 queries, keys, values, output, scratch, scales, ancestors, depths, num_nodes, offsets, context_lens,
-                page_table, query_starts, sinks, alibi_slopes,
+                page_table, query_starts, sinks, arguments.alibi_slopes,
                 batch_stride(ancestors), node_stride, batch_stride(depths), num_nodes_stride,
                 0 if page_table is None else page_table.stride(0),
                 first, batch, heads, max_queries, q.shape[0], nodes, words, capacity, page_size, pages, query_start,

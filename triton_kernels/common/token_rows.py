@@ -31,7 +31,7 @@ DRAFT_INVALID = tl.constexpr(2)
 SETTING_INVALID = tl.constexpr(32)
 # Temperatures further out count as these, see csrc/common/sampling_params.h.
 LEAST_TEMPERATURE = tl.constexpr(1e-20)
-MOST_TEMPERATURE = tl.constexpr(1e20)
+MAX_TEMPERATURE = tl.constexpr(1e20)
 
 
 class Sampling(NamedTuple):
@@ -112,7 +112,7 @@ def is_temperature(temperature):
 def softmax_temperature(temperature):
     """As the early exit ops take it: between the bounds, the lower one where it is none."""
     bounded = tl.where(temperature >= LEAST_TEMPERATURE, temperature, LEAST_TEMPERATURE)
-    return tl.minimum(bounded, MOST_TEMPERATURE)
+    return tl.minimum(bounded, MAX_TEMPERATURE)
 
 
 @triton.jit
@@ -123,7 +123,7 @@ def request_sampling(settings, top_k, request):
     k = request_setting(top_k, top_ks, request)
     p = tl.full([], 0.0, tl.float32) + request_setting(top_p, top_ps, request)
     bits = tl.where(is_temperature(given) & (p == p), 0, SETTING_INVALID)
-    bounded = tl.where(given >= LEAST_TEMPERATURE, tl.minimum(given, MOST_TEMPERATURE), 0.0)
+    bounded = tl.where(given >= LEAST_TEMPERATURE, tl.minimum(given, MAX_TEMPERATURE), 0.0)
     return Sampling(bounded, k, p), bits
 
 

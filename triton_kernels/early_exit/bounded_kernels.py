@@ -36,8 +36,8 @@ KNOWN = tl.constexpr(4)
 
 ROOM = tl.constexpr(1e-4)
 LEAD_ROOM = tl.constexpr(1e-6)
-MOST_ABOVE = tl.constexpr(600.0)
-MOST_PRODUCT = tl.constexpr(1e30)  # of lengths, above which a float32 sum might overflow
+MAX_ABOVE = tl.constexpr(600.0)
+MAX_PRODUCT = tl.constexpr(1e30)  # of lengths, above which a float32 sum might overflow
 BIAS_BLOCK = tl.constexpr(512)
 
 
@@ -90,7 +90,7 @@ def _ceiling(bounds, norm, most_bias):
     floor = tl.load(bounds + 3).to(tl.float64)
     product = by_length * norm.to(tl.float64) + floor
     # Before its scale a sum with an int8 head may be as large as the length allows.
-    bounded = (product < MOST_PRODUCT) & (length < MOST_PRODUCT)
+    bounded = (product < MAX_PRODUCT) & (length < MAX_PRODUCT)
     highest = product + most_bias.to(tl.float64)
     outward = tl.where(tl.abs(highest) < float("inf"), tl.abs(highest) * 9.5367431640625e-07, 0.0)
     return tl.where(bounded, highest + outward, float("inf"))
@@ -118,7 +118,7 @@ def verdict(
     first = maximum.to(tl.float64)
     size = tl.where(some, total, 1.0)
     up = (ceiling - first) / degrees
-    bounded = some & (up <= MOST_ABOVE)  # NaN is not
+    bounded = some & (up <= MAX_ABOVE)  # NaN is not
     up = tl.where(bounded, up, 0.0)
     peak = tl.exp(up)
     above = up > 0.0

@@ -85,34 +85,32 @@ def plan_of(hidden, head, top_k: int) -> Plan:
     return Plan(shape, multiplied, programs, max(2, top_k), triton.cdiv(hidden.shape[1], shape.dims) * shape.dims)
 
 
-def exit_confidence(
-    hidden, head, scales, norm_weight, norm_eps, bias, temperature, temperatures, token_map, threshold, thresholds,
-    measure, level, token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status, exited, active_rows,
-    inverse, num_active,
-) -> None:  # fmt: skip
+def exit_confidence(arguments, outputs) -> None:
     """Launch on checked arguments, of at least one row; reference_exit_confidence.py defines the result.
 
-    head [vocab, dim] contiguous: float32, bfloat16, float16, or int8 with scales float32 [vocab].
+    What the arguments and outputs are is told in specdec_ops/ops/early_exit/contract.py.
     """
+    hidden, head = arguments.hidden, arguments.head
     rows, dim, device = *hidden.shape, hidden.device
     vocab = len(head)
-    top_k = 0 if top_tokens is None else top_tokens.shape[1]
+    top_k = 0 if outputs.top_tokens is None else outputs.top_tokens.shape[1]
     plan = plan_of(hidden, head, top_k)
     y = torch.empty((rows, plan.row_stride), dtype=plan.multiplied, device=device)
     counters = torch.empty((rows, COUNTERS.value), dtype=torch.int32, device=device)
     state = torch.empty((LISTS.value + 2 * plan.list, rows, plan.programs), dtype=torch.float32, device=device)
     with on(device):
-        prepare(hidden, norm_weight, y, None, counters, norm_eps, 0.0)
+        prepare(hidden, arguments.norm_weight, y, None, counters, arguments.norm_eps, 0.0)
         head_kernel[(triton.cdiv(rows, plan.shape.rows), plan.programs)](
-            head, scales, bias, temperatures, y, state, plan.row_stride, dim, rows, vocab, plan.programs, temperature,
-            LIST=plan.list, **plan.shape.options(hidden),
+            head, arguments.scales, arguments.bias, arguments.temperatures, y, state, plan.row_stride, dim, rows, vocab,
+            plan.programs, arguments.temperature, LIST=plan.list, **plan.shape.options(hidden),
         )  # fmt: skip
         merge_kernel[(rows,)](
-            state, counters, temperatures, token_map, thresholds, token, max_prob, margin, entropy, logsumexp,
-            top_tokens, top_logprobs, status, bytes_of(exited), active_rows, inverse, num_active, rows, vocab,
-            plan.programs, top_k, temperature, threshold, MEASURE=measure, LEVEL=level, LISTED=plan.listed,
-            LIST=plan.list, PROGRAMS=triton.next_power_of_2(plan.programs), BLOCK=DECISION_BLOCK,
-            num_warps=8 if plan.list > 4 else 4,
+            state, counters, arguments.temperatures, arguments.token_map, arguments.thresholds, outputs.token,
+            outputs.max_prob, outputs.margin, outputs.entropy, outputs.logsumexp, outputs.top_tokens,
+            outputs.top_logprobs, outputs.status, bytes_of(outputs.exited), outputs.active_rows, outputs.inverse,
+            outputs.num_active, rows, vocab, plan.programs, top_k, arguments.temperature, arguments.threshold,
+            MEASURE=arguments.measure, LEVEL=arguments.level, LISTED=plan.listed, LIST=plan.list,
+            PROGRAMS=triton.next_power_of_2(plan.programs), BLOCK=DECISION_BLOCK, num_warps=8 if plan.list > 4 else 4,
         )  # fmt: skip
 
 

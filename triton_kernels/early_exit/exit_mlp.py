@@ -100,13 +100,14 @@ def block_shape(rows: int, inputs: int, outputs: int, weight: torch.dtype, inter
     return block_rows, tile, step
 
 
-def exit_mlp(features, weights, biases, threshold, score, stop) -> None:
+def exit_mlp(arguments, outputs) -> None:
     """Launch on checked arguments, of at least one row; reference_exit_mlp.py defines the result.
 
-    features [rows, inputs] with a unit last stride, weights [outputs, inputs] contiguous, of 16 or 32 bits each.
+    What the arguments and outputs are is told in specdec_ops/ops/early_exit/contract.py.
     """
+    features, weights, biases, threshold = arguments
+    score, stop = outputs.score, outputs.stop.view(torch.int8)
     rows, device = len(features), features.device
-    stop = stop.view(torch.int8)
     last = weights[-1], biases[-1]
     with on(device):
         if len(weights) == 1:
@@ -117,16 +118,16 @@ def exit_mlp(features, weights, biases, threshold, score, stop) -> None:
             return
         x, counter = features, None
         for index, (weight, bias) in enumerate(zip(weights[:-1], biases[:-1], strict=True)):
-            outputs, inputs = weight.shape
-            block_rows, tile, step = block_shape(rows, inputs, outputs, weight.dtype, not features.is_cuda)
-            grid = triton.cdiv(outputs, tile), triton.cdiv(rows, block_rows)
+            width, inputs = weight.shape
+            block_rows, tile, step = block_shape(rows, inputs, width, weight.dtype, not features.is_cuda)
+            grid = triton.cdiv(width, tile), triton.cdiv(rows, block_rows)
             finishes = index == len(weights) - 2
             if counter is None and (grid != (1, 1) or not finishes):
                 counter = (torch.zeros if finishes else torch.empty)((1,), dtype=torch.int32, device=device)
-            y = torch.empty((rows, outputs), dtype=torch.float32, device=device)
+            y = torch.empty((rows, width), dtype=torch.float32, device=device)
             layer_kernel[grid](
                 x, weight, bias, y, *(last if finishes else (None, None)), score, stop, counter, x.stride(0), rows,
-                inputs, outputs, threshold, ROWS=block_rows, BLOCK_O=tile, BLOCK_K=step,
+                inputs, width, threshold, ROWS=block_rows, BLOCK_O=tile, BLOCK_K=step,
                 PRECISION="ieee" if weight.dtype == torch.float32 else "tf32", BLOCK=FINISH_BLOCK,
                 WIDEN=not features.is_cuda, num_warps=4,
                 num_stages=2 if weight.dtype == torch.float32 else 5,

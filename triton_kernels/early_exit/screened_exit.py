@@ -18,46 +18,42 @@ SCRATCH_BYTES = 256 * 2**20
 LEAST_ROWS = 64  # of a pass
 LEAST_LIMIT = 64  # entries that may always be rechecked
 LEAST_CHUNK = 1024
-MOST_PARTS = 64
+MAX_PARTS = 64
+OF_ROWS = ("token", "max_prob", "margin", "entropy", "logsumexp", "top_tokens", "top_logprobs", "status", "rechecked")
 
 
-def screened_exit(*arguments) -> None:
-    """Launch on checked arguments, of at least one row; reference_screened_exit.py defines the result."""
-    hidden, head, _, norm_weight, norm_eps, bias, temperature, temperatures, token_map, threshold, thresholds = (
-        arguments[:11]
-    )
-    measure, level, *outputs = arguments[11:25]
-    *screen, tolerance, rechecked = arguments[25:]
+def screened_exit(arguments, outputs) -> None:
+    """Launch on checked arguments, of at least one row; reference_screened_exit.py defines the result.
+
+    What the arguments and outputs are is told in specdec_ops/ops/early_exit/contract.py.
+    """
+    hidden, head = arguments.hidden, arguments.head
     rows, vocab = len(hidden), len(head)
-    plan = plan_of(hidden, head, 0 if outputs[5] is None else outputs[5].shape[1])
+    plan = plan_of(hidden, head, 0 if outputs.top_tokens is None else outputs.top_tokens.shape[1])
     step = max(LEAST_ROWS, SCRATCH_BYTES // (9 * vocab) // LEAST_ROWS * LEAST_ROWS)
     with on(hidden.device):
         for begin in range(0, rows, step):
-            part = slice(begin, min(begin + step, rows))
-            settings = [None if each is None else each[part] for each in (temperatures, thresholds)]
-            figures = [None if each is None else each[part] for each in (*outputs[:8], rechecked)]
-            last = measure if part.stop == rows else ""
-            _screen(
-                plan, hidden[part], head, norm_weight, norm_eps, bias, temperature, token_map, threshold, settings,
-                measure, figures, screen, tolerance, (last, level, rows, thresholds, outputs),
-            )  # fmt: skip
+            some = slice(begin, min(begin + step, rows))
+            part = arguments._replace(
+                **{name: _some_of(getattr(arguments, name), some) for name in ("hidden", "temperatures", "thresholds")}
+            )
+            written = outputs._replace(**{name: _some_of(getattr(outputs, name), some) for name in OF_ROWS})
+            _screen(plan, part, written, arguments, outputs, decides=some.stop == rows)
 
 
-def _screen(
-    plan, hidden, head, norm_weight, norm_eps, bias, temperature, token_map, threshold, settings, measure, figures,
-    screen, tolerance, deciding,
-) -> None:  # fmt: skip
-    """Some rows of a call; `deciding` is what the decision about all of them takes, its first part "" for none."""
-    values, scales, error_norms, norms, error_gain = screen
-    temperatures, thresholds = settings
-    *written, status, rechecked = figures
+def _some_of(tensor, rows: slice):
+    return None if tensor is None else tensor[rows]
+
+
+def _screen(plan, part, written, arguments, outputs, decides: bool) -> None:
+    """Some rows of a call, in `part` and `written`. The last ones make the decision about all of them."""
+    hidden, head, bias, top_tokens = part.hidden, part.head, part.bias, written.top_tokens
     rows, dim, device, vocab = *hidden.shape, hidden.device, len(head)
-    top_tokens = written[5]
     top_k = 0 if top_tokens is None else top_tokens.shape[1]
     small = block_shape(plan.shape.rows, plan.multiplied, torch.int8)
     stride = triton.cdiv(dim, max(plan.shape.dims, small.dims)) * max(plan.shape.dims, small.dims)
     lanes = 32 * plan.shape.warps if hidden.is_cuda else LEAST_CHUNK
-    chunk = max(LEAST_CHUNK, triton.next_power_of_2(triton.cdiv(vocab, MOST_PARTS)))
+    chunk = max(LEAST_CHUNK, triton.next_power_of_2(triton.cdiv(vocab, MAX_PARTS)))
     parts, limit = triton.cdiv(vocab, chunk), max(LEAST_LIMIT, vocab // 8)
 
     def scratch(dtype, *shape):
@@ -71,22 +67,23 @@ def _screen(
     grid = triton.cdiv(rows, plan.shape.rows), plan.programs
     lists = {"LISTED": plan.listed, "LIST": plan.list, "PROGRAMS": triton.next_power_of_2(plan.programs)}
     options = plan.shape.options(hidden)
-    prepare(hidden, norm_weight, y, bounds, counters, norm_eps, (1.125 * dim + 64) * 2.0**-22)
+    prepare(hidden, part.norm_weight, y, bounds, counters, part.norm_eps, (1.125 * dim + 64) * 2.0**-22)
     approximate_kernel[grid](
-        values, scales, error_norms, norms, bias, y, bounds, approximate, state, stride, dim, rows, vocab,
-        plan.programs, LIST=plan.list, **small.options(hidden),
+        part.screen_values, part.screen_scales, part.error_norms, part.norms, bias, y, bounds, approximate, state,
+        stride, dim, rows, vocab, plan.programs, LIST=plan.list, **small.options(hidden),
     )  # fmt: skip
     scan_kernel[(rows, parts)](
-        head, bias, temperatures, token_map, thresholds, error_norms, norms, error_gain, y, bounds, approximate, state,
-        sums, found, known, counters, *written, status, rechecked, stride, dim, rows, vocab, plan.programs, parts,
-        limit, top_k, temperature, threshold, tolerance, MEASURE=measure, PARTS=triton.next_power_of_2(parts),
-        CHUNK=chunk, LANES=lanes, **lists, **options,
+        head, bias, part.temperatures, part.token_map, part.thresholds, part.error_norms, part.norms, part.error_gain,
+        y, bounds, approximate, state, sums, found, known, counters, written.token, written.max_prob, written.margin,
+        written.entropy, written.logsumexp, top_tokens, written.top_logprobs, written.status, written.rechecked,
+        stride, dim, rows, vocab, plan.programs, parts, limit, top_k, part.temperature, part.threshold, part.tolerance,
+        MEASURE=part.measure, PARTS=triton.next_power_of_2(parts), CHUNK=chunk, LANES=lanes, **lists, **options,
     )  # fmt: skip
-    last, level, all_rows, all_thresholds, outputs = deciding
-    exited, active_rows, inverse, num_active = outputs[8:]
     fallback_kernel[grid](
-        head, bias, temperatures, token_map, y, state, counters, *written, status, rechecked, outputs[7], *outputs[1:4],
-        all_thresholds, bytes_of(exited), active_rows, inverse, num_active, stride, dim, rows, all_rows, vocab,
-        plan.programs, top_k, temperature, threshold, MEASURE=last, LEVEL=level, BLOCK=DECISION_BLOCK, **lists,
-        **options,
+        head, bias, part.temperatures, part.token_map, y, state, counters, written.token, written.max_prob,
+        written.margin, written.entropy, written.logsumexp, top_tokens, written.top_logprobs, written.status,
+        written.rechecked, outputs.status, outputs.max_prob, outputs.margin, outputs.entropy, arguments.thresholds,
+        bytes_of(outputs.exited), outputs.active_rows, outputs.inverse, outputs.num_active, stride, dim, rows,
+        len(arguments.hidden), vocab, plan.programs, top_k, part.temperature, part.threshold,
+        MEASURE=part.measure if decides else "", LEVEL=part.level, BLOCK=DECISION_BLOCK, **lists, **options,
     )  # fmt: skip

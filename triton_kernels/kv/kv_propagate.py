@@ -141,29 +141,29 @@ def block_shape(rows: int, dim: int, dtype: torch.dtype) -> tuple[int, int, int,
     return block, 16, min(128, max(16, triton.next_power_of_2(dim))), 4
 
 
-def kv_propagate(
-    hidden, norm_weights, k_weights, v_weights, norm_eps, cosines, sines, interleaved, requests, slots, page_table,
-    k_caches, v_caches,
-) -> None:  # fmt: skip
+def kv_propagate(arguments, outputs) -> None:
     """Launch on checked arguments, of at least one row; reference_kv_propagate.py defines the result.
 
-    hidden [rows, dim] and caches have a unit last stride, weights are contiguous, all of one type.
+    What the arguments and outputs are is told in specdec_ops/ops/kv/contract.py.
     """
+    hidden, norm_weights, cosines, page_table = (
+        arguments.hidden, arguments.norm_weights, arguments.cosines, arguments.page_table
+    )  # fmt: skip
     rows, dim = hidden.shape
-    first_cache = k_caches[0]
-    leading, page_size, kv_heads, head_dim = first_cache.shape
+    leading, page_size, kv_heads, head_dim = outputs.k_caches[0].shape
     batch = leading if page_table is None else len(page_table)
     capacity = page_size if page_table is None else page_table.shape[1] * page_size
     block, block_pairs, step, stages = block_shape(rows, dim, hidden.dtype)
     grid = triton.cdiv(triton.cdiv(head_dim, 2), block_pairs), 2 * kv_heads, triton.cdiv(rows, block)
     with on(hidden.device):
-        for layer, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
+        for layer, (k_cache, v_cache) in enumerate(zip(outputs.k_caches, outputs.v_caches, strict=True)):
             kv_propagate_kernel[grid](
-                hidden, norm_weights[layer] if norm_weights else None, k_weights[layer], v_weights[layer], cosines,
-                sines, requests, slots, page_table, k_cache, v_cache, hidden.stride(0), dim, rows, leading,
-                max(page_size, 1), kv_heads, head_dim, 0 if cosines is None else cosines.shape[1], batch, capacity,
+                hidden, norm_weights[layer] if norm_weights else None, arguments.k_weights[layer],
+                arguments.v_weights[layer], cosines, arguments.sines, arguments.requests, arguments.slots, page_table,
+                k_cache, v_cache, hidden.stride(0), dim, rows, leading, max(page_size, 1), kv_heads, head_dim,
+                0 if cosines is None else cosines.shape[1], batch, capacity,
                 0 if page_table is None else page_table.stride(0), *k_cache.stride()[:3], *v_cache.stride()[:3],
-                0 if cosines is None else cosines.stride(0), norm_eps, INTERLEAVED=interleaved, ROWS=block,
-                BLOCK_P=block_pairs, BLOCK_K=step, EVEN=dim % step == 0, WIDEN=not hidden.is_cuda, num_warps=4,
-                num_stages=stages,
+                0 if cosines is None else cosines.stride(0), arguments.norm_eps, INTERLEAVED=arguments.interleaved,
+                ROWS=block, BLOCK_P=block_pairs, BLOCK_K=step, EVEN=dim % step == 0, WIDEN=not hidden.is_cuda,
+                num_warps=4, num_stages=stages,
             )  # fmt: skip

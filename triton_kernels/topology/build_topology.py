@@ -103,30 +103,17 @@ def build_topology_kernel(
         tl.store(ancestors + at, seen, mask=inside[:, None] & (word < words)[None, :])
 
 
-def build_topology(
-    parents, num_nodes, parents_out, depths, ancestors, first_child, next_sibling, num_nodes_out, status
-) -> None:
-    """Launch on the tensors' device. Their meaning is told in specdec_ops.build_topology.
-
-    parents int32 [batch, nodes] and num_nodes int32 [batch] are read, all others written: parents_out, depths,
-    first_child and next_sibling int32 [batch, nodes], ancestors int64 [batch, nodes, words], num_nodes_out and status
-    int32 [batch]. All are contiguous.
-    """
-    batch, nodes, words = ancestors.shape
+def build_topology(arguments, outputs) -> None:
+    """Launch on the tensors' device. What the tensors are is told in specdec_ops/ops/topology/contract.py."""
+    batch, nodes, words = outputs.ancestors.shape
+    device = arguments.parents.device
     grid = (batch, max(1, triton.cdiv(nodes, _BLOCK)))
-    with on(parents.device):
+    with on(device):
         build_topology_kernel[grid](
-            parents,
-            num_nodes,
-            parents_out,
-            depths,
-            ancestors,
-            first_child,
-            next_sibling,
-            num_nodes_out,
-            status,
-            nodes,
-            words,
+            **arguments._asdict(),
+            **outputs._asdict(),
+            nodes=nodes,
+            words=words,
             BLOCK=_BLOCK,
             WORDS=min(triton.next_power_of_2(words), _MAX_WORDS_PER_TILE),
             num_warps=8,  # a 64 x 64 tile of candidates in fewer than 128 registers

@@ -16,4 +16,21 @@ cudaError_t sample_cuda(const SampleLaunch& launch, int device, cudaStream_t str
 CallScratch accept_scratch(const AcceptLaunch& launch);
 CallScratch sample_scratch(const SampleLaunch& launch);
 
+// What a launcher takes: see common/cuda/launch.h.
+inline AcceptLaunch launch_of(const AcceptParams& params, const CallMemory& memory) {
+  AcceptLaunch launch{};
+  launch.call = params;
+  launch.scratch = memory.scratch;
+  launch.counters = memory.counters;
+  launch.launch_path = static_cast<AcceptPath>(memory.path);
+  return launch;
+}
+inline SampleLaunch launch_of(const SampleParams& params, const CallMemory& memory) {
+  SampleLaunch launch{};
+  launch.call = params;
+  launch.scratch = memory.scratch;
+  launch.counters = memory.counters;
+  return launch;
+}
+
 }  // namespace specdec

@@ -9,10 +9,15 @@ namespace specdec {
 cudaError_t merge_states_cuda(const MergeStatesParams& params, int device, cudaStream_t stream);
 cudaError_t tree_attention_cuda(const TreeAttentionParams& params, int device, cudaStream_t stream);
 
-// What a tree_attention call needs of the caller: float32 numbers of scratch, and int32 counters that are zero.
-struct TreeAttentionScratch {
-  int64_t floats, counters;
-};
-TreeAttentionScratch tree_attention_scratch(const TreeAttentionParams& params);
+// What a call needs, which its shapes and its path decide.
+CallScratch tree_attention_scratch(const TreeAttentionParams& params);
+
+// What a launcher takes: see common/cuda/launch.h.
+inline TreeAttentionParams launch_of(const TreeAttentionParams& params, const CallMemory& memory) {
+  TreeAttentionParams launch = params;
+  launch.scratch = reinterpret_cast<float*>(memory.scratch);
+  launch.counters = memory.counters;
+  return launch;
+}
 
 }  // namespace specdec

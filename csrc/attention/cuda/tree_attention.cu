@@ -78,8 +78,8 @@ namespace specdec {
 
 using namespace cuda;
 
-TreeAttentionScratch tree_attention_scratch(const TreeAttentionParams& params) {
-  TreeAttentionScratch most = {0, 0};  // of all devices
+CallScratch tree_attention_scratch(const TreeAttentionParams& params) {
+  CallScratch most = {0, 0};  // of all devices
   const int dim = compiled_dim(params);
   for (const int most_rows : {64, 128}) {
     if (most_rows == 64 && dim <= 192) continue;
@@ -87,8 +87,8 @@ TreeAttentionScratch tree_attention_scratch(const TreeAttentionParams& params) {
     const TreeAttentionLaunch launch = tree_attention_launch(params, rows, dim);
     if (launch.max_splits == 1) continue;
     const int64_t counters = int64_t(launch.requests) * params.kv_heads * launch.row_blocks;
-    const int64_t floats = counters * launch.max_splits * rows * (dim + 2);
-    most = {floats > most.floats ? floats : most.floats, counters > most.counters ? counters : most.counters};
+    const int64_t bytes = counters * launch.max_splits * rows * (dim + 2) * int64_t(sizeof(float));
+    most = {bytes > most.bytes ? bytes : most.bytes, counters > most.counters ? counters : most.counters};
   }
   return most;
 }

@@ -1,4 +1,4 @@
-// What all CUDA launchers share: the layout of scratch, and errors in words.
+// What all CUDA launchers share: what a launch is given, the layout of scratch, and errors in words.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -9,6 +9,20 @@
 #include "common/types.h"
 
 namespace specdec {
+
+// What a launch is given besides its parameters.
+struct CallMemory {
+  uint8_t* scratch;         // may hold anything; belongs to one call until it has run
+  int32_t* counters;        // zero before the first call; every call leaves zeros; of one stream at a time
+  int32_t multiprocessors;  // of the device
+  int32_t path;             // for tests: which of several ways the launcher takes; 0 leaves it to the launcher
+};
+
+// What a launcher takes: an op's parameters, and memory where it needs any.
+template <class Params>
+const Params& launch_of(const Params& params, const CallMemory&) {
+  return params;
+}
 
 // Lays out a call's scratch: parts one after the other, each at a multiple of 16 bytes.
 class ScratchLayout {

@@ -12,10 +12,43 @@ cudaError_t bounded_exit_cuda(const BoundedLaunch& launch, int device, cudaStrea
 cudaError_t screened_exit_cuda(const ScreenLaunch& launch, int device, cudaStream_t stream);
 cudaError_t exit_mlp_cuda(const MlpLaunch& launch, int device, cudaStream_t stream);
 
-// What a call needs, which its shapes decide.
+// What a call needs, which its shapes and its path decide.
 CallScratch exit_confidence_scratch(const ExitLaunch& launch);
 CallScratch bounded_exit_scratch(const BoundedLaunch& launch);
 CallScratch screened_exit_scratch(const ScreenLaunch& launch);
 CallScratch exit_mlp_scratch(const MlpLaunch& launch);
+
+// What a launcher takes: see common/cuda/launch.h.
+inline ExitLaunch launch_of(const ExitParams& params, const CallMemory& memory) {
+  ExitLaunch launch{};
+  launch.call = params;
+  launch.scratch = memory.scratch;
+  launch.counters = memory.counters;
+  launch.multiprocessors = memory.multiprocessors;
+  return launch;
+}
+inline ScreenLaunch launch_of(const ScreenedParams& params, const CallMemory& memory) {
+  ScreenLaunch launch{};
+  launch.call = params;
+  launch.scratch = memory.scratch;
+  launch.counters = memory.counters;
+  launch.multiprocessors = memory.multiprocessors;
+  return launch;
+}
+inline BoundedLaunch launch_of(const BoundedParams& params, const CallMemory& memory) {
+  BoundedLaunch launch{};
+  launch.call = params;
+  launch.scratch = memory.scratch;
+  launch.counters = memory.counters;
+  launch.multiprocessors = memory.multiprocessors;
+  return launch;
+}
+inline MlpLaunch launch_of(const MlpParams& params, const CallMemory& memory) {
+  MlpLaunch launch{};
+  launch.call = params;
+  launch.scratch = memory.scratch;
+  launch.counters = memory.counters;
+  return launch;
+}
 
 }  // namespace specdec

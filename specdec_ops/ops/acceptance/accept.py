@@ -9,11 +9,11 @@ import warnings
 import torch
 
 from specdec_ops._core.checks import argument_error, is_int
-from specdec_ops._core.library import short_cut
+from specdec_ops._core.library import may_bypass_dispatcher
 from specdec_ops.topology import Topology
 from specdec_ops.vocab_map import VocabMap
 
-from . import library
+from . import contract
 from .checks import (
     check_count,
     check_draft_law,
@@ -30,6 +30,7 @@ from .checks import (
     check_written,
     draft_options_refused,
 )
+from .contract import AcceptArguments
 
 MAX_DEPTH = 65_535
 _GREEDY_LAW = (0.0, None, 0, None, 1.0, None)
@@ -122,10 +123,10 @@ def greedy_accept(
     device = target.device
     draft_tokens = check_tokens(op, draft_tokens, batch, nodes, device)
     links = check_links(op, topology, batch, nodes, device)
-    arguments = (
+    arguments = AcceptArguments(
         *("greedy", target, draft_tokens, None, None, *links, *_GREEDY_LAW, *_GREEDY_LAW, *_NO_NOISE),
-        *(check_eos(op, eos), _NO_THRESHOLDS, False, False),
-    )
+        eos=check_eos(op, eos), thresholds=_NO_THRESHOLDS, replacement=False, child_rows=False,
+    )  # fmt: skip
     return accepted(op, arguments, nodes - 1, max_depth, out, backend)
 
 
@@ -203,11 +204,12 @@ def match_accept(
     batch, nodes, _ = check_target(op, target_logits)
     device = target_logits.device
     law = check_law(op, temperature, top_k, top_p, batch, device)
-    arguments = (
+    arguments = AcceptArguments(
         *("match", target_logits, check_tokens(op, draft_tokens, batch, nodes, device), None, None),
         *(*check_links(op, topology, batch, nodes, device), *law, *law),
-        *(*check_noise(op, seeds, positions, batch, device), check_eos(op, eos), _NO_THRESHOLDS, False, False),
-    )
+        *check_noise(op, seeds, positions, batch, device),
+        eos=check_eos(op, eos), thresholds=_NO_THRESHOLDS, replacement=False, child_rows=False,
+    )  # fmt: skip
     return accepted(op, arguments, nodes - 1, max_depth, out, backend)
 
 
@@ -281,11 +283,11 @@ def chain_accept(
     else:
         draft_options_refused(op, draft_temperature, draft_top_k, draft_top_p, vocab_map)
     noise = check_noise(op, seeds, positions, batch, device)
-    arguments = (
+    arguments = AcceptArguments(
         *(_CHAIN_RULES[rule], target_logits, draft_tokens, draft_logits, target_to_draft, None, None),
         *(_num_nodes(op, num_steps, steps, batch, target_logits), *law, *draft_law, *noise),
-        *(check_eos(op, eos), _NO_THRESHOLDS, False, False),
-    )
+        eos=check_eos(op, eos), thresholds=_NO_THRESHOLDS, replacement=False, child_rows=False,
+    )  # fmt: skip
     return accepted(op, arguments, steps, None, out, backend)
 
 
@@ -383,31 +385,34 @@ def tree_accept(
     noise = check_noise(op, seeds, positions, batch, device)
     if thresholds is not _NO_THRESHOLDS:
         thresholds = _check_thresholds(op, thresholds, rule)
-    arguments = (
+    arguments = AcceptArguments(
         *(rule, target_logits, draft_tokens, draft_logits, target_to_draft, *links, *law, *draft_law, *noise),
-        *(check_eos(op, eos), thresholds, replacement or child_rows or rule == "kseq", child_rows),
-    )
+        eos=check_eos(op, eos), thresholds=thresholds, child_rows=child_rows,
+        replacement=replacement or child_rows or rule == "kseq",
+    )  # fmt: skip
     return accepted(op, arguments, nodes - 1, max_depth, out, backend)
 
 
-def accepted(op: str, arguments: tuple, most: int, max_depth: int | None, out, backend: str) -> Acceptance:
+def accepted(op: str, arguments: AcceptArguments, most: int, max_depth: int | None, out, backend: str) -> Acceptance:
     """Run a checked call of any rule with one next token."""
     if max_depth is None:
         max_depth = most
     else:
         check_count(op, "max_depth", max_depth, 0, MAX_DEPTH)
     if out is None:
-        return Acceptance(*library.accept(arguments, max_depth, 0, backend))
+        return Acceptance(*contract.accept(arguments, backend, max_depth=max_depth, width=0))
     if not isinstance(out, Acceptance):
         raise TypeError(argument_error(op, "out", "a specdec_ops.Acceptance", out))
-    batch, device = arguments[1].shape[0], arguments[1].device
+    batch, device = arguments.target.shape[0], arguments.target.device
     for name, shape in (("tokens", (batch, max_depth + 1)), ("nodes", (batch, max_depth + 1))):
         check_written(op, f"out.{name}", getattr(out, name), shape, device)
     for name in ("num_accepted", "next_token", "status"):
         check_written(op, f"out.{name}", getattr(out, name), (batch,), device)
     check_written(op, "out.finished", out.finished, (batch,), device, torch.bool)
-    written = (out.tokens, out.nodes, out.num_accepted, out.next_token, out.status, out.finished)
-    library.accept(arguments, max_depth, 0, backend, written)
+    written = contract.AcceptOutputs(
+        out.tokens, out.nodes, out.num_accepted, next_tokens=out.next_token, status=out.status, finished=out.finished
+    )
+    contract.accept(arguments, backend, written)
     return out
 
 
@@ -473,7 +478,7 @@ def _num_nodes(op: str, num_steps, steps: int, batch: int, target: torch.Tensor)
     elif not 0 <= num_steps <= steps:
         raise ValueError(argument_error(op, "num_steps", f"an int from 0 to {steps}", num_steps))
     device = target.device
-    if device.type == "cpu" and short_cut(target):
+    if device.type == "cpu" and may_bypass_dispatcher((target,)):
         return _constant(num_steps + 1)
     return torch.full((1,), num_steps + 1, dtype=torch.int32, device=device)
 

@@ -10,7 +10,7 @@ from specdec_ops._core.checks import argument_error
 from specdec_ops.topology import Topology
 from specdec_ops.vocab_map import VocabMap
 
-from . import library
+from . import contract
 from .accept import MAX_DEPTH, Acceptance, accepted
 from .checks import (
     MAX_DRAWS,
@@ -26,6 +26,7 @@ from .checks import (
     check_tokens,
     check_written,
 )
+from .contract import AcceptArguments
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -107,11 +108,12 @@ def typical_accept(
     check_fraction(op, "epsilon", epsilon)
     check_fraction(op, "delta", delta)
     law = check_law(op, temperature, top_k, top_p, batch, device)
-    arguments = (
+    arguments = AcceptArguments(
         *("typical", target_logits, check_tokens(op, draft_tokens, batch, nodes, device), None, None),
         *(*check_links(op, topology, batch, nodes, device), *law, *law),
-        *(*check_noise(op, seeds, positions, batch, device), check_eos(op, eos), (epsilon, delta), False, False),
-    )
+        *check_noise(op, seeds, positions, batch, device),
+        eos=check_eos(op, eos), thresholds=(epsilon, delta), replacement=False, child_rows=False,
+    )  # fmt: skip
     return accepted(op, arguments, nodes - 1, max_depth, out, backend)
 
 
@@ -189,14 +191,14 @@ def longest_path_accept(
     law = check_law(op, temperature, top_k, top_p, batch, device)
     draft_law = check_draft_law(op, draft_temperature, draft_top_k, draft_top_p, batch, device, law)
     noise = check_noise(op, seeds, positions, batch, device)
-    arguments = (
+    arguments = AcceptArguments(
         *("longest", target_logits, draft_tokens, draft_logits, target_to_draft, *links, *law, *draft_law, *noise),
-        *(check_eos(op, eos), (1.0, 1.0), False, False),
-    )
+        eos=check_eos(op, eos), thresholds=(1.0, 1.0), replacement=False, child_rows=False,
+    )  # fmt: skip
     check_count(op, "width", width, 1, MAX_DRAWS)
     max_depth = nodes - 1 if max_depth is None else check_count(op, "max_depth", max_depth, 0, MAX_DEPTH)
     if out is None:
-        return LongestPath(*library.accept(arguments, max_depth, width, backend))
+        return LongestPath(*contract.accept(arguments, backend, max_depth=max_depth, width=width))
     if not isinstance(out, LongestPath):
         raise TypeError(argument_error(op, "out", "a specdec_ops.LongestPath", out))
     path, each = (batch, max_depth + 1), (batch,)
@@ -204,6 +206,8 @@ def longest_path_accept(
     for name, shape in shapes.items():
         check_written(op, f"out.{name}", getattr(out, name), shape, device)
     check_written(op, "out.finished", out.finished, each, device, torch.bool)
-    written = (out.tokens, out.nodes, out.num_accepted, out.next_tokens, out.status, out.finished)
-    library.accept(arguments, max_depth, width, backend, written)
+    written = contract.AcceptOutputs(
+        out.tokens, out.nodes, out.num_accepted, out.next_tokens, status=out.status, finished=out.finished
+    )
+    contract.accept(arguments, backend, written)
     return out

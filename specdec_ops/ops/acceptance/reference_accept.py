@@ -184,139 +184,72 @@ class Request(Links):
         return self.laws[key]
 
 
-def accept(
-    rule,
-    target,
-    draft_tokens,
-    draft_logits,
-    target_to_draft,
-    first_child,
-    next_sibling,
-    num_nodes,
-    temperature,
-    temperatures,
-    top_k,
-    top_ks,
-    top_p,
-    top_ps,
-    draft_temperature,
-    draft_temperatures,
-    draft_top_k,
-    draft_top_ks,
-    draft_top_p,
-    draft_top_ps,
-    seed,
-    seeds,
-    position,
-    positions,
-    eos,
-    thresholds,
-    replacement,
-    child_rows,
-    tokens,
-    nodes,
-    num_accepted,
-    next_tokens,
-    status,
-    finished,
-) -> None:
+def accept(arguments, outputs) -> None:
     """Write what one round of speculative decoding accepts, one request after another.
 
-    Args:
-        rule: "greedy", "match", "recursive", "traversal", "target_only", "kseq", "typical" or "longest".
-        target: logits [batch, nodes, vocab] after each node, or for "greedy" int32 ids [batch, nodes].
-        draft_tokens: int32 [batch, nodes], or for a chain [batch, nodes - 1], where column i is node i + 1.
-        draft_logits: [batch, rows, draft_vocab], row n for the children of node n, or None: one-hot proposals.
-        target_to_draft: int32 [vocab], -1 outside of the draft's vocabulary, or None: the vocabularies are the same.
-        first_child: int32 [batch or 1, nodes], or None for a chain: the child of node i is node i + 1.
-        next_sibling: like first_child.
-        num_nodes: int32 [batch or 1].
-        temperature: a number, used where `temperatures` [batch] is None. So for every pair up to `positions`.
-        temperatures: see above.
-        top_k: 0 is off.
-        top_ks: see above.
-        top_p: 1 is off.
-        top_ps: see above.
-        draft_temperature: of the draft's rows, like the following ones.
-        draft_temperatures: see above.
-        draft_top_k: see above.
-        draft_top_ks: see above.
-        draft_top_p: see above.
-        draft_top_ps: see above.
-        seed: 64 bits.
-        seeds: see above.
-        position: of node 0.
-        positions: see above.
-        eos: tokens that end a sequence.
-        thresholds: "target_only": (single, accumulated); "typical": (epsilon, delta).
-        replacement: whether siblings were drawn with replacement.
-        child_rows: draft row n is what node n itself was drawn from, given the siblings before it.
-        tokens: int32 [batch, max_depth + 1]: accepted tokens, the next one, then -1. "longest": no next one.
-        nodes: int32 like tokens: the accepted path, from node 0 (which is not counted), then -1.
-        num_accepted: int32 [batch]. "longest" counts the root, which is node 0 or one of its siblings.
-        next_tokens: int32 [batch, width], or [batch] for one: -1 after an end of sequence, or where fewer are possible.
-        status: int32 [batch], AcceptStatus bits of what the walk has looked at.
-        finished: bool [batch]: the last token emitted ends the sequence. "longest": that of the path.
+    The arguments and outputs: specdec_ops/ops/acceptance/contract.py.
     """
-    next_tokens = next_tokens.view(len(tokens), -1)
-    given = dict(locals())
+    rule, tokens, nodes = arguments.rule, outputs.tokens, outputs.nodes
+    next_tokens = outputs.next_tokens.view(len(tokens), -1)
     for output in (tokens, nodes, next_tokens):
         output.fill_(-1)
     for index in range(len(tokens)):
-        tree, choice = request_of(index, given, None)
-        path, following = walk(rule, tree, choice, thresholds, replacement, next_tokens.shape[1])
+        tree, choice = request_of(index, arguments, outputs, None)
+        path, following = walk(
+            rule, tree, choice, arguments.thresholds, arguments.replacement, width=next_tokens.shape[1]
+        )
         drafted = path if rule == "longest" else path[1:]
         emitted = [tree.token(node) for node in drafted]
         if rule != "longest" and following is not None:
             emitted.append(following[0])
         tokens[index, : len(emitted)] = torch.tensor(emitted, dtype=torch.int32)
         nodes[index, : len(path)] = torch.tensor(path, dtype=torch.int32)
-        num_accepted[index] = len(drafted)
+        outputs.num_accepted[index] = len(drafted)
         if following is not None:
             next_tokens[index, : len(following)] = torch.tensor(following, dtype=torch.int32)
-        status[index] = tree.status
-        finished[index] = bool(emitted) and emitted[-1] in tree.eos
+        outputs.status[index] = tree.status
+        outputs.finished[index] = bool(emitted) and emitted[-1] in tree.eos
 
 
-def request_of(index, given, disturb):
-    """One request's tree and noise, out of the arguments of `accept`."""
+def request_of(index, arguments, outputs, disturb):
+    """One request's tree and noise. Of the outputs the shapes count."""
 
     def of_request(tensor):
         return None if tensor is None else tensor[index if len(tensor) > 1 else 0]
 
     def number(name):
-        tensor = given[name + "s"]
-        return given[name] if tensor is None else int(tensor[index])
+        tensor = getattr(arguments, name + "s")
+        return getattr(arguments, name) if tensor is None else int(tensor[index])
 
     def settings(prefix):
         names = ("temperature", "temperatures", "top_k", "top_ks", "top_p", "top_ps")
-        return settings_of(index, *(given[prefix + name] for name in names))
+        return settings_of(index, *(getattr(arguments, prefix + name) for name in names))
 
-    def links(name):
-        return None if given[name] is None else of_request(given[name]).tolist()
+    def links(tensor):
+        return None if tensor is None else of_request(tensor).tolist()
 
-    target, draft, mapping = given["target"], given["draft_logits"], given["target_to_draft"]
+    target, draft, mapping = arguments.target, arguments.draft_logits, arguments.target_to_draft
     vocab = 2**31 if target.dim() == 2 else target.shape[-1]  # ids tell nothing of the vocabulary
     tree = Request(
         (
-            given["draft_tokens"][index].tolist(),
-            links("first_child"),
-            links("next_sibling"),
-            int(of_request(given["num_nodes"])),
+            arguments.draft_tokens[index].tolist(),
+            links(arguments.first_child),
+            links(arguments.next_sibling),
+            int(of_request(arguments.num_nodes)),
             vocab,
-            given["eos"],
-            given["tokens"].shape[1] - 1,
+            arguments.eos,
+            outputs.tokens.shape[1] - 1,
         ),
         target[index],
         None if draft is None else draft[index],
         None if mapping is None else mapping.cpu().long(),
-        settings("")._replace(temperature=0.0) if given["rule"] == "greedy" else settings(""),
+        settings("")._replace(temperature=0.0) if arguments.rule == "greedy" else settings(""),
         settings("draft_"),
-        given["child_rows"],
+        arguments.child_rows,
         disturb,
     )
     choice = Noise(number("seed"), number("position"), disturb)
-    if given["rule"] == "longest" and tree.greedy:
+    if arguments.rule == "longest" and tree.greedy:
         choice = GreedyTop(target[index])
     return tree, choice
 
@@ -336,13 +269,14 @@ def walk(rule, tree, choice, thresholds, replacement, width):
     return path, None if following is None else [following]
 
 
-def margins(given: dict, relative=(1e-6, 1e-5, 1e-4, 1e-3), trials: int = 4, generator=None) -> torch.Tensor:
+def margins(arguments, outputs, relative=(1e-6, 1e-5, 1e-4, 1e-3), trials: int = 4, generator=None) -> torch.Tensor:
     """How near each request came to another result, for comparing kernels decision by decision.
 
     Every weight, coin and exponential is disturbed by a random relative error, and the request is decided again.
 
     Args:
-        given: the arguments of `accept` by name. Outputs are only read for their shapes.
+        arguments: those of `accept`.
+        outputs: the same. They are only read for their shapes.
         relative: sizes of the errors, ascending.
         trials: decisions at each size.
         generator: of the errors.
@@ -352,9 +286,9 @@ def margins(given: dict, relative=(1e-6, 1e-5, 1e-4, 1e-3), trials: int = 4, gen
     """
 
     def outcome(index, disturb):
-        tree, choice = request_of(index, given, disturb)
-        width = given["next_tokens"][index].numel()
-        return walk(given["rule"], tree, choice, given["thresholds"], given["replacement"], width)
+        tree, choice = request_of(index, arguments, outputs, disturb)
+        width = outputs.next_tokens[index].numel()
+        return walk(arguments.rule, tree, choice, arguments.thresholds, arguments.replacement, width)
 
     def disturbed(size):
         def disturb(values):
@@ -364,7 +298,7 @@ def margins(given: dict, relative=(1e-6, 1e-5, 1e-4, 1e-3), trials: int = 4, gen
         return disturb
 
     found = []
-    for index in range(len(given["tokens"])):
+    for index in range(len(outputs.tokens)):
         exact = outcome(index, None)
         changed = (size for size in relative for _ in range(trials) if outcome(index, disturbed(size)) != exact)
         found.append(next(changed, float("inf")))

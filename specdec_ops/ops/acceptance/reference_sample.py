@@ -138,70 +138,26 @@ def draw(logits, settings: Settings, count: int, replacement: bool, exponential)
     return reference_philox.first_of_race(row.logs, exponential(0), count), row
 
 
-def sample(
-    logits,
-    draft_to_target,
-    count,
-    replacement,
-    parents,
-    first_parent,
-    domain,
-    temperature,
-    temperatures,
-    top_k,
-    top_ks,
-    top_p,
-    top_ps,
-    seed,
-    seeds,
-    position,
-    positions,
-    tokens,
-    logprobs,
-    logsumexp,
-    status,
-) -> None:
-    """Write `count` tokens for every row.
-
-    Args:
-        logits: [batch, rows, vocab], any floating dtype.
-        draft_to_target: int32 [vocab] of target ids, or None. Noise is keyed by the id in the row, not by the target's.
-        count: tokens per row.
-        replacement: whether a row's tokens may repeat.
-        parents: int32 [batch, rows], the node of each row, or None: first_parent + row.
-        first_parent: see above.
-        domain: "sample" (positions are those of the tokens drawn) or "draft" (positions are those of node 0).
-        temperature: a number, used where `temperatures` [batch] is None. So for every other pair.
-        temperatures: see above.
-        top_k: 0 is off.
-        top_ks: see above.
-        top_p: 1 is off.
-        top_ps: see above.
-        seed: 64 bits.
-        seeds: see above.
-        position: see `domain`.
-        positions: see above.
-        tokens: int32 [batch, rows, count], of the target's vocabulary. -1 where fewer tokens are possible.
-        logprobs: float32 like tokens, or None: the log of the probability in the row's distribution, not conditioned on
-            earlier tokens; -inf beside -1. At temperature 0, where it would say nothing: of temperature 1, unfiltered.
-        logsumexp: float32 [batch, rows], or None: of logits / temperature over the kept tokens; at temperature 0 of all
-            logits.
-        status: int32 [batch] or [batch, rows], or None: SETTING_INVALID; TARGET_INVALID for an invalid row in the
-            domain "sample", whose token is the defined one; DRAFT_INVALID in the domain "draft", where it has no
-            children.
-    """
+def sample(arguments, outputs) -> None:
+    """Write `count` tokens for every row. The arguments and outputs: specdec_ops/ops/acceptance/contract.py."""
+    logits, draft_to_target = arguments.logits, arguments.draft_to_target
+    parents, first = arguments.parents, arguments.first_parent
+    tokens, logprobs, logsumexp, status = outputs
     batch, rows, vocab = logits.shape
     tokens.fill_(-1)
     for output, fill in ((logprobs, MINUS_INFINITY), (logsumexp, MINUS_INFINITY), (status, 0)):
         if output is not None:
             output.fill_(fill)
-    drafting = domain == "draft"
+    drafting = arguments.domain == "draft"
     for request in range(batch):
-        settings = settings_of(request, temperature, temperatures, top_k, top_ks, top_p, top_ps)
-        key = seed if seeds is None else int(seeds[request])
-        place = position if positions is None else int(positions[request])
+        settings = settings_of(
+            *(request, arguments.temperature, arguments.temperatures),
+            *(arguments.top_k, arguments.top_ks, arguments.top_p, arguments.top_ps),
+        )
+        key = arguments.seed if arguments.seeds is None else int(arguments.seeds[request])
+        place = arguments.position if arguments.positions is None else int(arguments.positions[request])
         for row in range(rows):
-            node = 0 if not drafting else first_parent + row if parents is None else int(parents[request, row])
+            node = 0 if not drafting else first + row if parents is None else int(parents[request, row])
 
             def exponential(number, key=key, place=place, node=node):
                 tag, detail = (
@@ -209,13 +165,12 @@ def sample(
                 )
                 return reference_philox.exponentials(vocab, key, place, tag, detail)
 
-            where = (request, row) if status is not None and status.dim() == 2 else request
-            if settings.invalid and status is not None:
-                status[where] |= AcceptStatus.SETTING_INVALID
+            if settings.invalid:
+                status[request] |= AcceptStatus.SETTING_INVALID
             values = logits[request, row].cpu()
-            drawn, distribution = draw(values, settings, count, replacement, exponential)
-            if not distribution.valid and status is not None:
-                status[where] |= AcceptStatus.DRAFT_INVALID if drafting else AcceptStatus.TARGET_INVALID
+            drawn, distribution = draw(values, settings, arguments.count, arguments.replacement, exponential)
+            if not distribution.valid:
+                status[request] |= AcceptStatus.DRAFT_INVALID if drafting else AcceptStatus.TARGET_INVALID
             if not distribution.valid and drafting:
                 continue
             ids = torch.tensor(drawn, dtype=torch.int64)

@@ -10,7 +10,7 @@ from specdec_ops._core import alloc
 from specdec_ops._core.checks import argument_error
 from specdec_ops.vocab_map import VocabMap
 
-from . import library
+from . import contract
 from .checks import (
     MAX_DRAWS,
     MAX_NODES,
@@ -118,12 +118,12 @@ def sample_tokens(
         shape = (rows, count)
     law = check_law(op, temperature, top_k, top_p, rows, device)
     noise = check_noise(op, seeds, positions, rows, device)
-    arguments = (logits.unsqueeze(1), None, drawn, False, None, 0, "sample", *law, *noise)
+    arguments = contract.SampleArguments(logits.unsqueeze(1), None, drawn, False, None, 0, "sample", *law, *noise)
     if out is None:
-        return library.sample(arguments, False, backend)[0].view(shape)
+        return contract.sample(arguments, backend, with_law=False).tokens.view(shape)
     check_written(op, "out", out, shape, device)
     status = alloc.empty((rows,), torch.int32, device)
-    library.sample(arguments, False, backend, (out.view(rows, 1, drawn), None, None, status))
+    contract.sample(arguments, backend, contract.SampleOutputs(out.view(rows, 1, drawn), None, None, status))
     return out
 
 
@@ -204,14 +204,16 @@ def sample_children(
             raise ValueError(f"specdec_ops.{op}: vocab_map must be {must}, got {draft_to_target.shape[0]}")
     law = check_law(op, temperature, top_k, top_p, batch, device)
     noise = check_noise(op, seeds, positions, batch, device)
-    arguments = (draft_logits, draft_to_target, count, replacement, parents, first_parent, "draft", *law, *noise)
+    arguments = contract.SampleArguments(
+        draft_logits, draft_to_target, count, replacement, parents, first_parent, "draft", *law, *noise
+    )
     if out is None:
-        return Children(*library.sample(arguments, True, backend))
+        return Children(*contract.sample(arguments, backend, with_law=True))
     if not isinstance(out, Children):
         raise TypeError(argument_error(op, "out", "a specdec_ops.Children", out))
     check_written(op, "out.tokens", out.tokens, (batch, rows, count), device)
     check_written(op, "out.logprobs", out.logprobs, (batch, rows, count), device, torch.float32)
     check_written(op, "out.logsumexp", out.logsumexp, (batch, rows), device, torch.float32)
     check_written(op, "out.status", out.status, (batch,), device)
-    library.sample(arguments, True, backend, (out.tokens, out.logprobs, out.logsumexp, out.status))
+    contract.sample(arguments, backend, contract.SampleOutputs(out.tokens, out.logprobs, out.logsumexp, out.status))
     return out

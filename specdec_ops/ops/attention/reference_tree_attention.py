@@ -8,34 +8,14 @@ MINUS_INFINITY = float("-inf")
 MAX_SLOTS = 2**30  # of a request: kernels count slots in 32 bits
 
 
-def tree_attention(
-    q,
-    k_cache,
-    v_cache,
-    ancestors,
-    depths,
-    num_nodes,
-    offsets,
-    context_lens,
-    page_table,
-    query_starts,
-    query_start,
-    max_queries,
-    scale,
-    window,
-    softcap,
-    sinks,
-    alibi_slopes,
-    out_scale,
-    num_splits,
-    out,
-    lse,
-) -> None:
+def tree_attention(arguments, outputs) -> None:
     """Write `out`, and `lse` unless it is None, one request after another. See specdec_ops.tree_attention.
 
-    `max_queries` and `num_splits` say how to cut the work; a definition needs neither. Rows that belong to no node keep
-    an output of 0 and a log-sum-exp of -inf.
+    `num_splits` says how to cut the work; a definition does not need it. Rows that belong to no node keep an output of
+    0 and a log-sum-exp of -inf.
     """
+    q, offsets, page_table, query_starts = arguments.q, arguments.offsets, arguments.page_table, arguments.query_starts
+    out, lse = outputs
     out.zero_()
     if lse is not None:
         lse.fill_(MINUS_INFINITY)
@@ -43,28 +23,29 @@ def tree_attention(
 
     if offsets is not None:
         check_offsets(offsets, len(q))
-    for request in range(context_lens.shape[0]):
-        context = int(context_lens[request])
-        tree_size, tree_depths, tree_ancestors = tree_of(request, ancestors, depths, num_nodes)
+    for request, context in enumerate(arguments.context_lens.tolist()):
+        tree = tree_of(request, arguments.ancestors, arguments.depths, arguments.num_nodes)
+        tree_size, tree_depths, tree_ancestors = tree
         rows = request if offsets is None else slice(int(offsets[request]), int(offsets[request + 1]))
         q_rows, out_rows = q[rows], out[rows]
-        first_node = query_start + (0 if query_starts is None else int(query_starts[request]))
+        first_node = arguments.query_start + (0 if query_starts is None else int(query_starts[request]))
         nodes = first_node + torch.arange(len(q_rows), device=q.device)
         real = rows_with_nodes(nodes, tree_size, tree_depths, packed=offsets is not None)
-        last_node = int(nodes[real][-1]) if ancestors is not None and real.any() else -1
-        check_length(request, context, last_node + 1, k_cache, page_table)
-        visible, distance = visibility(nodes[real], context, tree_size, tree_depths, tree_ancestors, window)
+        last_node = int(nodes[real][-1]) if tree_ancestors is not None and real.any() else -1
+        check_length(request, context, last_node + 1, arguments.k_cache, page_table)
+        visible, distance = visibility(nodes[real], context, tree_size, tree_depths, tree_ancestors, arguments.window)
 
         # A slot that no row sees may hold anything, and so may its page's number: it is not read.
         seen = visible.any(dim=0).nonzero()[:, 0]
         visible, distance = visible[:, seen], distance[:, seen]
-        keys = read_slots(k_cache, page_table, request, seen).to(compute)
-        values = read_slots(v_cache, page_table, request, seen).to(compute)
+        keys = read_slots(arguments.k_cache, page_table, request, seen).to(compute)
+        values = read_slots(arguments.v_cache, page_table, request, seen).to(compute)
 
         result, result_lse = attend(
-            q_rows[real].to(compute), keys, values, visible, distance, scale, softcap, alibi_slopes, sinks
-        )
-        out_rows[real] = (out_scale * result).to(out.dtype)
+            q_rows[real].to(compute), keys, values, visible, distance, arguments.scale, arguments.softcap,
+            arguments.alibi_slopes, arguments.sinks,
+        )  # fmt: skip
+        out_rows[real] = (arguments.out_scale * result).to(out.dtype)
         if lse is not None:
             lse[rows][real] = result_lse.to(lse.dtype)
 

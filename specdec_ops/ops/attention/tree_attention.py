@@ -4,7 +4,6 @@ from typing import Literal, NamedTuple, overload
 
 import torch
 
-from specdec_ops._core import library
 from specdec_ops._core.checks import (
     FLOAT_MAX,
     INT32_MAX,
@@ -20,6 +19,8 @@ from specdec_ops._core.checks import (
     wrong_topology,
 )
 from specdec_ops.topology import Topology
+
+from . import contract
 
 MAX_SPLITS = 256
 _BEYOND_ALL_NODES = 2**30  # a first node from which on there are none, and to which kernels may add a row
@@ -198,9 +199,9 @@ def tree_attention(
     if alibi_slopes is not None:
         _check_per_head("alibi_slopes", alibi_slopes, heads, q)
     scale, out_scale = _scales(dim, scale, k_scale, v_scale)
-    out_tensor, out_lse = (None, None) if out is None else _check_out(out, q, return_lse)
+    into = None if out is None else contract.TreeAttentionOutputs(*_check_out(out, q, return_lse))
 
-    arguments = (
+    arguments = contract.TreeAttentionArguments(
         q,
         k_cache,
         v_cache,
@@ -220,10 +221,10 @@ def tree_attention(
         out_scale,
         num_splits or 0,
     )
-    result, lse = library.tree_attention(arguments, return_lse, backend, out_tensor, out_lse)
+    result = contract.tree_attention(arguments, backend, into, return_lse=return_lse)
     if out is not None:
         return out
-    return AttentionState(result, lse) if return_lse else result
+    return AttentionState(result.out, result.lse) if return_lse else result.out
 
 
 def merge_states(
@@ -270,13 +271,14 @@ def merge_states(
     _check_like(op, "lse_a", lse_a, out_a, shape[:-1], torch.float32)
     _check_like(op, "lse_b", lse_b, out_a, shape[:-1], torch.float32)
     _check_no_grad(op, out_a, lse_a, out_b, lse_b)
+    arguments = contract.MergeStatesArguments(out_a, lse_a, out_b, lse_b)
     if out is None:
-        return AttentionState(*library.merge_states(out_a, lse_a, out_b, lse_b, backend))
+        return AttentionState(*contract.merge_states(arguments, backend))
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(argument_error(op, "out", "an AttentionState(out, lse)", out))
     _check_like(op, "out.out", out[0], out_a, shape)
     _check_like(op, "out.lse", out[1], out_a, shape[:-1], torch.float32)
-    library.merge_states(out_a, lse_a, out_b, lse_b, backend, out)
+    contract.merge_states(arguments, backend, contract.MergeStatesOutputs(*out))
     return out
 
 

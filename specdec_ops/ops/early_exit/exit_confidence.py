@@ -20,7 +20,7 @@ from specdec_ops._core.checks import (
 )
 from specdec_ops.vocab_map import VocabMap
 
-from . import library
+from . import contract
 from .head_bounds import HeadBounds
 from .quantized_head import QuantizedHead
 
@@ -57,6 +57,9 @@ class Confidence:
     top_logprobs: torch.Tensor | None
     status: torch.Tensor
     rechecked: torch.Tensor | None = None
+
+
+_FIGURES = ("token", "max_prob", "margin", "entropy", "logsumexp", "top_tokens", "top_logprobs", "status")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
@@ -137,8 +140,8 @@ def exit_confidence(
     screening = check_screen(op, screen, tolerance, hidden, head)
     if out is not None:
         check_out(op, "out", out, hidden, top_k, screen is not None)
-    confidence, _ = _run((*arguments, *_NO_DECISION), screening, top_k, backend, out)
-    return confidence
+    results = _run((*arguments, *_NO_DECISION), screening, top_k, backend, out)
+    return _confidence(results, screen is not None) if out is None else out
 
 
 def early_exit(
@@ -209,22 +212,36 @@ def early_exit(
     arguments = (*arguments, *limit, measure, level)
     if bounds is not None:
         bounded = check_bounds(op, bounds, screen, hidden, head)
-        results = library.bounded_exit(arguments, bounded, top_k, backend)
-        return Exit(Confidence(*results[:8]), *results[8:])
-    confidence, decision = _run(arguments, screening, top_k, backend)
-    return Exit(confidence, *decision)
-
-
-def _run(arguments: tuple, screening: tuple, top_k: int, backend: str, out: Confidence | None = None) -> tuple:
-    """A Confidence, `out` where given, and what else belongs to an Exit."""
-    given = None if out is None else (*fields(out)[:8], *[None] * 4)
-    if not screening:
-        results = library.exit_confidence(arguments, top_k, backend, given)
-        rechecked = None
+        results = contract.bounded_exit(contract.BoundedExitArguments(*arguments, *bounded), backend, top_k=top_k)
     else:
-        given = None if out is None else (*given, out.rechecked)
-        *results, rechecked = library.screened_exit(arguments, screening, top_k, backend, given)
-    return out or Confidence(*results[:8], rechecked), results[8:]
+        results = _run(arguments, screening, top_k, backend)
+    return Exit(
+        _confidence(results, screen is not None),
+        results.exited,
+        results.active_rows,
+        results.inverse,
+        results.num_active,
+        results.seen if bounds is not None else None,
+    )
+
+
+def _run(arguments: tuple, screening: tuple, top_k: int, backend: str, out: Confidence | None = None):
+    """The outputs of exit_confidence, or with a screen of screened_exit."""
+    into = None
+    if out is not None:
+        into = {name: getattr(out, name) for name in _FIGURES}
+        into |= {"exited": None, "active_rows": None, "inverse": None, "num_active": None}
+    if not screening:
+        into = None if into is None else contract.ExitConfidenceOutputs(**into)
+        return contract.exit_confidence(contract.ExitConfidenceArguments(*arguments), backend, into, top_k=top_k)
+    into = None if into is None else contract.ScreenedExitOutputs(**into, rechecked=out.rechecked)
+    return contract.screened_exit(contract.ScreenedExitArguments(*arguments, *screening), backend, into, top_k=top_k)
+
+
+def _confidence(results, screened: bool) -> Confidence:
+    """A Confidence of an operator's outputs."""
+    rechecked = results.rechecked if screened else None
+    return Confidence(**{name: getattr(results, name) for name in _FIGURES}, rechecked=rechecked)
 
 
 def check_arguments(op: str, hidden, head, norm_weight, norm_eps, bias, temperature, vocab_map) -> tuple:
@@ -357,7 +374,7 @@ def check_top_k(op: str, top_k) -> None:
 
 
 def fields(confidence: Confidence) -> tuple:
-    """The tensors of a Confidence, in the order of the implementations."""
+    """The tensors of a Confidence."""
     return tuple(getattr(confidence, field.name) for field in dataclasses.fields(Confidence))
 
 

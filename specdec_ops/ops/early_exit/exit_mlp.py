@@ -23,7 +23,7 @@ from specdec_ops._core.checks import (
     strides_error,
 )
 
-from . import library
+from . import contract
 from .exit_confidence import Confidence
 
 FEATURES = 11
@@ -80,7 +80,8 @@ def exit_mlp(
     _check_layers(op, features, weights, biases)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, *weights, *biases)):
         raise RuntimeError(grad_error(op))
-    return library.exit_mlp(features, weights, biases, as_float32(op, "threshold", threshold), backend)
+    arguments = contract.ExitMlpArguments(features, weights, biases, as_float32(op, "threshold", threshold))
+    return tuple(contract.exit_mlp(arguments, backend))
 
 
 def _check_layers(op: str, features: torch.Tensor, weights: tuple, biases: tuple) -> None:

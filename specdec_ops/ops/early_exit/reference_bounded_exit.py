@@ -4,7 +4,15 @@ import torch
 
 from specdec_ops.status import ExitStatus
 
-from .reference_exit_confidence import decide, degrees_of, logits, multiplied, passes, write_figures
+from .reference_exit_confidence import (
+    decide_by_figure,
+    degrees_of,
+    figures_of,
+    limit_of,
+    logits,
+    multiplied,
+    write_figures,
+)
 
 _ROOM = 1e-4  # relative, for the float sums of kernels; theirs and these must call the same rows certain
 _LEAD_ROOM = 1e-6  # of the difference of two probabilities
@@ -12,46 +20,40 @@ _MOST_ABOVE = 600.0  # exp of which times any vocabulary is finite
 _MOST_PRODUCT = 1e30  # of lengths, or of a length alone, above which a float32 sum might overflow
 
 
-def bounded_exit(*arguments) -> None:
+def bounded_exit(arguments, outputs) -> None:
     """Write what exit_confidence does, of the entries that each row has seen when its decision is certain.
 
-    Args:
-        arguments: those of specdec_ops.ops.early_exit.reference_exit_confidence, with a measure and its outputs among
-        them; then
-            norms_after float32 [parts], not below the length of any row of the head behind a part; the parts' ends; and
-            the output seen int32 [rows].
+    The arguments, with a measure, and outputs: specdec_ops/ops/early_exit/contract.py.
     """
-    *exit_arguments, norms_after, ends, seen = arguments
-    hidden, head, scales, norm_weight, norm_eps, bias, temperature, temperatures, token_map = exit_arguments[:9]
-    threshold, thresholds, measure, level, *outputs = exit_arguments[9:]
-    figures, decision = outputs[:8], outputs[8:]
-    unscaled = logits(hidden, head, scales, norm_weight, norm_eps, bias)
-    degrees, told = degrees_of(unscaled, temperature, temperatures)
+    hidden, bias, measure, level = arguments.hidden, arguments.bias, arguments.measure, arguments.level
+    unscaled = logits(arguments)
+    degrees, told = degrees_of(unscaled, arguments.temperature, arguments.temperatures)
     scaled = unscaled / degrees[:, None]
-    lengths = multiplied(hidden, norm_weight, norm_eps).double().norm(dim=1)
-    limit = torch.full_like(figures[1], threshold) if thresholds is None else thresholds
-    returned = 1 if figures[5] is None else figures[5].shape[1]
+    lengths = multiplied(arguments).double().norm(dim=1)
+    limit = limit_of(arguments)
+    figures = {name: output for name, output in figures_of(outputs).items() if output is not None}
+    unasked = {name: None for name, output in figures_of(outputs).items() if output is None}
+    returned = 1 if outputs.top_tokens is None else outputs.top_tokens.shape[1]
     open_rows = torch.arange(len(hidden), device=hidden.device)
-    for norm, end in zip(norms_after.double(), ends, strict=True):
-        part = [None if output is None else output[open_rows] for output in figures]
-        write_figures(scaled[open_rows, :end], told[open_rows], token_map, *part)
-        for output, value in zip(figures, part, strict=True):
-            if output is not None:
-                output[open_rows] = value
-        seen[open_rows] = end
+    for norm, end in zip(arguments.norms_after.double(), arguments.ends, strict=True):
+        part = {name: output[open_rows] for name, output in figures.items()}
+        write_figures(scaled[open_rows, :end], told[open_rows], arguments.token_map, **part, **unasked)
+        for name, output in figures.items():
+            output[open_rows] = part[name]
+        outputs.seen[open_rows] = end
         left = scaled.shape[1] - end
         if left == 0 or len(open_rows) == 0:
             break
         highest_bias = 0.0 if bias is None else bias[end:].max().double()
         ceiling = _ceiling(lengths[open_rows], norm, highest_bias, hidden.shape[1]) / degrees[open_rows]
-        invalid = (part[7] & ExitStatus.INVALID != 0) & ~(scaled[open_rows, :end] == float("-inf")).all(dim=1)
+        masked = (scaled[open_rows, :end] == float("-inf")).all(dim=1)
+        invalid = (part["status"] & ExitStatus.INVALID != 0) & ~masked
         invalid |= ~told[open_rows]
         no, yes, known = verdicts(
             scaled[open_rows, :end].double(), invalid, ceiling, left, measure, limit[open_rows], returned
         )
         open_rows = open_rows[~settled(no, yes, known, level)]
-    figure = {"max_prob": figures[1], "margin": figures[2], "entropy": figures[3]}[measure]
-    decide(passes(figures[7], figure, limit, measure), level, *decision)
+    decide_by_figure(arguments, outputs)
 
 
 def _ceiling(lengths, norm, bias, dim):

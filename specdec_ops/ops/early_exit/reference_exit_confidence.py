@@ -8,70 +8,38 @@ from specdec_ops.status import ExitStatus
 MINUS_INFINITY = float("-inf")
 
 
-def exit_confidence(
-    hidden,
-    head,
-    scales,
-    norm_weight,
-    norm_eps,
-    bias,
-    temperature,
-    temperatures,
-    token_map,
-    threshold,
-    thresholds,
-    measure,
-    level,
-    token,
-    max_prob,
-    margin,
-    entropy,
-    logsumexp,
-    top_tokens,
-    top_logprobs,
-    status,
-    exited,
-    active_rows,
-    inverse,
-    num_active,
-) -> None:
+FIGURES = ("token", "max_prob", "margin", "entropy", "logsumexp", "top_tokens", "top_logprobs", "status")
+
+
+def exit_confidence(arguments, outputs) -> None:
     """Write what the head says of each row and, if `measure` is not "", which rows exit.
 
-    Args:
-        hidden: [rows, dim].
-        head: [vocab, dim], floating or int8.
-        scales: float32 [vocab] of an int8 head, else None.
-        norm_weight: [dim] of the RMSNorm before the head, or None: no norm.
-        norm_eps: of the norm.
-        bias: float32 [vocab] or None. -inf masks an entry.
-        temperature: a number, used where `temperatures` [rows] is None.
-        temperatures: see above.
-        token_map: int32 [vocab]: the token of each entry, or None: entries are tokens.
-        threshold: a number, used where `thresholds` [rows] is None.
-        thresholds: see above.
-        measure: "max_prob", "margin" or "entropy": what is compared; "": no decision, and its outputs are None.
-        level: "row", or "any" or "all": one decision for all rows.
-        token: int32 [rows].
-        max_prob: float32 [rows], like margin, entropy and logsumexp.
-        margin: see above.
-        entropy: see above.
-        logsumexp: see above.
-        top_tokens: int32 [rows, top_k] or None.
-        top_logprobs: float32 [rows, top_k] or None.
-        status: int32 [rows].
-        exited: bool [rows].
-        active_rows: int32 [rows].
-        inverse: int32 [rows].
-        num_active: int32 [1].
+    The arguments and outputs: specdec_ops/ops/early_exit/contract.py.
     """
-    unscaled = logits(hidden, head, scales, norm_weight, norm_eps, bias)
-    degrees, told = degrees_of(unscaled, temperature, temperatures)
-    figures = (token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status)
-    write_figures(unscaled / degrees[:, None], told, token_map, *figures)
-    if measure:
-        figure = {"max_prob": max_prob, "margin": margin, "entropy": entropy}[measure]
-        limit = torch.full_like(figure, threshold) if thresholds is None else thresholds
-        decide(passes(status, figure, limit, measure), level, exited, active_rows, inverse, num_active)
+    unscaled = logits(arguments)
+    degrees, told = degrees_of(unscaled, arguments.temperature, arguments.temperatures)
+    write_figures(unscaled / degrees[:, None], told, arguments.token_map, **figures_of(outputs))
+    if arguments.measure:
+        decide_by_figure(arguments, outputs)
+
+
+def figures_of(outputs) -> dict:
+    """What is said of rows, by name."""
+    return {name: getattr(outputs, name) for name in FIGURES}
+
+
+def decide_by_figure(arguments, outputs) -> None:
+    """Write which rows exit, by the figures that are written already."""
+    passed = passes(outputs.status, getattr(outputs, arguments.measure), limit_of(arguments), arguments.measure)
+    decide(passed, arguments.level, outputs.exited, outputs.active_rows, outputs.inverse, num_active=outputs.num_active)
+
+
+def limit_of(arguments):
+    """The threshold of each row, float32 [rows]."""
+    if arguments.thresholds is not None:
+        return arguments.thresholds
+    rows, device = len(arguments.hidden), arguments.hidden.device
+    return torch.full((rows,), arguments.threshold, dtype=torch.float32, device=device)
 
 
 def degrees_of(logits, temperature, temperatures):
@@ -128,22 +96,23 @@ def passes(status, figure, limit, measure):
     return (status == 0) & (figure <= limit if measure == "entropy" else figure >= limit)
 
 
-def logits(hidden, head, scales, norm_weight, norm_eps, bias):
+def logits(arguments):
     """RMSNorm, head, bias: [rows, vocab], in float64 if hidden is, else in float32."""
-    x = multiplied(hidden, norm_weight, norm_eps)
+    x = multiplied(arguments)
     compute = x.dtype
-    product = x @ head.to(compute).T
-    if scales is not None:
-        product = product * scales.to(compute)
-    return product if bias is None else product + bias.to(compute)
+    product = x @ arguments.head.to(compute).T
+    if arguments.scales is not None:
+        product = product * arguments.scales.to(compute)
+    return product if arguments.bias is None else product + arguments.bias.to(compute)
 
 
-def multiplied(hidden, norm_weight, norm_eps):
+def multiplied(arguments):
     """What is multiplied with the head: [rows, dim], hidden or its RMSNorm."""
-    x = hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-    if norm_weight is None:
+    x = arguments.hidden.to(torch.promote_types(arguments.hidden.dtype, torch.float32))
+    if arguments.norm_weight is None:
         return x
-    return x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + norm_eps) * norm_weight.to(x.dtype)
+    scale = torch.rsqrt(x.square().mean(dim=1, keepdim=True) + arguments.norm_eps)
+    return x * scale * arguments.norm_weight.to(x.dtype)
 
 
 def decide(passed, level, exited, active_rows, inverse, num_active) -> None:

@@ -19,7 +19,7 @@ from specdec_ops._core.checks import (
     strides_error,
 )
 
-from . import library
+from . import contract
 
 _OP = "kv_propagate"
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -97,7 +97,7 @@ def kv_propagate(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *norms, *keys, *values)):
         raise RuntimeError(grad_error(_OP))
     cosines, sines, slots = _angles(hidden, rope, positions, slots, k_caches[0].shape[3])
-    library.kv_propagate(
+    arguments = contract.KvPropagateArguments(
         hidden,
         norms,
         keys,
@@ -106,13 +106,11 @@ def kv_propagate(
         cosines,
         sines,
         bool(interleaved),
-        requests,
-        slots,
-        page_table,
-        list(k_caches),
-        list(v_caches),
-        backend,
+        None if requests is None else requests.contiguous(),
+        slots.contiguous(),
+        None if page_table is None else page_table.contiguous(),
     )
+    contract.kv_propagate(arguments, backend, contract.KvPropagateOutputs(list(k_caches), list(v_caches)))
 
 
 def _angles(hidden, rope, positions, slots, head_dim: int):

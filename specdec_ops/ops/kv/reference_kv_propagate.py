@@ -3,49 +3,23 @@
 import torch
 
 
-def kv_propagate(
-    hidden,
-    norm_weights,
-    k_weights,
-    v_weights,
-    norm_eps,
-    cosines,
-    sines,
-    interleaved,
-    requests,
-    slots,
-    page_table,
-    k_caches,
-    v_caches,
-) -> None:
+def kv_propagate(arguments, outputs) -> None:
     """Write the keys and values that each skipped layer would have for these rows, if it were fed `hidden`.
 
-    Args:
-        hidden: [rows, dim].
-        norm_weights: per layer [dim], or an empty list: no norm.
-        k_weights: per layer [kv_heads * head_dim, dim].
-        v_weights: like k_weights.
-        norm_eps: of the norm.
-        cosines: [rows, pairs], of the angle of each rotated pair, or None: no rotation.
-        sines: like cosines.
-        interleaved: pairs are elements 2i and 2i + 1, else i and pairs + i.
-        requests: int32 [rows] or None: all rows are of request 0.
-        slots: int32 [rows]. A row whose slot does not exist, or whose request does not, is not stored.
-        page_table: int32 [batch, max_pages] or None.
-        k_caches: per layer [batch, slots, kv_heads, head_dim], or [pages, page_size, kv_heads, head_dim].
-        v_caches: like k_caches.
+    The arguments and outputs: specdec_ops/ops/kv/contract.py.
     """
+    hidden, norm_weights = arguments.hidden, arguments.norm_weights
     compute = torch.promote_types(hidden.dtype, torch.float32)
     x = hidden.to(compute)
     if norm_weights:
-        x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + norm_eps)
-    for layer, (k_cache, v_cache) in enumerate(zip(k_caches, v_caches, strict=True)):
+        x = x * torch.rsqrt(x.square().mean(dim=1, keepdim=True) + arguments.norm_eps)
+    for layer, (k_cache, v_cache) in enumerate(zip(outputs.k_caches, outputs.v_caches, strict=True)):
         y = x * norm_weights[layer].to(compute) if norm_weights else x
-        k, v = (y @ weights[layer].to(compute).T for weights in (k_weights, v_weights))
+        k, v = (y @ weights[layer].to(compute).T for weights in (arguments.k_weights, arguments.v_weights))
         k, v = (rows.unflatten(1, k_cache.shape[2:]) for rows in (k, v))
-        if cosines is not None:
-            k = rotate(k, cosines.to(compute), sines.to(compute), interleaved)
-        stored, places = places_of(requests, slots, page_table, k_cache)
+        if arguments.cosines is not None:
+            k = rotate(k, arguments.cosines.to(compute), arguments.sines.to(compute), arguments.interleaved)
+        stored, places = places_of(arguments.requests, arguments.slots, arguments.page_table, k_cache)
         k_cache[places] = k[stored].to(k_cache.dtype)
         v_cache[places] = v[stored].to(v_cache.dtype)
 

@@ -5,22 +5,9 @@ import torch
 from specdec_ops.status import TopologyStatus
 
 
-def build_topology(
-    parents, num_nodes, parents_out, depths, ancestors, first_child, next_sibling, num_nodes_out, status
-) -> None:
-    """Write the sound parents and what follows from them.
-
-    Args:
-        parents: int32 [batch, nodes].
-        num_nodes: int32 [batch].
-        parents_out: int32 [batch, nodes]: -1 where a parent was unsound, and from num_nodes on.
-        depths: int32 [batch, nodes].
-        ancestors: int64 [batch, nodes, words]: bit j % 64 of word j // 64 for every ancestor j and the node itself.
-        first_child: int32 [batch, nodes], or -1.
-        next_sibling: int32 [batch, nodes], or -1.
-        num_nodes_out: int32 [batch], clamped to the columns of parents.
-        status: int32 [batch], TopologyStatus bits.
-    """
+def build_topology(arguments, outputs) -> None:
+    """Write the sound parents and what follows from them. The tensors: specdec_ops/ops/topology/contract.py."""
+    parents, num_nodes = arguments
     batch, nodes = parents.shape
     node = torch.arange(nodes, device=parents.device)
     count = num_nodes.clamp(0, nodes)
@@ -47,13 +34,13 @@ def build_topology(
     is_child = both_exist & (parent[:, None, :] == node[:, None])
     is_later_sibling = both_exist & (parent[:, None, :] == parent[:, :, None]) & (node > node[:, None])
 
-    parents_out.copy_(parent)
-    depths.copy_((sees.sum(dim=-1) - 1).clamp(min=0))
-    ancestors.copy_(_pack(sees, ancestors.shape[-1]))
-    first_child.copy_(lowest(is_child))
-    next_sibling.copy_(lowest(is_later_sibling))
-    num_nodes_out.copy_(count)
-    status.copy_(
+    outputs.parents_out.copy_(parent)
+    outputs.depths.copy_((sees.sum(dim=-1) - 1).clamp(min=0))
+    outputs.ancestors.copy_(_pack(sees, outputs.ancestors.shape[-1]))
+    outputs.first_child.copy_(lowest(is_child))
+    outputs.next_sibling.copy_(lowest(is_later_sibling))
+    outputs.num_nodes_out.copy_(count)
+    outputs.status.copy_(
         TopologyStatus.PARENT_OUT_OF_RANGE * out_of_range.any(dim=-1)
         + TopologyStatus.PARENT_NOT_BEFORE * not_before.any(dim=-1)
         + TopologyStatus.NUM_NODES_OUT_OF_RANGE * (count != num_nodes)
