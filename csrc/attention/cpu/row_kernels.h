@@ -3,7 +3,9 @@
 
 #include <cstdint>
 
-namespace specdec {
+#include "attention/params.h"
+
+namespace specdec::cpu {
 
 // The row-wise kernels of each instruction set (attention/cpu/merge.h).
 #define SPECDEC_ROW_KERNELS(isa)                                           \
@@ -16,4 +18,4 @@ SPECDEC_ROW_KERNELS(avx2)
 SPECDEC_ROW_KERNELS(avx512)
 #undef SPECDEC_ROW_KERNELS
 
-}  // namespace specdec
+}  // namespace specdec::cpu
