@@ -95,8 +95,10 @@ PYBIND11_MODULE(_C, m) {
     info["left_out"] = built.left_out;
     return info;
   });
-  m.def("cpu_isa", &cpu::cpu_isa, "The instruction set that CPU kernels run with here.");
-  m.def("set_cpu_isa", &cpu::set_cpu_isa, "Limits the instruction set; an empty name removes the limit.");
+  m.def(
+      "cpu_isa", [] { return cpu::isa_name(cpu::current_isa()); },
+      "The instruction set that CPU kernels run with here.");
+  m.def("set_cpu_isa", &cpu::limit_isa, "Limits the instruction set; an empty name removes the limit.");
   m.def(
       "read_bytes",
       [](Address address, size_t bytes, int threads, int streams, int ahead, bool nearest) {

@@ -25,10 +25,4 @@ bool may_use_vnni();
 // "" removes the limit. Throws std::invalid_argument on an unknown name. For tests and benchmarks: not thread-safe.
 void limit_isa(const std::string& name);
 
-// "amx", "avx512_bf16", "avx512", "avx2" or "generic": the best that this processor and SPECDEC_OPS_CPU_ISA allow.
-std::string cpu_isa();
-
-// Limits the instruction set from now on ("" removes the limit). For tests and benchmarks; not thread-safe.
-void set_cpu_isa(const std::string& name);
-
 }  // namespace specdec::cpu
