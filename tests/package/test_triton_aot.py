@@ -261,7 +261,7 @@ def compile_accept(spec, arch):
             "FILTER": True, "DRAFT_FILTER": True, "BLOCK": block,
         }  # fmt: skip
         if not spec.draft:
-            constants |= {"draft": None}
+            constants |= {"draft_logits": None, "target_to_draft": None}
     return compile_kernel(kernel, constants, POINTERS[spec.dtype], arch, sample.warps_of(block), 3, tuples=tuples)
 
 

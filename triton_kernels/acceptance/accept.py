@@ -58,7 +58,7 @@ def accept_kernel(
     """Grid: (batch,). The tuples hold what accept has under these names.
 
     target            target, its strides by request and node, vocab
-    draft             draft_logits, its strides by request and node, draft_vocab, target_to_draft; None: no rows
+    draft             draft_logits, its strides by request and node, draft_vocab, target_to_draft
     tree              draft_tokens, first_child, next_sibling, num_nodes
     settings          temperature, temperatures, top_ks, top_p, top_ps of the target, draft_settings those of the draft
     noise             seeds, positions
@@ -84,17 +84,13 @@ def accept_kernel(
     seed = request_seed(seeds, seed_low, seed_high, index)
     position = request_setting(position, positions, index)
 
-    sampling, wrong = request_sampling(settings, top_k, index)
-    bits |= wrong
-    weighted = False
-    draft_model = None
-    if draft is not None:
-        draft_logits, draft_batch_stride, draft_node_stride, draft_size, ids_of_target = draft
-        draft_sampling, wrong = request_sampling(draft_settings, draft_top_k, index)
-        weighted = sampling.temperature > 0.0
-        bits |= tl.where(weighted, wrong, 0)
+    draft_logits, draft_batch_stride, draft_node_stride, draft_size, ids_of_target = draft
+    if draft_logits is not None:
         draft_logits += index * draft_batch_stride
-        draft_model = Model(draft_logits, draft_node_stride, draft_size, draft_sampling, ids_of_target)
+    sampling, wrong = request_sampling(settings, top_k, index)
+    draft_sampling, wrong_for_draft = request_sampling(draft_settings, draft_top_k, index)
+    weighted = (sampling.temperature > 0.0) & (draft_logits is not None)
+    bits |= wrong | tl.where(weighted, wrong_for_draft, 0)
     if RULE == GREEDY:
         sampling = Sampling(0.0, sampling.top_k, sampling.top_p)
 
@@ -113,7 +109,7 @@ def accept_kernel(
     request = Request(
         index,
         Model(logits, node_stride, size, sampling, None),
-        draft_model,
+        Model(draft_logits, draft_node_stride, draft_size, draft_sampling, ids_of_target),
         weighted,
         Tree(tokens, token_stride, first_child, next_sibling, count, columns, max_depth),
         seed,
@@ -151,11 +147,11 @@ def accept(arguments, outputs) -> None:
     if not ids:
         block, words = sample.block_of(size), (size + 31) // 32 + columns * NODE_WORDS.value
         scratch = torch.empty((batch, words), dtype=torch.int32, device=target.device)
-    draft = arguments.draft_logits
-    if draft is not None:
-        reads_it = rule not in ("greedy", "match", "target_only", "typical")
-        draft = (draft, *draft.stride()[:2], draft.shape[2], arguments.target_to_draft) if reads_it else None
-    a, (seed_low, seed_high) = arguments, sample.seed_words(arguments.seed or 0)
+    a, rows = arguments, arguments.draft_logits
+    draft = (None, 0, 0, 0, None)
+    if rows is not None and rule not in ("greedy", "match", "target_only", "typical"):
+        draft = (rows, *rows.stride()[:2], rows.shape[2], a.target_to_draft)
+    seed_low, seed_high = sample.seed_words(a.seed or 0)
     with on(target.device):
         accept_kernel[(batch,)](
             (target, *target.stride()[:2], size),

@@ -136,7 +136,7 @@ def _recursive(
         else:
             usable = True
             before = head
-            if request.draft is not None:
+            if request.draft.logits is not None:
                 if weighted & ((asked == 0) | CHILD_ROWS):
                     holder = child if CHILD_ROWS else node
                     usable = read_proposal(request, holder, FILTER, BLOCK)
@@ -154,7 +154,7 @@ def _recursive(
                 again = is_excluded(request.excluded, token, possible)
                 q = tl.full([], 1.0, tl.float32)
                 drawable = True
-                if request.draft is not None:
+                if request.draft.logits is not None:
                     if weighted:
                         q, drawable = draft_proposal(request, head, token)
                         if again & (not REPLACEMENT) & (not CHILD_ROWS):
@@ -168,7 +168,7 @@ def _recursive(
                     if not again:
                         exclude(request.excluded, token)
                     if weighted:
-                        if request.draft is not None:
+                        if request.draft.logits is not None:
                             factor = total / remaining
                             if not CHILD_ROWS:
                                 factor += tl.load(state + node * NODE_WORDS + TERM_FACTOR).to(tl.float32, bitcast=True)
@@ -179,7 +179,7 @@ def _recursive(
                     # as large a part of all runs, so what that loses is lost in as small a part.
                     if weighted | (total < 0.0009765625):
                         total, left = residual_sums(request, node, head, BLOCK)
-                        if request.draft is not None:
+                        if request.draft.logits is not None:
                             if weighted & (not REPLACEMENT) & (not CHILD_ROWS):
                                 remaining = take_from_draft(request, node, left, BLOCK)
                     go_on = total > 0.0

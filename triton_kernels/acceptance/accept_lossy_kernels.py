@@ -80,7 +80,7 @@ def _passes_longest(request, node, child, token, sound):
     """Whether the child passes its own test, and status bits. sound: whether its q can be used."""
     q = tl.full([], 1.0, tl.float32)
     drawable = True
-    if request.draft is not None:
+    if request.draft.logits is not None:
         if request.weighted:
             q, drawable = draft_proposal(request, node, token)
     p = target_probability(request, node, token, True)
@@ -199,7 +199,7 @@ def accept_lossy(
             _, known, entropy = read_row(state, node, TARGET_ROW, target, FILTER, True, RULE == TYPICAL, BLOCK)
             bits |= tl.where(known, 0, TARGET_INVALID)
             least = tl.minimum(request.thresholds[0], request.thresholds[1] * tl.exp(-entropy))
-            if request.draft is not None:
+            if request.draft.logits is not None:
                 if request.weighted & (child >= 0) & ((last == 0) | (get_int(state, node, PARENT) >= 0)):
                     sound = read_proposal(request, node, DRAFT_FILTER, BLOCK)
                     bits |= tl.where(sound, 0, DRAFT_INVALID)

@@ -72,7 +72,7 @@ MAX_FACTOR = tl.constexpr(2.0**120)  # of a path that is kept with a probability
 class Model(NamedTuple):
     """The logits of the request's nodes by the target or by the draft, and how the request samples from them."""
 
-    logits: tl.tensor  # [nodes, size]; token ids [nodes] where there are no logits
+    logits: tl.tensor  # [nodes, size]. Of the target: ids [nodes] will do for greedy. Of a draft: None, if it gave none
     node_stride: tl.tensor
     size: tl.tensor
     sampling: Sampling
@@ -108,8 +108,8 @@ class Request(NamedTuple):
 
     index: tl.tensor
     target: Model
-    draft: Model  # or None: there are no draft rows
-    weighted: tl.tensor  # whether proposals have a q: there are draft rows, and the temperature is not 0
+    draft: Model
+    weighted: tl.tensor  # whether proposals have a q: the draft gave logits, and the temperature is not 0
     tree: Tree
     seed: tl.tensor
     position: tl.tensor
@@ -323,7 +323,7 @@ def residual_weight(request, node, head, use_excluded, ids, inside):
     """(w, q of the last term where not excluded) of one token or of a block. head: the newest term, or -1."""
     w = target_probability(request, node, ids, inside)
     left = w * 0.0
-    if request.draft is not None:
+    if request.draft.logits is not None:
         term = head
         while term >= 0:
             q = draft_probability(request, term, ids, inside)

@@ -9,9 +9,9 @@ with S = sum (alpha p - q)+, p becomes (alpha p - q)+ normalised, alpha becomes 
 replacement q loses x. In terms of the weights w of accept_state.py, whose sum is N: c grows by
 N / (alpha remaining), S is alpha N' / N. A child of weight 0 is deleted without a look at what is below it.
 
-Each node on the path keeps its laws, c, N and alpha in scratch, so coming back to a parent costs one pass over its pair
-of rows (for the new N) and reads nothing twice from memory that L2 still holds. The excluded tokens of one node at a
-time are in the bit set; they are the siblings that were deleted, so the set can be made anew from the tree.
+Each node on the path keeps its distributions, c, N and alpha in scratch, so coming back to a parent costs one pass over
+its pair of rows (for the new N) and reads nothing twice from memory that L2 still holds. The excluded tokens of one
+node at a time are in the bit set; they are the siblings that were deleted, so the set can be made anew from the tree.
 
 A node belongs to the first parent that has tried it. That is the tree's own structure; in malformed links, which may
 share nodes, it keeps every node to one visit, so the time is bounded by the nodes.
@@ -113,7 +113,7 @@ def _reject(request, node, child, token, REPLACEMENT: tl.constexpr, CHILD_ROWS: 
     head = get_int(state, node, HEAD)
     put_int(state, node, REJECTED, 1)
     alive = (alpha > 0.0) & (total > 0.0)
-    if request.draft is not None:
+    if request.draft.logits is not None:
         if weighted:
             factor = tl.where(alive, total / tl.where(alive, alpha * remaining, 1.0), 0.0)
             if CHILD_ROWS:
@@ -130,7 +130,7 @@ def _reject(request, node, child, token, REPLACEMENT: tl.constexpr, CHILD_ROWS: 
     left = total - w
     if weighted | (left < 0.0009765625):
         left, free = residual_sums(request, node, head, BLOCK)
-        if request.draft is not None:
+        if request.draft.logits is not None:
             if weighted & (not REPLACEMENT) & (not CHILD_ROWS):
                 free = take_from_draft(request, node, free, BLOCK)
                 put_float(state, node, REMAINING, free)
@@ -172,7 +172,7 @@ def _weight_of(
     alpha = tl.full([], 0.0, tl.float32)
     verdict = tl.full([], 0, tl.int32)
     remaining = get_float(state, node, REMAINING)
-    if request.draft is not None:
+    if request.draft.logits is not None:
         if request.weighted:
             sound, bits = _proposal_of(request, node, child, CHILD_ROWS, FILTER, BLOCK)
             status |= bits
@@ -184,7 +184,7 @@ def _weight_of(
         w, _ = residual_weight(request, node, get_int(state, node, HEAD), True, token, True)
         q = tl.full([], 1.0, tl.float32)
         drawable = True
-        if request.draft is not None:
+        if request.draft.logits is not None:
             if request.weighted:
                 holder = child if CHILD_ROWS else node
                 q, drawable = draft_proposal(request, holder, token)
