@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -29,7 +30,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BINDINGS = "csrc/bindings/"  # the only files that know Python
-STRUCT_FIELDS = "csrc/bindings/struct_fields.py"  # writes a header for the bindings, of the structs in these:
+STRUCT_FIELDS = "csrc/bindings/struct_fields.py"  # makes a header for the bindings, of the structs in these:
 PARAMS_HEADERS = "csrc/*/params.h"
 KNOW_THE_BUILD = (
     "csrc/common/cpu/build_info.cpp",
@@ -349,10 +350,6 @@ class Build:
             rule("cxx", [*compile_cxx, "$flags", "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], depfile=True),
             rule("link", [*self.cxx, *link_flags, "$in", *link_libraries, "-o", "$out"]),
         ]
-        headers = sorted(map(str, Path().glob(PARAMS_HEADERS)))
-        fields = f"{self.folder}/struct_fields.h"
-        lines.append(rule("fields", [sys.executable, STRUCT_FIELDS, "$out", *headers]))
-        lines.append(f"build {fields}: fields {' '.join(headers)} | {STRUCT_FIELDS}\n")
         if self.nvcc:
             compile_cuda = [self.nvcc, *cuda_flags, *common]
             lines.append(rule("nvcc", [*compile_cuda, "-MMD", "-MF", "$out.d", "-c", "$in", "-o", "$out"], True))
@@ -364,8 +361,7 @@ class Build:
                 flags = python if source.startswith(BINDINGS) else X86_FLAGS.get(self.cpu_sources[source], [])
             flags = [*flags, *(self.macros() if source in KNOW_THE_BUILD else [])]
             compiler = "nvcc" if source in self.cuda_sources else "cxx"
-            needed = f" | {fields}" if source.startswith(BINDINGS) else ""
-            lines.append(f"build {self.object_of(source)}: {compiler} {source}{needed}\n  flags = {quote(flags)}\n")
+            lines.append(f"build {self.object_of(source)}: {compiler} {source}\n  flags = {quote(flags)}\n")
         objects = [self.object_of(source) for source in (*self.cpu_sources, *self.cuda_sources)]
         lines.append(f"build {self.folder}/_C.so: link {' '.join(objects)}\n")
         return "\n".join(lines)
@@ -376,10 +372,18 @@ class Build:
         """
         return f"{self.folder}/{source}{'.cuda' if self.nvcc and source.startswith(BINDINGS) else ''}.o"
 
+    def write_struct_fields(self):
+        """Make the header that tells the bindings the fields of each struct. It stays as it is if nothing differs."""
+        headers = sorted(map(str, Path().glob(PARAMS_HEADERS)))
+        text, path = runpy.run_path(STRUCT_FIELDS)["header"](headers), self.folder / "struct_fields.h"
+        if not path.is_file() or path.read_text() != text:
+            path.write_text(text)
+
     def run(self, target):
         """Compile what has changed, and put the module at `target`."""
         text = self.ninja_file()
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.write_struct_fields()
         ninja_path = self.folder / "build.ninja"
         ninja_path.write_text(text)
         print(f"specdec_ops: building {self.describe()}; {self.jobs} jobs at once", flush=True)

@@ -1,14 +1,13 @@
-"""Writes struct_fields.h: for every parameter struct of the kernels a function that visits its fields by name.
+"""Makes struct_fields.h: for every parameter struct of the kernels a function that visits its fields by name.
 
 C++ has no way to list the fields of a struct, and the bindings fill them from a contract's fields of the same names.
-`setup.py` runs this during the build: `python struct_fields.py OUTPUT HEADER...`.
+`setup.py` calls `header` at the start of each build.
 
 A struct it can read has fields only, each written `type name, other, array[count];`, as in csrc/specdec/params.h.
 Templates are passed over; so is whatever stands outside of structs.
 """
 
 import re
-import sys
 from pathlib import Path
 
 # An optional template argument and pointers belong to the type; names may be arrays.
@@ -56,9 +55,3 @@ def header(paths):
         lines += [f"void for_each_field({name}& of, Visit&& visit) {{"]
         lines += [*(f'  visit("{field}", of.{field});' for field in fields), "}", ""]
     return "\n".join([*lines, "}  // namespace specdec", ""])
-
-
-if __name__ == "__main__":
-    output, *headers = sys.argv[1:]
-    Path(output).parent.mkdir(parents=True, exist_ok=True)
-    Path(output).write_text(header(headers))

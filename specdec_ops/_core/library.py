@@ -14,7 +14,6 @@ import inspect
 import itertools
 import typing
 from collections.abc import Callable
-from operator import itemgetter
 
 import torch
 
@@ -22,7 +21,8 @@ from . import alloc, dispatch
 
 _LIBRARY = torch.library.Library("specdec_ops", "DEF")
 _NAMESPACE = torch.ops.specdec_ops
-_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None)))  # a parameter differs in its name alone
+# Types of a call that hides nothing: a parameter differs from a tensor in its name alone.
+_PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool, str, list, tuple))
 _SCHEMA_TYPES = {
     torch.Tensor: "Tensor",
     torch.Tensor | None: "Tensor?",
@@ -41,15 +41,14 @@ _tracing = torch._C._get_tracing_state  # torch.jit.trace records operators, and
 _transforms = getattr(torch._C._functorch, "maybe_current_level", lambda: 1)  # vmap and the like hide what a tensor is
 
 
-def may_bypass_dispatcher(tensors: typing.Iterable[torch.Tensor | None]) -> bool:
-    """Whether these tensors are plain and nobody watches, so that an implementation may be called directly."""
-    return (
-        not torch.compiler.is_compiling()
-        and not _dispatch_modes()
-        and _transforms() is None
-        and _tracing() is None
-        and _PLAIN.issuperset(map(type, tensors))
-    )
+def nobody_watches() -> bool:
+    """Whether nothing records, transforms or compiles what is done here with tensors."""
+    return not torch.compiler.is_compiling() and not _dispatch_modes() and _transforms() is None and _tracing() is None
+
+
+def are_plain(values: typing.Iterable) -> bool:
+    """Whether all these are tensors and numbers as they come, and no subclass that wants to see what is done to it."""
+    return _PLAIN.issuperset(map(type, values))
 
 
 def _fake_empty(shape, dtype, device):
@@ -74,17 +73,6 @@ def _schema(fields: dict[str, type], marks: typing.Iterator[str] | None = None) 
             written = written.replace("Tensor", f"Tensor({next(marks)}!)")
         parts.append(f"{written} {name}")
     return ", ".join(parts)
-
-
-def _tensors_of(kind: type) -> Callable[[tuple], typing.Iterable]:
-    """A function that picks the tensors of a named tuple of this type, those in its lists too."""
-    fields = typing.get_type_hints(kind)
-    lists = [place for place, of in enumerate(fields.values()) if of == list[torch.Tensor]]
-    single = [place for place, of in enumerate(fields.values()) if of in (torch.Tensor, torch.Tensor | None)]
-    pick = itemgetter(*single) if len(single) > 1 else lambda values: tuple(values[place] for place in single)
-    if not lists:
-        return pick
-    return lambda values: itertools.chain(pick(values), *(values[place] for place in lists))
 
 
 class Operator:
@@ -119,8 +107,9 @@ class Operator:
         """
         self.name = name
         self._arguments, self._outputs = arguments, outputs
-        self._tensors, self._written = _tensors_of(arguments), _tensors_of(outputs)
         fields, written = typing.get_type_hints(arguments), typing.get_type_hints(outputs)
+        self._lists = [name for name, kind in fields.items() if kind == list[torch.Tensor]]
+        self._written_lists = [name for name, kind in written.items() if kind == list[torch.Tensor]]
         first = next(place for place, kind in enumerate(fields.values()) if kind is torch.Tensor)
         self._decided_by = decided_by or (lambda arguments, _: (arguments[first],))
         self._answers, self._pieces = answers, pieces
@@ -178,11 +167,13 @@ class Operator:
         return out
 
     def bypass_dispatcher(self, arguments: tuple, out: tuple | None) -> bool:
-        """Whether this call may go straight to an implementation: see `may_bypass_dispatcher`."""
-        if torch.compiler.is_compiling():
+        """Whether this call may go straight to an implementation: nobody watches, and it hides nothing."""
+        if not nobody_watches() or not are_plain(arguments) or not (out is None or are_plain(out)):
             return False
-        tensors = self._tensors(arguments)
-        return may_bypass_dispatcher(tensors if out is None else itertools.chain(tensors, self._written(out)))
+        lists = [getattr(arguments, name) for name in self._lists]
+        if self._written_lists:
+            lists += [getattr(out, name) for name in self._written_lists]
+        return all(map(are_plain, lists)) if lists else True
 
     def _run(self, arguments: tuple, backend: str, outputs: tuple) -> None:
         implementation = dispatch.resolve(self.name, backend, *self._decided_by(arguments, outputs))

@@ -9,7 +9,7 @@ from unittest import mock
 import pytest
 import torch
 
-from specdec_ops import sample_children, sample_tokens
+from specdec_ops import chain_accept, sample_children, sample_tokens
 from specdec_ops._core import dispatch
 from tests.acceptance.accept_cases import RULES, Bands, chain, make_case, random_parents, star
 from tests.emulator import build, kernels, mutants
@@ -134,6 +134,22 @@ def test_launches():
     before = kernels.launches("sample")
     emulated(functools.partial(sample_tokens, torch.randn(2, 9000), seeds=1, positions=2), "sample")
     assert kernels.launches("sample") - before == 1
+
+
+def test_scratch():
+    """Rules that keep nothing need none; the eager path keeps a table of distributions, and one counter for each row."""
+
+    def needs(rule, batch, path):
+        rows = torch.empty(batch, 60, 128_256, device="meta")
+        tokens = torch.empty(batch, 59, dtype=torch.int32, device="meta")
+        options = {"rule": rule, "seeds": 0, "positions": 0}
+        return kernels.needs_of(lambda: chain_accept(rows, tokens, rows[:, 1:], **options), path=path)
+
+    assert needs("token", 8, "lazy") == (0, 0)
+    scratch, counters = needs("block", 8, "lazy")
+    assert 0 < scratch < 8 * 60 * 256 and counters == 0
+    scratch, counters = needs("token", 2, "eager")
+    assert 0 < scratch < 2 * 100_000 and counters == 2 * (2 * 60 + 1)
 
 
 ROW = 4096

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 
-from specdec_ops import Topology, Tree, build_topology, merge_states
+from specdec_ops import Topology, Tree, build_topology, merge_states, tree_attention
 from specdec_ops.ops.attention.contract import MergeStatesArguments, MergeStatesOutputs
 from tests.attention.attention_cases import chain, expected, make_case
 from tests.attention.attention_cases import random_tree as random_parents
@@ -162,6 +162,31 @@ def test_a_batch_too_large_for_its_scratch_goes_in_slices():
     kernels.run(launch)
     exact, plain = (expected(case, dtype)[0] for dtype in (torch.float64, torch.bfloat16))
     assert_as_good_as_torch(launch.tensors["out"], exact, plain)
+
+
+def attention_needs(batch, nodes, heads, kv_heads, dim, slots, num_splits=None, cache=torch.bfloat16):
+    """Bytes of scratch, and counters."""
+    q = torch.empty(batch, nodes, heads, dim, dtype=torch.bfloat16, device="meta")
+    k = torch.empty(batch, slots, kv_heads, dim, dtype=cache, device="meta")
+    return kernels.needs_of(lambda: tree_attention(q, k, k, None, 0, num_splits=num_splits))
+
+
+def test_attention_scratch():
+    """None for a request that is never split; else kRows rows of dim + 2 numbers for each part."""
+    assert attention_needs(3, 4, 8, 2, 128, 256) == (0, 0)
+    assert attention_needs(3, 4, 8, 2, 128, 257) == (6 * 2 * 16 * 130 * 4, 6)
+    assert attention_needs(1, 100, 8, 2, 80, 100_000, 7) == (2 * 4 * 7 * 128 * 98 * 4, 8)
+    assert attention_needs(1, 100, 1, 1, 80, 1000, 2, torch.float8_e4m3fn) == (2 * 128 * 130 * 4, 1)
+    # Blocks of 128 rows or, where a device has no room for them, of 64.
+    assert attention_needs(1, 100, 1, 1, 256, 1000, 2) == (2 * 128 * 258 * 4, 2)
+    assert attention_needs(1, 130, 1, 1, 256, 1000, 2) == (2 * 256 * 258 * 4, 3)
+
+
+def test_attention_scratch_is_bounded():
+    """A large batch goes in slices of 256 MiB at most; a single request takes what it needs."""
+    scratch, counters = attention_needs(1000, 64, 32, 8, 128, 100_000)
+    assert scratch <= 256 * 2**20 < scratch + scratch // (counters // 16)
+    assert attention_needs(9, 10_000, 32, 8, 128, 100_000, 256)[1] == 8 * 313
 
 
 def test_topology_of_a_named_tree():

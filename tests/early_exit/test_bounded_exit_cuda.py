@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from specdec_ops import bound_head, early_exit, quantize_head
+from specdec_ops import HeadBounds, bound_head, early_exit, quantize_head
 from tests.early_exit.exit_cases import ExitCase, make_case
 from tests.early_exit.test_exit_confidence import DTYPES, FIGURES
 from tests.early_exit.test_exit_confidence_cuda import BF16, DECISION, FLOAT, HALF, launch_of, outputs_of, whole
@@ -229,6 +229,14 @@ def test_scratch_is_what_blocks_leave():
     # The first state and two numbers of each row; one block's state of the first part and what is carried on; the ends
     # of the lists.
     assert kernels.traffic(launch)["scratch"].written == 5 * (state + 16) + 2 * 5 * state + (len(ENDS) - 1) * 4
+
+
+def test_scratch():
+    """A slot more for each row, its two numbers, the biases of 15 parts, and two lists of rows."""
+    hidden, head = (torch.empty(count, 64, device="meta") for count in (60, 128_256))
+    bounds = HeadBounds((1000, 128_256), torch.empty(2, device="meta"))
+    needs = kernels.needs_of(lambda: early_exit(hidden, head, 0.5, top_k=10, bounds=bounds), multiprocessors=132)
+    assert needs == (60 * 265 * (16 + 80) + 60 * 16 + 15 * 32 * 4 + 496, 9)
 
 
 LAUNCHES = {

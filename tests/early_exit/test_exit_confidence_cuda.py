@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 
-from specdec_ops import quantize_head
+from specdec_ops import exit_confidence, quantize_head
 from specdec_ops.ops.early_exit.contract import ExitConfidenceArguments, ExitConfidenceOutputs
 from tests.early_exit.exit_cases import ExitCase, make_case
 from tests.early_exit.test_exit_confidence import DTYPES, FIGURES
@@ -169,6 +169,17 @@ def test_scratch_is_what_blocks_leave():
     blocks = 2 * kernels.MULTIPROCESSORS
     assert launch.tensors["scratch"].numel() == 5 * blocks * (16 + 7 * 8)
     assert kernels.traffic(launch)["scratch"].written == 5 * blocks * (16 + 7 * 8)
+
+
+def test_scratch():
+    """A state for each row and block: two blocks for each multiprocessor, but no more than tiles of 128 entries."""
+
+    def needs(rows, vocab, top_k):
+        hidden, head = (torch.empty(count, 64, device="meta") for count in (rows, vocab))
+        return kernels.needs_of(lambda: exit_confidence(hidden, head, top_k=top_k), multiprocessors=132)
+
+    assert needs(1, 97, 0) == (32, 2)
+    assert needs(60, 128_256, 10) == (60 * 264 * (16 + 80), 9)
 
 
 def screened_launch(*sizes, **options):

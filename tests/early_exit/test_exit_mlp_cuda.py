@@ -136,6 +136,23 @@ def test_exit_mlp_is_one_launch_that_reads_the_weights_once():
         assert traffic["weights[2]"].read == blocks * (4 if rows <= 16 else 8) * 64 * 2
 
 
+def test_scratch_of_exit_mlp():
+    """For a block of 4 or 8 rows: a part for each 16 units, one for each group of parts, and two layers; a counter for
+    each group and one for the groups; and one for all rows."""
+
+    def needs(rows, *sizes):
+        def tensor(*shape):
+            return torch.empty(shape, device="meta")
+
+        layers = [(tensor(outputs, inputs), tensor(outputs)) for inputs, outputs in itertools.pairwise(sizes)]
+        return kernels.needs_of(lambda: exit_mlp(tensor(rows, sizes[0]), layers))
+
+    assert needs(4, 2048, 1024, 512, 1) == ((64 + 8 + 2) * 4 * 512 * 4, 1 + 8 + 1)
+    assert needs(60, 2048, 1024, 512, 1) == (8 * (64 + 8 + 2) * 8 * 512 * 4, 1 + 8 * (8 + 1))
+    assert needs(5, 11, 44, 1) == (2 * (1 + 1 + 2) * 4 * 4, 1 + 2 * 2)
+    assert (60 << 20) < needs(100_000, 2048, 1024, 512, 1)[0] <= (64 << 20)
+
+
 def caches(layers, dtype, *shape):
     return [[torch.full(shape, POISON, dtype=dtype) for _ in range(layers)] for _ in range(2)]
 

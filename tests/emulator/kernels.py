@@ -94,16 +94,27 @@ def tensors_of(part: tuple):
             yield from ((f"{field}[{index}]", tensor) for index, tensor in enumerate(value))
 
 
-def launch_of(call: Callable, **settings) -> Launch:
-    """The last launch that a call of a public op makes, not run, with outputs that nobody has written."""
+def captured(call: Callable) -> list[tuple]:
+    """What a call of a public op would hand to implementations, [(op, arguments, outputs)]. Nothing runs."""
     found = []
 
     def resolve(op, *_):
-        return lambda arguments, outputs: found.append(Launch(op, arguments, outputs, **settings))
+        return lambda arguments, outputs: found.append((op, arguments, outputs))
 
     with mock.patch.object(dispatch, "resolve", resolve):
         call()
-    return found[-1]
+    return found
+
+
+def launch_of(call: Callable, **settings) -> Launch:
+    """The launch that a call of a public op makes, not run, with outputs that nobody has written."""
+    return Launch(*captured(call)[-1], **settings)
+
+
+def needs_of(call: Callable, multiprocessors=MULTIPROCESSORS, path="auto") -> tuple[int, int]:
+    """Bytes of scratch, and counters, that a call of a public op needs. Its tensors may be on the meta device."""
+    op, arguments, outputs = captured(call)[-1]
+    return scratch_sizes(op, call_of(op, params_of(op, arguments, outputs), 0, 0, multiprocessors, PATHS[path]))
 
 
 def params_of(op: str, arguments: tuple, outputs: tuple) -> bytes:

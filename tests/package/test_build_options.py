@@ -169,6 +169,29 @@ def test_toolkit_is_used_without_a_gpu(build, toolkit, monkeypatch):
     assert "build_topology.cu.o: nvcc csrc/topology/cuda/build_topology.cu" in text
 
 
+def test_fields_of_structs_are_made_anew_only_where_they_change(build, monkeypatch, tmp_path):
+    """So that the bindings are compiled when a parameter struct has changed, and not otherwise."""
+    monkeypatch.setenv("SPECDEC_OPS_BUILD", "cpu")
+    monkeypatch.setattr(build.Build, "usable_isas", lambda self: [])
+    shutil.copytree(ROOT / "csrc", tmp_path / "csrc", ignore=shutil.ignore_patterns("*.cpp", "*.cu*"))
+    monkeypatch.chdir(tmp_path)
+    made = build.Build("0")
+    made.folder.mkdir(parents=True)
+    made.write_struct_fields()
+    path = made.folder / "struct_fields.h"
+    first, text = path.stat(), path.read_text()
+    assert "void for_each_field(TreeAttentionParams& of" in text and 'visit("num_splits", of.num_splits);' in text
+    made.write_struct_fields()
+    assert path.stat().st_mtime_ns == first.st_mtime_ns
+    header = tmp_path / "csrc/specdec/params.h"
+    header.write_text(header.read_text().replace("  float softcap;", "  float softcap, extra;"))
+    made.write_struct_fields()
+    assert 'visit("extra", of.extra);' in path.read_text()
+    header.write_text(header.read_text().replace("  float softcap, extra;", "  std::vector<float> softcap;"))
+    with pytest.raises(SystemExit, match=r"^csrc/specdec/params\.h: struct TreeAttentionParams has `std::vector"):
+        made.write_struct_fields()
+
+
 # --- native: what this machine can run
 
 

@@ -10,7 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+import specdec_ops
 from specdec_ops._core import loader
+from tests.emulator import kernels
+from tests.harness.public_calls import CALLS, run
 
 MODULE, REASON = loader.load()
 if MODULE is None or not MODULE.build_info()["cuda"]:
@@ -232,18 +235,6 @@ def test_heads_use_what_the_hardware_has(functions):
         assert not re.search(r"\b(LDL|STL)\b", body), function
 
 
-def test_scratch_of_early_exit():
-    """A state for each row and block: two blocks for each multiprocessor, but no more than tiles of 128 entries."""
-    assert MODULE.exit_confidence_scratch(1, 97, 0, 132) == (32, 2)
-    assert MODULE.exit_confidence_scratch(60, 128_256, 10, 132) == (60 * 264 * (16 + 80), 9)
-
-
-def test_scratch_of_early_exit_with_bounds():
-    """A slot more for each row, its two numbers, the biases of 15 parts, and two lists of rows."""
-    bytes_needed, counters = MODULE.bounded_exit_scratch(60, 128_256, 10, 132)
-    assert (bytes_needed, counters) == (60 * 265 * (16 + 80) + 60 * 16 + 15 * 32 * 4 + 496, 9)
-
-
 def test_kv_propagate_uses_what_the_hardware_has(functions):
     """The same copies and loads; tensor cores for 16 bits."""
     kernels = {function: body for function, body in functions.items() if "kv_propagate_kernel" in function}
@@ -259,86 +250,57 @@ def test_exit_mlp_reads_weights_in_packs(functions):
     assert all(len(re.findall(r"\bLDG\.E\S*\.128\b", body)) >= 8 * 3 for body in bodies)
 
 
-def attention_arguments(*, address=0, dtype=1, float8=0, batch=0, dim=64):
-    """Of tree_attention_cuda, for caches of 128 slots and 4 rows."""
-    strides = (4 * dim, dim, dim)
-    tensors = [argument for _ in range(4) for argument in (address, strides)]
-    numbers = ((batch, 4, 1, 1, dim), (128, 0, 0), (0, 0, 1), 0, 1.0, 0, 0.0, 1.0, 0)
-    return *tensors, *[0] * 7, 0, *[0] * 3, (dtype, float8), *numbers, 0, 0, 0, 0
+def launch(call, *, empty=False):
+    """Hand what a public op would hand over to its CUDA launcher, which does not come to read memory here.
+
+    empty: all tensors without what their first dimension counts, which the op itself would not hand over.
+    """
+    op, *parts = kernels.captured(call)[-1]
+    if empty:
+        parts = [part._replace(**{n: v[:0] for n, v in part._asdict().items() if torch.is_tensor(v)}) for part in parts]
+    getattr(MODULE, f"{op}_cuda")(*parts, lambda *_: (0, 0), 0, 0)
 
 
-def test_empty_batch_needs_no_device():
-    MODULE.tree_attention_cuda(*attention_arguments())
-    MODULE.build_topology_cuda(*[0] * 9, 0, 44, 1, 0, 0)
-    MODULE.merge_states_cuda(*[0] * 6, 0, 128, 1, 0, 0)
-    MODULE.accept_cuda(*accept_arguments(batch=0))
-    MODULE.exit_mlp_cuda((0, 0, 0), [(0, 0, 0, 1)], 0.5, 0, 0, (0, 8), (0, 0), 0, 0)
-    MODULE.kv_propagate_cuda((0, 0, 0), [], 0.0, (0, 0, 0, False), (0, 0, 0), (0, 8, 1, 8), (1, 1, 0, 0), 0, 0)
+def attention_call(*, shift=0, dtype=torch.bfloat16, cache=None, batch=1, dim=64):
+    """Of 4 rows over 128 slots, whose first elements are `shift` behind a multiple of 16 bytes."""
+    q, k = (torch.zeros(batch * rows * dim + shift, dtype=dtype)[shift:].view(batch, rows, 1, dim) for rows in (4, 128))
+    k = k if cache is None else k.to(cache)
+    return lambda: specdec_ops.tree_attention(q, k, k, None, torch.zeros(batch, dtype=torch.int32))
 
 
-def accept_arguments(batch=1, vocab=100):
-    """Of a recursive chain of 4 nodes, all addresses 0."""
-    rows, sampling = (0, 0, (0, 0)), ((1.0, 0), (0, 0), (1.0, 0))
-    tree = ((0, 0, 1), 0, (0, 0, 0), (0, 0))
-    flags, outputs, sizes = (False, False, False), (0,) * 6, (batch, 4, vocab, vocab, 3, 1)
-    noise = ((0, 0), (0, 0))
-    return 2, rows, rows, *tree, sampling, sampling, *noise, (), (1.0, 1.0), flags, outputs, sizes, (0, 0, 0), 0, 0
+def chain_call(batch=1, vocab=100):
+    """A chain of 4 nodes."""
+    target, draft = torch.zeros(batch, 4, vocab), torch.zeros(batch, 3, vocab)
+    tokens = torch.zeros(batch, 3, dtype=torch.int32)
+    return lambda: specdec_ops.chain_accept(target, tokens, draft, seeds=0, positions=0)
+
+
+@pytest.mark.parametrize("name", [name for name, call in CALLS.items() if call.op])
+def test_empty_batch_needs_no_device(name):
+    launch(lambda: run(name), empty=True)
 
 
 def test_too_large_a_vocabulary_is_a_sentence():
     with pytest.raises(RuntimeError, match=r"^accept_cuda: a size is beyond what the kernel takes .*393216"):
-        MODULE.accept_cuda(*accept_arguments(vocab=393_217))
-
-
-def test_scratch_of_acceptance():
-    """Rules that keep nothing need none; the eager path keeps a table, and one counter for each row."""
-    recursive, traversal, lazy, eager = 2, 3, 1, 2
-    assert MODULE.accept_scratch(recursive, 8, 60, 128_256, 59, False, True, False, lazy) == (0, 0)
-    bytes_needed, counters = MODULE.accept_scratch(traversal, 8, 60, 128_256, 59, False, True, False, lazy)
-    assert 0 < bytes_needed < 8 * 60 * 256 and counters == 0
-    bytes_needed, counters = MODULE.accept_scratch(recursive, 2, 60, 128_256, 59, False, True, False, eager)
-    assert 0 < bytes_needed < 2 * 100_000 and counters == 2 * (2 * 60 + 1)
-
-
-def test_scratch_of_exit_mlp():
-    """For a block of 4 or 8 rows: a part for each 16 units, one for each group of parts, and two layers; a counter for
-    each group and one for the groups; and one for all rows."""
-    assert MODULE.exit_mlp_scratch(4, 2048, [1024, 512, 1]) == ((64 + 8 + 2) * 4 * 512 * 4, 1 + 8 + 1)
-    assert MODULE.exit_mlp_scratch(60, 2048, [1024, 512, 1]) == (8 * (64 + 8 + 2) * 8 * 512 * 4, 1 + 8 * (8 + 1))
-    assert MODULE.exit_mlp_scratch(5, 11, [44, 1]) == (2 * (1 + 1 + 2) * 4 * 4, 1 + 2 * 2)
-    bounded, _ = MODULE.exit_mlp_scratch(100_000, 2048, [1024, 512, 1])
-    assert (60 << 20) < bounded <= (64 << 20)
+        launch(chain_call(vocab=393_217))
 
 
 def test_too_many_nodes_is_a_sentence():
     with pytest.raises(
         RuntimeError, match=r"^build_topology_cuda: a size is beyond what the kernel takes .*2048 nodes"
     ):
-        MODULE.build_topology_cuda(*[0] * 9, 1, 2049, 33, 0, 0)
+        launch(lambda: specdec_ops.build_topology(torch.full((1, 2049), -1, dtype=torch.int32)))
 
 
-@pytest.mark.parametrize("wrong", [{"dtype": 0}, {"dim": 72}, {"dim": 272}, {"float8": 1, "dim": 144}, {"address": 8}])
+FLOAT8 = torch.float8_e4m3fn
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"dtype": torch.float32}, {"dim": 72}, {"dim": 272}, {"cache": FLOAT8, "dim": 144}, {"shift": 4}], ids=str
+)
 def test_what_the_attention_launcher_refuses(wrong):
     with pytest.raises(RuntimeError, match=r"^tree_attention_cuda: a size is beyond .*multiples of 16 up to 256, rows"):
-        MODULE.tree_attention_cuda(*attention_arguments(batch=1, **wrong))
-
-
-def test_attention_scratch():
-    """None for a request that is never split; else kRows rows of dim + 2 numbers for each part."""
-    assert MODULE.tree_attention_scratch(3, 4, 8, 2, 128, 256, 0, False) == (0, 0)
-    assert MODULE.tree_attention_scratch(3, 4, 8, 2, 128, 257, 0, False) == (6 * 2 * 16 * 130, 6)
-    assert MODULE.tree_attention_scratch(1, 100, 8, 2, 80, 100_000, 7, False) == (2 * 4 * 7 * 128 * 98, 8)
-    assert MODULE.tree_attention_scratch(1, 100, 1, 1, 80, 1000, 2, True) == (2 * 128 * 130, 1)
-    # Blocks of 128 rows or, where a device has no room for them, of 64.
-    assert MODULE.tree_attention_scratch(1, 100, 1, 1, 256, 1000, 2, False) == (2 * 128 * 258, 2)
-    assert MODULE.tree_attention_scratch(1, 130, 1, 1, 256, 1000, 2, False) == (2 * 256 * 258, 3)
-
-
-def test_attention_scratch_is_bounded():
-    """A large batch goes in slices of 256 MiB at most; a single request takes what it needs."""
-    floats, counters = MODULE.tree_attention_scratch(1000, 64, 32, 8, 128, 100_000, 0, False)
-    assert 4 * floats <= 256 * 2**20 < 4 * (floats + floats // (counters // 16))
-    assert MODULE.tree_attention_scratch(9, 10_000, 32, 8, 128, 100_000, 256, False)[1] == 8 * 313
+        launch(attention_call(**wrong))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -346,6 +308,6 @@ def test_without_a_gpu_the_reason_is_a_sentence():
     reason = r"^(no CUDA driver, or one that is older than CUDA \d+\.\d+|the CUDA driver sees no device)$"
     assert re.match(reason, MODULE.cuda_device_error(0))
     with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
-        MODULE.merge_states_cuda(*[0] * 6, 1, 128, 1, 0, 0)
+        launch(lambda: run("merge_states"))
     with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
-        MODULE.accept_cuda(*accept_arguments())
+        launch(chain_call())

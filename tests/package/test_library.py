@@ -124,11 +124,12 @@ def test_direct_calls_and_operators_agree():
 
 def test_what_bypasses_the_dispatcher():
     plain = torch.zeros(2)
-    assert library.may_bypass_dispatcher((plain, None, torch.nn.Parameter(plain)))
-    assert not library.may_bypass_dispatcher((plain, plain.as_subclass(Marked)))
+    assert library.nobody_watches()
+    assert library.are_plain((plain, None, torch.nn.Parameter(plain), 1, 1.0, True, "auto", [plain], ()))
+    assert not library.are_plain((plain, plain.as_subclass(Marked)))
     with FakeTensorMode() as mode:
-        assert not library.may_bypass_dispatcher((plain,))
-    assert not library.may_bypass_dispatcher((mode.from_tensor(plain),))
+        assert not library.nobody_watches()
+    assert not library.are_plain((mode.from_tensor(plain),))
 
 
 def test_fake_tensors():

@@ -9,7 +9,7 @@ import warnings
 import torch
 
 from specdec_ops._core.checks import argument_error, is_int
-from specdec_ops._core.library import may_bypass_dispatcher
+from specdec_ops._core.library import are_plain, nobody_watches
 from specdec_ops.topology import Topology
 from specdec_ops.vocab_map import VocabMap
 
@@ -478,7 +478,7 @@ def _num_nodes(op: str, num_steps, steps: int, batch: int, target: torch.Tensor)
     elif not 0 <= num_steps <= steps:
         raise ValueError(argument_error(op, "num_steps", f"an int from 0 to {steps}", num_steps))
     device = target.device
-    if device.type == "cpu" and may_bypass_dispatcher((target,)):
+    if device.type == "cpu" and nobody_watches() and are_plain((target,)):
         return _constant(num_steps + 1)
     return torch.full((1,), num_steps + 1, dtype=torch.int32, device=device)
 
