@@ -46,7 +46,7 @@ static void derive(SampleParams& p, Call& call) {
   p.batch = int32_t(logits.size(0)), p.rows = int32_t(logits.size(1)), p.vocab = int32_t(logits.size(2));
 }
 
-void bind_accept(py::module_& m) {
+void bind_acceptance(py::module_& m) {
   bind_op(m, "accept", accept_cpu);
   bind_op(m, "sample", sample_cpu);
 #ifdef SPECDEC_WITH_CUDA

@@ -50,7 +50,7 @@ static void derive(MlpParams& p, Call& call) {
   }
 }
 
-void bind_exit(py::module_& m) {
+void bind_early_exit(py::module_& m) {
   bind_op(m, "exit_confidence", exit_confidence_cpu);
   bind_op(m, "screened_exit", screened_exit_cpu);
   bind_op(m, "bounded_exit", bounded_exit_cpu);

@@ -5,8 +5,10 @@
 
 namespace specdec {
 
-void bind_accept(pybind11::module_& m);  // bindings/acceptance.cpp
-void bind_exit(pybind11::module_& m);    // bindings/early_exit.cpp
-void bind_kv(pybind11::module_& m);      // bindings/kv.cpp
+void bind_topology(pybind11::module_& m);
+void bind_attention(pybind11::module_& m);
+void bind_acceptance(pybind11::module_& m);
+void bind_early_exit(pybind11::module_& m);
+void bind_kv(pybind11::module_& m);
 
 }  // namespace specdec

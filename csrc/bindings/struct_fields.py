@@ -3,7 +3,7 @@
 C++ has no way to list the fields of a struct, and the bindings fill them from a contract's fields of the same names.
 `setup.py` calls `header` at the start of each build.
 
-A struct it can read has fields only, each written `type name, other, array[count];`, as in csrc/specdec/params.h.
+A struct it can read has fields only, each written `type name, other, array[count];`, as in csrc/attention/params.h.
 Templates are passed over; so is whatever stands outside of structs.
 """
 

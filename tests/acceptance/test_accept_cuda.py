@@ -137,7 +137,7 @@ def test_launches():
 
 
 def test_scratch():
-    """Rules that keep nothing need none; the eager path keeps a table of distributions, and one counter for each row."""
+    """Rules that keep nothing need none; the eager path keeps a table, and one counter for each row."""
 
     def needs(rule, batch, path):
         rows = torch.empty(batch, 60, 128_256, device="meta")

@@ -183,12 +183,12 @@ def test_fields_of_structs_are_made_anew_only_where_they_change(build, monkeypat
     assert "void for_each_field(TreeAttentionParams& of" in text and 'visit("num_splits", of.num_splits);' in text
     made.write_struct_fields()
     assert path.stat().st_mtime_ns == first.st_mtime_ns
-    header = tmp_path / "csrc/specdec/params.h"
+    header = tmp_path / "csrc/attention/params.h"
     header.write_text(header.read_text().replace("  float softcap;", "  float softcap, extra;"))
     made.write_struct_fields()
     assert 'visit("extra", of.extra);' in path.read_text()
     header.write_text(header.read_text().replace("  float softcap, extra;", "  std::vector<float> softcap;"))
-    with pytest.raises(SystemExit, match=r"^csrc/specdec/params\.h: struct TreeAttentionParams has `std::vector"):
+    with pytest.raises(SystemExit, match=r"^csrc/attention/params\.h: struct TreeAttentionParams has `std::vector"):
         made.write_struct_fields()
 
 

@@ -18,7 +18,7 @@ Lists are filled in the order in which programs come, so that nobody waits for a
 a tile don't change a product, the best are found by value and entry, and sums over a list are of integers (2^-40). A
 rechecked logit is made by the same steps in the same shape as that of exit_confidence, and is the same number.
 
-The bounds are those of csrc/early_exit/cpu/screened_exit.cpp. What a row is multiplied as, y, is the same in both
+The bounds are those of csrc/early_exit/screen_bounds.h. What a row is multiplied as, y, is the same in both
 products, so |z - a| <= |y| error_norms[v] + rounding. A tensor core adds 8 or more products and the sum so far after
 cutting each of them below 2^-23 of the greatest, so a chain of n errs by at most (9/8 n + 64) 2^-23 |y| |W|, scales and
 bias included, and two of them by twice that; float32 chains by less.

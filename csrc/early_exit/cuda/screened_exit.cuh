@@ -13,7 +13,7 @@
 //
 // Third launch: exit_confidence for the rows of the list; without any its blocks end at once.
 //
-// The bound is that of csrc/early_exit/cpu/screened_exit.cpp; what differs is how sums round. Both products sum two (int8 rows in
+// The bound is that of early_exit/screen_bounds.h; what differs is how sums round. Both products sum two (int8 rows in
 // two parts: four) matrix instructions of 17 numbers each by themselves, of which one may cut off 17 last bits of the
 // greatest number, and dim / 32 or fewer such sums; float32 heads sum 32 products and dim / 32 sums. 1 / rms comes from
 // two orders of the same squares, chains of dim / 8 and dim / 32. All of it is below (256 + dim / 8) * 2^-23 of the
