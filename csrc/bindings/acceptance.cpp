@@ -6,6 +6,9 @@
 #include "acceptance/params.h"
 #include "bindings/bind.h"
 #include "bindings/families.h"
+#ifdef SPECDEC_WITH_CUDA
+#include "acceptance/cuda/launchers.h"
+#endif
 
 namespace specdec {
 

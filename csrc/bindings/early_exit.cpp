@@ -5,6 +5,9 @@
 #include "bindings/families.h"
 #include "early_exit/cpu/head_reader.h"
 #include "early_exit/params.h"
+#ifdef SPECDEC_WITH_CUDA
+#include "early_exit/cuda/launchers.h"
+#endif
 
 namespace specdec {
 

@@ -3,6 +3,9 @@
 #include "bindings/families.h"
 #include "kv/cpu/kernels.h"
 #include "kv/params.h"
+#ifdef SPECDEC_WITH_CUDA
+#include "kv/cuda/launchers.h"
+#endif
 
 namespace specdec {
 
