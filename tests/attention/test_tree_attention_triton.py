@@ -1,4 +1,4 @@
-"""The Triton kernel's own edges: block rungs, parts and their merge, pages, ancestor words that straddle tiles.
+"""The Triton kernel's own edges: block rungs, splits and their merge, pages, ancestor words that straddle tiles.
 
 Without a GPU this runs in Triton's interpreter: shapes are small. The cases common to all backends are elsewhere.
 """
@@ -109,13 +109,13 @@ def test_page_sizes(page_size):
 
 
 @pytest.mark.parametrize("num_splits", [0, 1, 2, 3, 20])
-def test_parts(num_splits):
+def test_splits(num_splits):
     trees = [random_tree(4), random_tree(20), random_tree(1), random_tree(2)]
     check(make([0, 600, 257, 31], trees, group=2, num_splits=num_splits))
     check(make([0, 600, 257, 31], trees, group=2, num_splits=num_splits, **features(2)))
 
 
-def test_parts_without_a_tree():
+def test_splits_without_a_tree():
     check(make([0, 600, 257], None, group=2))
     check(make([0, 600, 257], None, sinks=torch.randn(1, device=DEVICE), window=300, num_splits=3))
 
@@ -126,7 +126,7 @@ def test_each_feature_alone(feature):
 
 
 @pytest.mark.parametrize("window", [1, 2, 64, 65, 500])
-def test_window_with_parts(window):
+def test_window_with_splits(window):
     trees = [[*range(-1, 7)], random_tree(20)]
     check(make([330, 3], trees, window=window, num_splits=3, dtype=torch.bfloat16))
 
@@ -211,14 +211,14 @@ def test_empty_calls():
     assert (run(called, arguments | rows).out == 0).all()
 
 
-def test_parts_follow_the_capacity_and_the_heads():
+def test_splits_follow_the_capacity_and_the_heads():
     shape = kernels.block_shape(64, 128, 2, 9, False)
-    assert kernels.max_parts(8, 300, 0, 0, shape) == 1
-    assert kernels.max_parts(8, 10**6, 0, 0, shape) == 32
-    assert kernels.max_parts(1, 10**6, 0, 0, shape) == 128
-    assert kernels.max_parts(32, 10**6, 0, 0, shape) == 16
-    assert kernels.max_parts(8, 10**6, 1000, 0, shape) == 3
-    assert kernels.max_parts(8, 300, 0, 100, shape) == 5
+    assert kernels.max_splits(8, 300, 0, 0, shape) == 1
+    assert kernels.max_splits(8, 10**6, 0, 0, shape) == 32
+    assert kernels.max_splits(1, 10**6, 0, 0, shape) == 128
+    assert kernels.max_splits(32, 10**6, 0, 0, shape) == 16
+    assert kernels.max_splits(8, 10**6, 1000, 0, shape) == 3
+    assert kernels.max_splits(8, 300, 0, 100, shape) == 5
 
 
 @pytest.mark.parametrize(

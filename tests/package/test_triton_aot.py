@@ -27,7 +27,7 @@ INTEGERS = ("top_ks", "draft_top_ks", "positions", "parents", "tokens", "nodes",
 FLOATS = ("temperature", "top_p", "draft_temperature", "draft_top_p", "threshold_a", "threshold_b", "logit_scale",
           "softcap", "out_scale")  # fmt: skip
 FLOAT_POINTERS = ("temperatures", "top_ps", "draft_temperatures", "draft_top_ps", "logprobs", "logsumexp", "lse",
-                  "lse_a", "lse_b", "part_out", "part_stats", "sinks", "alibi_slopes")  # fmt: skip
+                  "lse_a", "lse_b", "split_out", "split_stats", "sinks", "alibi_slopes")  # fmt: skip
 NUMBERS = ("tokens", "nodes")  # of the attention kernels; to the acceptance kernels they are pointers
 POINTERS = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 # The members of the arguments that are tuples.
@@ -47,7 +47,7 @@ ATTENTION_TUPLES = {
     "k_cache": ("k_cache", "k_page_stride", "k_slot_stride", "k_head_stride"),
     "v_cache": ("v_cache", "v_page_stride", "v_slot_stride", "v_head_stride"),
     "output": ("out", "out_batch_stride", "out_row_stride", "out_head_stride", "lse"),
-    "scratch": ("part_out", "part_stats"),
+    "scratch": ("split_out", "split_stats"),
     "scales": ("logit_scale", "softcap", "out_scale"),
 }
 SAMPLE_TUPLES = {
@@ -98,7 +98,7 @@ SPECS = [
 ]
 EVERYWHERE = os.environ.get("SPECDEC_OPS_ALL_TESTS") == "1"
 PAIRS = [(spec, arch) for spec in SPECS for arch in (ARCHITECTURES if EVERYWHERE else spec.architectures)]
-SMALL_KERNELS = ["merge_parts", "merge_states"]
+SMALL_KERNELS = ["merge_splits", "merge_states"]
 
 
 @dataclass(frozen=True)
@@ -218,11 +218,11 @@ def compile_attention(spec, arch):
     dim0, dim1 = module.split_dim(spec.dim, shape.rows)
     constants = {
         "GROUP": 4, "DIM": spec.dim, "DIM0": dim0, "DIM1": dim1, "BLOCK_M": shape.rows, "BLOCK_N": shape.slots,
-        "CHUNK": shape.chunk, "PAGING": spec.paging, "WINDOW": spec.features, "SOFTCAP": spec.features,
+        "SPLIT_SLOTS": shape.split_slots, "PAGING": spec.paging, "WINDOW": spec.features, "SOFTCAP": spec.features,
         "SPLIT": spec.split, "WIDEN": False,
     }  # fmt: skip
     present = {
-        "part_out": spec.split, "part_stats": spec.split, "ancestors": spec.tree, "depths": spec.tree,
+        "split_out": spec.split, "split_stats": spec.split, "ancestors": spec.tree, "depths": spec.tree,
         "num_nodes": spec.tree, "offsets": spec.features, "query_starts": spec.features, "sinks": spec.features,
         "alibi_slopes": spec.features, "page_table": spec.paging > 0,
     }  # fmt: skip
@@ -241,10 +241,10 @@ def compile_small(name, arch):
     from specdec_ops.triton_kernels.attention import tree_attention as module
 
     constants = {
-        "DIM": 128, "PADDED_DIM": 128, "ROWS": module.MERGE_ROWS, "CHUNK": 512, "BLOCK_N": 64, "WINDOW": True,
+        "DIM": 128, "PADDED_DIM": 128, "ROWS": module.MERGE_ROWS, "SPLIT_SLOTS": 512, "BLOCK_N": 64, "WINDOW": True,
         "TREE": True,
     }  # fmt: skip
-    return compile_kernel(module.merge_parts_kernel, constants, "*bf16", arch, 4, 3, NUMBERS, ATTENTION_TUPLES)
+    return compile_kernel(module.merge_splits_kernel, constants, "*bf16", arch, 4, 3, NUMBERS, ATTENTION_TUPLES)
 
 
 def compile_accept(spec, arch):
@@ -272,7 +272,7 @@ def compile_kernel(kernel, constants, element_pointer, arch, warps, stages, numb
         return "i32" if name in numbers else argument_type(name, element_pointer)
 
     def is_aligned(name):
-        return type_of(name) == element_pointer or name.startswith(ALIGNED) or "part_" in name
+        return type_of(name) == element_pointer or name.startswith(ALIGNED) or "split_" in name
 
     return compile_typed(kernel, constants, arch, warps, stages, type_of, is_aligned, tuples or {})
 

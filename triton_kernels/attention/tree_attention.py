@@ -1,6 +1,6 @@
-"""Launch of the tree attention kernels: block shapes, parts and scratch. The kernels: tree_attention_kernels.py.
+"""Launch of the tree attention kernels: block shapes, splits and scratch. The kernels: tree_attention_kernels.py.
 
-Scratch holds float32 [requests, parts, max_queries, heads, dim]. When the whole batch would need more than
+Scratch holds float32 [requests, splits, max_queries, heads, dim]. When the whole batch would need more than
 SCRATCH_BYTES, the batch is served in several launches, one after the other, through the same scratch; one request's
 need is the floor. Launches depend on shapes alone: nothing syncs, and the call can be captured in a CUDA graph.
 
@@ -14,7 +14,7 @@ import torch
 import triton
 from specdec_ops.triton_kernels.common.launch import batch_stride, on
 
-from .tree_attention_kernels import merge_parts_kernel, tree_attention_kernel
+from .tree_attention_kernels import merge_splits_kernel, tree_attention_kernel
 
 MERGE_ROWS = 4
 SCRATCH_BYTES = 256 * 2**20
@@ -25,11 +25,11 @@ MAX_SLOTS = 2**30  # of a request; slots are counted in 32 bits
 
 @dataclass(frozen=True, slots=True)
 class BlockShape:
-    """Compile-time shape of one launch: rows and slots per tile, slots per part, warps and pipeline stages."""
+    """Compile-time shape of one launch: rows and slots per tile, slots per split, warps and pipeline stages."""
 
     rows: int
     slots: int
-    chunk: int
+    split_slots: int
     warps: int
     stages: int
 
@@ -52,8 +52,8 @@ def block_shape(rows: int, dim: int, element_size: int, major: int, paged: bool)
 
     The table holds the largest tiles found that compile without spilling, with every feature on and off, dense and
     paged (tests/package/test_triton_aot.py holds it to that). Besides registers, two things decide. Prefetch: 32 to 64
-    KiB of K and V under way per multiprocessor. And the part: at least eight slots for each row of the block, so that
-    the scratch (8 * dim bytes per row, written and read) stays at a quarter of what the part reads (4 * dim bytes per
+    KiB of K and V under way per multiprocessor. And the split: at least eight slots for each row of the block, so that
+    the scratch (8 * dim bytes per row, written and read) stays at a quarter of what the split reads (4 * dim bytes per
     slot of a 16-bit cache); and never under 256, so that its pipeline is worth filling.
     """
     wide, narrow, hopper = dim > 128, dim <= 64, major in (9, 10)
@@ -72,14 +72,14 @@ def block_shape(rows: int, dim: int, element_size: int, major: int, paged: bool)
     return BlockShape(64, slots, 512, 4, stages) if rows <= 64 else BlockShape(128, slots, 1024, 8, stages)
 
 
-def max_parts(kv_heads: int, capacity: int, window: int, num_splits: int, shape: BlockShape) -> int:
-    """Upper bound of the parts of one request: 256 programs over the KV heads, 16 to 128 parts, or `num_splits`."""
+def max_splits(kv_heads: int, capacity: int, window: int, num_splits: int, shape: BlockShape) -> int:
+    """Upper bound of the splits of one request: 256 programs over the KV heads, 16 to 128 splits, or `num_splits`."""
     if window > 0:
         capacity = min(capacity, window + shape.slots)
     if num_splits > 0:
         return max(1, min(num_splits, triton.cdiv(capacity, shape.slots)))
     most = min(128, max(16, 256 // triton.next_power_of_2(kv_heads)))
-    return max(1, min(most, triton.cdiv(capacity, shape.chunk)))
+    return max(1, min(most, triton.cdiv(capacity, shape.split_slots)))
 
 
 def max_queries_of(arguments) -> int:
@@ -110,19 +110,19 @@ def tree_attention(arguments, outputs) -> None:
     if page_table is not None:
         paging, capacity = 1 if page_size % shape.slots == 0 else 2, page_table.shape[1] * page_size
     capacity, page_size = min(capacity, MAX_SLOTS), min(page_size, MAX_INT32)
-    parts = max_parts(kv_heads, capacity, window, num_splits, shape)
+    splits = max_splits(kv_heads, capacity, window, num_splits, shape)
 
-    requests, part_out, part_stats = batch, None, None
-    if parts > 1:
-        rows = parts * max_queries * heads
+    requests, split_out, split_stats = batch, None, None
+    if splits > 1:
+        rows = splits * max_queries * heads
         requests = min(batch, max(1, SCRATCH_BYTES // (rows * (dim + 2) * 4)))
-        part_out = torch.empty((requests * rows, dim), dtype=torch.float32, device=q.device)
-        part_stats = torch.empty((requests * rows, 2), dtype=torch.float32, device=q.device)
+        split_out = torch.empty((requests * rows, dim), dtype=torch.float32, device=q.device)
+        split_stats = torch.empty((requests * rows, 2), dtype=torch.float32, device=q.device)
 
     # Packed rows have no stride by request.
     queries = (q, 0, *q.stride()[:2]) if offsets is not None else (q, *q.stride()[:3])
     output = (out, 0, *out.stride()[:2], lse) if offsets is not None else (out, *out.stride()[:3], lse)
-    scratch = (part_out, part_stats)
+    scratch = (split_out, split_stats)
     scale, out_scale, query_start = arguments.scale, arguments.out_scale, arguments.query_start
     context_lens, query_starts, sinks = arguments.context_lens, arguments.query_starts, arguments.sinks
     scales = (scale / softcap if softcap > 0.0 else scale * LOG2E, softcap * LOG2E, out_scale)
@@ -130,26 +130,26 @@ def tree_attention(arguments, outputs) -> None:
     dim0, dim1 = split_dim(dim, shape.rows)
     num_nodes_stride = batch_stride(num_nodes)
     nodes, words, node_stride = (0, 0, 0) if ancestors is None else (*ancestors.shape[1:], ancestors.stride(1))
-    common = dict(CHUNK=shape.chunk, BLOCK_N=shape.slots, WINDOW=window > 0, enable_fp_fusion=True)
+    common = dict(SPLIT_SLOTS=shape.split_slots, BLOCK_N=shape.slots, WINDOW=window > 0, enable_fp_fusion=True)
     with on(q.device):
         for first in range(0, batch, requests):
             count = min(requests, batch - first)
             blocks = triton.cdiv(max_queries * group, shape.rows)
-            tree_attention_kernel[(count * kv_heads * blocks, parts)](
+            tree_attention_kernel[(count * kv_heads * blocks, splits)](
                 queries, keys, values, output, scratch, scales, ancestors, depths, num_nodes, offsets, context_lens,
                 page_table, query_starts, sinks, arguments.alibi_slopes,
                 batch_stride(ancestors), node_stride, batch_stride(depths), num_nodes_stride,
                 0 if page_table is None else page_table.stride(0),
                 first, batch, heads, max_queries, q.shape[0], nodes, words, capacity, page_size, pages, query_start,
-                window, num_splits, parts, GROUP=group, DIM=dim, DIM0=dim0, DIM1=dim1, BLOCK_M=shape.rows,
-                PAGING=paging, SOFTCAP=softcap > 0.0, SPLIT=parts > 1, WIDEN=not q.is_cuda, num_warps=shape.warps,
+                window, num_splits, splits, GROUP=group, DIM=dim, DIM0=dim0, DIM1=dim1, BLOCK_M=shape.rows,
+                PAGING=paging, SOFTCAP=softcap > 0.0, SPLIT=splits > 1, WIDEN=not q.is_cuda, num_warps=shape.warps,
                 num_stages=shape.stages, **common,
             )  # fmt: skip
-            if parts > 1:
-                merge_parts_kernel[(triton.cdiv(max_queries * heads, MERGE_ROWS), count)](
+            if splits > 1:
+                merge_splits_kernel[(triton.cdiv(max_queries * heads, MERGE_ROWS), count)](
                     output, scratch, out_scale, num_nodes, offsets, context_lens, query_starts, sinks,
                     num_nodes_stride, first, batch, heads, max_queries, q.shape[0], nodes, capacity, query_start,
-                    window, num_splits, parts, DIM=dim,
+                    window, num_splits, splits, DIM=dim,
                     PADDED_DIM=triton.next_power_of_2(dim), ROWS=MERGE_ROWS, TREE=ancestors is not None,
                     num_warps=4, num_stages=3, **common,
                 )  # fmt: skip

@@ -1,6 +1,6 @@
 """Tree attention: every query row attends to the whole context and to its own ancestors among the draft nodes.
 
-What a program does.  One program owns one block of query rows of one (request, KV head) and one part of that request's
+What a program does.  One program owns one block of query rows of one (request, KV head) and one split of that request's
 slots. Rows are the tree's rows times the query heads that share the KV head, flattened token-major: block row m is
 tree row m // GROUP and head m % GROUP of the group. So one `tl.dot` serves all the heads of a group, whatever the
 ratio of heads (XQA packs its rows the same way), each byte of K and V is read once per row block, and the rows of one
@@ -20,16 +20,16 @@ weight of 0, and 0 * NaN is NaN. So masked tiles look at their values, and a pro
 values once more, slot by slot, each for the rows that see it.
 
 Bytes moved, per request: K and V once per KV head and row block (row blocks of one KV head are neighbours in the grid,
-so the later ones read L2), q and out once, 8 bytes per row, 64 nodes and tail tile, and with S parts
+so the later ones read L2), q and out once, 8 bytes per row, 64 nodes and tail tile, and with S splits
 2 * S * (dim + 2) * 4 bytes per row of scratch (mostly L2 as well).
 
-Split over the slots, as Flash-Decoding does, so that one long request fills the device. The number of parts S is
-worked out on the device from the request's own context length: one part per CHUNK slots, at most `max_parts`; beyond
-that the parts grow. It never looks at the batch, and the partial results are merged in the order of the slots by a
-second kernel, so a request's result does not depend on its neighbours. The bits do depend on the shape of the call
+Split over the slots, as Flash-Decoding does, so that one long request fills the device. The number of splits S is
+worked out on the device from the request's own context length: one split per SPLIT_SLOTS slots, at most `max_splits`;
+beyond that the splits grow. It never looks at the batch, and the partial results are merged in the order of the slots
+by a second kernel, so a request's result does not depend on its neighbours. The bits do depend on the shape of the call
 (max_queries * GROUP picks the block, as a library picks a GEMM), hence on the padded width, but on nothing else. The
-grid has room for as many parts as the cache's capacity (or the window) admits; programs without a part leave at once,
-and a request with a single part writes its result directly.
+grid has room for as many splits as the cache's capacity (or the window) admits; programs without a split leave at once,
+and a request with a single split writes its result directly.
 
 Head dimensions that are no power of two are padded, in registers and shared memory only, or handled in two pieces
 (80 = 64 + 16, 96 = 64 + 32): two small dots in place of one padded to twice the work. The launch, in
@@ -50,7 +50,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 # are no members of tuples, for which that can't be had.
 _VOLATILE = [
     "request_begin", "batch", "heads", "max_queries", "tokens", "nodes", "words", "capacity", "page_size",
-    "pages", "query_start", "window", "fixed_parts", "max_parts", "ancestors_batch_stride", "ancestors_node_stride",
+    "pages", "query_start", "window", "num_splits", "max_splits", "ancestors_batch_stride", "ancestors_node_stride",
     "depths_batch_stride", "num_nodes_stride", "page_table_stride",
 ]  # fmt: skip
 _VOLATILE_POINTERS = [
@@ -110,13 +110,15 @@ def _request_rows(request, batch, max_queries, tokens, offsets, num_nodes, num_n
 
 
 @triton.jit
-def _parts(context, window, fixed_parts, max_parts, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr):
-    """First slot, slots per part (whole tiles) and number of parts of a request: a function of its context alone."""
+def _splits(
+    context, window, num_splits, max_splits, SPLIT_SLOTS: tl.constexpr, BLOCK_N: tl.constexpr, WINDOW: tl.constexpr
+):
+    """First slot, slots per split (whole tiles) and number of splits of a request: a function of its context alone."""
     first = 0
     if WINDOW:
         first = tl.maximum(context - window + 1, 0) // BLOCK_N * BLOCK_N
-    wanted = tl.where(fixed_parts > 0, fixed_parts, tl.cdiv(context - first, CHUNK))
-    wanted = tl.maximum(tl.minimum(wanted, max_parts), 1)
+    wanted = tl.where(num_splits > 0, num_splits, tl.cdiv(context - first, SPLIT_SLOTS))
+    wanted = tl.maximum(tl.minimum(wanted, max_splits), 1)
     size = tl.maximum(tl.cdiv(tl.cdiv(context - first, wanted), BLOCK_N), 1) * BLOCK_N
     return first, size, tl.maximum(tl.cdiv(context - first, size), 1)
 
@@ -273,22 +275,22 @@ def tree_attention_kernel(
     query_starts, sinks, alibi_slopes,
     ancestors_batch_stride, ancestors_node_stride, depths_batch_stride, num_nodes_stride, page_table_stride,
     request_begin, batch, heads, max_queries, tokens, nodes, words, capacity, page_size, pages, query_start,
-    window, fixed_parts, max_parts,
+    window, num_splits, max_splits,
     GROUP: tl.constexpr, DIM: tl.constexpr, DIM0: tl.constexpr, DIM1: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, CHUNK: tl.constexpr, PAGING: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SPLIT_SLOTS: tl.constexpr, PAGING: tl.constexpr,
     WINDOW: tl.constexpr, SOFTCAP: tl.constexpr, SPLIT: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (requests * kv_heads * row blocks, parts). See the head of the file. The tuples hold this.
+    """Grid: (requests * kv_heads * row blocks, splits). See the head of the file. The tuples hold this.
 
     queries             q, its strides by request, row and head
     k_cache, v_cache    the cache, its strides by page (or request), slot and KV head
     output              out, its strides by request, row and head, lse or None
-    scratch             part_out, part_stats; both None without SPLIT
+    scratch             split_out, split_stats; both None without SPLIT
     scales              logit_scale and softcap as in Scoring, out_scale
     """
     q, q_batch_stride, q_row_stride, q_head_stride = queries
     out, out_batch_stride, out_row_stride, out_head_stride, lse = output
-    part_out, part_stats = scratch
+    split_out, split_stats = scratch
     logit_scale, softcap, out_scale = scales
     row_blocks = tl.cdiv(max_queries * GROUP, BLOCK_M)
     kv_heads = heads // GROUP
@@ -296,11 +298,11 @@ def tree_attention_kernel(
     kv_head = tl.program_id(0) // row_blocks % kv_heads
     local_request = tl.program_id(0) // (row_blocks * kv_heads)
     request = request_begin + local_request
-    part = tl.program_id(1)
+    split = tl.program_id(1)
 
     context = tl.minimum(tl.maximum(tl.load(context_lens + request), 0), capacity)
-    first_slot, part_size, parts = _parts(context, window, fixed_parts, max_parts, CHUNK, BLOCK_N, WINDOW)
-    if part >= parts:
+    first_slot, split_size, splits = _splits(context, window, num_splits, max_splits, SPLIT_SLOTS, BLOCK_N, WINDOW)
+    if split >= splits:
         return
     q_first, own_rows, written_rows, start_node, count = _request_rows(
         request, batch, max_queries, tokens, offsets, num_nodes, num_nodes_stride, nodes, query_start, query_starts
@@ -316,7 +318,7 @@ def tree_attention_kernel(
 
     if offsets is not None:  # noqa: SIM102 (known at compile time, the next one is not)
         # Rows from max_queries on (more rows than nodes, or rows after the last request) are padding.
-        if (part == 0) & (row_block == row_blocks - 1):
+        if (split == 0) & (row_block == row_blocks - 1):
             zero0 = tl.zeros([BLOCK_M, DIM0], out.dtype.element_ty)
             for m0 in range(max_queries * GROUP, written_rows * GROUP, BLOCK_M):
                 m = m0 + lane
@@ -342,7 +344,7 @@ def tree_attention_kernel(
         real = real & (node >= 0) & (node < count)
     some_real = tl.max(real.to(tl.int32), 0) > 0
     if SPLIT:  # noqa: SIM102
-        if (parts > 1) & (some_real == 0):
+        if (splits > 1) & (some_real == 0):
             return
 
     # The tail ends after the block's last node; slots beyond the cache do not exist.
@@ -384,14 +386,14 @@ def tree_attention_kernel(
     if PAGING > 0:
         page_row = page_table + request.to(tl.int64) * page_table_stride
     whole = context // BLOCK_N * BLOCK_N
-    begin = first_slot + part * part_size
-    end = tl.minimum(begin + part_size, whole)
+    begin = first_slot + split * split_size
+    end = tl.minimum(begin + split_size, whole)
     edge = begin
     if WINDOW:
         begin = tl.maximum(begin, lowest // BLOCK_N * BLOCK_N)
         edge = tl.minimum(tl.maximum(tl.cdiv(all_see, BLOCK_N) * BLOCK_N, begin), tl.maximum(end, begin))
     tail_end = limit
-    if part < parts - 1:
+    if split < splits - 1:
         tail_end = whole
     if some_real == 0:
         end = begin
@@ -415,20 +417,20 @@ def tree_attention_kernel(
     )  # fmt: skip
     acc0, acc1, maximum, total = softmax
     if nonfinite > 0:
-        last = tl.where(part < parts - 1, end, limit)
+        last = tl.where(split < splits - 1, end, limit)
         again_at = q + row.to(tl.int64) * q_row_stride + head.to(tl.int64) * q_head_stride
         acc0, acc1, total = sum_again(
             again_at, maximum, cache, rows, scoring, begin, last, lowest, DIM, DIM0, DIM1, PAGING, WINDOW, SOFTCAP
         )
 
     if SPLIT:  # noqa: SIM102
-        if parts > 1:
-            at = ((local_request * max_parts + part).to(tl.int64) * max_queries + row) * heads + head
-            tl.store(part_stats + at * 2, maximum, mask=real)
-            tl.store(part_stats + at * 2 + 1, total, mask=real)
-            tl.store(part_out + at[:, None] * DIM + d0[None, :], acc0, mask=real[:, None] & (d0 < DIM)[None, :])
+        if splits > 1:
+            at = ((local_request * max_splits + split).to(tl.int64) * max_queries + row) * heads + head
+            tl.store(split_stats + at * 2, maximum, mask=real)
+            tl.store(split_stats + at * 2 + 1, total, mask=real)
+            tl.store(split_out + at[:, None] * DIM + d0[None, :], acc0, mask=real[:, None] & (d0 < DIM)[None, :])
             if DIM1 > 0:
-                tl.store(part_out + at[:, None] * DIM + d1[None, :], acc1, mask=real[:, None] & (d1 < DIM)[None, :])
+                tl.store(split_out + at[:, None] * DIM + d1[None, :], acc1, mask=real[:, None] & (d1 < DIM)[None, :])
             return
     acc0, acc1, row_lse = _finish(acc0, acc1, maximum, total, head, sinks, real, out_scale, DIM1)
     inside = row < tl.minimum(written_rows, max_queries)
@@ -442,23 +444,23 @@ def tree_attention_kernel(
 
 
 @triton.jit(do_not_specialize=_VOLATILE, do_not_specialize_on_alignment=_VOLATILE_POINTERS)
-def merge_parts_kernel(
+def merge_splits_kernel(
     output, scratch, out_scale, num_nodes, offsets, context_lens, query_starts, sinks, num_nodes_stride,
-    request_begin, batch, heads, max_queries, tokens, nodes, capacity, query_start, window, fixed_parts, max_parts,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, CHUNK: tl.constexpr, BLOCK_N: tl.constexpr,
+    request_begin, batch, heads, max_queries, tokens, nodes, capacity, query_start, window, num_splits, max_splits,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, SPLIT_SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
     WINDOW: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row blocks, requests). A program owns ROWS of the (tree row, head) pairs and adds their parts in order.
+    """Grid: (row blocks, requests). A program owns ROWS of the (tree row, head) pairs and adds their splits in order.
 
     The arguments are those of tree_attention_kernel.
     """
     out, out_batch_stride, out_row_stride, out_head_stride, lse = output
-    part_out, part_stats = scratch
+    split_out, split_stats = scratch
     local_request = tl.program_id(1)
     request = request_begin + local_request
     context = tl.minimum(tl.maximum(tl.load(context_lens + request), 0), capacity)
-    _, _, parts = _parts(context, window, fixed_parts, max_parts, CHUNK, BLOCK_N, WINDOW)
-    if parts == 1:  # written by the first kernel
+    _, _, splits = _splits(context, window, num_splits, max_splits, SPLIT_SLOTS, BLOCK_N, WINDOW)
+    if splits == 1:  # written by the first kernel
         return
     q_first, own_rows, written_rows, start_node, count = _request_rows(
         request, batch, max_queries, tokens, offsets, num_nodes, num_nodes_stride, nodes, query_start, query_starts
@@ -470,20 +472,21 @@ def merge_parts_kernel(
     if TREE:
         real = real & (start_node + row >= 0) & (start_node + row < count)
     d = tl.arange(0, PADDED_DIM)
-    at = (local_request * max_parts).to(tl.int64) * max_queries * heads + m
+    at = (local_request * max_splits).to(tl.int64) * max_queries * heads + m
     step = max_queries.to(tl.int64) * heads
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    for part in range(parts):
-        maximum = tl.maximum(maximum, tl.load(part_stats + (at + part * step) * 2, mask=real, other=float("-inf")))
+    for split in range(splits):
+        maximum = tl.maximum(maximum, tl.load(split_stats + (at + split * step) * 2, mask=real, other=float("-inf")))
     safe = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for part in range(parts):
-        here = at + part * step
-        weight = tl.exp2(tl.load(part_stats + here * 2, mask=real, other=float("-inf")) - safe)
-        total += weight * tl.load(part_stats + here * 2 + 1, mask=real, other=0.0)
-        value = tl.load(part_out + here[:, None] * DIM + d[None, :], mask=real[:, None] & (d < DIM)[None, :], other=0.0)
+    for split in range(splits):
+        here = at + split * step
+        weight = tl.exp2(tl.load(split_stats + here * 2, mask=real, other=float("-inf")) - safe)
+        total += weight * tl.load(split_stats + here * 2 + 1, mask=real, other=0.0)
+        at_value = split_out + here[:, None] * DIM + d[None, :]
+        value = tl.load(at_value, mask=real[:, None] & (d < DIM)[None, :], other=0.0)
         acc += weight[:, None] * value
 
     acc, _, row_lse = _finish(acc, acc, maximum, total, head, sinks, real, out_scale, 0)
