@@ -83,12 +83,12 @@ from .ops.acceptance.accept_lossy import typical_accept as typical_accept
 from .ops.acceptance.sample import Children as Children
 from .ops.acceptance.sample import sample_children as sample_children
 from .ops.acceptance.sample import sample_tokens as sample_tokens
+from .ops.attention.merge_states import merge_states as merge_states
 from .ops.attention.tree_attention import AttentionState as AttentionState
-from .ops.attention.tree_attention import merge_states as merge_states
 from .ops.attention.tree_attention import tree_attention as tree_attention
+from .ops.early_exit.early_exit import Exit as Exit
+from .ops.early_exit.early_exit import early_exit as early_exit
 from .ops.early_exit.exit_confidence import Confidence as Confidence
-from .ops.early_exit.exit_confidence import Exit as Exit
-from .ops.early_exit.exit_confidence import early_exit as early_exit
 from .ops.early_exit.exit_confidence import exit_confidence as exit_confidence
 from .ops.early_exit.exit_mlp import AdaptiveThreshold as AdaptiveThreshold
 from .ops.early_exit.exit_mlp import entropy_stop as entropy_stop

@@ -23,12 +23,13 @@ import torch
 
 from . import topology
 from .ops.acceptance import accept, accept_lossy, sample
-from .ops.attention.tree_attention import merge_states as _merge_states
+from .ops.attention.merge_states import merge_states as _merge_states
 from .ops.attention.tree_attention import tree_attention as _tree_attention
 from .ops.early_exit import exit_mlp as _exit_mlp
 from .ops.early_exit import head_bounds, quantized_head
-from .ops.early_exit.exit_confidence import Confidence, Exit
-from .ops.early_exit.exit_confidence import early_exit as _early_exit
+from .ops.early_exit.early_exit import Exit
+from .ops.early_exit.early_exit import early_exit as _early_exit
+from .ops.early_exit.exit_confidence import Confidence
 from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
 from .ops.kv import kv_propagate as _kv_propagate
 

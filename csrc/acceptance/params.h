@@ -1,6 +1,6 @@
 // Plain structs of the acceptance and sampling ops, shared by the CPU kernels, the CUDA launchers and the bindings.
 //
-// As in params.h: pointers, sizes, strides in elements, 64-bit offsets; the last dimension of every tensor is
+// As in common/types.h: pointers, sizes, strides in elements, 64-bit offsets; the last dimension of every tensor is
 // contiguous, and outputs and integer inputs are contiguous altogether unless a stride says otherwise.
 #pragma once
 

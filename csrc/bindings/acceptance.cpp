@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <string_view>
 
-#include "acceptance/cpu/kernels.h"
+#include "acceptance/cpu/entry_points.h"
 #include "acceptance/params.h"
 #include "bindings/bind.h"
 #include "bindings/families.h"

@@ -2,7 +2,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "attention/cpu/kernels.h"
+#include "attention/cpu/entry_points.h"
 #include "attention/params.h"
 #include "bindings/bind.h"
 #include "bindings/families.h"

@@ -279,8 +279,8 @@ template <class Enum>
 struct EnumNames {};
 template <>
 struct EnumNames<AcceptRule> {
-  static constexpr std::string_view kAll[] = {"greedy", "match", "recursive", "traversal",
-                                              "coin",   "kseq",  "typical",   "longest"};
+  static constexpr std::string_view kAll[] = {"greedy",      "match", "recursive", "traversal",
+                                              "target_only", "kseq",  "typical",   "longest"};
 };
 template <>
 struct EnumNames<SampleDomain> {

@@ -1,7 +1,7 @@
 // kv_propagate of specdec_ops._C.
 #include "bindings/bind.h"
 #include "bindings/families.h"
-#include "kv/cpu/kernels.h"
+#include "kv/cpu/entry_points.h"
 #include "kv/params.h"
 #ifdef SPECDEC_WITH_CUDA
 #include "kv/cuda/launchers.h"

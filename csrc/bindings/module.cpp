@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "attention/cpu/kernels.h"
+#include "attention/cpu/entry_points.h"
 #include "bindings/families.h"
 #include "common/cpu/benchmark_probes.h"
 #include "common/cpu/build_info.h"

@@ -1,7 +1,7 @@
 // build_topology of specdec_ops._C.
 #include "bindings/bind.h"
 #include "bindings/families.h"
-#include "topology/cpu/kernels.h"
+#include "topology/cpu/entry_points.h"
 #include "topology/params.h"
 #ifdef SPECDEC_WITH_CUDA
 #include "topology/cuda/launchers.h"

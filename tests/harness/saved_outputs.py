@@ -119,7 +119,7 @@ ACCEPTANCE = (  # rules, and options of theirs
     ("greedy", {"eos": (3, 5), "max_depth": 2}),
     ("match", {"eos": 3, "max_depth": 2}),
     ("typical", {"epsilon": 0.1, "delta": 0.3}),
-    ("coin", {"thresholds": (0.4, 0.8)}),
+    ("target_only", {"thresholds": (0.4, 0.8)}),
     *((rule, {"draft_vocab": 200}) for rule in accept_cases.WITH_DRAFT),
     *((rule, {"one_hot": True}) for rule in ("token", "block", "recursive", "traversal")),
     *((rule, {"replacement": True, "draft_temperature": 1.2}) for rule in ("recursive", "traversal")),

@@ -206,7 +206,7 @@ def test_what_docstrings_name_exists(name):
 
 def test_the_walk_finds_what_is_missing():
     """The status that was documented under a function's name, a field that is none, a parameter that is none."""
-    module = importlib.import_module("specdec_ops.ops.early_exit.exit_confidence")
+    module = importlib.import_module("specdec_ops.ops.early_exit.early_exit")
     text = "see specdec_ops.early_exit.STATUS_INVALID, `Confidence.maximum`, `tempreature` and `Exit.seen`"
     missing = [p for p in names_in(text) if not (resolved(p, module) if "." in p else p in known_words(module))]
     assert missing == ["Confidence.maximum", "tempreature", "specdec_ops.early_exit.STATUS_INVALID"]

@@ -21,7 +21,7 @@ cancels in 1 - exp(x) near 0 costs 1e-16; the header's room is 1e-6 there, and 1
 
 import triton
 import triton.language as tl
-from specdec_ops.triton_kernels.common.programs import arrives_last
+from specdec_ops.triton_kernels.common.last_program import arrives_last
 from specdec_ops.triton_kernels.common.token_rows import request_setting
 
 from .exit_kernels import COUNTERS, LISTS, VOLATILE, decide, has_temperature, merge_row, read_head, row_temperature

@@ -22,7 +22,7 @@ in ascending order and of the listed ones the highest is dropped first.
 
 import triton
 import triton.language as tl
-from specdec_ops.triton_kernels.common.programs import arrives_last
+from specdec_ops.triton_kernels.common.last_program import arrives_last
 from specdec_ops.triton_kernels.common.token_rows import (
     LOG2E,
     NO_ID,

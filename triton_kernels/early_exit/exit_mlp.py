@@ -13,8 +13,8 @@ bfloat16 and without the overflow of float16. Float32 weights are multiplied in 
 import torch
 import triton
 import triton.language as tl
+from specdec_ops.triton_kernels.common.last_program import arrives_last
 from specdec_ops.triton_kernels.common.launch import on
-from specdec_ops.triton_kernels.common.programs import arrives_last
 from specdec_ops.triton_kernels.linear.products import widened
 
 FINISH_BLOCK = 128

@@ -26,7 +26,7 @@ bias included, and two of them by twice that; float32 chains by less.
 
 import triton
 import triton.language as tl
-from specdec_ops.triton_kernels.common.programs import arrives_last
+from specdec_ops.triton_kernels.common.last_program import arrives_last
 from specdec_ops.triton_kernels.common.token_rows import LOG2E, NO_ID, request_setting
 
 from .exit_kernels import (

@@ -11,7 +11,7 @@
 #include <limits>
 #include <vector>
 
-#include "acceptance/cpu/kernels.h"
+#include "acceptance/cpu/entry_points.h"
 #include "acceptance/cpu/row_reader.h"
 #include "acceptance/walk.h"
 

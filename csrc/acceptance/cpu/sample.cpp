@@ -5,7 +5,7 @@
 #include <cmath>
 #include <limits>
 
-#include "acceptance/cpu/kernels.h"
+#include "acceptance/cpu/entry_points.h"
 #include "acceptance/cpu/row_reader.h"
 
 namespace specdec::cpu {

@@ -4,7 +4,7 @@
 // are the pairs. Two rows of V are interleaved in registers, which leaves the dims in an order of their own: of every
 // 32 dims the first vector holds those whose bit 2 is clear and the second one the others. Outputs keep that order
 // until they are read for the last time. Nothing is converted to float and nothing is packed, which halves the
-// instructions per byte: at four rows a core then follows memory, where fp32 multiply-adds can't.
+// instructions per byte: with four rows a core then waits for memory, where fp32 multiply-adds would wait for the units.
 #pragma once
 
 #include "attention/cpu/engine_few_rows.h"

@@ -1,8 +1,8 @@
 // merge_states on CPUs: rows are shared out among threads; the arithmetic is in attention/cpu/merge.h.
 #include <algorithm>
 
-#include "attention/cpu/kernels.h"
-#include "attention/cpu/row_kernels.h"
+#include "attention/cpu/entry_points.h"
+#include "attention/cpu/merge_kernels.h"
 #include "common/cpu/isa.h"
 
 namespace specdec {

@@ -16,7 +16,7 @@
 #include <string>
 #include <vector>
 
-#include "attention/cpu/kernels.h"
+#include "attention/cpu/entry_points.h"
 #include "attention/cpu/task.h"
 #include "common/cpu/isa.h"
 

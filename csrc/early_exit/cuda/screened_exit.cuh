@@ -5,7 +5,7 @@
 // logits (4 bytes an entry) with the greatest lower bounds of logits and the sums of a softmax. From them the last
 // block plans how deep below the best a row's entries must be rechecked for its statistics to be known well enough.
 //
-// Second launch: a block has every spans-th group of 128 entries of one row, 2,048 in all. It adds up what the entries
+// Second launch: block s of a row has its groups s, s + spans, ..., 16 groups of 128 entries. It adds up what the entries
 // that are not rechecked may add (screen_stats.cuh), gathers the others into tiles of the head, and multiplies them
 // as exit_confidence does: their logits are its logits bit for bit. The row's last block forms the statistics with their
 // bounds. If they are settled it writes them, else the row goes onto the list of those that fell back; the last block

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "common/cpu/thread_pool.h"
-#include "kv/cpu/kernels.h"
+#include "kv/cpu/entry_points.h"
 #include "linear/cpu/few_row_products.h"
 
 namespace specdec::cpu {

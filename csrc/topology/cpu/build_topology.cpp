@@ -8,7 +8,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "topology/cpu/kernels.h"
+#include "topology/cpu/entry_points.h"
 
 namespace specdec::cpu {
 

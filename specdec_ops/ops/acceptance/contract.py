@@ -15,7 +15,7 @@ class AcceptArguments(NamedTuple):
     """One round of speculative decoding: the target's rows, what was drafted, and what decides."""
 
     rule: str
-    """"greedy", "match", "recursive", "traversal", "coin", "kseq", "typical" or "longest\""""
+    """"greedy", "match", "recursive", "traversal", "target_only", "kseq", "typical" or "longest\""""
     target: torch.Tensor
     """logits [batch, nodes, vocab] after each node, or for "greedy" int32 ids [batch, nodes]"""
     draft_tokens: torch.Tensor
@@ -59,7 +59,7 @@ class AcceptArguments(NamedTuple):
     eos: list[int]
     """up to 8 tokens that end a sequence"""
     thresholds: list[float]
-    """"coin": (single, accumulated); "typical": (epsilon, delta)"""
+    """"target_only": (single, accumulated); "typical": (epsilon, delta)"""
     replacement: bool
     """whether siblings were drawn with replacement"""
     child_rows: bool

@@ -24,7 +24,7 @@ Each rule is a function of one request, seen through two objects:
     draw(weights, domain, node): a token with probability proportional to its weight.
     draw_many(logs, domain, node, count): tokens drawn without replacement from weights of which these are the logs.
     sample(weights, depth): the same, with the noise of plain sampling at that depth.
-With the noise of `reference.noise` they are what ops do; with a choice that enumerates, the exact law comes out.
+With the noise of reference_philox they are what ops do; with a choice that enumerates, the exact law comes out.
 
 A rule returns (path, next token): the nodes from node 0 to the last accepted one, and the token after them, or None
 if the sequence has ended.

@@ -1,4 +1,4 @@
-"""Attention of tree queries over a cache, and the merge of partial attentions."""
+"""Attention of tree queries over a cache."""
 
 from typing import Literal, NamedTuple, overload
 
@@ -24,7 +24,7 @@ from . import contract
 
 MAX_SPLITS = 256
 _BEYOND_ALL_NODES = 2**30  # a first node from which on there are none, and to which kernels may add a row
-_QUERY_DTYPES = (*KERNEL_DTYPES, torch.float64)
+QUERY_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
 
 class AttentionState(NamedTuple):
@@ -172,7 +172,7 @@ def tree_attention(
     _check_caches(q, k_cache, v_cache, page_table, batch, heads, dim)
     if page_table is not None:
         page_table = _check_page_table(page_table, batch, q)
-    _check_no_grad("tree_attention", q, k_cache, v_cache)
+    check_no_grad("tree_attention", q, k_cache, v_cache)
     if topology is None:
         ancestors = depths = num_nodes = offsets = None
     else:
@@ -227,61 +227,6 @@ def tree_attention(
     return AttentionState(result.out, result.lse) if return_lse else result.out
 
 
-def merge_states(
-    out_a: torch.Tensor,
-    lse_a: torch.Tensor,
-    out_b: torch.Tensor,
-    lse_b: torch.Tensor,
-    *,
-    out: AttentionState | None = None,
-    backend: str = "auto",
-) -> AttentionState:
-    """Combine the attention over two disjoint sets of slots into the attention over both.
-
-    For a context spread over devices, a shared prefix computed once, or a cross-attention beside a self-attention.
-    Attention sinks must have joined one of the two parts only. For inference: there is no backward.
-
-    Args:
-        out_a: float32, bfloat16 or float16 `[..., heads, dim]`, contiguous: the first part's output.
-        lse_a: float32 `[..., heads]`, contiguous: the natural log of its softmax denominator. -inf marks a part that
-            saw nothing; its `out` is then not used.
-        out_b: the second part's output, like out_a.
-        lse_b: the second part's log denominator, like lse_a.
-        out: an AttentionState to write to. It may be one of the inputs.
-        backend: as in tree_attention.
-
-    Returns:
-        AttentionState(out like out_a, lse like lse_a). Where both parts saw nothing: 0 and -inf.
-
-    Raises:
-        TypeError, ValueError, RuntimeError: as in tree_attention.
-
-    The rule is that of online softmax (Milakov and Gimelshein, 2018).
-    """
-    op = "merge_states"
-    if not isinstance(out_a, torch.Tensor) or out_a.dtype not in _QUERY_DTYPES:
-        raise TypeError(argument_error(op, "out_a", "float32, bfloat16 or float16 [..., heads, dim]", out_a))
-    if out_a.dim() < 2:
-        raise ValueError(argument_error(op, "out_a", "float32, bfloat16 or float16 [..., heads, dim]", out_a))
-    shape = out_a.shape
-    if shape[-1] > INT32_MAX:
-        raise ValueError(argument_error(op, "out_a", "of a dim below 2**31", out_a))
-    _check_like(op, "out_a", out_a, out_a, shape)
-    _check_like(op, "out_b", out_b, out_a, shape)
-    _check_like(op, "lse_a", lse_a, out_a, shape[:-1], torch.float32)
-    _check_like(op, "lse_b", lse_b, out_a, shape[:-1], torch.float32)
-    _check_no_grad(op, out_a, lse_a, out_b, lse_b)
-    arguments = contract.MergeStatesArguments(out_a, lse_a, out_b, lse_b)
-    if out is None:
-        return AttentionState(*contract.merge_states(arguments, backend))
-    if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(argument_error(op, "out", "an AttentionState(out, lse)", out))
-    _check_like(op, "out.out", out[0], out_a, shape)
-    _check_like(op, "out.lse", out[1], out_a, shape[:-1], torch.float32)
-    contract.merge_states(arguments, backend, contract.MergeStatesOutputs(*out))
-    return out
-
-
 def _argument_error(name: str, must: str, value, is_right_type) -> Exception:
     """A ValueError for a value out of range, a TypeError for anything of another type."""
     kind = ValueError if is_right_type(value) else TypeError
@@ -291,7 +236,7 @@ def _argument_error(name: str, must: str, value, is_right_type) -> Exception:
 def _check_queries(q, topology) -> tuple[int, int, int, bool]:
     """Check q and the type of topology; return batch, heads, dim and whether q is packed."""
     must = "float32, bfloat16 or float16 [batch, queries, heads, dim]"
-    if not isinstance(q, torch.Tensor) or q.dtype not in _QUERY_DTYPES:
+    if not isinstance(q, torch.Tensor) or q.dtype not in QUERY_DTYPES:
         raise TypeError(argument_error("tree_attention", "q", must, q))
     if topology is not None and not isinstance(topology, Topology):
         raise TypeError(wrong_topology("tree_attention", "a specdec_ops.Topology or None", topology))
@@ -416,7 +361,7 @@ def _check_per_head(name: str, value, heads: int, q) -> None:
         raise ValueError(strides_error("tree_attention", name, "contiguous", value))
     if value.device != q.device:
         raise ValueError(device_error("tree_attention", name, q.device, value))
-    _check_no_grad("tree_attention", value)
+    check_no_grad("tree_attention", value)
 
 
 def _scales(dim: int, scale, k_scale, v_scale) -> tuple[float, float]:
@@ -434,16 +379,16 @@ def _scales(dim: int, scale, k_scale, v_scale) -> tuple[float, float]:
 
 def _check_out(out, q, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     if not return_lse:
-        _check_like("tree_attention", "out", out, q, q.shape, contiguous=False)
+        check_like("tree_attention", "out", out, q, q.shape, contiguous=False)
         return out, None
     if not isinstance(out, tuple) or len(out) != 2:
         raise TypeError(argument_error("tree_attention", "out", "an AttentionState(out, lse) with return_lse", out))
-    _check_like("tree_attention", "out.out", out[0], q, q.shape, contiguous=False)
-    _check_like("tree_attention", "out.lse", out[1], q, q.shape[:-1], torch.float32)
+    check_like("tree_attention", "out.out", out[0], q, q.shape, contiguous=False)
+    check_like("tree_attention", "out.lse", out[1], q, q.shape[:-1], torch.float32)
     return out
 
 
-def _check_like(op: str, name: str, value, like, shape, dtype=None, contiguous: bool = True) -> None:
+def check_like(op: str, name: str, value, like, shape, dtype=None, contiguous: bool = True) -> None:
     """Check for a tensor of this shape and dtype on the device of `like`."""
     dtype = dtype or like.dtype
     if not isinstance(value, torch.Tensor) or value.dtype != dtype:
@@ -458,7 +403,7 @@ def _check_like(op: str, name: str, value, like, shape, dtype=None, contiguous: 
         raise ValueError(strides_error(op, name, "contiguous in its last dimension", value))
 
 
-def _check_no_grad(op: str, *inputs: torch.Tensor) -> None:
+def check_no_grad(op: str, *inputs: torch.Tensor) -> None:
     if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in inputs]):
         raise RuntimeError(grad_error(op))
 
