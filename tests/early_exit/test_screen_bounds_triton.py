@@ -9,7 +9,7 @@ from tests.emulator import build
 pytest.importorskip("triton")
 import triton
 import triton.language as tl
-from specdec_ops.triton_kernels.early_exit.screen_stats import figures
+from specdec_ops.triton_kernels.early_exit.screen_stats import stats as stats_in_triton
 
 # 0 times infinity is what some cases are about.
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
@@ -39,7 +39,7 @@ def stats_kernel(numbers, stats, cases, BLOCK: tl.constexpr):
     reference = tl.load(at + 16, mask=there, other=1.0)
     temperature = tl.load(at + 17, mask=there, other=1.0)
     spread = tl.load(at + 18, mask=there, other=1.0)
-    found = figures(
+    found = stats_in_triton(
         size, fall, upper, lower, weight, squares, peak, error, noise, upper_fall, lower_fall, tail_fall, turns,
         peak_fall, first, second, reference, temperature, spread,
     )  # fmt: skip

@@ -8,9 +8,9 @@ One launch for the rows, and two for each part, whatever the rows turn out to ne
             leave. Each program also finds the greatest bias of its share of what is behind the part: 4 bytes per entry,
             next to the thousands that an entry of the head has.
     settle  one program per hidden row. If the row is open, its states are joined with what it carries from the parts
-            before, its figures are written, and csrc/early_exit/bound_verdict.h says whether it may close. A row whose
-            decision is its own closes itself; else the last program to arrive closes all rows or none. After the last
-            part the last program decides for all rows, from the figures with which they closed.
+            before, its statistics are written, and the rule of csrc/early_exit/bound_verdict.h says whether it may close.
+            A row whose decision is its own closes itself; else the last program to arrive closes all rows or none. After the last
+            part the last program decides for all rows, from the statistics with which they closed.
 
 When every row is closed, the programs of the launches that are left return at once. Nobody waits for anybody, and what
 a row carries is touched by its own program alone.
@@ -107,7 +107,7 @@ def _mixed_entropy(a, entropy):
 
 @triton.jit
 def verdict(
-    maximum, total, moment, unsound, second, least, ceiling, left, degrees, limit, MEASURE: tl.constexpr,
+    maximum, total, moment, unsound, second, least, ceiling, left, own_temperature, limit, MEASURE: tl.constexpr,
 ):  # fmt: skip
     """exit_verdict of csrc/early_exit/bound_verdict.h, as bits.
 
@@ -117,7 +117,7 @@ def verdict(
     some = maximum > float("-inf")
     first = maximum.to(tl.float64)
     size = tl.where(some, total, 1.0)
-    up = (ceiling - first) / degrees
+    up = (ceiling - first) / own_temperature
     bounded = some & (up <= MAX_ABOVE)  # NaN is not
     up = tl.where(bounded, up, 0.0)
     peak = tl.exp(up)
@@ -125,7 +125,7 @@ def verdict(
     rest = left * peak
     whole = size + rest
     if MEASURE == "entropy":
-        entropy = tl.log(size) - moment / degrees / size
+        entropy = tl.log(size) - moment / own_temperature / size
         most = rest / whole
         mixed = _mixed_entropy(most, entropy)
         spread = tl.exp(entropy) + left
@@ -140,7 +140,7 @@ def verdict(
         lead = tl.zeros([], tl.float64)
         room = tl.zeros([], tl.float64)
         if MEASURE == "margin":
-            gap = (second.to(tl.float64) - first) / degrees
+            gap = (second.to(tl.float64) - first) / own_temperature
             first_part *= 1.0 - tl.exp(gap)
             least_part *= 1.0 - tl.exp(tl.minimum(tl.maximum(gap, up), 0.0))
             lead += 1.0
@@ -206,11 +206,21 @@ def settle_kernel(
                 most_bias = tl.max(tl.load(at, mask=program < programs, other=float("-inf")), 0)
             ceiling = _ceiling(bounds + row.to(tl.int64) * 4, tl.load(norms_after + part), most_bias)
             zero = tl.zeros([], tl.float64)
-            degrees = zero + row_temperature(temperature, temperatures, row)
+            own_temperature = zero + row_temperature(temperature, temperatures, row)
             unsound = tl.where(has_temperature(temperature, temperatures, row), unsound, 1.0)
             limit = zero + request_setting(threshold, thresholds, row)
             bits = verdict(
-                maximum, total, moment, unsound, second, least, ceiling, zero + (vocab - end), degrees, limit, MEASURE
+                maximum,
+                total,
+                moment,
+                unsound,
+                second,
+                least,
+                ceiling,
+                zero + (vocab - end),
+                own_temperature,
+                limit,
+                MEASURE,
             )
             if LEVEL == "row":
                 settled = ((bits & NO) != 0) | ((bits & (YES + KNOWN)) == YES + KNOWN)

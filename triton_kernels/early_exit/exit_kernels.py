@@ -7,7 +7,7 @@ Three launches, and no logit in memory:
     head    a program owns a block of hidden rows and every `programs`-th tile of the head's rows. A tile's logits are
             made by tensor cores (FMA for float32) from the head, which is read once per row block, and y, which comes
             from L2. They stay in registers, where the row's state takes them in; the states go to scratch at the end.
-    merge   one program per hidden row joins its states, in the order of the programs, and writes its figures. The last
+    merge   one program per hidden row joins its states, in the order of the programs, writes its statistics. The last
             one to arrive decides for all rows. Nobody waits for anybody, and nothing is added up by atomics.
 
 Fewer launches would need the norm in every program of `head`, where it would go through registers between the copies
@@ -153,10 +153,10 @@ def list_greatest(z, ids, values, entries):
 @triton.jit
 def row_factor(temperature, temperatures, n, rows):
     """log2(e) / T of each row."""
-    degrees = tl.full(n.shape, 1.0, tl.float32) * temperature
+    given = tl.full(n.shape, 1.0, tl.float32) * temperature
     if temperatures is not None:
-        degrees = tl.load(temperatures + n, mask=n < rows, other=1.0)
-    return LOG2E / softmax_temperature(degrees)
+        given = tl.load(temperatures + n, mask=n < rows, other=1.0)
+    return LOG2E / softmax_temperature(given)
 
 
 @triton.jit
@@ -300,7 +300,8 @@ def carry(row, carried_sums, carried_best, maximum, total, moment, unsound, best
 
 @triton.jit
 def write_listed(
-    state, row, rows, programs, valid, maximum, log_size, per_degree, token_map, token, top_tokens, top_logprobs,
+    state, row, rows, programs, valid, maximum, log_size, inverse_temperature, token_map, token, top_tokens,
+    top_logprobs,
     top_k, carried_best, begin, LISTED: tl.constexpr, LIST: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
     """Write the greatest logits of a row's states, see merge_row. Gives back the second one, the last of the top_k, and
@@ -341,7 +342,7 @@ def write_listed(
         if carried_best is not None:
             last = tl.where((k == 0) | (k < top_k), value, last)
         if top_tokens is not None:
-            logprob = ((value - maximum) * per_degree - log_size).to(tl.float32)
+            logprob = ((value - maximum) * inverse_temperature - log_size).to(tl.float32)
             listed_token = token_of(entry, token_map)
             tl.store(top_tokens + row * top_k + k, tl.where(valid & exists, listed_token, -1), mask=k < top_k)
             shown = tl.where(valid & exists, logprob, float("-inf"))
@@ -355,15 +356,15 @@ def merge_row(
     top_tokens, top_logprobs, status, flags, vocab, top_k, carried_sums, carried_best, begin, LISTED: tl.constexpr,
     LIST: tl.constexpr, PROGRAMS: tl.constexpr,
 ):  # fmt: skip
-    """Join a row's states and write its figures, with `flags` added to its status.
+    """Join a row's states and write its statistics, with `flags` added to its status.
 
     carried_sums float64 [rows, LISTS] and carried_best int64 [rows, LIST]: what rows have seen before entry `begin`,
     where the states' entries begin; it is joined, too, and replaced. None: the states are all there is. Gives back
     what was joined: m, S, t, 1 for NaN or +inf, the second logit and the last of the top_k.
     """
-    degrees = row_temperature(temperature, temperatures, row)
-    factor = LOG2E / degrees
-    per_degree = 1.0 / tl.full([], 1.0, tl.float64) / degrees
+    own_temperature = row_temperature(temperature, temperatures, row)
+    factor = LOG2E / own_temperature
+    inverse_temperature = 1.0 / tl.full([], 1.0, tl.float64) / own_temperature
     maximum, total, moment, unsound = joined_sums(state, row, rows, programs, factor, carried_sums, begin, PROGRAMS)
     sound = (unsound == 0.0) & (maximum > float("-inf"))
     bits = tl.where(has_temperature(temperature, temperatures, row), 0, SETTING_INVALID) | tl.where(sound, 0, INVALID)
@@ -371,15 +372,16 @@ def merge_row(
     size = tl.where(valid, total, 1.0)
     log_size = tl.log(size)
     second, last, joined = write_listed(
-        state, row, rows, programs, valid, maximum, log_size, per_degree, token_map, token, top_tokens, top_logprobs,
+        state, row, rows, programs, valid, maximum, log_size, inverse_temperature, token_map, token,
+        top_tokens, top_logprobs,
         top_k, carried_best, begin, LISTED, LIST, PROGRAMS,
     )  # fmt: skip
     lead = 1.0 - tl.exp2(tl.maximum(second - maximum, LOWEST) * factor)
-    spread = tl.maximum(log_size - moment * per_degree / size, 0.0)
+    spread = tl.maximum(log_size - moment * inverse_temperature / size, 0.0)
     tl.store(max_prob + row, tl.where(valid, 1.0 / size, 0.0).to(tl.float32))
     tl.store(margin + row, tl.where(valid, lead / size, 0.0).to(tl.float32))
     tl.store(entropy + row, tl.where(valid, spread, 0.0).to(tl.float32))
-    tl.store(logsumexp + row, tl.where(valid, maximum * per_degree + log_size, float("-inf")).to(tl.float32))
+    tl.store(logsumexp + row, tl.where(valid, maximum * inverse_temperature + log_size, float("-inf")).to(tl.float32))
     tl.store(status + row, bits | flags)
     if carried_best is not None:
         carry(row, carried_sums, carried_best, maximum, total, moment, unsound, joined, LIST)
@@ -404,7 +406,7 @@ def decide(
     rows, status, max_prob, margin, entropy, threshold, thresholds, exited, active_rows, inverse, num_active,
     MEASURE: tl.constexpr, LEVEL: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Which rows exit, and the others in their order. By one program, when the figures of all rows are written."""
+    """Which rows exit, and the others in their order. By one program, when the statistics of all rows are written."""
     figure = max_prob
     if MEASURE == "margin":
         figure = margin

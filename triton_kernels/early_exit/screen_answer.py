@@ -25,10 +25,10 @@ from .screen_stats import (
     UPPER_FALL,
     WEIGHT,
     WORST,
-    figures,
     joined_peak,
     joined_sum,
     peak_from,
+    stats,
     sum_from,
 )
 
@@ -61,7 +61,7 @@ def _next_best(known, found, counts, limit, total, before, LANES: tl.constexpr):
 
 
 @triton.jit
-def _known_sums(known, total, first, degrees, LANES: tl.constexpr):
+def _known_sums(known, total, first, own_temperature, LANES: tl.constexpr):
     """Sums of exp((z - first) / T) and of the same times (first - z) / T. Of integers: in any order the same."""
     lane = tl.arange(0, LANES)
     size = tl.zeros([LANES], tl.int64)
@@ -69,7 +69,7 @@ def _known_sums(known, total, first, degrees, LANES: tl.constexpr):
     for start in range(0, total, LANES):
         i = start + lane
         z = tl.load(known + i, mask=i < total, other=float("-inf"), cache_modifier=".cg")
-        s = tl.minimum(tl.maximum((z - first) / degrees, -1000.0), 0.0)
+        s = tl.minimum(tl.maximum((z - first) / own_temperature, -1000.0), 0.0)
         weight = tl.where(i < total, tl.exp2(s * LOG2E), 0.0)
         size += (weight * 1099511627776.0).to(tl.int64)
         fall += (weight * -s * 1099511627776.0).to(tl.int64)
@@ -104,7 +104,8 @@ def _guess(approximate, known, found, counts, limit, total, LANES: tl.constexpr)
 
 @triton.jit
 def _write(
-    row, prob, lead, spread, degrees, known, found, counts, limit, total, best, token_map, token, max_prob, margin,
+    row, prob, lead, spread, own_temperature, known, found, counts, limit, total, best, token_map, token,
+    max_prob, margin,
     entropy, logsumexp, top_tokens, top_logprobs, top_k, LISTED: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     first = value_of(best).to(tl.float64)
@@ -112,12 +113,12 @@ def _write(
     tl.store(max_prob + row, prob.to(tl.float32))
     tl.store(margin + row, lead.to(tl.float32))
     tl.store(entropy + row, spread.to(tl.float32))
-    tl.store(logsumexp + row, (first / degrees - tl.log(prob)).to(tl.float32))
+    tl.store(logsumexp + row, (first / own_temperature - tl.log(prob)).to(tl.float32))
     if top_tokens is not None:
         for k in range(LISTED):
             exists = (best > -(2**63)) & (value_of(best) > float("-inf"))
             entry = tl.where(exists, entry_of(best), 0)
-            logprob = ((value_of(best).to(tl.float64) - first) / degrees + tl.log(prob)).to(tl.float32)
+            logprob = ((value_of(best).to(tl.float64) - first) / own_temperature + tl.log(prob)).to(tl.float32)
             at = row * top_k + k
             tl.store(top_tokens + at, tl.where(exists, token_of(entry, token_map), -1), mask=k < top_k)
             tl.store(top_logprobs + at, tl.where(exists, logprob, float("-inf")), mask=k < top_k)
@@ -145,12 +146,13 @@ def _is_settled(
 @triton.jit
 def answer(
     head, bias, token_map, y, approximate, sums, step, found, known, counters, token, max_prob, margin, entropy,
-    logsumexp, top_tokens, top_logprobs, rechecked, y_stride, dim, row, rows, parts, limit, top_k, degrees, wide,
+    logsumexp, top_tokens, top_logprobs, rechecked, y_stride, dim, row, rows, parts, limit, top_k,
+    own_temperature, wide,
     spread, reference, border, tolerance, MEASURE: tl.constexpr, LISTED: tl.constexpr, PARTS: tl.constexpr,
     LANES: tl.constexpr, ROWS: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_K: tl.constexpr, EVEN: tl.constexpr,
     WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """Write the figures of a row that can be settled with at most `limit` entries of the head; 1 if so."""
+    """Write the statistics of a row that can be settled with at most `limit` entries of the head; 1 if so."""
     bin = tl.arange(0, BINS)
     counts = tl.load(counters + LIST_COUNTERS + bin, cache_modifier=".cg")
     part = tl.arange(0, PARTS)
@@ -191,8 +193,8 @@ def answer(
             first = value_of(best)
             first = tl.where(paying == 1, first, tl.maximum(first, reference))
             second = tl.where(total > 1, value_of(other), float("-inf"))
-            size, fall = _known_sums(known, total, first, degrees, LANES)
-            prob, low_prob, high_prob, lead, low_lead, high_lead, disorder, low_entropy, high_entropy = figures(
+            size, fall = _known_sums(known, total, first, own_temperature, LANES)
+            prob, low_prob, high_prob, lead, low_lead, high_lead, disorder, low_entropy, high_entropy = stats(
                 size, fall, sum_from(upper, depth), sum_from(lower, depth), sum_from(weight, depth),
                 sum_from(squares, depth), peak_from(peak, depth), peak_from(worst, depth), peak_from(noise, depth),
                 sum_from(upper_fall, depth), sum_from(lower_fall, depth), sum_from(tail_fall, depth),

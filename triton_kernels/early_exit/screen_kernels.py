@@ -9,7 +9,7 @@ Four launches, whatever the rows turn out to need:
                  candidates; all others fall into BINS bins by how far below the reference they lie. Each bin leaves
                  SUMS sums (screen_stats.py), and each entry above the last bin its place in the bin's list. The last
                  program of a row to arrive answers it (screen_answer.py): it goes down bin by bin until candidates
-                 and bins so far would settle the row, reads their rows of the head, and writes the figures, or marks
+                 and bins so far would settle the row, reads their rows of the head, and writes the statistics, or marks
                  the row as fallen.
     fallback     the loop of exit_confidence over the head for blocks with a fallen row, where there is one. The last
                  program of a block joins the states of its fallen rows, and the last of all decides.
@@ -136,7 +136,7 @@ def _lower_bounds(state, row, rows, programs, LISTED: tl.constexpr, LIST: tl.con
 
 
 @triton.jit
-def _classes(v, end, approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, degrees):
+def _classes(v, end, approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, own_temperature):
     """Approximations, the noise in them, their whole error, and the class: 0 a candidate, 1 to BINS, beyond: masked.
 
     Bin 1 reaches from the reference, T units deep per step; the last has no end.
@@ -148,13 +148,13 @@ def _classes(v, end, approximate, error_norms, norms, by_error, by_norm, floor, 
     a = tl.maximum(original, LOWEST)
     noise = by_norm * length + floor + tl.abs(a) * ROUNDING
     error = by_error * off + noise
-    kind = (a <= reference - degrees).to(tl.int32) + 1
-    kind += (a <= reference - degrees * 2.0).to(tl.int32)
-    kind += (a <= reference - degrees * 3.0).to(tl.int32)
-    kind += (a <= reference - degrees * 4.5).to(tl.int32)
-    kind += (a <= reference - degrees * 6.0).to(tl.int32)
-    kind += (a <= reference - degrees * 8.0).to(tl.int32)
-    kind += (a <= reference - degrees * 12.0).to(tl.int32)
+    kind = (a <= reference - own_temperature).to(tl.int32) + 1
+    kind += (a <= reference - own_temperature * 2.0).to(tl.int32)
+    kind += (a <= reference - own_temperature * 3.0).to(tl.int32)
+    kind += (a <= reference - own_temperature * 4.5).to(tl.int32)
+    kind += (a <= reference - own_temperature * 6.0).to(tl.int32)
+    kind += (a <= reference - own_temperature * 8.0).to(tl.int32)
+    kind += (a <= reference - own_temperature * 12.0).to(tl.int32)
     kind = tl.where(a + error < cut, kind, 0)
     return a, noise, error, tl.where(original > float("-inf"), kind, BINS + 1)
 
@@ -171,7 +171,7 @@ def _raise(peaks, there, value):
 
 @triton.jit
 def _scan_part(
-    approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, degrees, begin, end, sums, step,
+    approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, own_temperature, begin, end, sums, step,
     LANES: tl.constexpr,
 ):  # fmt: skip
     """Leave the sums of each bin over a part of a row, and give back how many entries each list gets."""
@@ -192,13 +192,23 @@ def _scan_part(
     counts = tl.zeros([BINS, LANES], tl.int32)
     for start in range(begin, end, LANES):
         a, noise, error, kind = _classes(
-            start + lane, end, approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, degrees
+            start + lane,
+            end,
+            approximate,
+            error_norms,
+            norms,
+            by_error,
+            by_norm,
+            floor,
+            reference,
+            cut,
+            own_temperature,
         )
         counts += (kind[None, :] == bin[:, None]).to(tl.int32)
         there = kind[None, :] == bin[:, None] + 1
-        high = tl.maximum((a - reference + error) / degrees, -1000.0)  # exp of -1000 is 0
-        low = tl.maximum((a - reference - error) / degrees, -1000.0)
-        middle = tl.maximum((a - reference) / degrees, -1000.0)
+        high = tl.maximum((a - reference + error) / own_temperature, -1000.0)  # exp of -1000 is 0
+        low = tl.maximum((a - reference - error) / own_temperature, -1000.0)
+        middle = tl.maximum((a - reference) / own_temperature, -1000.0)
         # Only entries below the cut get here, whose upper end is not above the reference.
         w_high = tl.exp2(tl.minimum(high, 0.0) * LOG2E)
         w_low = tl.exp2(tl.minimum(low, 0.0) * LOG2E)
@@ -209,8 +219,8 @@ def _scan_part(
         weight = _add(weight, there, w)
         squares = _add(squares, there, w * w)
         peak = _raise(peak, there, w)
-        worst = _raise(worst, there, tl.where(w_high > 0.0, error / degrees, 0.0))
-        worst_noise = _raise(worst_noise, there, tl.where(w_high > 0.0, noise / degrees, 0.0))
+        worst = _raise(worst, there, tl.where(w_high > 0.0, error / own_temperature, 0.0))
+        worst_noise = _raise(worst_noise, there, tl.where(w_high > 0.0, noise / own_temperature, 0.0))
         upper_fall = _add(upper_fall, there, -w_high * low)
         lower_fall = _add(lower_fall, there, -w_low * high)
         fall = _add(fall, there, -w * middle)
@@ -234,7 +244,8 @@ def _scan_part(
 
 @triton.jit
 def _fill_lists(
-    approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, degrees, begin, end, counts, counters,
+    approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, own_temperature, begin, end,
+    counts, counters,
     found, limit, LANES: tl.constexpr,
 ):  # fmt: skip
     """Put candidates and entries of all bins but the last into the row's lists, as far as there is room."""
@@ -247,7 +258,7 @@ def _fill_lists(
     for start in range(begin, end, LANES):
         v = start + lane
         _, _, _, kind = _classes(
-            v, end, approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, degrees
+            v, end, approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, own_temperature
         )
         here = (kind[None, :] == bin[:, None]).to(tl.int32)
         if tl.min(kind, 0) < BINS:
@@ -278,7 +289,7 @@ def scan_kernel(
     by_error = tl.load(bounds + row * 4 + 1)
     by_norm = tl.load(bounds + row * 4 + 2)
     floor = tl.load(bounds + row * 4 + 3)
-    degrees = row_temperature(temperature, temperatures, row)
+    own_temperature = row_temperature(temperature, temperatures, row)
     sound, longest, reference, cut = _lower_bounds(state, row, rows, programs, LISTED, LIST, PROGRAMS)
     # Beyond this product of lengths a sum might overflow. NaN and infinity are not below it either.
     sound = sound & (reference > float("-inf")) & (length * longest < 1e30)
@@ -289,23 +300,25 @@ def scan_kernel(
         begin = part * CHUNK
         end = tl.minimum(begin + CHUNK, vocab)
         counts = _scan_part(
-            approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, degrees, begin, end,
+            approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, own_temperature, begin, end,
             row_sums + part * BINS, step, LANES,
         )  # fmt: skip
         _fill_lists(
-            approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, degrees, begin, end, counts,
+            approximate, error_norms, norms, by_error, by_norm, floor, reference, cut, own_temperature, begin,
+            end, counts,
             counters, found, limit, LANES,
         )  # fmt: skip
     if arrives_last(counters, parts):
         answered = tl.full([], 0, tl.int32)
         if sound:
-            wide = degrees.to(tl.float64)
+            wide = own_temperature.to(tl.float64)
             spread = length.to(tl.float64) * tl.load(error_gain).to(tl.float64) / wide * 1.000001
             border = request_setting(threshold, thresholds, row)
             answered = answer(
                 head, bias, token_map, y, approximate, row_sums, step, found, known, counters, token, max_prob, margin,
                 entropy, logsumexp, top_tokens, top_logprobs, rechecked, y_stride, dim, row, rows, parts, limit, top_k,
-                degrees, wide, spread, reference, border, tolerance, MEASURE, LISTED, PARTS, LANES, ROWS, BLOCK_V,
+                own_temperature, wide, spread, reference, border, tolerance, MEASURE, LISTED, PARTS, LANES,
+                ROWS, BLOCK_V,
                 BLOCK_K, EVEN, WIDEN,
             )  # fmt: skip
         tl.store(status + row, tl.where(answered > 0, 0, FELL_BACK))

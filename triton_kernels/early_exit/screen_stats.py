@@ -1,4 +1,4 @@
-"""What a screen's sums say of a row: figures, and intervals in which those of the whole head lie. Scalars in float64.
+"""A screened row's statistics, and intervals in which those of the whole head lie. Scalars in float64.
 
 The bounds are derived in csrc/early_exit/screen_bounds.h, which has the same in C++. Of the entries that were not
 rechecked (the tail), with approximations s = (a - reference) / T, weights w = exp(s) and bounds e of what s may be
@@ -63,9 +63,9 @@ def one_minus_exp(x):
 
 
 @triton.jit
-def figures(
+def stats(
     size, fall, upper, lower, weight, squares, peak, worst, noise, upper_fall, lower_fall, tail_fall, turns, peak_fall,
-    first, second, reference, degrees, spread,
+    first, second, reference, own_temperature, spread,
 ):  # fmt: skip
     """Value, least and greatest of max_prob, of margin and of entropy.
 
@@ -90,14 +90,14 @@ def figures(
     high_fall = tl.where(close, tl.minimum(high_fall, tail_fall + off_fall), high_fall)
 
     # The tail is measured from the reference, which lies `gap` below the first.
-    gap = (first - reference) / degrees
+    gap = (first - reference) / own_temperature
     scale = tl.exp(-gap)
     seen = scale > 0.0
     low_all = low * scale + size
     high_all = high * scale + size
     low_fall_all = tl.where(seen, (low_fall + low * gap) * scale + fall, fall)
     high_fall_all = tl.where(seen, (high_fall + high * gap) * scale + fall, fall)
-    lead = one_minus_exp((second - first) / degrees)
+    lead = one_minus_exp((second - first) / own_temperature)
     all_sizes = size + weight * scale
     all_falls = tl.where(seen, fall + (tail_fall + gap * weight) * scale, fall)
 

@@ -44,7 +44,7 @@ static float longest(const float* error_norms, const float* norms, int count) {
   return greatest(most);
 }
 
-// A logit's error in degrees up to which exp(error) and exp(-error) come from polynomials.
+// A logit's error over the temperature up to which exp(error) and exp(-error) come from polynomials.
 constexpr float kSmallError = 4;
 
 // Not below exp(error) and not above exp(-error), for errors from 0 to kSmallError: the series up to the third power,

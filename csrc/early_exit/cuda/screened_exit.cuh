@@ -124,13 +124,13 @@ struct RowCounts {
   int32_t* counts;  // [kRows, kSteps]
 };
 
-__device__ __forceinline__ float step_of(float z, float degrees) { return floorf(2.0f * z * degrees); }
+__device__ __forceinline__ float step_of(float z, float inverse_temperature) { return floorf(2.0f * z * inverse_temperature); }
 
 // A warp's counts move with the greatest, and take in the lanes' numbers.
 template <int kCount>
 __device__ __forceinline__ void count_steps(const RowCounts& of, int n, const float (&z)[kCount], float greatest,
-                                            float degrees, int lane) {
-  const float top = step_of(greatest, degrees), rise = top - of.tops[n];
+                                            float inverse_temperature, int lane) {
+  const float top = step_of(greatest, inverse_temperature), rise = top - of.tops[n];
   int32_t* counts = of.counts + n * kSteps;
   if (!(rise <= 0.0f)) {
     const int32_t own = counts[lane], by = rise < float(kSteps) ? int32_t(rise) : kSteps;
@@ -141,7 +141,7 @@ __device__ __forceinline__ void count_steps(const RowCounts& of, int n, const fl
   if (lane == 0) of.tops[n] = top;
 #pragma unroll
   for (int i = 0; i < kCount; ++i) {
-    const float step = top - step_of(z[i], degrees);
+    const float step = top - step_of(z[i], inverse_temperature);
     if (step >= 0.0f && step < float(kSteps)) atomic_add(counts + int32_t(step), 1);
   }
 }
@@ -152,9 +152,9 @@ __device__ __forceinline__ void count_steps(const RowCounts& of, int n, const fl
 __device__ inline int32_t steps_to_recheck(const ScreenedParams& s, const RowState& state, float lead, float error,
                                            float spread, int32_t count, int32_t row, int lane) {
   const ExitParams& p = s.exit;
-  const float degrees = 1.0f / temperature_of(p, row), sum = fmaxf(state.sum, 1.0f);
-  const float max_prob = 1.0f / sum, margin = max_prob * (1.0f - expf(lead * degrees));
-  const float entropy = fmaxf(logf(sum) - state.weighted_logit_sum * degrees * max_prob, 0.0f);
+  const float inverse_temperature = 1.0f / temperature_of(p, row), sum = fmaxf(state.sum, 1.0f);
+  const float max_prob = 1.0f / sum, margin = max_prob * (1.0f - expf(lead * inverse_temperature));
+  const float entropy = fmaxf(logf(sum) - state.weighted_logit_sum * inverse_temperature * max_prob, 0.0f);
   const float limit = p.thresholds != nullptr ? p.thresholds[row] : p.threshold;
   float allowed = s.tolerance * sum;  // of the sum, relative
   if (p.measure == ExitMeasure::kMaxProb) allowed = fminf(allowed, fabsf(max_prob - limit) * sum);
@@ -208,10 +208,10 @@ __device__ __forceinline__ void screen_head(const ScreenLaunch& launch, const Ex
       RowState state = shared.states[n];
       uint64_t own = lane < top_k ? shared.keys[n * top_k + lane] : 0;
       list_keys(own, low, [&](int i) { return first + kWarpSize * i; }, top_k, lane);
-      const float degrees = 1.0f / temperature_of(p, rows.row(n));
-      absorb(state, z, kLog2E * degrees);
+      const float inverse_temperature = 1.0f / temperature_of(p, rows.row(n));
+      absorb(state, z, kLog2E * inverse_temperature);
       if (warp_ballot(!sound) != 0) state.invalid = 1;
-      count_steps(counts, n, z, state.max, degrees, lane);
+      count_steps(counts, n, z, state.max, inverse_temperature, lane);
       warp_sync();  // all lanes have read the state
       if (lane == 0) shared.states[n] = state;
       if (lane < top_k) shared.keys[n * top_k + lane] = own;
@@ -284,7 +284,7 @@ __device__ inline int32_t look_at_span(TeamReducer& reduce, const ScreenLaunch& 
                                        int32_t row, int32_t span, int32_t* entries, TailParts& tail) {
   const ExitParams& p = launch.call.exit;
   const float* approximate = ScreenScratch{launch}.approximate(row);
-  const float degrees = 1.0f / temperature_of(p, row);
+  const float inverse_temperature = 1.0f / temperature_of(p, row);
   int32_t found = 0;
   tail = {};
 #pragma unroll 1
@@ -297,7 +297,7 @@ __device__ inline int32_t look_at_span(TeamReducer& reduce, const ScreenLaunch& 
       const ScreenError error =
           screen_error(plan.bound, clamped, launch.call.error_norms[entry], launch.call.norms[entry]);
       chosen = !(plan.cut > clamped + error.all) || clamped > plan.deep;
-      if (!chosen) add_to_tail(tail, clamped - plan.reference, error, degrees);
+      if (!chosen) add_to_tail(tail, clamped - plan.reference, error, inverse_temperature);
     }
     uint64_t before, total;
     reduce.scan(chosen ? 1 : 0, before, total);

@@ -106,12 +106,12 @@ BoundedExitArguments = _extended(
 BoundedExitOutputs = _extended(
     ExitConfidenceOutputs,
     "BoundedExitOutputs",
-    "Those of exit_confidence, and seen int32 [rows]: entries that a row's figures are of.",
+    "Those of exit_confidence, and seen int32 [rows]: entries that a row's statistics are of.",
     seen=torch.Tensor,
 )
 
 
-def _figures(arguments, empty, top_k: int) -> dict:
+def _make_stats(arguments, empty, top_k: int) -> dict:
     """The outputs that all forms have."""
     rows, device, decides = arguments.hidden.shape[0], arguments.hidden.device, bool(arguments.measure)
 
@@ -135,17 +135,17 @@ def _figures(arguments, empty, top_k: int) -> dict:
 
 
 def _make_whole(arguments, empty, *, top_k: int) -> ExitConfidenceOutputs:
-    return ExitConfidenceOutputs(**_figures(arguments, empty, top_k))
+    return ExitConfidenceOutputs(**_make_stats(arguments, empty, top_k))
 
 
 def _make_screened(arguments, empty, *, top_k: int) -> ScreenedExitOutputs:
     rechecked = empty((arguments.hidden.shape[0],), torch.int32, arguments.hidden.device)
-    return ScreenedExitOutputs(**_figures(arguments, empty, top_k), rechecked=rechecked)
+    return ScreenedExitOutputs(**_make_stats(arguments, empty, top_k), rechecked=rechecked)
 
 
 def _make_bounded(arguments, empty, *, top_k: int) -> BoundedExitOutputs:
     seen = empty((arguments.hidden.shape[0],), torch.int32, arguments.hidden.device)
-    return BoundedExitOutputs(**_figures(arguments, empty, top_k), seen=seen)
+    return BoundedExitOutputs(**_make_stats(arguments, empty, top_k), seen=seen)
 
 
 def _answers_exit(arguments, outputs) -> bool:

@@ -92,7 +92,7 @@ def early_exit(
         bounds: `bound_head(head)`, made from this very head, which may be quantised; not together with a screen. The
             head is read a part at a time until no entry that is left can change a decision, or what a row that exits
             returns. Each decision is the whole head's. A row that exits has the whole head's token and top_tokens; its
-            other figures, and all of those of a row that goes on, are of the `seen` entries. Levels "any" and "all"
+            other statistics, and all of those of a row that goes on, are of the `seen` entries. Levels "any" and "all"
             read until one decision for all rows is certain.
         backend: as in exit_confidence; with bounds see `backends("bounded_exit")`.
 

@@ -56,7 +56,7 @@ class Confidence:
     rechecked: torch.Tensor | None = None
 
 
-_FIGURES = ("token", "max_prob", "margin", "entropy", "logsumexp", "top_tokens", "top_logprobs", "status")
+_STATS = ("token", "max_prob", "margin", "entropy", "logsumexp", "top_tokens", "top_logprobs", "status")
 
 
 def exit_confidence(
@@ -84,7 +84,7 @@ def exit_confidence(
         norm_eps: added to the mean square.
         bias: float32 `[vocab]`. An entry of -inf masks a token.
         temperature: float32 `[rows]` or a number, above 0. In a tensor NaN and negative values are none: the row has
-            its token, else the figures of an invalid one, and `ExitStatus.SETTING_INVALID`. What is below 1e-20 counts
+            its token, else what an invalid one has, and `ExitStatus.SETTING_INVALID`. What is below 1e-20 counts
             as 1e-20, so that 0 is sure of the argmax, and what is above 1e20 as 1e20, so that infinity is sure of none.
         top_k: how many of the most likely tokens to return, 0 to 16.
         vocab_map: the tokens that the rows of a reduced head stand for.
@@ -100,7 +100,7 @@ def exit_confidence(
             backend.
 
     Returns:
-        A Confidence, `out` where given. Nothing waits for the device; a row's figures depend on that row alone.
+        A Confidence, `out` where given. Nothing waits for the device; a row's statistics depend on that row alone.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -124,7 +124,7 @@ def run_head(arguments: tuple, screening: tuple, top_k: int, backend: str, out: 
     """The outputs of exit_confidence, or with a screen of screened_exit."""
     into = None
     if out is not None:
-        into = {name: getattr(out, name) for name in _FIGURES}
+        into = {name: getattr(out, name) for name in _STATS}
         into |= {"exited": None, "active_rows": None, "inverse": None, "num_active": None}
     if not screening:
         into = None if into is None else contract.ExitConfidenceOutputs(**into)
@@ -136,7 +136,7 @@ def run_head(arguments: tuple, screening: tuple, top_k: int, backend: str, out: 
 def confidence_of(results, screened: bool) -> Confidence:
     """A Confidence of an operator's outputs."""
     rechecked = results.rechecked if screened else None
-    return Confidence(**{name: getattr(results, name) for name in _FIGURES}, rechecked=rechecked)
+    return Confidence(**{name: getattr(results, name) for name in _STATS}, rechecked=rechecked)
 
 
 def check_arguments(op: str, hidden, head, norm_weight, norm_eps, bias, temperature, vocab_map) -> tuple:

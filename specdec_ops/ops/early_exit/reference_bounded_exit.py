@@ -6,12 +6,12 @@ from specdec_ops.status import ExitStatus
 
 from .reference_exit_confidence import (
     decide_by_figure,
-    degrees_of,
-    figures_of,
     limit_of,
     logits,
     multiplied,
-    write_figures,
+    stats_of,
+    temperatures_of,
+    write_stats,
 )
 
 _ROOM = 1e-4  # relative, for the float sums of kernels; theirs and these must call the same rows certain
@@ -27,25 +27,25 @@ def bounded_exit(arguments, outputs) -> None:
     """
     hidden, bias, measure, level = arguments.hidden, arguments.bias, arguments.measure, arguments.level
     unscaled = logits(arguments)
-    degrees, told = degrees_of(unscaled, arguments.temperature, arguments.temperatures)
-    scaled = unscaled / degrees[:, None]
+    row_temperatures, told = temperatures_of(unscaled, arguments.temperature, arguments.temperatures)
+    scaled = unscaled / row_temperatures[:, None]
     lengths = multiplied(arguments).double().norm(dim=1)
     limit = limit_of(arguments)
-    figures = {name: output for name, output in figures_of(outputs).items() if output is not None}
-    unasked = {name: None for name, output in figures_of(outputs).items() if output is None}
+    stats = {name: output for name, output in stats_of(outputs).items() if output is not None}
+    unasked = {name: None for name, output in stats_of(outputs).items() if output is None}
     returned = 1 if outputs.top_tokens is None else outputs.top_tokens.shape[1]
     open_rows = torch.arange(len(hidden), device=hidden.device)
     for norm, end in zip(arguments.norms_after.double(), arguments.ends, strict=True):
-        part = {name: output[open_rows] for name, output in figures.items()}
-        write_figures(scaled[open_rows, :end], told[open_rows], arguments.token_map, **part, **unasked)
-        for name, output in figures.items():
+        part = {name: output[open_rows] for name, output in stats.items()}
+        write_stats(scaled[open_rows, :end], told[open_rows], arguments.token_map, **part, **unasked)
+        for name, output in stats.items():
             output[open_rows] = part[name]
         outputs.seen[open_rows] = end
         left = scaled.shape[1] - end
         if left == 0 or len(open_rows) == 0:
             break
         highest_bias = 0.0 if bias is None else bias[end:].max().double()
-        ceiling = _ceiling(lengths[open_rows], norm, highest_bias, hidden.shape[1]) / degrees[open_rows]
+        ceiling = _ceiling(lengths[open_rows], norm, highest_bias, hidden.shape[1]) / row_temperatures[open_rows]
         masked = (scaled[open_rows, :end] == float("-inf")).all(dim=1)
         invalid = (part["status"] & ExitStatus.INVALID != 0) & ~masked
         invalid |= ~told[open_rows]

@@ -17,19 +17,19 @@ def exit_confidence(arguments, outputs) -> None:
     The arguments and outputs: specdec_ops/ops/early_exit/contract.py.
     """
     unscaled = logits(arguments)
-    degrees, told = degrees_of(unscaled, arguments.temperature, arguments.temperatures)
-    write_figures(unscaled / degrees[:, None], told, arguments.token_map, **figures_of(outputs))
+    row_temperatures, told = temperatures_of(unscaled, arguments.temperature, arguments.temperatures)
+    write_stats(unscaled / row_temperatures[:, None], told, arguments.token_map, **stats_of(outputs))
     if arguments.measure:
         decide_by_figure(arguments, outputs)
 
 
-def figures_of(outputs) -> dict:
+def stats_of(outputs) -> dict:
     """What is said of rows, by name."""
     return {name: getattr(outputs, name) for name in FIGURES}
 
 
 def decide_by_figure(arguments, outputs) -> None:
-    """Write which rows exit, by the figures that are written already."""
+    """Write which rows exit, by the statistics that are written already."""
     passed = passes(outputs.status, getattr(outputs, arguments.measure), limit_of(arguments), arguments.measure)
     decide(passed, arguments.level, outputs.exited, outputs.active_rows, outputs.inverse, num_active=outputs.num_active)
 
@@ -42,13 +42,13 @@ def limit_of(arguments):
     return torch.full((rows,), arguments.threshold, dtype=torch.float32, device=device)
 
 
-def degrees_of(logits, temperature, temperatures):
+def temperatures_of(logits, temperature, temperatures):
     """What divides the logits of each row, in their dtype, and whether a temperature was given: [rows] each."""
     given = torch.full_like(logits[:, 0], temperature, dtype=torch.float32) if temperatures is None else temperatures
     return softmax_temperature(given).to(logits.dtype), is_temperature(given)
 
 
-def write_figures(
+def write_stats(
     scaled, told, token_map, token, max_prob, margin, entropy, logsumexp, top_tokens, top_logprobs, status
 ) -> None:
     """Write what logits [rows, entries] over the temperature, the first ones of a head, say of each row.
@@ -72,14 +72,14 @@ def write_figures(
     probabilities = torch.exp(below) / size[:, None]
     fall = torch.where(valid[:, None], best - highest, MINUS_INFINITY)
     second = torch.exp(fall[:, 1]) / size if count > 1 else torch.zeros_like(total)
-    figures = {
+    stats = {
         "max_prob": 1 / size,
         "margin": 1 / size - second,
         "entropy": torch.log(size) - torch.where(probabilities > 0, probabilities * below, 0.0).sum(dim=1),
     }
     token.copy_(tokens[:, 0])
     for output, name in ((max_prob, "max_prob"), (margin, "margin"), (entropy, "entropy")):
-        output.copy_(torch.where(valid, figures[name], 0.0))
+        output.copy_(torch.where(valid, stats[name], 0.0))
     logsumexp.copy_(torch.where(valid, total, MINUS_INFINITY))
     status.copy_(torch.where(sound, 0, ExitStatus.INVALID) | torch.where(told, 0, ExitStatus.SETTING_INVALID))
     if top_tokens is not None:
