@@ -8,9 +8,9 @@ One launch for the rows, and two for each part, whatever the rows turn out to ne
             leave. Each program also finds the greatest bias of its share of what is behind the part: 4 bytes per entry,
             next to the thousands that an entry of the head has.
     settle  one program per hidden row. If the row is open, its states are joined with what it carries from the parts
-            before, its statistics are written, and the rule of csrc/early_exit/bound_verdict.h says whether it may close.
-            A row whose decision is its own closes itself; else the last program to arrive closes all rows or none. After the last
-            part the last program decides for all rows, from the statistics with which they closed.
+            before, its statistics are written, and the rule of csrc/early_exit/bound_verdict.h says whether it may
+            close. A row whose decision is its own closes itself; else the last program to arrive closes all rows or
+            none. After the last part the last program decides for all rows, from the statistics with which they closed.
 
 When every row is closed, the programs of the launches that are left return at once. Nobody waits for anybody, and what
 a row carries is touched by its own program alone.
