@@ -64,51 +64,51 @@ class ExitConfidenceOutputs(NamedTuple):
     """int32 [1]"""
 
 
-def _extended(kind: type, name: str, doc: str, **fields: type) -> type:
+def _extended(kind: type, **fields: type) -> type:
     """A NamedTuple with further fields behind those of `kind`."""
-    extended = NamedTuple(name, [*get_type_hints(kind).items(), *fields.items()])
-    extended.__doc__, extended.__module__ = doc, __name__
-    return extended
+    return NamedTuple(f"_{kind.__name__}AndMore", [*get_type_hints(kind).items(), *fields.items()])
 
 
-ScreenedExitArguments = _extended(
-    ExitConfidenceArguments,
-    "ScreenedExitArguments",
+class ScreenedExitArguments(
+    _extended(
+        ExitConfidenceArguments,
+        screen_values=torch.Tensor,
+        screen_scales=torch.Tensor,
+        error_norms=torch.Tensor,
+        norms=torch.Tensor,
+        error_gain=torch.Tensor,
+        tolerance=float,
+    )
+):
     """Those of exit_confidence and a screen: an int8 copy of the head, with what is known of its error.
 
     screen_values int8 [vocab, dim]; screen_scales, error_norms and norms float32 [vocab]; error_gain float32 [1];
     tolerance of max_prob and margin.
-    """,
-    screen_values=torch.Tensor,
-    screen_scales=torch.Tensor,
-    error_norms=torch.Tensor,
-    norms=torch.Tensor,
-    error_gain=torch.Tensor,
-    tolerance=float,
-)
-ScreenedExitOutputs = _extended(
-    ExitConfidenceOutputs,
-    "ScreenedExitOutputs",
-    "Those of exit_confidence, and rechecked int32 [rows]: entries that were read in full precision.",
-    rechecked=torch.Tensor,
-)
-BoundedExitArguments = _extended(
-    ExitConfidenceArguments,
-    "BoundedExitArguments",
+    """
+
+    __slots__ = ()
+
+
+class ScreenedExitOutputs(_extended(ExitConfidenceOutputs, rechecked=torch.Tensor)):
+    """Those of exit_confidence, and rechecked int32 [rows]: entries that were read in full precision."""
+
+    __slots__ = ()
+
+
+class BoundedExitArguments(_extended(ExitConfidenceArguments, norms_after=torch.Tensor, ends=list[int])):
     """Those of exit_confidence, with a measure, and bounds.
 
     norms_after float32 [parts]: not below the length of any row of the head behind a part; ends: of the parts, the last
     one is vocab.
-    """,
-    norms_after=torch.Tensor,
-    ends=list[int],
-)
-BoundedExitOutputs = _extended(
-    ExitConfidenceOutputs,
-    "BoundedExitOutputs",
-    "Those of exit_confidence, and seen int32 [rows]: entries that a row's statistics are of.",
-    seen=torch.Tensor,
-)
+    """
+
+    __slots__ = ()
+
+
+class BoundedExitOutputs(_extended(ExitConfidenceOutputs, seen=torch.Tensor)):
+    """Those of exit_confidence, and seen int32 [rows]: entries that a row's statistics are of."""
+
+    __slots__ = ()
 
 
 def _make_stats(arguments, empty, top_k: int) -> dict:
