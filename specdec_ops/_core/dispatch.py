@@ -122,8 +122,8 @@ def resolve(
     """
     cache_dtype = caches[0].dtype if caches else tensor.dtype
     aligned = not caches or not tensor.is_cuda or _is_aligned(tensor, *caches, out)
-    key = (op, backend, tensor.device, tensor.dtype, tensor.shape[-1] if op in _SIZED else 0)
-    key += (cache_dtype, aligned)
+    size = tensor.shape[-1] if op in _SIZED else 0
+    key = (op, backend, tensor.device, tensor.dtype, size, cache_dtype, aligned)
     try:
         found = _resolved.get(key)
     except TypeError as error:  # a list, say

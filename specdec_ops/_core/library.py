@@ -108,10 +108,9 @@ class Operator:
         self.name = name
         self._arguments, self._outputs = arguments, outputs
         fields, written = typing.get_type_hints(arguments), typing.get_type_hints(outputs)
-        self._lists = [name for name, kind in fields.items() if kind == list[torch.Tensor]]
-        self._written_lists = [name for name, kind in written.items() if kind == list[torch.Tensor]]
-        first = next(place for place, kind in enumerate(fields.values()) if kind is torch.Tensor)
-        self._decided_by = decided_by or (lambda arguments, _: (arguments[first],))
+        self._lists = [name for name, kind in {**fields, **written}.items() if kind == list[torch.Tensor]]
+        self._first_tensor = next(place for place, kind in enumerate(fields.values()) if kind is torch.Tensor)
+        self._decided_by = decided_by
         self._answers, self._pieces = answers, pieces
         self._make_outputs = make_outputs
         inputs, marks = _schema(fields), map(chr, itertools.count(ord("a")))
@@ -170,13 +169,18 @@ class Operator:
         """Whether this call may go straight to an implementation: nobody watches, and it hides nothing."""
         if not nobody_watches() or not are_plain(arguments) or not (out is None or are_plain(out)):
             return False
-        lists = [getattr(arguments, name) for name in self._lists]
-        if self._written_lists:
-            lists += [getattr(out, name) for name in self._written_lists]
-        return all(map(are_plain, lists)) if lists else True
+        return not self._lists or all([are_plain(values) for values in self._lists_of(arguments, out)])
+
+    def _lists_of(self, arguments: tuple, out: tuple | None) -> list:
+        """The lists of tensors of a call."""
+        parts = (arguments,) if out is None else (arguments, out)
+        return [getattr(part, name) for part in parts for name in self._lists if hasattr(part, name)]
 
     def _run(self, arguments: tuple, backend: str, outputs: tuple) -> None:
-        implementation = dispatch.resolve(self.name, backend, *self._decided_by(arguments, outputs))
+        if self._decided_by is None:
+            implementation = dispatch.resolve(self.name, backend, arguments[self._first_tensor])
+        else:
+            implementation = dispatch.resolve(self.name, backend, *self._decided_by(arguments, outputs))
         if self._answers is not None and self._answers(arguments, outputs):
             return
         if self._pieces is None:
