@@ -30,7 +30,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 BINDINGS = "csrc/bindings/"  # the only files that know Python
-STRUCT_FIELDS = "csrc/bindings/struct_fields.py"  # makes a header for the bindings, of the structs in these:
+STRUCT_FIELDS = "csrc/bindings/struct_fields.py"  # makes a header for each family's bindings, of the structs in its
 PARAMS_HEADERS = "csrc/*/params.h"
 KNOW_THE_BUILD = (
     "csrc/common/cpu/build_info.cpp",
@@ -373,11 +373,16 @@ class Build:
         return f"{self.folder}/{source}{'.cuda' if self.nvcc and source.startswith(BINDINGS) else ''}.o"
 
     def write_struct_fields(self):
-        """Make the header that tells the bindings the fields of each struct. It stays as it is if nothing differs."""
-        headers = sorted(map(str, Path().glob(PARAMS_HEADERS)))
-        text, path = runpy.run_path(STRUCT_FIELDS)["header"](headers), self.folder / "struct_fields.h"
-        if not path.is_file() or path.read_text() != text:
-            path.write_text(text)
+        """Make a header for each family that tells its bindings the fields of its structs.
+
+        It stays as it is if nothing differs: a change in one family compiles the bindings of no other.
+        """
+        header, folder = runpy.run_path(STRUCT_FIELDS)["header"], self.folder / "struct_fields"
+        folder.mkdir(exist_ok=True)
+        for source in sorted(Path().glob(PARAMS_HEADERS)):
+            text, path = header(str(source)), folder / f"{source.parent.name}.h"
+            if not path.is_file() or path.read_text() != text:
+                path.write_text(text)
 
     def run(self, target):
         """Compile what has changed, and put the module at `target`."""

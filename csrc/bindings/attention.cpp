@@ -5,7 +5,7 @@
 #include "attention/cpu/entry_points.h"
 #include "attention/params.h"
 #include "bindings/bind.h"
-#include "bindings/families.h"
+#include "struct_fields/attention.h"
 #ifdef SPECDEC_WITH_CUDA
 #include "attention/cuda/launchers.h"
 #endif

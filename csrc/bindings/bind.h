@@ -6,7 +6,9 @@
 // `xs`. What the contract does not say in so many words, such as sizes, strides and dtypes, the op's own function
 // `derive(params, call)` sets afterwards. So an option that a kernel reads is one field in each of the two.
 //
-// `derive` must not read what it has not set: see `unset_fields`.
+// `derive` must not read what it has not set: see `left_over`.
+//
+// A family's file includes struct_fields/FAMILY.h too, which setup.py makes: it visits the fields of the structs.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -24,7 +26,6 @@
 #include <vector>
 
 #include "bindings/contract.h"
-#include "struct_fields.h"
 
 #ifdef SPECDEC_WITH_CUDA
 #include "common/cuda/launch.h"

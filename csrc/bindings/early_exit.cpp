@@ -2,9 +2,9 @@
 #include <string_view>
 
 #include "bindings/bind.h"
-#include "bindings/families.h"
 #include "early_exit/cpu/head_reader.h"
 #include "early_exit/params.h"
+#include "struct_fields/early_exit.h"
 #ifdef SPECDEC_WITH_CUDA
 #include "early_exit/cuda/launchers.h"
 #endif

@@ -1,6 +1,6 @@
 // kv_propagate of specdec_ops._C.
+#include "struct_fields/kv.h"
 #include "bindings/bind.h"
-#include "bindings/families.h"
 #include "kv/cpu/entry_points.h"
 #include "kv/params.h"
 #ifdef SPECDEC_WITH_CUDA

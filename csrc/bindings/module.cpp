@@ -10,7 +10,6 @@
 #include <string>
 
 #include "attention/cpu/entry_points.h"
-#include "bindings/families.h"
 #include "common/cpu/benchmark_probes.h"
 #include "common/cpu/build_info.h"
 #include "common/cpu/isa.h"
@@ -20,6 +19,15 @@
 
 namespace py = pybind11;
 using namespace specdec;
+
+// One for each family of ops, in the file of that name.
+namespace specdec {
+void bind_topology(py::module_& m);
+void bind_attention(py::module_& m);
+void bind_acceptance(py::module_& m);
+void bind_early_exit(py::module_& m);
+void bind_kv(py::module_& m);
+}  // namespace specdec
 
 namespace {
 

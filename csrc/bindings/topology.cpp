@@ -1,6 +1,6 @@
 // build_topology of specdec_ops._C.
+#include "struct_fields/topology.h"
 #include "bindings/bind.h"
-#include "bindings/families.h"
 #include "topology/cpu/entry_points.h"
 #include "topology/params.h"
 #ifdef SPECDEC_WITH_CUDA

@@ -178,8 +178,8 @@ def test_fields_of_structs_are_made_anew_only_where_they_change(build, monkeypat
     made = build.Build("0")
     made.folder.mkdir(parents=True)
     made.write_struct_fields()
-    path = made.folder / "struct_fields.h"
-    first, text = path.stat(), path.read_text()
+    path, other = (made.folder / "struct_fields" / f"{family}.h" for family in ("attention", "topology"))
+    first, text, others = path.stat(), path.read_text(), other.stat()
     assert "void for_each_field(TreeAttentionParams& of" in text and 'visit("num_splits", of.num_splits);' in text
     made.write_struct_fields()
     assert path.stat().st_mtime_ns == first.st_mtime_ns
@@ -187,6 +187,7 @@ def test_fields_of_structs_are_made_anew_only_where_they_change(build, monkeypat
     header.write_text(header.read_text().replace("  float softcap;", "  float softcap, extra;"))
     made.write_struct_fields()
     assert 'visit("extra", of.extra);' in path.read_text()
+    assert other.stat().st_mtime_ns == others.st_mtime_ns, "of a family in which nothing has changed"
     header.write_text(header.read_text().replace("  float softcap, extra;", "  std::vector<float> softcap;"))
     with pytest.raises(SystemExit, match=r"^csrc/attention/params\.h: struct TreeAttentionParams has `std::vector"):
         made.write_struct_fields()

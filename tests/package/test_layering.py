@@ -55,7 +55,7 @@ REFERENCE = ("torch", "specdec_ops.status", "specdec_ops.ops")
 # The same for #include "...". Only bindings include a framework, which is pybind11, and only CUDA files a .cuh.
 MAY_INCLUDE = {
     **{f"{family}/": (f"{family}/", "common/", "linear/") for family in FAMILIES},
-    "bindings/": ("bindings/", "common/", *(f"{family}/" for family in FAMILIES)),
+    "bindings/": ("bindings/", "struct_fields/", "common/", *(f"{family}/" for family in FAMILIES)),
     "common/cuda/errors.cu": ("common/", "acceptance/cuda/launchers.h", "topology/cuda/build_topology.cuh"),
     "common/": ("common/",),
 }
