@@ -159,6 +159,7 @@ class Operator:
             self._operator(*arguments, *out, backend)
         elif out is None:
             results = self._operator(*arguments, backend, *(what[name] for name in self._options))
+            results = (results,) if isinstance(results, torch.Tensor) else results
             there = self._make_outputs(arguments, _wanted, **what)
             return self._outputs(*(result if made else None for result, made in zip(results, there)))  # noqa: B905
         else:
@@ -215,7 +216,8 @@ class Operator:
         return self._arguments._make(flat[:count]), flat[count:]
 
 
-def _all_tensors(outputs: tuple, empty: Callable) -> tuple[torch.Tensor, ...]:
-    """An operator can't return None for a Tensor: what was not made is an empty one."""
+def _all_tensors(outputs: tuple, empty: Callable) -> torch.Tensor | tuple[torch.Tensor, ...]:
+    """As an operator returns them: no None for a Tensor, what was not made is an empty one; and no tuple of one."""
     device = next(output for output in outputs if output is not None).device
-    return tuple(empty((0,), torch.float32, device) if output is None else output for output in outputs)
+    results = tuple(empty((0,), torch.float32, device) if output is None else output for output in outputs)
+    return results[0] if len(results) == 1 else results

@@ -17,6 +17,7 @@ from tests.emulator import build, kernels
 # Of a worker's files the longest come first, so that no other worker waits for it at the end.
 LONGEST_FIRST = (
     "test_triton_aot",
+    "test_add_an_op",
     "test_exit_confidence_cuda",
     "test_bounded_exit_cuda",
     "test_accept",
@@ -35,9 +36,9 @@ LONGEST_FIRST = (
 # Compilers, sanitizers, statistics and programs: not for `make quick`.
 LEFT_OUT_IF_QUICK = (
     "*_aot", "*_cuda", "*_triton", "*_triton_*", "*_mutants", "*_statistics", "*_properties", "*_enumeration",
-    "test_accept_pitfalls_inputs", "test_benchmarks*", "test_build_options", "test_compat_trees", "test_cuda_build",
-    "test_dlpack", "test_emulator", "test_examples*", "test_gpu*", "test_import", "test_library", "test_accept_library",
-    "test_packaging",
+    "test_accept_pitfalls_inputs", "test_add_an_op", "test_benchmarks*", "test_build_options", "test_compat_trees",
+    "test_cuda_build", "test_dlpack", "test_emulator", "test_examples*", "test_gpu*", "test_import", "test_library",
+    "test_accept_library", "test_packaging",
 )  # fmt: skip
 
 

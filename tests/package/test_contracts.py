@@ -25,7 +25,7 @@ def operators():
     modules = [
         importlib.import_module(f"{found.name}.contract")
         for found in pkgutil.iter_modules(specdec_ops.ops.__path__, "specdec_ops.ops.")
-        if importlib.util.find_spec(f"{found.name}.contract")
+        if found.ispkg and importlib.util.find_spec(f"{found.name}.contract")
     ]
     return {value.name: value for module in modules for value in vars(module).values() if isinstance(value, Operator)}
 

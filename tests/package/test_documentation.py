@@ -8,6 +8,7 @@ import pytest
 
 import specdec_ops
 from tests.harness.public_names import PUBLIC
+from tests.harness.walk_through import without_places
 
 ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").is_file())
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), *sorted((ROOT / "csrc").rglob("*.md"))]
@@ -21,8 +22,11 @@ def names_on(page):
 
 
 def paths_in(text):
-    """Words between backticks that begin with a folder of this repository; fenced blocks are left out."""
-    prose = re.sub(r"^```.*\n(?:.*\n)*?```$", "", text, flags=re.MULTILINE)
+    """Words between backticks that begin with a folder of this repository.
+
+    Fenced blocks are left out, and the lines that say where they go, which test_add_an_op.py follows.
+    """
+    prose = re.sub(r"^```.*\n(?:.*\n)*?```$", "", without_places(text), flags=re.MULTILINE)
     words = (word for code in re.findall(r"`([^`\n]+)`", prose) for word in code.split())
     return [word for word in words if re.fullmatch(rf"(?:{'|'.join(FOLDERS)})/[\w./-]*", word)]
 
