@@ -340,10 +340,10 @@ def test_isa_flags_follow_the_name(build, monkeypatch):
     monkeypatch.setenv("SPECDEC_OPS_BUILD", "cpu")
     monkeypatch.setattr(build.platform, "machine", lambda: "x86_64")
     made = build.Build("0")
-    sources = {Path(path).name: isa for path, isa in made.cpu_sources.items()}
     for isa in made.isas:
-        assert sources["int8_tile_avx512_vnni.cpp" if isa == "avx512_vnni" else f"kernels_{isa}.cpp"] == isa
-    assert sources["isa.cpp"] == sources["bindings/module.cpp"] == "generic"
+        own = {path: flags for path, flags in made.cpu_sources.items() if path.endswith(f"_{isa}.cpp")}
+        assert own and set(own.values()) == {isa}
+    assert made.cpu_sources["csrc/common/cpu/isa.cpp"] == made.cpu_sources["csrc/bindings/module.cpp"] == "generic"
 
 
 def test_jobs(build, monkeypatch):

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "specdec_ops/__main__.py": ("torch", "specdec_ops", "specdec_ops._core"),
     "specdec_ops/tree.py": ("numpy", "specdec_ops.topology"),
     "specdec_ops/published_trees.py": ("numpy", "specdec_ops.tree"),
-    "specdec_ops/topology.py": ("numpy", "torch", "specdec_ops._core", "specdec_ops.tree"),
+    "specdec_ops/topology.py": ("numpy", "torch", "specdec_ops._core", "specdec_ops.ops.topology", "specdec_ops.tree"),
     "specdec_ops/vocab_map.py": ("torch", "specdec_ops._core"),
     "specdec_ops/status.py": (),
     "specdec_ops/dlpack.py": ("numpy", "torch", *PUBLIC),
