@@ -4,8 +4,8 @@
 
 #include "acceptance/cpu/entry_points.h"
 #include "acceptance/params.h"
-#include "struct_fields/acceptance.h"
 #include "bindings/bind.h"
+#include "struct_fields/acceptance.h"
 #ifdef SPECDEC_WITH_CUDA
 #include "acceptance/cuda/launchers.h"
 #endif
