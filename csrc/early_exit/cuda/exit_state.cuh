@@ -178,7 +178,8 @@ __device__ inline void write_stats(const ExitParams& p, int32_t row, const RowSt
   const bool sound = state.invalid == 0 && state.sum > 0.0f;
   const int32_t bits = setting_status(p, row) | (sound ? 0 : kExitInvalid);
   const bool valid = bits == 0;
-  const float inverse_temperature = 1.0f / temperature_of(p, row), sum = valid ? state.sum : 1.0f, weighted_logit_sum = logf(sum);
+  const float inverse_temperature = 1.0f / temperature_of(p, row), sum = valid ? state.sum : 1.0f,
+              weighted_logit_sum = logf(sum);
   const float z = logit_of(own);
   const int32_t entry = own != 0 ? id_of(own) : 0;
   const int32_t token = p.token_map != nullptr ? p.token_map[entry] : entry;
@@ -189,7 +190,8 @@ __device__ inline void write_stats(const ExitParams& p, int32_t row, const RowSt
     p.status[row] = status | bits;
     p.max_prob[row] = valid ? first : 0.0f;
     p.margin[row] = valid ? first - next : 0.0f;
-    p.entropy[row] = valid ? fmaxf(weighted_logit_sum - state.weighted_logit_sum * inverse_temperature / sum, 0.0f) : 0.0f;
+    p.entropy[row] =
+        valid ? fmaxf(weighted_logit_sum - state.weighted_logit_sum * inverse_temperature / sum, 0.0f) : 0.0f;
     p.logsumexp[row] = valid ? state.max * inverse_temperature + weighted_logit_sum : negative_infinity();
   }
   if (lane < p.top_k) {

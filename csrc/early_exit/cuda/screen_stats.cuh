@@ -50,16 +50,18 @@ __device__ __forceinline__ TailMost most_of(const TailMost& a, const TailMost& b
 }
 
 // An entry whose approximation lies `from` above the reference, which is not below its true logit.
-__device__ __forceinline__ void add_to_tail(TailParts& tail, float from, const ScreenError& error, float inverse_temperature) {
+__device__ __forceinline__ void add_to_tail(TailParts& tail, float from, const ScreenError& error,
+                                            float inverse_temperature) {
   constexpr float kLowest = -1000.0f;  // exp of which is 0
-  const float high = fmaxf((from + error.all) * inverse_temperature, kLowest), low = fmaxf((from - error.all) * inverse_temperature, kLowest);
+  const float high = fmaxf((from + error.all) * inverse_temperature, kLowest),
+              low = fmaxf((from - error.all) * inverse_temperature, kLowest);
   const float middle = fmaxf(from * inverse_temperature, kLowest);
   const float w_high = fast_exp2(high * kLog2E), w_low = fast_exp2(low * kLog2E), w = fast_exp2(middle * kLog2E);
   const float falling = -w * middle, turn = w * (1.0f + middle);
   tail.sums = sum_of(tail.sums, {w_high, w_low, w, w * w, -w_high * low, -w_low * high, falling, turn * turn});
   const bool counts = w_high > 0.0f;
-  tail.most =
-      most_of(tail.most, {w, counts ? error.all * inverse_temperature : 0.0f, counts ? error.noise * inverse_temperature : 0.0f, falling});
+  tail.most = most_of(tail.most, {w, counts ? error.all * inverse_temperature : 0.0f,
+                                  counts ? error.noise * inverse_temperature : 0.0f, falling});
 }
 
 __device__ __forceinline__ ScreenTail tail_of(const TailParts& parts) {

@@ -124,7 +124,9 @@ struct RowCounts {
   int32_t* counts;  // [kRows, kSteps]
 };
 
-__device__ __forceinline__ float step_of(float z, float inverse_temperature) { return floorf(2.0f * z * inverse_temperature); }
+__device__ __forceinline__ float step_of(float z, float inverse_temperature) {
+  return floorf(2.0f * z * inverse_temperature);
+}
 
 // A warp's counts move with the greatest, and take in the lanes' numbers.
 template <int kCount>
