@@ -11,6 +11,7 @@ pytestmark = pytest.mark.skipif(build.why_not() is not None, reason=str(build.wh
 
 HEADER = (build.ROOT / "csrc" / "acceptance" / "walk_rows.h").read_text()
 DECLARED = re.search(r"struct WalkRows \{\n(.*?)\n\};", HEADER, re.DOTALL)[1]
+DECLARED = re.sub(r",\n +", ", ", DECLARED)  # a declaration a line
 METHODS = re.findall(r"^  (?:static )?\w+ (\w+)\(.*\);", DECLARED, re.MULTILINE)
 
 

@@ -22,7 +22,7 @@ def compiler_says(members):
     code = (
         '#define SPECDEC_ISA generic\n#include "attention/cpu/engine_few_rows.h"\nnamespace specdec::cpu::generic {\n'
     )
-    code += "using Sound = NarrowEngine<Float32, 4>;\n"
+    code += "using Sound = FewRowsEngine<Float32, 4>;\n"
     for index, member in enumerate(members):
         code += f"struct Engine{index} : Sound {{\n{member}\n}};\n"
         code += f"static_assert(EngineCheck<Engine{index}>::kHolds);\n"
