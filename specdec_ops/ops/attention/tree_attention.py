@@ -397,9 +397,10 @@ def check_like(op: str, name: str, value, like, shape, dtype=None, contiguous: b
         raise ValueError(argument_error(op, name, f"{_dtype_name(dtype)} {list(shape)}", value))
     if value.device != like.device:
         raise ValueError(device_error(op, name, like.device, value))
-    if contiguous and not value.is_contiguous():
-        raise ValueError(strides_error(op, name, "contiguous", value))
-    if value.stride(-1) != 1 and shape[-1] > 1:
+    if contiguous:
+        if not value.is_contiguous():
+            raise ValueError(strides_error(op, name, "contiguous", value))
+    elif value.stride(-1) != 1 and shape[-1] > 1:
         raise ValueError(strides_error(op, name, "contiguous in its last dimension", value))
 
 
