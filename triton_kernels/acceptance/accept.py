@@ -35,7 +35,7 @@ from .accept_state import (
 )
 from .accept_traversal_kernel import accept_traversal
 
-RULES = ("greedy", "match", "recursive", "target_only", "kseq", "traversal", "typical", "longest")
+RULES = ("greedy", "match", "recursive", "traversal", "target_only", "kseq", "typical", "longest")  # by their numbers
 MAX_EOS = 8
 
 # No recompilation for values of these that happen to be 1 or a multiple of 16. The sizes and strides of rows are not

@@ -52,12 +52,13 @@ QUEUE = tl.constexpr(18)  # word of node i: the i-th node that was reached
 
 UNCLAIMED = tl.constexpr(-2)
 
+# The rules, by the numbers that they have in csrc/acceptance/params.h.
 GREEDY = tl.constexpr(0)
 MATCH = tl.constexpr(1)
 RECURSIVE = tl.constexpr(2)
-TARGET_ONLY = tl.constexpr(3)
-KSEQ = tl.constexpr(4)
-TRAVERSAL = tl.constexpr(5)
+TRAVERSAL = tl.constexpr(3)
+TARGET_ONLY = tl.constexpr(4)
+KSEQ = tl.constexpr(5)
 TYPICAL = tl.constexpr(6)
 LONGEST = tl.constexpr(7)
 

@@ -18,19 +18,12 @@ CallScratch sample_scratch(const SampleLaunch& launch);
 
 // What a launcher takes: see common/cuda/launch.h.
 inline AcceptLaunch launch_of(const AcceptParams& params, const CallMemory& memory) {
-  AcceptLaunch launch{};
-  launch.call = params;
-  launch.scratch = memory.scratch;
-  launch.counters = memory.counters;
+  AcceptLaunch launch = with_memory<AcceptLaunch>(params, memory);
   launch.launch_path = static_cast<AcceptPath>(memory.path);
   return launch;
 }
 inline SampleLaunch launch_of(const SampleParams& params, const CallMemory& memory) {
-  SampleLaunch launch{};
-  launch.call = params;
-  launch.scratch = memory.scratch;
-  launch.counters = memory.counters;
-  return launch;
+  return with_memory<SampleLaunch>(params, memory);
 }
 
 }  // namespace specdec

@@ -24,6 +24,22 @@ const Params& launch_of(const Params& params, const CallMemory&) {
   return params;
 }
 
+// For launchers that take a struct of their own: the parameters are its `call`.
+template <class Launch, class Params>
+Launch with_memory(const Params& params, const CallMemory& memory) {
+  Launch launch{};
+  launch.call = params;
+  launch.scratch = memory.scratch;
+  launch.counters = memory.counters;
+  return launch;
+}
+template <class Launch, class Params>
+Launch with_multiprocessors(const Params& params, const CallMemory& memory) {
+  Launch launch = with_memory<Launch>(params, memory);
+  launch.multiprocessors = memory.multiprocessors;
+  return launch;
+}
+
 // Lays out a call's scratch: parts one after the other, each at a multiple of 16 bytes.
 class ScratchLayout {
  public:

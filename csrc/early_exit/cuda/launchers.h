@@ -20,35 +20,16 @@ CallScratch exit_mlp_scratch(const MlpLaunch& launch);
 
 // What a launcher takes: see common/cuda/launch.h.
 inline ExitLaunch launch_of(const ExitParams& params, const CallMemory& memory) {
-  ExitLaunch launch{};
-  launch.call = params;
-  launch.scratch = memory.scratch;
-  launch.counters = memory.counters;
-  launch.multiprocessors = memory.multiprocessors;
-  return launch;
+  return with_multiprocessors<ExitLaunch>(params, memory);
 }
 inline ScreenLaunch launch_of(const ScreenedParams& params, const CallMemory& memory) {
-  ScreenLaunch launch{};
-  launch.call = params;
-  launch.scratch = memory.scratch;
-  launch.counters = memory.counters;
-  launch.multiprocessors = memory.multiprocessors;
-  return launch;
+  return with_multiprocessors<ScreenLaunch>(params, memory);
 }
 inline BoundedLaunch launch_of(const BoundedParams& params, const CallMemory& memory) {
-  BoundedLaunch launch{};
-  launch.call = params;
-  launch.scratch = memory.scratch;
-  launch.counters = memory.counters;
-  launch.multiprocessors = memory.multiprocessors;
-  return launch;
+  return with_multiprocessors<BoundedLaunch>(params, memory);
 }
 inline MlpLaunch launch_of(const MlpParams& params, const CallMemory& memory) {
-  MlpLaunch launch{};
-  launch.call = params;
-  launch.scratch = memory.scratch;
-  launch.counters = memory.counters;
-  return launch;
+  return with_memory<MlpLaunch>(params, memory);
 }
 
 }  // namespace specdec
