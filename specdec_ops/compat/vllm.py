@@ -35,6 +35,7 @@ before temperature, top-k and top-p.
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -48,28 +49,27 @@ from ._chains import coins, masses
 PLACEHOLDER_TOKEN_ID = -1
 _NAME = "compat.vllm.rejection_sample"
 _T = TypeVar("_T")
-_SIXTH = 5
-"""Where target_logits is among the arguments."""
 _SUM_BAND = 1e-2
 """How far from 1 a row of a 16-bit distribution may sum."""
 
 
 def _either_target(function: Callable[..., _T]) -> Callable[..., _T]:
     """Take target_probs= in place of target_logits, and look at what came by place. See the module."""
+    signature = inspect.signature(function)
 
     @functools.wraps(function)
     def called(*arguments, target_probs: torch.Tensor | None = None, **named):
-        metadata = arguments[7] if len(arguments) > 7 else named.get("sampling_metadata")
-        greedy = getattr(metadata, "all_greedy", False)
+        given = signature.bind_partial(*arguments, **named).arguments
+        greedy = getattr(given.get("sampling_metadata"), "all_greedy", False)
         if target_probs is None:
-            if len(arguments) > _SIXTH and not greedy and _are_distributions(arguments[_SIXTH]):
+            by_place = "target_logits" in given and "target_logits" not in named
+            if by_place and not greedy and _are_distributions(given["target_logits"]):
                 must = "logits, named target_logits= or, if these are probabilities, target_probs="
                 raise ValueError(f"specdec_ops.{_NAME}: the sixth argument must be {must}, got distributions")
             return function(*arguments, **named)
-        if len(arguments) > _SIXTH or "target_logits" in named:
+        if "target_logits" in given:
             raise TypeError(f"specdec_ops.{_NAME}: target_probs must be given alone, got target_logits too")
-        counts = arguments[1] if len(arguments) > 1 else named.get("num_draft_tokens", ())
-        _check_rows("target_probs", target_probs, sum(counts))
+        _check_rows("target_probs", target_probs, sum(given.get("num_draft_tokens", ())))
         if not greedy:
             _check_distributions("target_probs", target_probs)
             target_probs = masses(target_probs).log_()

@@ -239,3 +239,23 @@ def test_kernels_use_the_names_of_device_cuh(path):
 
 def test_triton_kernels_is_no_package_of_its_own():
     assert not list((ROOT / "triton_kernels").rglob("__init__.py"))
+
+
+@pytest.mark.parametrize("folder", ["specdec_ops", "triton_kernels"])
+def test_variadic_arguments_are_not_read_by_place(folder):
+    """`def f(*arguments)` that reads arguments[7] breaks silently when a signature changes: bind them by name."""
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for function in ast.walk(ast.parse(path.read_text())):
+            if (
+                not isinstance(function, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda)
+                or not function.args.vararg
+            ):
+                continue
+            name = function.args.vararg.arg
+            reads = (node for node in ast.walk(function) if isinstance(node, ast.Subscript))
+            reads = (node for node in reads if isinstance(node.value, ast.Name) and node.value.id == name)
+            found += [
+                f"{path.relative_to(ROOT)}:{node.lineno}" for node in reads if not isinstance(node.slice, ast.Slice)
+            ]
+    assert not found
