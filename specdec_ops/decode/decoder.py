@@ -1,0 +1,204 @@
+"""`Decoder`: a decoder-only transformer that runs on this package's ops, made from plain weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+
+from specdec_ops.ops.linear.linear import linear
+from specdec_ops.ops.linear.rms_norm import rms_norm
+from specdec_ops.rope import Rope
+
+from .cache import Cache
+from .model import Output, Rows, Shape
+from .text import Tokenizer
+
+
+class Norm(NamedTuple):
+    """A norm over the dim of a row: RMSNorm, or LayerNorm where it has a bias.
+
+    RMSNorm goes into the product that follows it. Gemma's weights are those of the checkpoint plus 1.
+    """
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """Of rows [rows, dim]."""
+        if self.bias is None:
+            return rms_norm(x, self.weight, eps=self.eps)
+        return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+
+
+class Projection(NamedTuple):
+    """A weight [out, dim], quantised or not, and its bias [out]."""
+
+    weight: object
+    bias: torch.Tensor | None = None
+
+    def __call__(self, x: torch.Tensor, norm: Norm | None = None, **options) -> torch.Tensor:
+        """`norm(x) @ weight.T + bias`, with an activation or a residual of `linear`."""
+        if norm is not None and norm.bias is None:
+            options.update(norm_weight=norm.weight, norm_eps=norm.eps)
+        elif norm is not None:
+            x = norm(x)
+        return linear(x, self.weight, bias=self.bias, **options)
+
+
+@dataclasses.dataclass
+class Attention:
+    """Of one layer: joined projections of q, k and v, and what happens to them.
+
+    qkv is [(heads + 2 * kv_heads) * head_dim, dim]: the heads of q, then those of k, then those of v.
+    """
+
+    qkv: Projection
+    out: Projection
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rope: Rope | None = None
+    interleaved: bool = False
+    scale: float | None = None
+    window: int | None = None
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+    q_norm: Norm | None = None
+    k_norm: Norm | None = None
+
+    def __call__(
+        self, x: torch.Tensor, norm: Norm, index: int, rows: Rows, cache: Cache, residual: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Rows [rows, dim] of layer `index`, before its norm. `residual` is added last."""
+        qkv = self.qkv(x, norm).view(*rows.tokens.shape, -1, self.head_dim)
+        q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
+        norms = {}
+        if self.q_norm is not None:
+            norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight}
+            norms["norm_eps"] = self.q_norm.eps
+        cache.append(index, rows, q, k, v, rope=self.rope, interleaved=self.interleaved, **norms)
+        attended = cache.attend(
+            index, rows, q, scale=self.scale, window=self.window, softcap=self.softcap, sinks=self.sinks
+        )
+        attended = attended.view(len(x), self.heads * self.head_dim)
+        return self.out(attended, residual=residual) if residual is not None else self.out(attended)
+
+
+@dataclasses.dataclass
+class Mlp:
+    """Of one layer. `up` is gate rows, then up rows, where `activation` is "swiglu" or "geglu"; else it is a function."""
+
+    up: Projection
+    down: Projection
+    activation: str | Callable[[torch.Tensor], torch.Tensor]
+
+    def __call__(self, x: torch.Tensor, norm: Norm, residual: torch.Tensor | None) -> torch.Tensor:
+        """Rows [rows, dim] before the norm. `residual` is added last."""
+        if isinstance(self.activation, str):
+            inner = self.up(x, norm, activation=self.activation)
+        else:
+            inner = self.activation(self.up(x, norm))
+        return self.down(inner, residual=residual) if residual is not None else self.down(inner)
+
+
+@dataclasses.dataclass
+class Layer:
+    """One layer. Norms after attention and after the MLP are Gemma's; `parallel` adds both to one input (GPT-NeoX)."""
+
+    attention_norm: Norm
+    attention: Attention
+    mlp_norm: Norm
+    mlp: Mlp
+    after_attention: Norm | None = None
+    after_mlp: Norm | None = None
+    parallel: bool = False
+
+    def __call__(self, x: torch.Tensor, index: int, rows: Rows, cache: Cache) -> torch.Tensor:
+        """Rows [rows, dim], through the layer."""
+        attended = self._add(x, self.after_attention, self.attention, self.attention_norm, index, rows, cache)
+        if self.parallel:
+            return self.mlp(x, self.mlp_norm, attended)
+        if self.after_mlp is None:
+            return self.mlp(attended, self.mlp_norm, attended)
+        return attended + self.after_mlp(self.mlp(attended, self.mlp_norm, None))
+
+    @staticmethod
+    def _add(x: torch.Tensor, after: Norm | None, part: Attention, *arguments) -> torch.Tensor:
+        return part(x, *arguments, x) if after is None else x + after(part(x, *arguments, None))
+
+
+@dataclasses.dataclass
+class Decoder:
+    """A model of the engine, see `Model`. Made by `specdec_ops.integrations.transformers.load`, or by hand.
+
+    Attributes:
+        shape: its sizes, the dtype of its rows and its device.
+        embedding: [vocab, dim].
+        layers: in order.
+        norm: the final one.
+        head: [vocab, dim].
+        embedding_scale: multiplies embeddings (Gemma).
+        position_embedding: [positions, dim], added to the embeddings (GPT-2), or None.
+        logit_softcap: logits become `softcap * tanh(logits / softcap)` (Gemma 2), or None.
+        tokenizer: for prompts and answers as strings, or None.
+        eos: ids that end a text.
+        name: what it was loaded from.
+    """
+
+    shape: Shape
+    embedding: torch.Tensor
+    layers: list[Layer]
+    norm: Norm
+    head: Projection
+    embedding_scale: float | None = None
+    position_embedding: torch.Tensor | None = None
+    logit_softcap: float | None = None
+    tokenizer: Tokenizer | None = None
+    eos: tuple[int, ...] = ()
+    name: str = "decoder"
+
+    def embed(self, rows: Rows) -> torch.Tensor:
+        """[rows, dim]: what enters layer 0."""
+        embedded = torch.nn.functional.embedding(rows.tokens.reshape(-1).clamp(min=0), self.embedding)
+        if embedded.dtype != self.shape.dtype:
+            embedded = embedded.to(self.shape.dtype)
+        if self.embedding_scale is not None:
+            embedded = embedded * torch.tensor(self.embedding_scale, dtype=embedded.dtype)
+        if self.position_embedding is not None:
+            positions = rows.positions().clamp(0, len(self.position_embedding) - 1)
+            embedded = embedded + torch.nn.functional.embedding(positions, self.position_embedding)
+        return embedded
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[rows, vocab] of rows [rows, dim] before the final norm."""
+        logits = self.head(hidden, self.norm)
+        if self.logit_softcap is not None:
+            logits = torch.tanh(logits / self.logit_softcap) * self.logit_softcap
+        return logits
+
+    @torch.inference_mode()
+    def forward(
+        self,
+        rows: Rows,
+        cache: Cache,
+        *,
+        layers: tuple[int, int] | None = None,
+        hidden: torch.Tensor | None = None,
+        want: torch.Tensor | bool = True,
+    ) -> Output:
+        """See `Model.forward`."""
+        first, last = layers or (0, len(self.layers))
+        x = self.embed(rows) if hidden is None else hidden
+        for index in range(first, last):
+            x = self.layers[index](x, index, rows, cache)
+        if isinstance(want, torch.Tensor):
+            return Output(self.logits(x.index_select(0, want)), x)
+        return Output(self.logits(x) if want else None, x)
+
+    def __repr__(self) -> str:
+        shape = self.shape
+        return f"<Decoder {self.name}: {shape.layers} layers, dim {shape.dim}, vocabulary {shape.vocab}, {shape.dtype}>"

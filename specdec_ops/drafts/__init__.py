@@ -1,0 +1,13 @@
+"""Drafts of the engine: who proposes what the target verifies.
+
+Ngram            continuations of earlier occurrences of the last tokens; needs no model
+Chain            a small model drafts one token after another
+MultiCandidate   a small model drafts a tree of fixed shape
+Draft, Drafted   to write one's own
+"""
+
+from .base import Draft as Draft
+from .base import Drafted as Drafted
+from .chain import Chain as Chain
+from .multi_candidate import MultiCandidate as MultiCandidate
+from .ngram import Ngram as Ngram

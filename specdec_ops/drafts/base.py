@@ -1,0 +1,85 @@
+"""What a draft is to the engine: `Draft` and `Drafted`."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import TYPE_CHECKING, Literal
+
+import torch
+
+from specdec_ops.topology import Topology
+
+if TYPE_CHECKING:
+    from specdec_ops.decode.batch import Batch
+    from specdec_ops.decode.model import Model
+    from specdec_ops.decode.request import Request
+    from specdec_ops.ops.acceptance.accept import Acceptance
+
+Proposals = Literal["deterministic", "distinct", "repeated"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Drafted:
+    """The trees of a round.
+
+    Attributes:
+        tokens: int32 [batch, nodes], -1 where no node is. Node 0 is the last committed token.
+        topology: the trees, of batch 1 or that of tokens.
+        draft_logits: [batch, nodes, vocab]: row n is what the children of node n were sampled from. None: children
+            were not sampled.
+        sizes: nodes of each request, where they differ and the host knows them: then rows without a node cost nothing.
+        is_chain: whether no node has a sibling, so that accepted keys and values are in their places already.
+    """
+
+    tokens: torch.Tensor
+    topology: Topology
+    draft_logits: torch.Tensor | None = None
+    sizes: tuple[int, ...] | None = None
+    is_chain: bool = False
+
+
+class Draft:
+    """Proposes trees of tokens for a batch of requests.
+
+    Attributes:
+        proposals: how children are chosen, from which the lossless rules follow: "deterministic" (a function of the
+            text before them), "distinct" (drawn without replacement) or "repeated" (with).
+        max_nodes: of a tree, node 0 included.
+        is_chain: whether its trees are chains.
+        is_coupled: set by the engine for rule "match": sampled children are then drawn with the target's own noise,
+            so that they are those which the target will draw wherever both agree.
+    """
+
+    proposals: Proposals
+    max_nodes: int
+    is_chain: bool = False
+    is_coupled: bool = False
+
+    def bind(self, target: Model, *, max_batch: int, max_length: int) -> None:
+        """Once, before the first request: check that the draft fits the target, and allocate.
+
+        Args:
+            target: the model that verifies.
+            max_batch: the most requests at once.
+            max_length: the most slots of a request.
+        """
+
+    def start(self, request: Request) -> None:
+        """A request joins. It may have an answer already, if it had to wait for pages."""
+
+    def propose(self, batch: Batch) -> Drafted:
+        """Trees for the requests of a round."""
+        raise NotImplementedError
+
+    def observe(self, batch: Batch, drafted: Drafted, acceptance: Acceptance, accepted: list[int]) -> None:
+        """What was accepted. The requests' `ids` have it already.
+
+        Args:
+            batch: of the round.
+            drafted: what `propose` gave.
+            acceptance: of the target.
+            accepted: num_accepted of each request, on the host.
+        """
+
+    def drop(self, request: Request) -> None:
+        """A request leaves, or has to wait."""

@@ -1,0 +1,112 @@
+"""`Ngram`: what followed the last tokens before, in the prompt or in the answer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from specdec_ops._core.checks import argument_error, is_int
+from specdec_ops.topology import Topology
+from specdec_ops.tree import MAX_NODES, Tree
+
+from .base import Draft, Drafted
+
+if TYPE_CHECKING:
+    from specdec_ops.decode.batch import Batch
+    from specdec_ops.decode.request import Request
+
+_OP = "drafts.Ngram"
+
+
+class _Index:
+    """Where each n-gram of a text has been followed by something."""
+
+    def __init__(self, longest: int) -> None:
+        self.longest = longest
+        self.known = 0  # tokens whose n-grams are in `places`
+        self.places: dict[tuple[int, ...], list[int]] = {}
+
+    def update(self, ids: list[int]) -> None:
+        """Add the n-grams that end before the last token: for each, where it is followed by what."""
+        for end in range(max(self.known, 1), len(ids)):
+            for length in range(1, min(self.longest, end) + 1):
+                self.places.setdefault(tuple(ids[end - length : end]), []).append(end)
+        self.known = len(ids)
+
+    def continuations(self, ids: list[int], least: int, most: int):
+        """Places after the longest known suffixes, of the longest first and of the latest first."""
+        seen: set[int] = set()
+        for length in range(min(self.longest, len(ids)), least - 1, -1):
+            for place in reversed(self.places.get(tuple(ids[-length:]), ())):
+                if place not in seen:
+                    seen.add(place)
+                    yield place
+                    if len(seen) == most:
+                        return
+
+
+class Ngram(Draft):
+    """Prompt lookup: continuations of earlier occurrences of the last tokens, merged into one tree. Needs no model.
+
+    Answers that repeat what stands in the prompt (summaries, code edits, extraction) or themselves gain most. The idea
+    is prompt lookup decoding (Saxena, 2023) and, with several continuations in a tree, REST (He et al., 2023).
+
+    Args:
+        nodes: the most tokens of a tree, its root included.
+        longest: the longest n-gram that is looked up first.
+        shortest: the shortest one.
+        branches: the most continuations that are merged. With 1 every tree is a chain.
+
+    Raises:
+        TypeError: an argument is no int.
+        ValueError: an argument is out of range.
+    """
+
+    proposals = "deterministic"
+
+    def __init__(self, nodes: int = 8, *, longest: int = 4, shortest: int = 1, branches: int = 3) -> None:
+        limits = {"nodes": (nodes, 2, MAX_NODES), "longest": (longest, 1, 64), "shortest": (shortest, 1, longest)}
+        limits["branches"] = (branches, 1, MAX_NODES)
+        for name, (value, low, high) in limits.items():
+            if not is_int(value):
+                raise TypeError(argument_error(_OP, name, "an int", value))
+            if not low <= value <= high:
+                raise ValueError(argument_error(_OP, name, f"from {low} to {high}", value))
+        self.max_nodes, self._longest, self._shortest, self._branches = nodes, longest, shortest, branches
+        self.is_chain = branches == 1
+
+    def start(self, request: Request) -> None:
+        """Index the prompt."""
+        request.draft_state = _Index(self._longest)
+
+    def propose(self, batch: Batch) -> Drafted:
+        """A tree for each request, of node 0 alone where nothing is known."""
+        grown = [self._grow(request) for request in batch.requests]
+        trees, sizes = [tree for tree, _ in grown], tuple(len(tokens) for _, tokens in grown)
+        width = max(sizes)
+        padded = [tokens + [-1] * (width - len(tokens)) for _, tokens in grown]
+        device = batch.context_lens.device
+        return Drafted(
+            torch.tensor(padded, dtype=torch.int32).to(device),
+            Topology.from_trees(trees, device, packed=len(set(sizes)) > 1),
+            sizes=sizes,
+            is_chain=all(tree.depth == len(tree) - 1 for tree in trees),
+        )
+
+    def _grow(self, request: Request) -> tuple[Tree, list[int]]:
+        index, ids = request.draft_state, request.ids
+        index.update(ids)
+        tokens, parents, child = [ids[-1]], [-1], {}
+        for place in index.continuations(ids, self._shortest, self._branches):
+            node = 0
+            for token in ids[place : place + self.max_nodes - 1]:
+                found = child.get((node, token))
+                if found is None:
+                    if len(tokens) == self.max_nodes:
+                        break
+                    found = child[node, token] = len(tokens)
+                    tokens.append(token)
+                    parents.append(node)
+                node = found
+        return Tree.from_parents(parents), tokens
