@@ -11,6 +11,7 @@ Rows        the rows of a pass: tokens, trees, where they stand
 
 from .cache import Cache as Cache
 from .decoder import Decoder as Decoder
+from .diagnose import Diagnosis as Diagnosis
 from .engine import Engine as Engine
 from .model import Model as Model
 from .model import Output as Output

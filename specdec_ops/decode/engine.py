@@ -6,7 +6,10 @@ import asyncio
 import collections
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Iterator, Sequence
+import itertools
+import time
+import warnings
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import torch
 
@@ -20,7 +23,9 @@ from specdec_ops.tree import Tree
 from . import rules
 from .batch import Batch, Law
 from .cache import Cache
+from .diagnose import Diagnosis, diagnose
 from .model import Model, Rows
+from .pace import Pace
 from .request import Request, State
 from .result import Chunk, Result
 from .sampling import Sampling
@@ -79,6 +84,8 @@ class Engine:
         pages: of the target's cache; by default enough for max_batch requests of max_length.
         page_size: slots of a page.
         prefill_rows: the most prompt tokens of a pass.
+        adapt: leave the draft out while rounds with it take longer per token than without, and say so once. Only where
+            that changes no text: at temperature 0, and with rule "match".
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -96,6 +103,7 @@ class Engine:
         pages: int | None = None,
         page_size: int = 16,
         prefill_rows: int = 256,
+        adapt: bool = True,
     ) -> None:
         if draft is not None and not isinstance(draft, Draft):
             raise TypeError(argument_error(_OP, "draft", "a specdec_ops.drafts.Draft or None", draft))
@@ -113,6 +121,8 @@ class Engine:
                 raise ValueError(argument_error(_OP, name, f"from 1 to {high}", value))
         self.target, self.draft, self.rule = target, draft, rules.choose(rule, draft)
         self.max_batch, self.max_length, self._prefill_rows = max_batch, max_length, prefill_rows
+        self._adapt, self._paces, self._has_warned = adapt, collections.defaultdict(Pace), False
+        self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
         slots = max_length + self._nodes
         self.cache = Cache(target.shape, max_batch * -(-slots // page_size) if pages is None else pages, page_size)
@@ -147,12 +157,13 @@ class Engine:
             raise TypeError(argument_error(_OP, "sampling", "a specdec_ops.decode.Sampling", sampling))
         if sampling.stop and self.target.tokenizer is None:
             raise ValueError(f"specdec_ops.{_OP}: stop must be empty for a target without a tokenizer")
-        request = Request(self._ids(prompt), sampling, self.target.eos, self.target.tokenizer)
+        request = Request(self.encode(prompt), sampling, self.target.eos, self.target.tokenizer)
         self._requests[request.number] = request
         self._waiting.append(request)
         return request.number
 
-    def _ids(self, prompt: Prompt) -> list[int]:
+    def encode(self, prompt: Prompt) -> list[int]:
+        """Token ids of a prompt, checked. See `submit`."""
         if isinstance(prompt, str):
             if self.target.tokenizer is None:
                 raise TypeError(argument_error(_OP, "prompt", "token ids for a target without a tokenizer", prompt))
@@ -268,32 +279,57 @@ class Engine:
         return Rows(tokens, topology, lengths, self.cache.page_table(sequences))
 
     def _round(self, requests: list[Request], draft: Draft | None) -> None:
-        batch = Batch(requests, self.cache, self._law(requests))
-        if draft is None:
-            drafted = Drafted(batch.last_tokens[:, None], Tree.chain(1).to(self._device), is_chain=True)
-        else:
+        law = self._law(requests)
+        pace = self._paces[len(requests)]
+        may_switch = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
+        drafts = draft is not None and (not may_switch or pace.wants_draft())
+        times = [time.perf_counter()]
+        batch = Batch(requests, self.cache, law)
+        if drafts:
             drafted = draft.propose(batch)
-        logits = batch.law.without_improbable(self._score(batch, drafted))
+        else:
+            drafted = Drafted(batch.last_tokens[:, None], Tree.chain(1).to(self._device), is_chain=True)
+        times.append(time.perf_counter())
+        logits = law.without_improbable(self._score(batch, drafted))
+        times.append(time.perf_counter())
         acceptance = rules.accept(self.rule, draft, batch, logits, drafted)
         if not drafted.is_chain:
             self.cache.commit(acceptance.nodes, batch.context_lens, batch.page_table)
         logprobs = self._logprobs(batch, logits, acceptance)
         table = torch.cat((acceptance.num_accepted[:, None], acceptance.status[:, None], acceptance.tokens), dim=1)
-        table = table.tolist()  # the one copy to the host
-        accepted = [row[0] for row in table]
-        nodes = drafted.sizes or [drafted.tokens.shape[1]] * len(requests)
+        accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
+        if drafts:
+            draft.observe(batch, drafted, acceptance, accepted)
+        times.append(time.perf_counter())
+        if may_switch:
+            pace.record(drafts, times[-1] - times[0], sum(accepted) / len(accepted) + 1)
+            self._warn_of_loss(pace)
+        if self.on_round is not None and drafts:
+            spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+            self.on_round(acceptance.nodes.shape[1] - 1, accepted, spans)
+
+    def _take(self, requests: list[Request], table, drafted: Drafted, logprobs) -> list[int]:
+        """Give the requests what a round brought: rows of (accepted, status, tokens). Returns the first."""
+        sizes = drafted.sizes or [drafted.tokens.shape[1]] * len(requests)
         for place, (request, (count, status, *tokens)) in enumerate(zip(requests, table, strict=True)):
             request.stats.target_calls += 1
-            request.stats.drafted += nodes[place] - 1
+            request.stats.drafted += sizes[place] - 1
             request.stats.accepted += count
             if status & AcceptStatus.TARGET_INVALID:
                 request.finish("invalid")
                 continue
             request.sequence.length += count + 1
-            taken = None if logprobs is None else logprobs[place]
-            request.take(tokens[: count + 1], taken, self._longest)
-        if draft is not None:
-            draft.observe(batch, drafted, acceptance, accepted)
+            request.take(tokens[: count + 1], None if logprobs is None else logprobs[place], self._longest)
+        return [row[0] for row in table]
+
+    def _warn_of_loss(self, pace: Pace) -> None:
+        if not pace.pays and not self._has_warned:
+            self._has_warned = True
+            warnings.warn(
+                f"specdec_ops.{_OP}: this draft decodes at {pace.speedup:.2f}x the speed of plain decoding here, so it "
+                "is left out and tried again now and then; Engine.diagnose() tells why",
+                stacklevel=4,
+            )
 
     def _score(self, batch: Batch, drafted: Drafted) -> torch.Tensor:
         """The target's logits of all nodes, [batch, nodes, vocab]."""
@@ -402,6 +438,29 @@ class Engine:
         finally:
             del self._inboxes[number]
             self.cancel(number)
+
+    def diagnose(self, prompts: Prompt | Sequence[Prompt], *, max_tokens: int = 64) -> Diagnosis:
+        """Measure where time goes and how far draft and target agree. Takes a few answers' time; the engine is idle.
+
+        Most reports of few accepted tokens are about wiring: `agreement` and `accepted` of the result tell them apart
+        from a draft that is weak.
+
+        Args:
+            prompts: typical ones.
+            max_tokens: of each answer.
+
+        Raises:
+            RuntimeError: the engine has no draft, or is at work.
+        """
+        if self.draft is None:
+            raise RuntimeError(f"specdec_ops.{_OP}: diagnose needs an engine with a draft")
+        if not self.is_idle:
+            raise RuntimeError(f"specdec_ops.{_OP}: diagnose needs an idle engine, {len(self._requests)} requests run")
+        adapt, self._adapt = self._adapt, False
+        try:
+            return diagnose(self, self._prompts(prompts), max_tokens)
+        finally:
+            self._adapt = adapt
 
     @staticmethod
     def _prompts(prompts) -> list[Prompt]:

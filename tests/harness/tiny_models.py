@@ -1,0 +1,60 @@
+"""Decoders of a few thousand random weights, and a tokenizer of single characters."""
+
+import dataclasses
+
+import torch
+
+from specdec_ops.decode import Decoder, Shape
+from specdec_ops.decode.decoder import Attention, Layer, Mlp, Norm, Projection
+from specdec_ops.rope import Rope
+
+HEADS, KV_HEADS, HEAD_DIM, DIM, INNER, POSITIONS = 4, 2, 16, 32, 48, 512
+
+
+def make_decoder(seed: int, *, layers: int = 2, vocab: int = 40, sharpness: float = 3.0, **changes) -> Decoder:
+    """A Llama. The greater the sharpness, the surer it is of its next token."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def weight(out: int, dim: int) -> torch.Tensor:
+        return torch.randn(out, dim, generator=generator) / dim**0.5
+
+    rope = Rope(1e4, HEAD_DIM // 2, POSITIONS)
+
+    def norm() -> Norm:
+        return Norm(1 + 0.1 * torch.randn(DIM, generator=generator), None, 1e-6)
+
+    made = [
+        Layer(
+            norm(),
+            Attention(
+                Projection(weight((HEADS + 2 * KV_HEADS) * HEAD_DIM, DIM)),
+                Projection(weight(DIM, HEADS * HEAD_DIM)),
+                HEADS,
+                KV_HEADS,
+                HEAD_DIM,
+                rope,
+            ),
+            norm(),
+            Mlp(Projection(weight(2 * INNER, DIM)), Projection(weight(DIM, INNER)), "swiglu"),
+        )
+        for _ in range(layers)
+    ]
+    shape = Shape(layers, KV_HEADS, HEAD_DIM, DIM, vocab, POSITIONS, torch.float32, torch.device("cpu"))
+    decoder = Decoder(shape, weight(vocab, DIM) * DIM**0.5, made, norm(), Projection(sharpness * weight(vocab, DIM)))
+    return dataclasses.replace(decoder, **changes)
+
+
+def first_layers(decoder: Decoder, count: int) -> Decoder:
+    """A draft that agrees with its target now and then: the target's leading layers, with its norm and head."""
+    shape = decoder.shape._replace(layers=count)
+    return dataclasses.replace(decoder, shape=shape, layers=decoder.layers[:count])
+
+
+class Characters:
+    """A tokenizer for texts of the characters from "0" on: token i is `chr(48 + i)`."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(character) - 48 for character in text]
+
+    def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
+        return "".join(chr(48 + token) for token in ids)
