@@ -134,7 +134,7 @@ def _agreement(engine: Engine, texts: list[list[int]], starts: list[int], depth:
     """How often a tree that is made afresh at a place of a text has its next tokens, down to each depth."""
     hits, places = [0] * depth, 0
     for text, start in zip(texts, starts, strict=True):
-        for end in range(start, len(text) - 1, max(1, (len(text) - start) // 32)):
+        for end in range(start, max(start + 1, len(text) - depth + 1), max(1, (len(text) - start) // 32)):
             request = Request(text[:end], Sampling(), (), None)
             request.sequence.length = end - 1
             engine.draft.start(request)
