@@ -47,6 +47,10 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.kv.kv_propagate:kv_propagate",
         "torch": "specdec_ops.ops.kv.reference_kv_propagate:kv_propagate",
     },
+    "linear": {
+        "triton": "specdec_ops.triton_kernels.linear.linear:linear",
+        "torch": "specdec_ops.ops.linear.reference_linear:linear",
+    },
     "merge_states": {
         "triton": "specdec_ops.triton_kernels.attention.merge_states:merge_states",
         "torch": "specdec_ops.ops.attention.reference_merge_states:merge_states",
@@ -72,6 +76,7 @@ PUBLIC_OPS = {
     **dict.fromkeys(("sample_tokens", "sample_children"), "sample"),
     "early_exit": "exit_confidence",
     **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp", "kv_propagate")},
+    "linear": "linear",
     **{name: name for name in ("merge_states", "tree_attention")},
 }
 
@@ -148,6 +153,11 @@ def _is_aligned(*tensors: torch.Tensor) -> bool:
         for stride in tensor.stride()[:-1]:
             bits |= stride * size
     return bits % 16 == 0
+
+
+def is_free(backend: str) -> bool:
+    """Whether neither the call nor the environment names a backend."""
+    return backend == "auto" and _environment_choice() == "auto"
 
 
 def forget() -> None:
