@@ -478,7 +478,8 @@ __device__ __forceinline__ void store_outputs(const LinearShared<Shape>& shared,
     if (p.residual != nullptr) {
       value += to_float(static_cast<const T*>(p.residual)[at * p.residual_stride_row + output]);
     }
-    static_cast<T*>(p.out)[at * p.out_stride_row + output] = from_float<T>(value);
+    const T rounded = from_float<T>(value);
+    static_cast<T*>(p.out)[at * p.out_stride_row + output] = rounded;
   }
 }
 
