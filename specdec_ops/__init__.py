@@ -43,6 +43,13 @@ Keys and values
     LayerCache           K, V and pending rows of a draft whose tokens exit at different layers, or a plain cache
     kv_propagate         K and V of skipped layers from the row at which a token exited
 
+Linear: products of few rows
+    linear               a weight times few rows at one read of it, with the norm before and the activation after
+    rms_norm             the norm of rows where no product follows that could take it along
+    quantize_linear      makes the int8 copy of a weight
+    QuantizedWeight      what quantize_linear returns
+    GgufWeight           a weight in the blocks of a GGUF file
+
 Everything
     backends             which backends work for an op on a device, and why the others do not
     AcceptStatus         the bits of Acceptance.status, LongestPath.status and Children.status
@@ -99,6 +106,11 @@ from .ops.early_exit.head_bounds import bound_head as bound_head
 from .ops.early_exit.quantized_head import QuantizedHead as QuantizedHead
 from .ops.early_exit.quantized_head import quantize_head as quantize_head
 from .ops.kv.kv_propagate import kv_propagate as kv_propagate
+from .ops.linear.gguf_weight import GgufWeight as GgufWeight
+from .ops.linear.linear import linear as linear
+from .ops.linear.quantized_weight import QuantizedWeight as QuantizedWeight
+from .ops.linear.quantized_weight import quantize_linear as quantize_linear
+from .ops.linear.rms_norm import rms_norm as rms_norm
 from .status import AcceptStatus as AcceptStatus
 from .status import ExitStatus as ExitStatus
 from .status import TopologyStatus as TopologyStatus

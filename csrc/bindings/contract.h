@@ -20,6 +20,7 @@
 #include "acceptance/params.h"
 #include "common/types.h"
 #include "early_exit/params.h"
+#include "linear/params.h"
 
 namespace specdec {
 
@@ -293,6 +294,14 @@ struct EnumNames<ExitMeasure> {
 template <>
 struct EnumNames<ExitLevel> {
   static constexpr std::string_view kAll[] = {"row", "any", "all"};
+};
+template <>
+struct EnumNames<WeightType> {
+  static constexpr std::string_view kAll[] = {"float32", "bfloat16", "float16", "int8", "q8_0", "q4_0", "q4_1"};
+};
+template <>
+struct EnumNames<Activation> {
+  static constexpr std::string_view kAll[] = {"none", "swiglu", "geglu"};
 };
 
 // What follows sets a field of a struct to a value of the contract.

@@ -27,6 +27,7 @@ void bind_attention(py::module_& m);
 void bind_acceptance(py::module_& m);
 void bind_early_exit(py::module_& m);
 void bind_kv(py::module_& m);
+void bind_linear(py::module_& m);
 }  // namespace specdec
 
 namespace {
@@ -89,6 +90,7 @@ PYBIND11_MODULE(_C, m) {
   bind_acceptance(m);
   bind_early_exit(m);
   bind_kv(m);
+  bind_linear(m);
 #ifdef SPECDEC_WITH_CUDA
   m.def("cuda_device_error", &cuda_device_error, "Why this device can't run the compiled kernels, or an empty string.");
 #endif

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
-import numpy as np
 import torch
 
-from specdec_ops._core.checks import KERNEL_DTYPES, argument_error
 from specdec_ops._core.shield import shielded_maker
+from specdec_ops.ops.linear.quantized_weight import QuantizedWeight, check_weight, empty_values, quantized_pieces
 
 _GRAM_COLUMNS = 1024  # the errors' products are formed for this many columns: all would take dim / 1024 times as long
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
-class QuantizedHead:
+class QuantizedHead(QuantizedWeight):
     """A head as int8 rows with a scale each: row v is about `scales[v] * values[v]`. Made by `quantize_head`.
 
     As the head of `exit_confidence` it is a head of its own. As the `screen` of the head that it was made from it saves
-    half of the reading without changing a result.
+    half of the reading without changing a result. It is a QuantizedWeight, which `linear` takes as well.
 
     Attributes:
         values: int8 `[vocab, dim]`: from -127 to 127.
@@ -30,8 +29,6 @@ class QuantizedHead:
             bounds together.
     """
 
-    values: torch.Tensor
-    scales: torch.Tensor
     error_norms: torch.Tensor
     norms: torch.Tensor
     error_gain: torch.Tensor
@@ -40,23 +37,6 @@ class QuantizedHead:
     def vocab(self) -> int:
         """Rows."""
         return self.values.shape[0]
-
-    @property
-    def dim(self) -> int:
-        """Columns."""
-        return self.values.shape[1]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of everything here: vocab * (dim + 12) + 4."""
-        return sum(getattr(self, field.name).nbytes for field in dataclasses.fields(self))
-
-    def to(self, device: torch.device | str | int) -> QuantizedHead:
-        """The same on another device."""
-        return QuantizedHead(*(getattr(self, field.name).to(device) for field in dataclasses.fields(self)))
-
-    def __repr__(self) -> str:
-        return f"<QuantizedHead of {self.vocab} x {self.dim} on {self.values.device}, {self.nbytes / 1e6:.1f} MB>"
 
 
 @shielded_maker
@@ -73,37 +53,18 @@ def quantize_head(head: torch.Tensor) -> QuantizedHead:
         TypeError: head is no tensor of these dtypes.
         ValueError: a wrong shape, or a weight that is not finite.
     """
-    if not isinstance(head, torch.Tensor) or head.dtype not in (*KERNEL_DTYPES, torch.float64):
-        raise TypeError(argument_error("quantize_head", "head", "float32, bfloat16 or float16 [vocab, dim]", head))
-    if head.dim() != 2 or 0 in head.shape:
-        raise ValueError(argument_error("quantize_head", "head", "[vocab, dim] with at least one of each", head))
-    if head.is_meta:
-        raise ValueError("specdec_ops.quantize_head: head must be of values, got a tensor on meta")
-    values = _empty(head.shape, head.device)
+    check_weight("quantize_head", "head", "[vocab, dim]", head)
+    values = empty_values(head)
     lists: tuple[list, list, list] = ([], [], [])
     gram = [0.0] * len(range(0, head.shape[1], _GRAM_COLUMNS))
-    rows = max(1, (1 << 24) // head.shape[1])  # a piece at a time: float64 takes four times the bytes of bfloat16
-    for start in range(0, head.shape[0], rows):
-        piece = head[start : start + rows].double()
-        if not piece.isfinite().all():
-            raise ValueError("specdec_ops.quantize_head: head must be finite, got NaN or infinity in it")
-        scale = (piece.abs().amax(dim=1) / 127).float()
+    for piece, scale, rounded in quantized_pieces("quantize_head", "head", head, values):
         exact = scale.double()[:, None]
-        rounded = torch.where(exact > 0, piece / exact, 0.0).round().clamp(-127, 127)
-        values[start : start + rows] = rounded.to(torch.int8)
         error = piece - exact * rounded
         length = torch.linalg.vector_norm(error, dim=1)
         for each, part in zip(lists, (scale, up(length), up(exact[:, 0] * rounded.norm(dim=1))), strict=True):
             each.append(part)
         gram = [old + new.T @ new for old, new in zip(gram, error.split(_GRAM_COLUMNS, dim=1), strict=True)]
     return QuantizedHead(values, *(torch.cat(each) for each in lists), error_gain(gram))
-
-
-def _empty(shape: torch.Size, device: torch.device) -> torch.Tensor:
-    """Memory for an int8 copy. NumPy asks Linux for huge pages, which are read up to 1.2 times as fast."""
-    if device.type == "cpu":
-        return torch.from_numpy(np.empty(shape, dtype=np.int8))
-    return torch.empty(shape, dtype=torch.int8, device=device)
 
 
 def error_gain(gram: list[torch.Tensor]) -> torch.Tensor:

@@ -1,0 +1,1 @@
+"""Products of few rows with a matrix of weights, and the norm of rows."""
