@@ -41,6 +41,8 @@ Early exit: at which layer a draft may stop, and when to stop drafting
 
 Keys and values
     LayerCache           K, V and pending rows of a draft whose tokens exit at different layers, or a plain cache
+    kv_append            K and V of new rows: normalised, rotated and stored, with their queries
+    Rope                 the cosines and sines of rotary embedding, as a model's configuration says
     kv_propagate         K and V of skipped layers from the row at which a token exited
 
 Everything
@@ -98,7 +100,9 @@ from .ops.early_exit.head_bounds import HeadBounds as HeadBounds
 from .ops.early_exit.head_bounds import bound_head as bound_head
 from .ops.early_exit.quantized_head import QuantizedHead as QuantizedHead
 from .ops.early_exit.quantized_head import quantize_head as quantize_head
+from .ops.kv.kv_append import kv_append as kv_append
 from .ops.kv.kv_propagate import kv_propagate as kv_propagate
+from .rope import Rope as Rope
 from .status import AcceptStatus as AcceptStatus
 from .status import ExitStatus as ExitStatus
 from .status import TopologyStatus as TopologyStatus

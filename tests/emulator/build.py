@@ -41,6 +41,7 @@ OPS = {
     "bounded_exit": "BoundedParams",
     "screened_exit": "ScreenedParams",
     "exit_mlp": "MlpParams",
+    "kv_append": "KvAppendParams",
     "kv_propagate": "KvPropagateParams",
 }
 # Ops whose OP_scratch says how much a call needs.
