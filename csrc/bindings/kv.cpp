@@ -1,4 +1,4 @@
-// kv_propagate of specdec_ops._C.
+// The ops on keys and values of specdec_ops._C.
 #include "struct_fields/kv.h"
 #include "bindings/bind.h"
 #include "kv/cpu/entry_points.h"
@@ -8,6 +8,52 @@
 #endif
 
 namespace specdec {
+
+static CacheCode cache_code(Tensor cache) {
+  switch (cache.element()) {
+    case Element::kFloat8:
+      return CacheCode::kFloat8E4m3;
+    case Element::kFloat8E5m2:
+      return CacheCode::kFloat8E5m2;
+    case Element::kInt8:
+      return CacheCode::kInt8;
+    default:
+      return CacheCode::kPlain;
+  }
+}
+
+static void derive(KvAppendParams& p, Call& call) {
+  Tensor k = call.tensor("k"), v = call.tensor("v"), q = call.tensor("q"), out = call.tensor("q_out");
+  Tensor k_cache = call.tensor("k_cache"), v_cache = call.tensor("v_cache"), page_table = call.tensor("page_table");
+  Tensor depths = call.tensor("depths"), offsets = call.tensor("offsets"), cosines = call.tensor("cosines");
+  const bool packed = k.dims() == 3, paged = bool(page_table);
+  p.packed = packed;
+  p.k_stride_batch = packed ? 0 : k.stride(0), p.k_stride_row = k.stride(-3), p.k_stride_head = k.stride(-2);
+  p.v_stride_batch = packed ? 0 : v.stride(0), p.v_stride_row = v.stride(-3), p.v_stride_head = v.stride(-2);
+  p.q_stride_batch = q && !packed ? q.stride(0) : 0;
+  p.q_stride_row = q ? q.stride(-3) : 0, p.q_stride_head = q ? q.stride(-2) : 0;
+  p.out_stride_batch = out && !packed ? out.stride(0) : 0;
+  p.out_stride_row = out ? out.stride(-3) : 0, p.out_stride_head = out ? out.stride(-2) : 0;
+  p.k_cache_stride_batch = k_cache.stride(0), p.k_cache_stride_slot = k_cache.stride(1);
+  p.k_cache_stride_head = k_cache.stride(2);
+  p.v_cache_stride_batch = v_cache.stride(0), p.v_cache_stride_slot = v_cache.stride(1);
+  p.v_cache_stride_head = v_cache.stride(2);
+  p.rows = packed ? k.size(0) : k.size(0) * k.size(1);
+  p.queries = int32_t(k.size(-3));
+  p.heads = q ? int32_t(q.size(-2)) : 0, p.kv_heads = int32_t(k.size(-2));
+  p.k_dim = int32_t(k.size(-1)), p.v_dim = int32_t(v.size(-1));
+  p.batch = int32_t(offsets ? offsets.size(0) - 1 : paged ? page_table.size(0) : k_cache.size(0));
+  p.slots_each = paged ? page_table.size(1) * k_cache.size(1) : k_cache.size(1);
+  p.pages = paged ? int32_t(k_cache.size(0)) : 0;
+  p.page_size = paged ? k_cache.size(1) : 0;
+  p.topology_batch = depths ? int32_t(depths.size(0)) : 1;
+  p.nodes = depths ? int32_t(depths.size(1)) : 0;
+  p.table_positions = cosines ? cosines.size(0) : 0;
+  p.pairs = cosines ? int32_t(cosines.size(1)) : 0;
+  p.dtype = k.dtype();
+  p.q_norm_dtype = call.tensor("q_norm_weight").dtype(), p.k_norm_dtype = call.tensor("k_norm_weight").dtype();
+  p.code = cache_code(k_cache);
+}
 
 static KvLayer layer_of(Tensor norm_weight, Tensor k_weight, Tensor v_weight, Tensor k_cache, Tensor v_cache) {
   KvLayer l{};
@@ -48,8 +94,10 @@ static void derive(KvPropagateParams& p, Call& call) {
 }
 
 void bind_kv(py::module_& m) {
+  bind_op(m, "kv_append", kv_append_cpu);
   bind_op(m, "kv_propagate", kv_propagate_cpu);
 #ifdef SPECDEC_WITH_CUDA
+  bind_cuda<KvAppendParams, KvAppendParams>(m, "kv_append", nullptr, kv_append_cuda);
   bind_cuda<KvPropagateParams, KvPropagateParams>(m, "kv_propagate", nullptr, kv_propagate_cuda);
 #endif
 }

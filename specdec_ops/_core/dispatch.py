@@ -43,6 +43,10 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.early_exit.exit_mlp:exit_mlp",
         "torch": "specdec_ops.ops.early_exit.reference_exit_mlp:exit_mlp",
     },
+    "kv_append": {
+        "triton": "specdec_ops.triton_kernels.kv.kv_append:kv_append",
+        "torch": "specdec_ops.ops.kv.reference_kv_append:kv_append",
+    },
     "kv_propagate": {
         "triton": "specdec_ops.triton_kernels.kv.kv_propagate:kv_propagate",
         "torch": "specdec_ops.ops.kv.reference_kv_propagate:kv_propagate",
@@ -81,6 +85,7 @@ PUBLIC_OPS = {
     "early_exit": "exit_confidence",
     **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp", "kv_propagate")},
     **{name: name for name in ("linear", "rms_norm")},
+    "kv_append": "kv_append",
     **{name: name for name in ("merge_states", "tree_attention")},
 }
 

@@ -41,6 +41,7 @@ OPS = {
     "bounded_exit": "BoundedParams",
     "screened_exit": "ScreenedParams",
     "exit_mlp": "MlpParams",
+    "kv_append": "KvAppendParams",
     "kv_propagate": "KvPropagateParams",
     "linear": "LinearParams",
     "rms_norm": "RmsNormParams",

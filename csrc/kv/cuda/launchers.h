@@ -1,4 +1,4 @@
-// The CUDA launcher of kv_propagate, as the bindings call it. It returns errors, never synchronises and never exits.
+// The CUDA launchers of this family, as the bindings call them. They return errors, never synchronise and never exit.
 #pragma once
 
 #include "common/cuda/launch.h"
@@ -6,6 +6,7 @@
 
 namespace specdec {
 
+cudaError_t kv_append_cuda(const KvAppendParams& params, int device, cudaStream_t stream);
 cudaError_t kv_propagate_cuda(const KvPropagateParams& params, int device, cudaStream_t stream);
 
 }  // namespace specdec
