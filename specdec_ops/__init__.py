@@ -41,6 +41,8 @@ Early exit: at which layer a draft may stop, and when to stop drafting
 
 Keys and values
     LayerCache           K, V and pending rows of a draft whose tokens exit at different layers, or a plain cache
+    gather_layer_kv      K and V of all layers at some slots, as rows for layer self-attention
+    kv_commit            the rows of accepted nodes moved to the end of the context, in all layers
     kv_propagate         K and V of skipped layers from the row at which a token exited
 
 Everything
@@ -98,6 +100,8 @@ from .ops.early_exit.head_bounds import HeadBounds as HeadBounds
 from .ops.early_exit.head_bounds import bound_head as bound_head
 from .ops.early_exit.quantized_head import QuantizedHead as QuantizedHead
 from .ops.early_exit.quantized_head import quantize_head as quantize_head
+from .ops.kv.gather_layer_kv import gather_layer_kv as gather_layer_kv
+from .ops.kv.kv_commit import kv_commit as kv_commit
 from .ops.kv.kv_propagate import kv_propagate as kv_propagate
 from .status import AcceptStatus as AcceptStatus
 from .status import ExitStatus as ExitStatus

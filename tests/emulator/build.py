@@ -41,6 +41,8 @@ OPS = {
     "bounded_exit": "BoundedParams",
     "screened_exit": "ScreenedParams",
     "exit_mlp": "MlpParams",
+    "gather_layer_kv": "GatherLayerKvParams",
+    "kv_commit": "KvCommitParams",
     "kv_propagate": "KvPropagateParams",
 }
 # Ops whose OP_scratch says how much a call needs.
