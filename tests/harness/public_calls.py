@@ -161,7 +161,8 @@ def _exits() -> dict[str, Call]:
 
 def _committed(k_caches, v_caches, *arguments, **options):
     """kv_commit in copies of the caches."""
-    copies = [copy.deepcopy(caches) for caches in (k_caches, v_caches)]
+    both = k_caches, v_caches
+    copies = [caches.clone() if isinstance(caches, torch.Tensor) else copy.deepcopy(caches) for caches in both]
     kv_commit(*copies, *arguments, **options)
     return copies
 

@@ -39,6 +39,17 @@ def caches(layers, shape, dtype, device, seed=0, dims=None):
     )
 
 
+def numbers(layers, shape, dtype, dims=(8, 8)):
+    """The same of small integers, for what is compared as numbers."""
+    return tuple(
+        [
+            torch.randint(0, 100, (*shape, dim), generator=generator(100 * part + layer)).to(dtype)
+            for layer in range(layers)
+        ]
+        for part, dim in enumerate(dims)
+    )
+
+
 def scattered(dense, page_size, seed=0, spare=2):
     """The same contents in pages of any order: pages and a table [batch, max_pages]. Unused pages hold other bits."""
     batch, slots = dense.shape[:2]

@@ -404,7 +404,11 @@ NODES, LENGTHS = ids([[0, 2], [1, 2]]), ids([3, 1])
 @pytest.mark.parametrize(
     ("changed", "kind", "message"),
     [
-        ({"k_caches": 1}, TypeError, "k_caches must be a sequence of tensors, or one [layers, ...], got 1"),
+        (
+            {"k_caches": 1},
+            TypeError,
+            "of tensors (float32, bfloat16, int8, ...), or one [layers, ...], got 1",
+        ),
         (
             {"k_caches": K[0]},
             ValueError,
@@ -415,9 +419,13 @@ NODES, LENGTHS = ids([[0, 2], [1, 2]]), ids([3, 1])
         (
             {"k_caches": [K[0], None]},
             TypeError,
-            "k_caches[1] must be a tensor [batch, slots, kv_heads, dim] of a dtype",
+            "k_caches[1] must be one of the tensors (float32, bfloat16, int8, ...) [ba",
         ),
-        ({"k_caches": [None, K[0]]}, TypeError, "k_caches[0] must be a tensor [batch, slots, kv_heads, dim], got None"),
+        (
+            {"k_caches": [None, K[0]]},
+            TypeError,
+            "k_caches[0] must be one of the tensors (float32, bfloat16, int8, ...) [ba",
+        ),
         (
             {"k_caches": [K[0], K[1].to(torch.complex128)]},
             TypeError,

@@ -146,8 +146,7 @@ def caches() -> LayerCache:
     positions = torch.arange(3)
     kv_propagate(torch.randn(3, DIM), [(None, weights, weights)], positions, positions, caches, caches, rope=10_000.0)
     kv_commit(caches, caches, positions[None], 0)
-    rows: torch.Tensor = gather_layer_kv(caches, caches, positions)
-    assert rows.shape[0] == 3
+    assert_type(gather_layer_kv(caches, caches, positions), torch.Tensor)
     cache.crop([2])
     return cache
 

@@ -10,6 +10,7 @@ import torch
 from specdec_ops._core.checks import INT32_MAX, argument_error, as_int32, device_error, grad_error, strides_error
 
 _ITEM_BYTES = (1, 2, 4, 8)
+_TENSORS = "tensors (float32, bfloat16, int8, ...)"
 _DENSE, _PAGED = "[batch, slots, kv_heads, dim]", "[pages, page_size, kv_heads, dim]"
 
 
@@ -52,7 +53,7 @@ def check_layers(op: str, k_caches, v_caches, page_table, *, are_pages: bool = F
         )
     first = k_caches[0]
     if not isinstance(first, torch.Tensor):
-        raise TypeError(argument_error(op, "k_caches[0]", f"a tensor {_DENSE}", first))
+        raise TypeError(argument_error(op, "k_caches[0]", f"one of the {_TENSORS} {_DENSE}", first))
     tables, table_of, batch = _check_tables(op, page_table, layers, first.device)
     if are_pages and page_table is None:
         tables, table_of = [torch.empty((0, 0), dtype=torch.int32, device=first.device)], [0] * layers
@@ -77,7 +78,7 @@ def _as_list(op: str, name: str, caches) -> list:
             raise ValueError(argument_error(op, name, f"[layers, ...] of {_DENSE} if it is a tensor", caches))
         return list(caches.unbind(0))
     if not isinstance(caches, list | tuple | Sequence) or isinstance(caches, str):
-        raise TypeError(argument_error(op, name, "a sequence of tensors, or one [layers, ...]", caches))
+        raise TypeError(argument_error(op, name, f"a sequence of {_TENSORS}, or one [layers, ...]", caches))
     return list(caches)
 
 
@@ -94,7 +95,7 @@ def _description(k, v) -> tuple:
 def _check_pair(op: str, names, k, v, device, layers: str, table: int) -> None:
     layout = layers + (_DENSE if table < 0 else _PAGED)
     for name, cache in zip(names, (k, v), strict=True):
-        must = f"a tensor {layout} of a dtype of 1, 2, 4 or 8 bytes"
+        must = f"one of the {_TENSORS} {layout} of a dtype of 1, 2, 4 or 8 bytes"
         if not isinstance(cache, torch.Tensor) or cache.dtype.itemsize not in _ITEM_BYTES:
             raise TypeError(argument_error(op, name, must, cache))
         if cache.dim() != (5 if layers else 4):

@@ -62,8 +62,8 @@ def kv_commit(
         ValueError: a wrong shape, range, device or memory layout.
         RuntimeError: the named backend is not available, or a cache requires grad.
 
-    Moving a path in place needs no staging, because ascending nodes are never behind their rank. Peers: SGLang's
-    `move_kv_cache`, TensorRT-LLM's `updateKVCacheDraftTokenLocationBatched`.
+    Moving a path in place needs no staging, because ascending nodes are never behind their rank. SGLang's
+    move_kv_cache and TensorRT-LLM's updateKVCacheDraftTokenLocationBatched do the same for caches of one shape.
     """
     alone = nodes is None
     layers = check_layers(_OP, k_caches, v_caches, page_table, are_pages=alone)
