@@ -60,7 +60,8 @@ PyObject* interned() {
   return name;
 }
 
-inline constexpr char kDataPtr[] = "data_ptr", kShape[] = "shape", kStride[] = "stride", kDtype[] = "dtype";
+inline constexpr char kDataPtr[] = "data_ptr", kShape[] = "shape", kStride[] = "stride", kDtype[] = "dtype",
+                      kItemSize[] = "itemsize";
 
 // A tensor of a call, or None. It asks Python for each thing when that is first needed.
 class Tensor {
@@ -97,6 +98,12 @@ class Tensor {
     const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(object_, interned<kDtype>()));
     if (!dtype) throw py::error_already_set();
     return element_of(dtype.ptr());
+  }
+  // Bytes of an element, whatever its dtype.
+  int64_t item_bytes() const {
+    const auto size = py::reinterpret_steal<py::object>(PyObject_GetAttr(object_, interned<kItemSize>()));
+    if (!size) throw py::error_already_set();
+    return PyLong_AsLongLong(size.ptr());
   }
   DType dtype() const { return coded<DType>(Element::kFloat16); }
   HeadType head_type() const { return coded<HeadType>(Element::kInt8); }

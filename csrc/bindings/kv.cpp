@@ -1,4 +1,4 @@
-// The ops on keys and values of specdec_ops._C.
+// The KV ops of specdec_ops._C.
 #include "struct_fields/kv.h"
 #include "bindings/bind.h"
 #include "kv/cpu/entry_points.h"
@@ -93,11 +93,79 @@ static void derive(KvPropagateParams& p, Call& call) {
   p.page_size = paged ? cache.size(1) : 0;
 }
 
+// K or V of a call's layers: a list of [first, page_size, kv_heads, dim], or one tensor of all layers.
+class CacheList {
+ public:
+  explicit CacheList(const List& list) : list_(list), stacked_(Tensor(list[0])), is_stacked_(stacked_.dims() == 5) {}
+
+  int layers() { return is_stacked_ ? int(stacked_.size(0)) : list_.size(); }
+
+  // Writes a layer's address, strides and sizes.
+  void describe(int layer, KvCacheLayer& l, bool is_v) {
+    Tensor own(list_[is_stacked_ ? 0 : layer]);
+    Tensor& cache = is_stacked_ ? stacked_ : own;
+    const int axis = is_stacked_ ? 1 : 0;
+    const int64_t item = cache.item_bytes(), offset = is_stacked_ ? layer * cache.stride(0) * item : 0;
+    char* const address = static_cast<char*>(cache.address());
+    (is_v ? l.v_cache : l.k_cache) = address == nullptr ? nullptr : address + offset;
+    (is_v ? l.v_stride_first : l.k_stride_first) = cache.stride(axis) * item;
+    (is_v ? l.v_stride_slot : l.k_stride_slot) = cache.stride(axis + 1) * item;
+    (is_v ? l.v_stride_head : l.k_stride_head) = cache.stride(axis + 2) * item;
+    (is_v ? l.v_bytes : l.k_bytes) = int32_t(cache.size(axis + 3) * item);
+    l.first = int32_t(cache.size(axis)), l.page_size = int32_t(cache.size(axis + 1));
+    l.kv_heads = int32_t(cache.size(axis + 2));
+  }
+
+ private:
+  List list_;
+  Tensor stacked_;
+  bool is_stacked_;
+};
+
+// Fills `layers`, zeros behind the last one, and returns how many there are.
+static int32_t describe_layers(KvCacheLayer (&layers)[kMaxKvLayers], Call& call) {
+  CacheList keys(call.list("k_caches")), values(call.list("v_caches"));
+  const List tables = call.list("page_tables"), table_of = call.list("table_of");
+  const int count = keys.layers();
+  if (count < 1 || count > kMaxKvLayers) throw py::value_error("a call of a KV op has 1 to 32 layers");
+  for (int i = 0; i < kMaxKvLayers; ++i) {
+    KvCacheLayer& l = layers[i] = KvCacheLayer{};
+    if (i >= count) continue;
+    keys.describe(i, l, false);
+    values.describe(i, l, true);
+    const int index = number_of<int32_t>(table_of[i]);
+    Tensor table(index < 0 ? Py_None : tables[index]);
+    l.page_table = static_cast<const int32_t*>(table.address());
+    l.max_pages = table ? int32_t(table.size(1)) : -1;
+  }
+  return count;
+}
+
+static void derive(KvCommitParams& p, Call& call) {
+  Tensor nodes = call.tensor("nodes"), copies = call.tensor("copies");
+  p.count = describe_layers(p.layers, call);
+  p.batch = int32_t(nodes.size(0)), p.steps = int32_t(nodes.size(1));
+  p.copy_count = copies ? int32_t(copies.size(0)) : 0;
+}
+
+static void derive(GatherLayerKvParams& p, Call& call) {
+  Tensor slots = call.tensor("slots"), out = call.tensor("out");
+  const List tables = call.list("page_tables");
+  p.count = describe_layers(p.layers, call);
+  p.rows = int32_t(slots.size(0));
+  p.batch = tables.size() > 0 ? int32_t(Tensor(tables[0]).size(0)) : p.layers[0].first;
+  p.out_stride_row = out.stride(0) * out.item_bytes();
+}
+
 void bind_kv(py::module_& m) {
+  bind_op(m, "gather_layer_kv", gather_layer_kv_cpu);
   bind_op(m, "kv_append", kv_append_cpu);
+  bind_op(m, "kv_commit", kv_commit_cpu);
   bind_op(m, "kv_propagate", kv_propagate_cpu);
 #ifdef SPECDEC_WITH_CUDA
+  bind_cuda<GatherLayerKvParams, GatherLayerKvParams>(m, "gather_layer_kv", nullptr, gather_layer_kv_cuda);
   bind_cuda<KvAppendParams, KvAppendParams>(m, "kv_append", nullptr, kv_append_cuda);
+  bind_cuda<KvCommitParams, KvCommitParams>(m, "kv_commit", nullptr, kv_commit_cuda);
   bind_cuda<KvPropagateParams, KvPropagateParams>(m, "kv_propagate", nullptr, kv_propagate_cuda);
 #endif
 }

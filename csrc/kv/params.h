@@ -1,4 +1,4 @@
-// Plain structs of this family's ops, shared by CPU kernels, CUDA launchers and the bindings. See common/types.h.
+// Plain structs of the KV ops, shared by the CPU kernel, the CUDA launcher and the bindings. See common/types.h.
 #pragma once
 
 #include <cstdint>
@@ -77,6 +77,38 @@ struct KvPropagateParams {
   int32_t count, rows, dim, kv_heads, head_dim, pairs, interleaved;
   int32_t batch, pages;  // requests, and pages of a paged cache
   float norm_eps;
+};
+
+// A layer's K and V as bytes, for ops that move rows: sizes and strides count bytes. `first` is the first dimension, of
+// requests in a dense cache and of pages in a paged one, and a page of a dense cache is all of a request's slots.
+struct KvCacheLayer {
+  void* k_cache;
+  void* v_cache;
+  const int32_t* page_table;  // [batch, max_pages], contiguous
+  int64_t k_stride_first, k_stride_slot, k_stride_head;
+  int64_t v_stride_first, v_stride_slot, v_stride_head;
+  int32_t k_bytes, v_bytes;  // of a head in a slot
+  int32_t first, page_size, kv_heads;
+  int32_t max_pages;  // of a request; -1: dense, without a page table
+};
+
+// First page copies[i, 1] = page copies[i, 0], then slot context_lens[b] + i = slot context_lens[b] + nodes[b, i].
+struct KvCommitParams {
+  const int32_t* nodes;         // [batch, steps], contiguous
+  const int32_t* context_lens;  // [batch]
+  const int32_t* copies;        // [copy_count, 2], contiguous, or nullptr
+  KvCacheLayer layers[kMaxKvLayers];
+  int32_t count, batch, steps, copy_count;
+};
+
+// out[row, layer] = K and V of a slot, one kv head after the other.
+struct GatherLayerKvParams {
+  const int32_t* slots;     // [rows]
+  const int32_t* requests;  // [rows] or nullptr: all rows are of request 0
+  void* out;                // [rows, layers, kv_heads * (k_bytes + v_bytes)], contiguous but for its rows
+  KvCacheLayer layers[kMaxKvLayers];
+  int64_t out_stride_row;  // in bytes
+  int32_t count, rows, batch;
 };
 
 }  // namespace specdec

@@ -42,6 +42,8 @@ OPS = {
     "screened_exit": "ScreenedParams",
     "exit_mlp": "MlpParams",
     "kv_append": "KvAppendParams",
+    "gather_layer_kv": "GatherLayerKvParams",
+    "kv_commit": "KvCommitParams",
     "kv_propagate": "KvPropagateParams",
     "linear": "LinearParams",
     "rms_norm": "RmsNormParams",
