@@ -41,6 +41,10 @@ Early exit: at which layer a draft may stop, and when to stop drafting
 
 Keys and values
     LayerCache           K, V and pending rows of a draft whose tokens exit at different layers, or a plain cache
+    kv_append            K and V of new rows: normalised, rotated and stored, with their queries
+    Rope                 the cosines and sines of rotary embedding, as a model's configuration says
+    gather_layer_kv      K and V of all layers at some slots, as rows for layer self-attention
+    kv_commit            the rows of accepted nodes moved to the end of the context, in all layers
     kv_propagate         K and V of skipped layers from the row at which a token exited
 
 Linear: products of few rows
@@ -105,12 +109,16 @@ from .ops.early_exit.head_bounds import HeadBounds as HeadBounds
 from .ops.early_exit.head_bounds import bound_head as bound_head
 from .ops.early_exit.quantized_head import QuantizedHead as QuantizedHead
 from .ops.early_exit.quantized_head import quantize_head as quantize_head
+from .ops.kv.gather_layer_kv import gather_layer_kv as gather_layer_kv
+from .ops.kv.kv_append import kv_append as kv_append
+from .ops.kv.kv_commit import kv_commit as kv_commit
 from .ops.kv.kv_propagate import kv_propagate as kv_propagate
 from .ops.linear.gguf_weight import GgufWeight as GgufWeight
 from .ops.linear.linear import linear as linear
 from .ops.linear.quantized_weight import QuantizedWeight as QuantizedWeight
 from .ops.linear.quantized_weight import quantize_linear as quantize_linear
 from .ops.linear.rms_norm import rms_norm as rms_norm
+from .rope import Rope as Rope
 from .status import AcceptStatus as AcceptStatus
 from .status import ExitStatus as ExitStatus
 from .status import TopologyStatus as TopologyStatus

@@ -17,6 +17,8 @@ from . import (
     early_exit,
     exit_confidence,
     exit_mlp,
+    gather_layer_kv,
+    kv_commit,
     kv_propagate,
     merge_states,
     quantize_head,
@@ -206,6 +208,26 @@ def check_exit_mlp(backend: str, device: str) -> float:
     return largest_difference(got[0], want[0])
 
 
+def check_gather_layer_kv(backend: str, device: str) -> float:
+    """The largest difference over two layers, with a slot that does not exist."""
+    k, v = random_like(device, (2, 1, 6, 2, 16), (2, 1, 6, 2, 8))
+    slots = torch.tensor([5, -1, 0], dtype=torch.int32, device=device)
+    got, want = (gather_layer_kv(k.float(), v.float(), slots, backend=name) for name in (backend, "torch"))
+    return largest_difference(got, want)
+
+
+def check_kv_commit(backend: str, device: str) -> float:
+    """The largest difference over two layers, with a path that has a gap."""
+    nodes = torch.tensor([[0, 2, 3, -1]], dtype=torch.int32, device=device)
+
+    def run(name: str) -> torch.Tensor:
+        caches = torch.stack(random_like(device, (2, 1, 9, 2, 16), (2, 1, 9, 2, 16))).float()
+        kv_commit(*caches, nodes, 4, backend=name)
+        return caches
+
+    return largest_difference(run(backend), run("torch"))
+
+
 def check_kv_propagate(backend: str, device: str) -> float:
     """The largest error over two layers, with a row that is padding."""
     hidden, norm, keys, values = random_like(device, (3, 64), (64,), (32, 64), (32, 64))
@@ -248,6 +270,8 @@ CHECKS: dict[str, Callable[[str, str], float]] = {
     "build_topology": check_build_topology,
     "exit_confidence": check_exit_confidence,
     "exit_mlp": check_exit_mlp,
+    "gather_layer_kv": check_gather_layer_kv,
+    "kv_commit": check_kv_commit,
     "kv_propagate": check_kv_propagate,
     "merge_states": check_merge_states,
     "sample": check_sample,

@@ -31,6 +31,8 @@ from .ops.early_exit.early_exit import Exit
 from .ops.early_exit.early_exit import early_exit as _early_exit
 from .ops.early_exit.exit_confidence import Confidence
 from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
+from .ops.kv import gather_layer_kv as _gather_layer_kv
+from .ops.kv import kv_commit as _kv_commit
 from .ops.kv import kv_propagate as _kv_propagate
 
 _RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confidence, Exit)
@@ -138,4 +140,6 @@ bound_head = _shared(head_bounds.bound_head)
 exit_mlp = _shared(_exit_mlp.exit_mlp)
 exit_features = _shared(_exit_mlp.exit_features)
 entropy_stop = _shared(_exit_mlp.entropy_stop)
+gather_layer_kv = _shared(_gather_layer_kv.gather_layer_kv)
+kv_commit = _shared(_kv_commit.kv_commit, writes=("k_caches", "v_caches"))
 kv_propagate = _shared(_kv_propagate.kv_propagate, writes=("k_caches", "v_caches"))

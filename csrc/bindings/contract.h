@@ -27,14 +27,15 @@ namespace specdec {
 namespace py = pybind11;
 
 // What C++ knows of a dtype's name. The first three are those of DType, the first four those of HeadType.
-enum class Element { kFloat32, kBFloat16, kFloat16, kInt8, kFloat8, kOther };
+enum class Element { kFloat32, kBFloat16, kFloat16, kInt8, kFloat8, kFloat8E5m2, kOther };
 
 inline Element element_named(std::string_view name) {
   constexpr std::pair<std::string_view, Element> kNames[] = {{"float32", Element::kFloat32},
                                                              {"bfloat16", Element::kBFloat16},
                                                              {"float16", Element::kFloat16},
                                                              {"int8", Element::kInt8},
-                                                             {"float8_e4m3fn", Element::kFloat8}};
+                                                             {"float8_e4m3fn", Element::kFloat8},
+                                                             {"float8_e5m2", Element::kFloat8E5m2}};
   for (const auto& [known, element] : kNames) {
     if (name == known) return element;
   }
@@ -59,7 +60,8 @@ PyObject* interned() {
   return name;
 }
 
-inline constexpr char kDataPtr[] = "data_ptr", kShape[] = "shape", kStride[] = "stride", kDtype[] = "dtype";
+inline constexpr char kDataPtr[] = "data_ptr", kShape[] = "shape", kStride[] = "stride", kDtype[] = "dtype",
+                      kItemSize[] = "itemsize";
 
 // A tensor of a call, or None. It asks Python for each thing when that is first needed.
 class Tensor {
@@ -96,6 +98,12 @@ class Tensor {
     const auto dtype = py::reinterpret_steal<py::object>(PyObject_GetAttr(object_, interned<kDtype>()));
     if (!dtype) throw py::error_already_set();
     return element_of(dtype.ptr());
+  }
+  // Bytes of an element, whatever its dtype.
+  int64_t item_bytes() const {
+    const auto size = py::reinterpret_steal<py::object>(PyObject_GetAttr(object_, interned<kItemSize>()));
+    if (!size) throw py::error_already_set();
+    return PyLong_AsLongLong(size.ptr());
   }
   DType dtype() const { return coded<DType>(Element::kFloat16); }
   HeadType head_type() const { return coded<HeadType>(Element::kInt8); }

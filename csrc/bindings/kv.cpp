@@ -1,4 +1,4 @@
-// kv_propagate of specdec_ops._C.
+// The KV ops of specdec_ops._C.
 #include "struct_fields/kv.h"
 #include "bindings/bind.h"
 #include "kv/cpu/entry_points.h"
@@ -8,6 +8,52 @@
 #endif
 
 namespace specdec {
+
+static CacheCode cache_code(Tensor cache) {
+  switch (cache.element()) {
+    case Element::kFloat8:
+      return CacheCode::kFloat8E4m3;
+    case Element::kFloat8E5m2:
+      return CacheCode::kFloat8E5m2;
+    case Element::kInt8:
+      return CacheCode::kInt8;
+    default:
+      return CacheCode::kPlain;
+  }
+}
+
+static void derive(KvAppendParams& p, Call& call) {
+  Tensor k = call.tensor("k"), v = call.tensor("v"), q = call.tensor("q"), out = call.tensor("q_out");
+  Tensor k_cache = call.tensor("k_cache"), v_cache = call.tensor("v_cache"), page_table = call.tensor("page_table");
+  Tensor depths = call.tensor("depths"), offsets = call.tensor("offsets"), cosines = call.tensor("cosines");
+  const bool packed = k.dims() == 3, paged = bool(page_table);
+  p.packed = packed;
+  p.k_stride_batch = packed ? 0 : k.stride(0), p.k_stride_row = k.stride(-3), p.k_stride_head = k.stride(-2);
+  p.v_stride_batch = packed ? 0 : v.stride(0), p.v_stride_row = v.stride(-3), p.v_stride_head = v.stride(-2);
+  p.q_stride_batch = q && !packed ? q.stride(0) : 0;
+  p.q_stride_row = q ? q.stride(-3) : 0, p.q_stride_head = q ? q.stride(-2) : 0;
+  p.out_stride_batch = out && !packed ? out.stride(0) : 0;
+  p.out_stride_row = out ? out.stride(-3) : 0, p.out_stride_head = out ? out.stride(-2) : 0;
+  p.k_cache_stride_batch = k_cache.stride(0), p.k_cache_stride_slot = k_cache.stride(1);
+  p.k_cache_stride_head = k_cache.stride(2);
+  p.v_cache_stride_batch = v_cache.stride(0), p.v_cache_stride_slot = v_cache.stride(1);
+  p.v_cache_stride_head = v_cache.stride(2);
+  p.rows = packed ? k.size(0) : k.size(0) * k.size(1);
+  p.queries = int32_t(k.size(-3));
+  p.heads = q ? int32_t(q.size(-2)) : 0, p.kv_heads = int32_t(k.size(-2));
+  p.k_dim = int32_t(k.size(-1)), p.v_dim = int32_t(v.size(-1));
+  p.batch = int32_t(offsets ? offsets.size(0) - 1 : paged ? page_table.size(0) : k_cache.size(0));
+  p.slots_each = paged ? page_table.size(1) * k_cache.size(1) : k_cache.size(1);
+  p.pages = paged ? int32_t(k_cache.size(0)) : 0;
+  p.page_size = paged ? k_cache.size(1) : 0;
+  p.topology_batch = depths ? int32_t(depths.size(0)) : 1;
+  p.nodes = depths ? int32_t(depths.size(1)) : 0;
+  p.table_positions = cosines ? cosines.size(0) : 0;
+  p.pairs = cosines ? int32_t(cosines.size(1)) : 0;
+  p.dtype = k.dtype();
+  p.q_norm_dtype = call.tensor("q_norm_weight").dtype(), p.k_norm_dtype = call.tensor("k_norm_weight").dtype();
+  p.code = cache_code(k_cache);
+}
 
 static KvLayer layer_of(Tensor norm_weight, Tensor k_weight, Tensor v_weight, Tensor k_cache, Tensor v_cache) {
   KvLayer l{};
@@ -47,9 +93,79 @@ static void derive(KvPropagateParams& p, Call& call) {
   p.page_size = paged ? cache.size(1) : 0;
 }
 
+// K or V of a call's layers: a list of [first, page_size, kv_heads, dim], or one tensor of all layers.
+class CacheList {
+ public:
+  explicit CacheList(const List& list) : list_(list), stacked_(Tensor(list[0])), is_stacked_(stacked_.dims() == 5) {}
+
+  int layers() { return is_stacked_ ? int(stacked_.size(0)) : list_.size(); }
+
+  // Writes a layer's address, strides and sizes.
+  void describe(int layer, KvCacheLayer& l, bool is_v) {
+    Tensor own(list_[is_stacked_ ? 0 : layer]);
+    Tensor& cache = is_stacked_ ? stacked_ : own;
+    const int axis = is_stacked_ ? 1 : 0;
+    const int64_t item = cache.item_bytes(), offset = is_stacked_ ? layer * cache.stride(0) * item : 0;
+    char* const address = static_cast<char*>(cache.address());
+    (is_v ? l.v_cache : l.k_cache) = address == nullptr ? nullptr : address + offset;
+    (is_v ? l.v_stride_first : l.k_stride_first) = cache.stride(axis) * item;
+    (is_v ? l.v_stride_slot : l.k_stride_slot) = cache.stride(axis + 1) * item;
+    (is_v ? l.v_stride_head : l.k_stride_head) = cache.stride(axis + 2) * item;
+    (is_v ? l.v_bytes : l.k_bytes) = int32_t(cache.size(axis + 3) * item);
+    l.first = int32_t(cache.size(axis)), l.page_size = int32_t(cache.size(axis + 1));
+    l.kv_heads = int32_t(cache.size(axis + 2));
+  }
+
+ private:
+  List list_;
+  Tensor stacked_;
+  bool is_stacked_;
+};
+
+// Fills `layers`, zeros behind the last one, and returns how many there are.
+static int32_t describe_layers(KvCacheLayer (&layers)[kMaxKvLayers], Call& call) {
+  CacheList keys(call.list("k_caches")), values(call.list("v_caches"));
+  const List tables = call.list("page_tables"), table_of = call.list("table_of");
+  const int count = keys.layers();
+  if (count < 1 || count > kMaxKvLayers) throw py::value_error("a call of a KV op has 1 to 32 layers");
+  for (int i = 0; i < kMaxKvLayers; ++i) {
+    KvCacheLayer& l = layers[i] = KvCacheLayer{};
+    if (i >= count) continue;
+    keys.describe(i, l, false);
+    values.describe(i, l, true);
+    const int index = number_of<int32_t>(table_of[i]);
+    Tensor table(index < 0 ? Py_None : tables[index]);
+    l.page_table = static_cast<const int32_t*>(table.address());
+    l.max_pages = table ? int32_t(table.size(1)) : -1;
+  }
+  return count;
+}
+
+static void derive(KvCommitParams& p, Call& call) {
+  Tensor nodes = call.tensor("nodes"), copies = call.tensor("copies");
+  p.count = describe_layers(p.layers, call);
+  p.batch = int32_t(nodes.size(0)), p.steps = int32_t(nodes.size(1));
+  p.copy_count = copies ? int32_t(copies.size(0)) : 0;
+}
+
+static void derive(GatherLayerKvParams& p, Call& call) {
+  Tensor slots = call.tensor("slots"), out = call.tensor("out");
+  const List tables = call.list("page_tables");
+  p.count = describe_layers(p.layers, call);
+  p.rows = int32_t(slots.size(0));
+  p.batch = tables.size() > 0 ? int32_t(Tensor(tables[0]).size(0)) : p.layers[0].first;
+  p.out_stride_row = out.stride(0) * out.item_bytes();
+}
+
 void bind_kv(py::module_& m) {
+  bind_op(m, "gather_layer_kv", gather_layer_kv_cpu);
+  bind_op(m, "kv_append", kv_append_cpu);
+  bind_op(m, "kv_commit", kv_commit_cpu);
   bind_op(m, "kv_propagate", kv_propagate_cpu);
 #ifdef SPECDEC_WITH_CUDA
+  bind_cuda<GatherLayerKvParams, GatherLayerKvParams>(m, "gather_layer_kv", nullptr, gather_layer_kv_cuda);
+  bind_cuda<KvAppendParams, KvAppendParams>(m, "kv_append", nullptr, kv_append_cuda);
+  bind_cuda<KvCommitParams, KvCommitParams>(m, "kv_commit", nullptr, kv_commit_cuda);
   bind_cuda<KvPropagateParams, KvPropagateParams>(m, "kv_propagate", nullptr, kv_propagate_cuda);
 #endif
 }

@@ -43,6 +43,18 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.early_exit.exit_mlp:exit_mlp",
         "torch": "specdec_ops.ops.early_exit.reference_exit_mlp:exit_mlp",
     },
+    "gather_layer_kv": {
+        "triton": "specdec_ops.triton_kernels.kv.gather_layer_kv:gather_layer_kv",
+        "torch": "specdec_ops.ops.kv.reference_gather_layer_kv:gather_layer_kv",
+    },
+    "kv_append": {
+        "triton": "specdec_ops.triton_kernels.kv.kv_append:kv_append",
+        "torch": "specdec_ops.ops.kv.reference_kv_append:kv_append",
+    },
+    "kv_commit": {
+        "triton": "specdec_ops.triton_kernels.kv.kv_commit:kv_commit",
+        "torch": "specdec_ops.ops.kv.reference_kv_commit:kv_commit",
+    },
     "kv_propagate": {
         "triton": "specdec_ops.triton_kernels.kv.kv_propagate:kv_propagate",
         "torch": "specdec_ops.ops.kv.reference_kv_propagate:kv_propagate",
@@ -79,9 +91,10 @@ PUBLIC_OPS = {
     **dict.fromkeys(("typical_accept", "longest_path_accept"), "accept"),
     **dict.fromkeys(("sample_tokens", "sample_children"), "sample"),
     "early_exit": "exit_confidence",
-    **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp", "kv_propagate")},
-    **{name: name for name in ("linear", "rms_norm")},
+    **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp")},
+    **{name: name for name in ("kv_append", "kv_propagate", "linear", "rms_norm")},
     **{name: name for name in ("merge_states", "tree_attention")},
+    **{name: name for name in ("gather_layer_kv", "kv_commit")},
 }
 
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
@@ -89,6 +102,7 @@ _MAX_KERNEL_DIM = 256
 _MAX_FLOAT8_DIM = 128
 _MAX_CUDA_VOCAB = {"accept": 393216, "sample": 2**20}  # as in csrc/acceptance/cuda/launchers.h
 _SIZED = ("tree_attention", *_MAX_CUDA_VOCAB)  # ops whose last dimension decides, too
+_NO_FLOATS = ("build_topology", "gather_layer_kv", "kv_commit")  # ops that compute none: any dtype will do
 _resolved: dict[tuple, Callable] = {}
 _choice_of_environment: list[str] = []  # what the variable names, once it was read
 
@@ -211,7 +225,7 @@ def _known_op(op: str) -> None:
 def _refusal(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str | None:
     """Why this backend can't run the op on this very tensor, or None."""
     reason = _unavailable(op, backend, tensor.device)
-    if reason is None and backend != "torch" and op != "build_topology":
+    if reason is None and backend != "torch" and op not in _NO_FLOATS:
         ids = op == "accept" and tensor.dtype == torch.int32  # of greedy_accept
         if tensor.dtype not in KERNEL_DTYPES and not ids:
             dtype = describe_dtype(tensor.dtype)

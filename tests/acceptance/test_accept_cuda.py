@@ -13,15 +13,7 @@ from specdec_ops import chain_accept, sample_children, sample_tokens
 from specdec_ops._core import dispatch
 from tests.acceptance.accept_cases import RULES, Bands, chain, make_case, random_parents, star
 from tests.emulator import build, kernels, mutants
-from tests.emulator.checks import (
-    NO_FENCE,
-    SANITIZERS,
-    assert_order_changes_nothing,
-    assert_race,
-    assert_same,
-    assert_sanitizer_finds_nothing,
-    outputs,
-)
+from tests.emulator.checks import NO_FENCE, assert_race, assert_same, launch_tests, outputs
 
 if reason := build.why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -219,17 +211,7 @@ LAUNCHES = {
     "children": lambda: children_launch(temperature=torch.tensor([0.002, 1.0])),
     "cut children": lambda: children_launch(top_p=0.9),
 }
-
-
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_sanitizers_find_nothing(case, sanitizer):
-    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
-
-
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_every_order_gives_the_same(case):
-    assert_order_changes_nothing(LAUNCHES[case](), 3)
+test_sanitizers_find_nothing, test_every_order_gives_the_same = launch_tests(LAUNCHES, seeds=3)
 
 
 # What a line of the kernels is for: (file, the line, what becomes of it). ThreadSanitizer finds each.

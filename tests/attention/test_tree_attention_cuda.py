@@ -11,14 +11,7 @@ from tests.attention.attention_cases import chain, expected, make_case
 from tests.attention.attention_cases import random_tree as random_parents
 from tests.attention.test_merge_states import DTYPES, states
 from tests.emulator import build, kernels
-from tests.emulator.checks import (
-    RACE,
-    SANITIZERS,
-    assert_order_changes_nothing,
-    assert_same,
-    assert_sanitizer_finds_nothing,
-    outputs,
-)
+from tests.emulator.checks import RACE, assert_same, launch_tests, outputs
 from tests.harness.close import assert_as_good_as_torch
 from tests.harness.trees import random_tree
 from tests.topology.test_build_topology import MALFORMED, lengths, padded
@@ -92,17 +85,7 @@ LAUNCHES = {
     "in place": lambda: merge_in_place_launch(torch.bfloat16),
     "several blocks": lambda: merge_launch(50, 256, dtype=torch.bfloat16),
 }
-
-
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_sanitizers_find_nothing(case, sanitizer):
-    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
-
-
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_every_order_gives_the_same(case):
-    assert_order_changes_nothing(LAUNCHES[case](), 6)
+test_sanitizers_find_nothing, test_every_order_gives_the_same = launch_tests(LAUNCHES, seeds=6)
 
 
 def test_a_sanitizer_finds_an_output_that_is_too_small():

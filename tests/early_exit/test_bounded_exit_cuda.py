@@ -8,15 +8,7 @@ from tests.early_exit.exit_cases import ExitCase, make_case
 from tests.early_exit.test_exit_confidence import DTYPES, FIGURES
 from tests.early_exit.test_exit_confidence_cuda import BF16, DECISION, FLOAT, HALF, launch_of, outputs_of, whole
 from tests.emulator import build, kernels
-from tests.emulator.checks import (
-    NO_FENCE,
-    SANITIZERS,
-    assert_order_changes_nothing,
-    assert_race,
-    assert_same,
-    assert_sanitizer_finds_nothing,
-    reveals,
-)
+from tests.emulator.checks import NO_FENCE, assert_race, assert_same, launch_tests, reveals
 
 if reason := build.why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -247,17 +239,7 @@ LAUNCHES = {
     "int8": lambda: bounded_launch(fading_case(12, 72, 801, BF16, True, norm=True), measure="margin", level="any"),
     "closed": lambda: bounded_launch(fading_case(3, 37, 801, HALF, norm=True), threshold=2.0),
 }
-
-
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_sanitizers_find_nothing(case, sanitizer):
-    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
-
-
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_every_order_gives_the_same(case):
-    assert_order_changes_nothing(LAUNCHES[case](), 2)
+test_sanitizers_find_nothing, test_every_order_gives_the_same = launch_tests(LAUNCHES)
 
 
 # What a line of the kernels is for: (file, the line, what becomes of it). ThreadSanitizer finds each.

@@ -13,17 +13,7 @@ from specdec_ops.ops.early_exit.contract import ExitConfidenceArguments, ExitCon
 from tests.early_exit.exit_cases import ExitCase, make_case
 from tests.early_exit.test_exit_confidence import DTYPES, FIGURES
 from tests.emulator import build, kernels
-from tests.emulator.checks import (
-    NO_FENCE,
-    SANITIZERS,
-    assert_order_changes_nothing,
-    assert_race,
-    assert_same,
-    assert_sanitizer_finds_nothing,
-    outputs,
-    poison,
-    reveals,
-)
+from tests.emulator.checks import NO_FENCE, assert_race, assert_same, launch_tests, outputs, poison, reveals
 
 if reason := build.why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -269,17 +259,7 @@ LAUNCHES = {
     "int8 of f32": lambda: launch_of(int8_case(3, 130, 530, FLOAT)),
     "unaligned": lambda: launch_of(make_case(3, 37, 260, HALF, norm=True), decides=False),
 }
-
-
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_sanitizers_find_nothing(case, sanitizer):
-    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
-
-
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_every_order_gives_the_same(case):
-    assert_order_changes_nothing(LAUNCHES[case](), 2)
+test_sanitizers_find_nothing, test_every_order_gives_the_same = launch_tests(LAUNCHES)
 
 
 # What a line of the kernels is for: (file, the line, what becomes of it). ThreadSanitizer finds each.

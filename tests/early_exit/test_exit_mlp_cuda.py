@@ -12,13 +12,7 @@ import torch
 from specdec_ops import exit_mlp, kv_propagate
 from specdec_ops._core import dispatch
 from tests.emulator import build, kernels
-from tests.emulator.checks import (
-    NO_FENCE,
-    SANITIZERS,
-    assert_order_changes_nothing,
-    assert_race,
-    assert_sanitizer_finds_nothing,
-)
+from tests.emulator.checks import NO_FENCE, assert_race, launch_tests
 from tests.harness.close import assert_as_good_as_torch
 
 if reason := build.why_not():
@@ -283,17 +277,7 @@ LAUNCHES = {
     "kv float32": lambda: kv_launch(kv_call(5, 2, 2, 8, 140, torch.float32), caches(2, torch.float32, 1, 7, 2, 8)),
     "kv paged": lambda: paged_launch(torch.bfloat16),
 }
-
-
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_sanitizers_find_nothing(case, sanitizer):
-    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
-
-
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_every_order_gives_the_same(case):
-    assert_order_changes_nothing(LAUNCHES[case](), 2)
+test_sanitizers_find_nothing, test_every_order_gives_the_same = launch_tests(LAUNCHES)
 
 
 # What a line of the kernels is for: (the launch, the file, the line, what becomes of it). ThreadSanitizer finds each.

@@ -51,6 +51,24 @@ def assert_order_changes_nothing(launch, seeds):
         assert_same(outputs(again), expected)
 
 
+def launch_tests(launches, seeds=2):
+    """The two tests that a module's launches must pass, {name: what makes one}. A module joins by this line:
+
+    test_sanitizers_find_nothing, test_every_order_gives_the_same = launch_tests(LAUNCHES)
+    """
+
+    @pytest.mark.parametrize("sanitizer", SANITIZERS)
+    @pytest.mark.parametrize("case", launches)
+    def test_sanitizers_find_nothing(case, sanitizer):
+        assert_sanitizer_finds_nothing(launches[case](), sanitizer)
+
+    @pytest.mark.parametrize("case", launches)
+    def test_every_order_gives_the_same(case):
+        assert_order_changes_nothing(launches[case](), seeds)
+
+    return test_sanitizers_find_nothing, test_every_order_gives_the_same
+
+
 def poison(launch):
     for name in outputs(launch):
         tensor = launch.tensors[name]

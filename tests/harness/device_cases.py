@@ -20,7 +20,9 @@ from specdec_ops import (
     chain_accept,
     early_exit,
     exit_mlp,
+    gather_layer_kv,
     greedy_accept,
+    kv_commit,
     kv_propagate,
     merge_states,
     sample_children,
@@ -303,6 +305,36 @@ def call_propagation(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     return [caches]
 
 
+def make_layers(seed: int) -> Tensors:
+    """Three layers of pages in another order for every seed, paths of three requests, a copy, and slots to gather."""
+    generator, layers = generator_of(seed), 3
+    pages = torch.randperm(BATCH * 2 + 2, generator=generator).int()
+    paths = torch.stack([torch.randperm(9, generator=generator)[:5].sort().values for _ in range(BATCH)]).int()
+    rows = 40
+    return {
+        "caches": torch.randn(2, layers, BATCH * 2 + 2, PAGE, KV_HEADS, DIM, generator=generator).bfloat16(),
+        "nodes": torch.where(torch.arange(5) < 2 + torch.arange(BATCH)[:, None], paths, -1),
+        "context_lens": torch.randint(0, PAGE, (BATCH,), generator=generator).int(),
+        "page_table": pages[: BATCH * 2].view(BATCH, 2),
+        "copies": torch.stack([pages[1], pages[-1]])[None],
+        "slots": torch.randint(-1, 2 * PAGE + 1, (rows,), generator=generator).int(),
+        "requests": torch.randint(0, BATCH, (rows,), generator=generator).int(),
+    }
+
+
+def call_commit(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    """In copies of the caches, of which all is the result."""
+    caches = tensors["caches"].clone()
+    options = {"page_table": tensors["page_table"], "copies": tensors["copies"]}
+    kv_commit(*map(list, caches), tensors["nodes"], tensors["context_lens"], **options, backend=backend)
+    return [caches]
+
+
+def call_gather(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    options = {name: tensors[name] for name in ("requests", "page_table")}
+    return [gather_layer_kv(*tensors["caches"], tensors["slots"], **options, backend=backend)]
+
+
 PRECISE_LOGITS = ("target", "draft")
 PRECISE_PROPAGATION = ("hidden", "norms", "weights", "cosines", "sines")
 CASES = {
@@ -322,6 +354,8 @@ CASES = {
         "int8": DeviceCase(make_int8_exits, call_exits, INT8_EXITS),
     },
     "exit_mlp": {"": DeviceCase(make_mlp, call_mlp, ("features", "weight0", "weight1", "weight2"))},
+    "gather_layer_kv": {"": DeviceCase(make_layers, call_gather)},
+    "kv_commit": {"": DeviceCase(make_layers, call_commit)},
     "kv_propagate": {"": DeviceCase(make_propagation, call_propagation, PRECISE_PROPAGATION)},
     "screened_exit": {"": DeviceCase(make_screened_exits, call_screened_exits, EXITS)},
     "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},

@@ -23,6 +23,8 @@ from specdec_ops import (
     dlpack,
     early_exit,
     exit_confidence,
+    gather_layer_kv,
+    kv_commit,
     kv_propagate,
     quantize_head,
     tree_attention,
@@ -138,6 +140,10 @@ def _exits() -> dict[str, Call]:
     caches = [torch.zeros(BATCH * 4, 4, 2, 64) for _ in range(2)]
     propagate |= {"k_caches": caches, "v_caches": caches, "rope": 10_000.0, "requests": int32(0, 1, 0, 1, 1, 0)}
     propagate |= {"page_table": torch.arange(8, dtype=torch.int32).view(BATCH, 4)}
+    stored = {name: random(2, BATCH * 4, 4, 2, 8, seed=seed) for seed, name in enumerate(("k_caches", "v_caches"))}
+    commit = {**stored, "nodes": int32([0, 2, 3], [1, 2, -1]), "context_lens": int32(5, 7)}
+    commit |= {"page_table": propagate["page_table"], "copies": int32([1, 3], [-1, 0])}
+    gather = {**stored, "slots": int32(3, 15, -1), "requests": int32(0, 1, 0), "page_table": propagate["page_table"]}
     return {
         "exit_confidence": Call(exit_confidence, "exit_confidence", arguments),
         "exit_confidence int8": Call(exit_confidence, "exit_confidence", {**arguments, "head": quantised}),
@@ -147,8 +153,18 @@ def _exits() -> dict[str, Call]:
         ),
         "early_exit bounds": Call(early_exit, "bounded_exit", {**arguments, "threshold": 0.2, "bounds": bounds}),
         "exit_mlp": Call(specdec_ops.exit_mlp, "exit_mlp", {"features": hidden, "layers": layers}),
+        "gather_layer_kv": Call(gather_layer_kv, "gather_layer_kv", gather),
+        "kv_commit": Call(_committed, "kv_commit", commit),
         "kv_propagate": Call(_propagated, "kv_propagate", propagate),
     }
+
+
+def _committed(k_caches, v_caches, *arguments, **options):
+    """kv_commit in copies of the caches."""
+    both = k_caches, v_caches
+    copies = [caches.clone() if isinstance(caches, torch.Tensor) else copy.deepcopy(caches) for caches in both]
+    kv_commit(*copies, *arguments, **options)
+    return copies
 
 
 def _propagated(hidden, layers, positions, slots, k_caches, v_caches, **options):

@@ -264,7 +264,7 @@ def swapped(layer, part, value):
         ),
         ({"rope": -1.0}, "rope must be a finite base above 0, got -1.0"),
         ({"rope": (torch.ones(4, 9), torch.ones(4, 9))}, r"rope\[0\] must be two tables .* of at most 8 pairs"),
-        ({"rope": "yes"}, r"rope must be \(cos, sin\), a number or None, got 'yes'"),
+        ({"rope": "yes"}, r"rope must be a Rope, \(cos, sin\), a number or None, got 'yes'"),
         ({"norm_eps": -1}, "norm_eps must be a finite number of at least 0, got -1"),
         ({"norm_eps": float("nan")}, "norm_eps must be a finite number of at least 0, got nan"),
         ({"page_table": torch.zeros(1, 2)}, r"page_table must be int32 or int64 \[batch, max_pages\], got float32"),

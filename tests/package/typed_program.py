@@ -38,7 +38,9 @@ from specdec_ops import (
     exit_confidence,
     exit_features,
     exit_mlp,
+    gather_layer_kv,
     greedy_accept,
+    kv_commit,
     kv_propagate,
     longest_path_accept,
     match_accept,
@@ -143,6 +145,8 @@ def caches() -> LayerCache:
     caches = [torch.zeros(1, 16, 2, DIM)]
     positions = torch.arange(3)
     kv_propagate(torch.randn(3, DIM), [(None, weights, weights)], positions, positions, caches, caches, rope=10_000.0)
+    kv_commit(caches, caches, positions[None], 0)
+    assert_type(gather_layer_kv(caches, caches, positions), torch.Tensor)
     cache.crop([2])
     return cache
 

@@ -106,6 +106,7 @@ def accept_kernel(
         if (RULE == TRAVERSAL) | (RULE == TYPICAL) | (RULE == LONGEST):
             fill(state, columns * NODE_WORDS, UNCLAIMED, BLOCK)
 
+    tokens_out, nodes_out, num_accepted, next_tokens, status, finished = outputs
     request = Request(
         index,
         Model(logits, node_stride, size, sampling, None),
@@ -118,7 +119,7 @@ def accept_kernel(
         state,
         excluded,
         thresholds,
-        Outputs(outputs[0], outputs[1], outputs[2], outputs[3], outputs[4], outputs[5], width),
+        Outputs(tokens_out, nodes_out, num_accepted, next_tokens, status, finished, width),
     )
     if RULE == TRAVERSAL:
         accept_traversal(request, bits, REPLACEMENT, CHILD_ROWS, FILTER, DRAFT_FILTER, BLOCK)

@@ -17,6 +17,7 @@ import torch
 import triton
 import triton.language as tl
 from specdec_ops.triton_kernels.common.launch import on
+from specdec_ops.triton_kernels.kv.places import places
 from specdec_ops.triton_kernels.linear.products import narrowed, product, widened
 
 _VOLATILE = [
@@ -24,22 +25,6 @@ _VOLATILE = [
     "k_page_stride", "k_slot_stride", "k_head_stride", "v_page_stride", "v_slot_stride", "v_head_stride", "norm_eps",
     "angles_stride",
 ]  # fmt: skip
-
-
-@triton.jit
-def _places(n, rows, requests, slots, page_table, pages, page_size, batch, capacity, page_table_stride):
-    """Which rows have a place in the cache, its page (or request) and the slot inside."""
-    slot = tl.load(slots + n, mask=n < rows, other=-1)
-    request = tl.zeros_like(slot)
-    if requests is not None:
-        request = tl.load(requests + n, mask=n < rows, other=-1)
-    stored = (slot >= 0) & (slot < capacity) & (request >= 0) & (request < batch)
-    if page_table is not None:
-        at = page_table + request.to(tl.int64) * page_table_stride + slot // page_size
-        page = tl.load(at, mask=stored, other=-1)
-        return stored & (page >= 0) & (page < pages), page.to(tl.int64), (slot % page_size).to(tl.int64)
-    else:
-        return stored, request.to(tl.int64), slot.to(tl.int64)
 
 
 @triton.jit
@@ -119,7 +104,7 @@ def kv_propagate_kernel(
         before = firsts
         firsts = before * cosine - seconds * sine
         seconds = seconds * cosine + before * sine
-    stored, page, slot = _places(
+    stored, page, slot = places(
         n, rows, requests, slots, page_table, pages, page_size, batch, capacity, page_table_stride
     )
     cache_at = (cache + page * page_stride + slot * slot_stride + head * head_stride)[:, None]

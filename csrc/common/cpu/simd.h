@@ -60,6 +60,9 @@ static SPECDEC_INLINE Vec maximum(Vec a, Vec b) { return _mm512_max_ps(a, b); }
 static SPECDEC_INLINE bool any_above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
 static SPECDEC_INLINE bool any_nan(Vec v) { return _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q) != 0; }
 
+// Lane 2i of the result is lane 2i + 1, and the other way round.
+static SPECDEC_INLINE Vec swap_neighbours(Vec v) { return _mm512_permute_ps(v, 0xb1); }
+
 // Lanes of v where a < b, -inf elsewhere.
 static SPECDEC_INLINE Vec keep_where_less(Vec v, Vec a, Vec b) {
   return _mm512_mask_blend_ps(_mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), splat(-__builtin_inff()), v);
@@ -164,6 +167,7 @@ static SPECDEC_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b
 static SPECDEC_INLINE Vec maximum(Vec a, Vec b) { return _mm256_max_ps(a, b); }
 static SPECDEC_INLINE bool any_above(Vec a, Vec b) { return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0; }
 static SPECDEC_INLINE bool any_nan(Vec v) { return _mm256_movemask_ps(_mm256_cmp_ps(v, v, _CMP_UNORD_Q)) != 0; }
+static SPECDEC_INLINE Vec swap_neighbours(Vec v) { return _mm256_permute_ps(v, 0xb1); }
 
 static SPECDEC_INLINE Vec keep_where_less(Vec v, Vec a, Vec b) {
   return _mm256_blendv_ps(splat(-__builtin_inff()), v, _mm256_cmp_ps(a, b, _CMP_LT_OQ));
@@ -271,6 +275,7 @@ static SPECDEC_INLINE bool any_nan(Vec v) {
   for (int i = 0; i < kWidth; i++) any |= nan[i];
   return any != 0;
 }
+static SPECDEC_INLINE Vec swap_neighbours(Vec v) { return Vec{v[1], v[0], v[3], v[2], v[5], v[4], v[7], v[6]}; }
 static SPECDEC_INLINE Vec keep_where_less(Vec v, Vec a, Vec b) { return a < b ? v : splat(-__builtin_inff()); }
 static SPECDEC_INLINE Vec keep_where_bit(Vec v, const uint64_t* words, int bit) {
   VecInt set;

@@ -4,6 +4,9 @@ Each returns what the implementations take: contiguous int32 tensors, and for an
 number with None, or the number's neutral value with a tensor.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
 
 from specdec_ops._core.checks import (
@@ -133,9 +136,9 @@ def check_vocab_map(op: str, value, device) -> None:
 def check_law(op: str, temperature, top_k, top_p, batch: int, device) -> tuple:
     """(temperature, temperatures, top_k, top_ks, top_p, top_ps)."""
     return (
-        *_temperature(op, "temperature", temperature, batch, device),
-        *_top_k(op, "top_k", top_k, batch, device),
-        *_top_p(op, "top_p", top_p, batch, device),
+        *_number_or_tensor(_TEMPERATURE, op, "temperature", temperature, batch, device),
+        *_number_or_tensor(_TOP_K, op, "top_k", top_k, batch, device),
+        *_number_or_tensor(_TOP_P, op, "top_p", top_p, batch, device),
     )
 
 
@@ -145,11 +148,11 @@ def check_draft_law(op: str, temperature, top_k, top_p, batch: int, device, targ
         return target_law
     temperatures, top_ks, top_ps = target_law[0:2], target_law[2:4], target_law[4:6]
     if temperature is not None:
-        temperatures = _temperature(op, "draft_temperature", temperature, batch, device)
+        temperatures = _number_or_tensor(_TEMPERATURE, op, "draft_temperature", temperature, batch, device)
     if top_k is not None:
-        top_ks = _top_k(op, "draft_top_k", top_k, batch, device)
+        top_ks = _number_or_tensor(_TOP_K, op, "draft_top_k", top_k, batch, device)
     if top_p is not None:
-        top_ps = _top_p(op, "draft_top_p", top_p, batch, device)
+        top_ps = _number_or_tensor(_TOP_P, op, "draft_top_p", top_p, batch, device)
     return (*temperatures, *top_ks, *top_ps)
 
 
@@ -240,31 +243,32 @@ def check_written(op: str, name: str, value, shape: tuple, device, dtype: torch.
         raise ValueError(strides_error(op, name, "contiguous", value))
 
 
-def _temperature(op: str, name: str, value, batch: int, device) -> tuple:
+class _Option(NamedTuple):
+    """An option that is one number for all requests, or a tensor with one for each."""
+
+    dtype: torch.dtype
+    neutral: float  # which stands in the number's place where there is a tensor
+    is_one: Callable[[object], bool]
+    kinds: str
+    greatest: float
+    numbers: str
+
+
+_TEMPERATURE = _Option(
+    torch.float32, 1.0, is_number, "a number or float32 [batch]", FLOAT_MAX, "a finite number of at least 0"
+)
+_TOP_K = _Option(
+    torch.int32, 0, is_int, "an int, or int32 or int64 [batch]", INT32_MAX, "an int from 0 (off) to 2**31 - 1"
+)
+_TOP_P = _Option(torch.float32, 1.0, is_number, "a number or float32 [batch]", 1, "a number from 0 to 1 (off)")
+
+
+def _number_or_tensor(option: _Option, op: str, name: str, value, batch: int, device) -> tuple:
+    """(the number, the tensor or None)."""
     if isinstance(value, torch.Tensor):
-        return 1.0, check_per_request(op, name, value, torch.float32, batch, device)
-    if not is_number(value):
-        raise TypeError(argument_error(op, name, "a number or float32 [batch]", value))
-    if not 0 <= value <= FLOAT_MAX:
-        raise ValueError(argument_error(op, name, "a finite number of at least 0", value))
-    return value, None
-
-
-def _top_k(op: str, name: str, value, batch: int, device) -> tuple:
-    if isinstance(value, torch.Tensor):
-        return 0, check_per_request(op, name, value, torch.int32, batch, device)
-    if not is_int(value):
-        raise TypeError(argument_error(op, name, "an int, or int32 or int64 [batch]", value))
-    if not 0 <= value <= INT32_MAX:
-        raise ValueError(argument_error(op, name, "an int from 0 (off) to 2**31 - 1", value))
-    return value, None
-
-
-def _top_p(op: str, name: str, value, batch: int, device) -> tuple:
-    if isinstance(value, torch.Tensor):
-        return 1.0, check_per_request(op, name, value, torch.float32, batch, device)
-    if not is_number(value):
-        raise TypeError(argument_error(op, name, "a number or float32 [batch]", value))
-    if not 0 <= value <= 1:
-        raise ValueError(argument_error(op, name, "a number from 0 to 1 (off)", value))
+        return option.neutral, check_per_request(op, name, value, option.dtype, batch, device)
+    if not option.is_one(value):
+        raise TypeError(argument_error(op, name, option.kinds, value))
+    if not 0 <= value <= option.greatest:
+        raise ValueError(argument_error(op, name, option.numbers, value))
     return value, None

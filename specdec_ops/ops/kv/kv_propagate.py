@@ -11,15 +11,14 @@ from specdec_ops._core.checks import (
     INT32_MAX,
     KERNEL_DTYPES,
     argument_error,
-    as_int32,
-    describe_dtype,
-    device_error,
     grad_error,
     is_number,
     strides_error,
 )
+from specdec_ops.rope import Rope
 
 from . import contract
+from .checks import check_ids, check_page_table, check_tensor, is_rope, rope_tables
 
 _OP = "kv_propagate"
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
@@ -33,7 +32,7 @@ def kv_propagate(
     k_caches: Sequence[torch.Tensor],
     v_caches: Sequence[torch.Tensor],
     *,
-    rope: tuple[torch.Tensor, torch.Tensor] | float | None,
+    rope: Rope | tuple[torch.Tensor, torch.Tensor] | float | None,
     interleaved: bool = False,
     norm_eps: float = 1e-6,
     requests: torch.Tensor | None = None,
@@ -63,10 +62,10 @@ def kv_propagate(
             `[pages, page_size, kv_heads, head_dim]` with `page_table`. All of one shape. Any strides with a contiguous
             last dimension.
         v_caches: like k_caches.
-        rope: `(cos, sin)` tables, float32 (float64 with float64 rows) `[positions, pairs]`; or theta, the base, for
-            `head_dim / 2` pairs of angle `position * theta ** (-2 i / head_dim)`, in float64 (pass an engine's own
-            tables for its very angles); or None: keys are not rotated. The first `2 * pairs` elements of each head are
-            rotated (partial rotary), the rest is left.
+        rope: a `Rope`; or `(cos, sin)` tables, float32 (float64 with float64 rows) `[positions, pairs]`; or theta, the
+            base, for `head_dim / 2` pairs of angle `position * theta ** (-2 i / head_dim)`, in float64 and at any
+            position; or None: keys are not rotated. The first `2 * pairs` elements of each head are rotated (partial
+            rotary), the rest is left.
         interleaved: which elements form pair i: `2 i` and `2 i + 1` (GPT-J, Llama's original code), or, by default, `i`
             and `pairs + i` (rotate-half: Hugging Face, GPT-NeoX).
         norm_eps: added to the mean square.
@@ -80,16 +79,17 @@ def kv_propagate(
         ValueError: a wrong shape, range, device or memory layout.
         RuntimeError: the named backend is not available, or an input requires grad.
     """
-    _check_tensor("hidden", hidden, "[rows, dim]", 2, _DTYPES, hidden)
+    check_tensor(_OP, "hidden", hidden, "[rows, dim]", 2, _DTYPES, hidden)
     if hidden.stride(1) != 1 and hidden.shape[1] > 1:
         raise ValueError(strides_error(_OP, "hidden", "contiguous in its last dimension", hidden))
     rows = hidden.shape[0]
-    page_table = _check_page_table(hidden, page_table)
+    page_table = check_page_table(_OP, page_table, hidden)
     _check_caches(hidden, k_caches, v_caches, page_table)
     norms, keys, values = _layers(hidden, layers, k_caches)
-    positions, slots = _check_ids("positions", positions, rows, hidden), _check_ids("slots", slots, rows, hidden)
+    positions = check_ids(_OP, "positions", positions, (rows,), hidden)
+    slots = check_ids(_OP, "slots", slots, (rows,), hidden)
     if requests is not None:
-        requests = _check_ids("requests", requests, rows, hidden)
+        requests = check_ids(_OP, "requests", requests, (rows,), hidden)
     elif page_table is None and len(k_caches[0]) != 1:
         raise ValueError(f"specdec_ops.{_OP}: requests must be given with a batch of {len(k_caches[0])}, got None")
     if not is_number(norm_eps) or not 0 <= norm_eps <= FLOAT_MAX:
@@ -106,9 +106,9 @@ def kv_propagate(
         cosines,
         sines,
         bool(interleaved),
-        None if requests is None else requests.contiguous(),
+        requests,
         slots.contiguous(),
-        None if page_table is None else page_table.contiguous(),
+        page_table,
     )
     contract.kv_propagate(arguments, backend, contract.KvPropagateOutputs(list(k_caches), list(v_caches)))
 
@@ -127,14 +127,9 @@ def _angles(hidden, rope, positions, slots, head_dim: int):
         pairs = torch.arange(head_dim // 2, dtype=torch.float64, device=hidden.device)
         angles = positions.double()[:, None] * float(rope) ** (-2 * pairs / head_dim)
         return angles.cos().to(compute), angles.sin().to(compute), slots
-    if not isinstance(rope, tuple) or len(rope) != 2:
-        raise TypeError(argument_error(_OP, "rope", "(cos, sin), a number or None", rope))
-    cosines, sines = rope
-    for name, table in (("rope[0]", cosines), ("rope[1]", sines)):
-        _check_tensor(name, table, "[positions, pairs]", 2, (compute,), hidden)
-        if table.shape != cosines.shape or not table.shape[0] >= 1 or 2 * table.shape[1] > head_dim:
-            must = f"two tables [positions, pairs] of one shape, of at most {head_dim // 2} pairs"
-            raise ValueError(argument_error(_OP, name, must, table))
+    if not is_rope(rope):
+        raise TypeError(argument_error(_OP, "rope", "a Rope, (cos, sin), a number or None", rope))
+    cosines, sines = rope_tables(_OP, rope, head_dim, hidden)
     known = (positions >= 0) & (positions < len(cosines))
     rows = positions.where(known, 0)
     return cosines.index_select(0, rows), sines.index_select(0, rows), slots.where(known, -1)
@@ -153,7 +148,7 @@ def _check_caches(hidden, k_caches, v_caches, page_table) -> None:
     layout = "[batch, slots, kv_heads, head_dim]" if page_table is None else "[pages, page_size, kv_heads, head_dim]"
     for name, caches in (("k_caches", k_caches), ("v_caches", v_caches)):
         for index, cache in enumerate(caches):
-            _check_tensor(f"{name}[{index}]", cache, layout, 4, (hidden.dtype,), hidden)
+            check_tensor(_OP, f"{name}[{index}]", cache, layout, 4, (hidden.dtype,), hidden)
             if cache.shape != k_caches[0].shape or 0 in cache.shape[2:]:
                 must = f"{layout} with heads, of the same shape in all layers"
                 raise ValueError(argument_error(_OP, f"{name}[{index}]", must, cache))
@@ -167,18 +162,6 @@ def _refuse_sizes(hidden, cache, page_table) -> None:
     for name, tensor in (("hidden", hidden), ("k_caches[0]", cache), ("page_table", page_table)):
         if tensor is not None and max(tensor.shape) > INT32_MAX:
             raise ValueError(argument_error(_OP, name, "of sizes below 2**31", tensor))
-
-
-def _check_page_table(hidden, page_table):
-    if page_table is None:
-        return None
-    page_table = page_table if _is_int32(page_table) else as_int32(_OP, "page_table", "[batch, max_pages]", page_table)
-    _check_tensor("page_table", page_table, "[batch, max_pages]", 2, (torch.int32,), hidden)
-    return page_table
-
-
-def _is_int32(value) -> bool:
-    return isinstance(value, torch.Tensor) and value.dtype == torch.int32
 
 
 def _layers(hidden, layers, caches) -> tuple[list, list, list]:
@@ -201,7 +184,7 @@ def _layers(hidden, layers, caches) -> tuple[list, list, list]:
             if weight is None and part == 0:
                 continue
             dtypes = (hidden.dtype, torch.float32) if part == 0 else (hidden.dtype,)
-            _check_tensor(name, weight, str(list(shape)), len(shape), dtypes, hidden)
+            check_tensor(_OP, name, weight, str(list(shape)), len(shape), dtypes, hidden)
             if weight.shape != shape:
                 _, slots, _, head_dim = caches[0].shape
                 how = (
@@ -213,22 +196,3 @@ def _layers(hidden, layers, caches) -> tuple[list, list, list]:
                 raise ValueError(strides_error(_OP, name, "contiguous", weight))
     norms, keys, values = (list(parts) for parts in zip(*layers, strict=True))
     return [] if norms[0] is None else norms, keys, values
-
-
-def _check_ids(name: str, ids, rows: int, hidden) -> torch.Tensor:
-    ids = ids if _is_int32(ids) else as_int32(_OP, name, f"[{rows}]", ids)
-    _check_tensor(name, ids, f"[{rows}]", 1, (torch.int32,), hidden)
-    if ids.shape != (rows,):
-        raise ValueError(argument_error(_OP, name, f"int32 or int64 [{rows}]", ids))
-    return ids
-
-
-def _check_tensor(name: str, value, layout: str, dims: int, dtypes: tuple, hidden) -> None:
-    *names, last = dict.fromkeys(describe_dtype(dtype) for dtype in dtypes if dtype != torch.float64) or ("float64",)
-    must = f"{', '.join(names)} or {last} {layout}" if names else f"{last} {layout}"
-    if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
-        raise TypeError(argument_error(_OP, name, must, value))
-    if value.dim() != dims:
-        raise ValueError(argument_error(_OP, name, must, value))
-    if value.device != hidden.device:
-        raise ValueError(device_error(_OP, name, hidden.device, value))

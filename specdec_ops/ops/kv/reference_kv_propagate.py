@@ -48,6 +48,7 @@ def places_of(requests, slots, page_table, cache):
     stored = (slots >= 0) & (slots < capacity) & (requests >= 0) & (requests < batch)
     if page_table is None:
         return stored, (requests[stored], slots[stored])
-    pages = page_table.long()[requests.where(stored, 0), slots.where(stored, 0) // size]
+    pages = torch.full_like(slots, -1)
+    pages[stored] = page_table.long()[requests[stored], slots[stored] // size]
     stored = stored & (pages >= 0) & (pages < len(cache))
     return stored, (pages[stored], slots[stored] % size)

@@ -1,0 +1,2 @@
+#define SPECDEC_ISA avx2
+#include "kv/cpu/kv_append.h"

@@ -1,0 +1,2 @@
+#define SPECDEC_ISA avx512
+#include "kv/cpu/kv_append.h"

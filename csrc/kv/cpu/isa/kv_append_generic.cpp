@@ -1,0 +1,2 @@
+#define SPECDEC_ISA generic
+#include "kv/cpu/kv_append.h"
