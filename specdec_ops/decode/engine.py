@@ -16,6 +16,7 @@ import torch
 from specdec_ops._core.checks import argument_error, is_int
 from specdec_ops.drafts.base import Draft, Drafted
 from specdec_ops.drafts.model_draft import chains
+from specdec_ops.ops.acceptance.accept import Acceptance
 from specdec_ops.status import AcceptStatus
 from specdec_ops.topology import Topology
 from specdec_ops.tree import Tree
@@ -292,7 +293,7 @@ class Engine:
         times.append(time.perf_counter())
         logits = law.without_improbable(self._score(batch, drafted))
         times.append(time.perf_counter())
-        acceptance = rules.accept(self.rule, draft, batch, logits, drafted)
+        acceptance = self._accept(draft, batch, logits, drafted)
         if not drafted.is_chain:
             self.cache.commit(acceptance.nodes, batch.context_lens, batch.page_table)
         logprobs = self._logprobs(batch, logits, acceptance)
@@ -307,6 +308,9 @@ class Engine:
         if self.on_round is not None and drafts:
             spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(times)), strict=True))
             self.on_round(acceptance.nodes.shape[1] - 1, accepted, spans)
+
+    def _accept(self, draft: Draft | None, batch: Batch, logits: torch.Tensor, drafted: Drafted) -> Acceptance:
+        return rules.accept(self.rule, draft, batch, logits, drafted)
 
     def _take(self, requests: list[Request], table, drafted: Drafted, logprobs) -> list[int]:
         """Give the requests what a round brought: rows of (accepted, status, tokens). Returns the first."""

@@ -1,0 +1,239 @@
+"""Hugging Face models on our ops, against the models' own forward and generate."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="an extra: pip install specdec_ops[transformers]")
+
+from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria, TextStreamer
+
+from specdec_ops import Tree, drafts
+from specdec_ops.decode import Cache, Engine, Rows, Sampling
+from specdec_ops.decode.cache import Sequence
+from specdec_ops.integrations.transformers import TreeView, load, register, tree_decode
+from tests.integrations import hugging_face
+from tests.integrations.hugging_face import MODELS, VOCAB, make, prompts
+
+TREE = Tree.from_branching((2, 2, 1), root=True)
+CONTEXT = 23
+
+
+def texts_of(nodes_tokens: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
+    """The text that ends with each node, int64 [1, length]."""
+    return [
+        torch.cat((context, nodes_tokens[:, list(TREE.path(node))].long()), dim=1) for node in range(len(TREE))
+    ]
+
+
+def tree_logits(decoder, context: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+    cache, sequence = Cache(decoder.shape, 8), Sequence()
+    cache.reserve(sequence, CONTEXT + len(TREE))
+    table, start = cache.page_table([sequence]), torch.zeros(1, dtype=torch.int32)
+    decoder.forward(Rows(context.int(), Tree.chain(CONTEXT).to("cpu"), start, table), cache, want=False)
+    return decoder.forward(Rows(tokens, TREE.to("cpu"), start + CONTEXT, table), cache).logits
+
+
+def random_tree() -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.randint(6, VOCAB, (1, CONTEXT + len(TREE)), generator=torch.Generator().manual_seed(2))
+    return ids[:, :CONTEXT], ids[:, CONTEXT:].int()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@torch.no_grad()
+def test_every_path_of_a_tree_is_a_text(name):
+    """Logits of all nodes against the model's own forward over each path; and the model itself is not changed."""
+    model, (context, tokens) = make(name), random_tree()
+    before = [model(text).logits[0, -1] for text in texts_of(tokens, context)]
+    got = tree_logits(load(model), context, tokens)
+    for node, (row, expected) in enumerate(zip(got, before, strict=True)):
+        torch.testing.assert_close(row, expected, atol=2e-5, rtol=2e-5, msg=f"node {node}")
+    after = [model(text).logits[0, -1] for text in texts_of(tokens, context)]
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "weights", "error"), [
+    (torch.bfloat16, None, 0.08),
+    (torch.float32, "bfloat16", 0.08),
+    (torch.float32, "int8", 0.08),
+], ids=str)  # fmt: skip
+@torch.no_grad()
+def test_other_dtypes(dtype, weights, error):
+    model, (context, tokens) = make("qwen3"), random_tree()
+    expected = torch.stack([model(text).logits[0, -1] for text in texts_of(tokens, context)])
+    got = tree_logits(load(model, dtype=dtype, weights=weights), context, tokens).float()
+    assert (got - expected).norm() <= error * expected.norm()
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("draft", ["n-gram", "tree"])
+def test_engine_says_what_generate_says(name, draft):
+    model, (ids, mask) = make(name), prompts()
+    decoder = load(model)
+    drafter = drafts.Ngram() if draft == "n-gram" else drafts.MultiCandidate(decoder, (2, 1))
+    texts = [row[seen.bool()].tolist() for row, seen in zip(ids, mask, strict=True)]
+    results = Engine(decoder, drafter, adapt=False).generate(texts, Sampling(max_tokens=20))
+    for text, result in zip(texts, results, strict=True):
+        one = model.generate(torch.tensor([text]), do_sample=False, max_new_tokens=20)
+        assert result.tokens == one[0, len(text) :].tolist()
+
+
+class Forbid(LogitsProcessor):
+    """A processor of the user's: no token that is in the text already."""
+
+    def __call__(self, input_ids, scores):
+        return scores.scatter(1, input_ids, float("-inf"))
+
+
+class AtMultiples(StoppingCriteria):
+    """Ends when the text's last token is a multiple of 7."""
+
+    def __call__(self, input_ids, scores, **_):
+        return input_ids[:, -1] % 7 == 0
+
+
+OPTIONS = {
+    "greedy": {},
+    "repetition penalty": {"repetition_penalty": 1.3},
+    "no repeated pairs": {"no_repeat_ngram_size": 2},
+    "at least": {"min_new_tokens": 10},
+    "own processor": {"logits_processor": [Forbid()]},
+    "own criterion": {"stopping_criteria": [AtMultiples()]},
+}
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("draft", ["n-gram", "tree"])
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_generate_with_drafts(name, draft, option):
+    """A padded batch of three, processors and criteria included."""
+    model, (ids, mask) = make(name), prompts()
+    asked = {"do_sample": False, "max_new_tokens": 25, "attention_mask": mask, **OPTIONS[option]}
+    expected = model.generate(ids, **asked)
+    chosen = {} if draft == "n-gram" else {"draft": drafts.MultiCandidate(load(model), (2, 1))}
+    assert torch.equal(model.generate(ids, custom_generate=tree_decode, **chosen, **asked), expected)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen3"])
+def test_generate_draws_the_same_numbers(name):
+    model, (ids, _) = make(name), prompts()
+    asked = {"do_sample": True, "temperature": 0.8, "top_k": 20, "top_p": 0.9, "max_new_tokens": 40}
+    torch.manual_seed(3)
+    expected = model.generate(ids[:1], **asked)
+    torch.manual_seed(3)
+    assert torch.equal(model.generate(ids[:1], custom_generate=tree_decode, **asked), expected)
+
+
+@pytest.mark.parametrize("kind", [DynamicCache, StaticCache])
+@pytest.mark.parametrize("name", ["llama", "qwen3", "gpt2"])
+def test_caches_go_from_turn_to_turn(name, kind):
+    """A cache that our loop has filled serves generate, and the other way round."""
+    model, (ids, _) = make(name), prompts()
+
+    def two_turns(first, second):
+        cache = kind(config=model.config) if kind is DynamicCache else kind(config=model.config, max_cache_len=100)
+        asked = {"do_sample": False, "max_new_tokens": 10, "past_key_values": cache, "eos_token_id": None}
+        text = model.generate(ids[:1], **asked, **first)
+        lengths = [int(cache.get_seq_length())]
+        text = model.generate(torch.cat((text, ids[:1, :3]), dim=1), **asked, **second)
+        return text, [*lengths, int(cache.get_seq_length())]
+
+    ours = {"custom_generate": tree_decode}
+    expected, lengths = two_turns({}, {})
+    for turns in ((ours, ours), (ours, {}), ({}, ours)):
+        text, held = two_turns(*turns)
+        assert torch.equal(text, expected) and held == lengths
+
+
+def test_streamers_see_every_token():
+    class Collect(TextStreamer):
+        def __init__(self):
+            self.seen, self.ended = [], False
+
+        def put(self, value):
+            self.seen += value.reshape(-1).tolist()
+
+        def end(self):
+            self.ended = True
+
+    model, (ids, _) = make("llama"), prompts()
+    streamer = Collect()
+    asked = {"do_sample": False, "max_new_tokens": 15, "custom_generate": tree_decode}
+    text = model.generate(ids[:1], stream_to=streamer, **asked)
+    assert streamer.seen == text[0].tolist() and streamer.ended
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_beams": 2}, "num_beams must be 1, got 2"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores must be False, got True"),
+        ({"stream_to": object()}, "stream_to must be None with a batch of 3"),
+    ],
+    ids=str,
+)
+def test_generate_refuses(options, message):
+    model, (ids, mask) = make("llama"), prompts()
+    with pytest.raises(ValueError, match=message):
+        model.generate(ids, attention_mask=mask, max_new_tokens=3, custom_generate=tree_decode, **options)
+
+
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
+@torch.no_grad()
+def test_attention_alone_in_the_models_own_loop(name):
+    """generate with a padded batch and with a single prompt, and a tree in a loop by hand: no mask, one keyword."""
+    model, (ids, mask) = make(name), prompts()
+    asked = {"do_sample": False, "max_new_tokens": 15}
+    expected = model.generate(ids, attention_mask=mask, **asked), model.generate(ids[:1], **asked)
+    context, tokens = random_tree()
+    by_path = [model(text).logits[0, -1] for text in texts_of(tokens, context)]
+    model.set_attn_implementation(register())
+    assert torch.equal(model.generate(ids, attention_mask=mask, **asked), expected[0])
+    assert torch.equal(model.generate(ids[:1], **asked), expected[1])
+    lengths, topology = torch.tensor([CONTEXT], dtype=torch.int32), TREE.to("cpu")
+    cache = DynamicCache()  # that keeps all slots, also where the model has windows
+    model(context, past_key_values=cache)
+    positions = topology.position_ids(lengths).long()
+    out = model(tokens.long(), position_ids=positions, past_key_values=cache, specdec=TreeView(topology, lengths))
+    for node, (row, right) in enumerate(zip(out.logits[0], by_path, strict=True)):
+        torch.testing.assert_close(row, right, atol=2e-5, rtol=2e-5, msg=f"node {node}")
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        ("MambaConfig", {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 1}, "recurrent models have a state"),
+        ("T5Config", {"vocab_size": 97, "d_model": 32, "num_layers": 1}, "encoder-decoder models"),
+        ("DeepseekV3Config", {"vocab_size": 97}, "latent attention"),
+    ],
+    ids=["recurrent", "encoder-decoder", "latent attention"],
+)
+def test_other_families_are_refused_by_name(kind, settings, message):
+    class Stub(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.config = getattr(hugging_face.transformers, kind)(**settings)
+            self.weight = torch.nn.Parameter(torch.zeros(1))
+
+    with pytest.raises(ValueError, match=message):
+        load(Stub())
+
+
+def test_folders_and_their_tokenizers(tmp_path):
+    make("llama").save_pretrained(tmp_path)
+    decoder = load(tmp_path)
+    assert decoder.shape.layers == 2 and decoder.eos == (5,) and decoder.tokenizer is None
+    with pytest.raises(ValueError, match=r"model must be a model, a folder or a \.gguf file that exists, got"):
+        load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="weights must be 'int8', 'bfloat16' or None, got 'int4'"):
+        load(tmp_path, weights="int4")
+
+
+def test_a_decoder_reads_the_models_own_memory():
+    """Joined weights are the parameters': a change of the model is a change of the decoder."""
+    model = make("llama")
+    decoder = load(model)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.k_proj.weight.zero_()
+    heads = decoder.layers[0].attention
+    rows = slice(heads.heads * heads.head_dim, (heads.heads + heads.kv_heads) * heads.head_dim)
+    assert not heads.qkv.weight[rows].any() and heads.qkv.weight.any()
