@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ def register() -> str:
     """Make the name known to transformers. Returns it: `model.set_attn_implementation(register())`.
 
     Passes of up to 64 rows without padding run on `tree_attention`, over the model's own cache as it lies. Padded
-    batches, and prompts, which have more rows, run on PyTorch's attention as before. With the keyword `specdec`, a
+    batches, and prompts, which have more rows, run on PyTorch's attention as before (on the model's own where scores are
+    capped or there are sinks). With the keyword `specdec`, a
     `TreeView`, the rows are nodes of draft trees, and no mask is built for them; give the model their positions
     (`position_ids = topology.position_ids(context_lens)`) along with it.
     """
@@ -55,11 +57,8 @@ def attention(
     """As `AttentionInterface` wants it: query [batch, heads, rows, dim], key and value [batch, kv_heads, slots, dim]."""
     view, rows, slots = options.pop("specdec", None), query.shape[2], key.shape[2]
     if view is None and (attention_mask is not None or rows > _MOST_ROWS or dropout or query.requires_grad):
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options
-        )
+        plain = _plain(module, options)
+        return plain(module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **options)
     if view is None:
         view = TreeView(_chain(rows, query.device), slots - rows)
     attended = tree_attention(
@@ -74,6 +73,15 @@ def attention(
         sinks=_sinks(options.get("s_aux")),
     )
     return attended, None
+
+
+def _plain(module: torch.nn.Module, options: dict):
+    """PyTorch's attention, or the model's own where that lacks what the model has."""
+    if options.get("softcap") is not None or options.get("s_aux") is not None:
+        return sys.modules[type(module).__module__].eager_attention_forward
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward
 
 
 def _sinks(given: torch.Tensor | None) -> torch.Tensor | None:
