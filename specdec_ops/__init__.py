@@ -45,6 +45,8 @@ Keys and values
 
 Linear: products of few rows
     linear               a weight times few rows at one read of it, with the norm before and the activation after
+    rms_norm             the norm of rows where no product follows that could take it along
+    Linear               linear as a module, made of torch.nn.Linear or of several
     quantize_linear      makes the int8 copy of a weight
     QuantizedWeight      what quantize_linear returns
     GgufWeight           a weight in the blocks of a GGUF file
@@ -107,8 +109,10 @@ from .ops.early_exit.quantized_head import quantize_head as quantize_head
 from .ops.kv.kv_propagate import kv_propagate as kv_propagate
 from .ops.linear.gguf_weight import GgufWeight as GgufWeight
 from .ops.linear.linear import linear as linear
+from .ops.linear.module import Linear as Linear
 from .ops.linear.quantized_weight import QuantizedWeight as QuantizedWeight
 from .ops.linear.quantized_weight import quantize_linear as quantize_linear
+from .ops.linear.rms_norm import rms_norm as rms_norm
 from .status import AcceptStatus as AcceptStatus
 from .status import ExitStatus as ExitStatus
 from .status import TopologyStatus as TopologyStatus

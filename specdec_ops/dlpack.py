@@ -32,6 +32,9 @@ from .ops.early_exit.early_exit import early_exit as _early_exit
 from .ops.early_exit.exit_confidence import Confidence
 from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
 from .ops.kv import kv_propagate as _kv_propagate
+from .ops.linear import linear as _linear
+from .ops.linear import quantized_weight
+from .ops.linear import rms_norm as _rms_norm
 
 _RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confidence, Exit)
 """What holds several results, each of which becomes an array. (A Topology stays one of tensors: the ops take it.)"""
@@ -139,3 +142,6 @@ exit_mlp = _shared(_exit_mlp.exit_mlp)
 exit_features = _shared(_exit_mlp.exit_features)
 entropy_stop = _shared(_exit_mlp.entropy_stop)
 kv_propagate = _shared(_kv_propagate.kv_propagate, writes=("k_caches", "v_caches"))
+linear = _shared(_linear.linear)
+rms_norm = _shared(_rms_norm.rms_norm)
+quantize_linear = _shared(quantized_weight.quantize_linear)

@@ -1,4 +1,4 @@
-// Plain structs of linear, shared by the CPU kernel, the CUDA launcher and the bindings. See common/types.h.
+// Plain structs of linear and rms_norm, shared by the CPU kernel, the CUDA launcher and the bindings. See common/types.h.
 #pragma once
 
 #include <cstdint>
@@ -27,6 +27,19 @@ struct LinearParams {
   Activation activation;
   int32_t rows, dim, outputs;
   float norm_eps;
+};
+
+// out = x / sqrt(mean(x^2) + eps) * weight + residual
+struct RmsNormParams {
+  const void* x;         // [rows, dim]
+  const void* weight;    // [dim]
+  const void* residual;  // [rows, dim] or nullptr
+  void* out;             // [rows, dim]; may be x or residual
+  int64_t x_stride_row, residual_stride_row, out_stride_row;
+  DType dtype;  // of x, residual and out
+  DType weight_dtype;
+  int32_t rows, dim;
+  float eps;
 };
 
 }  // namespace specdec

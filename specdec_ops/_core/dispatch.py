@@ -55,6 +55,10 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.attention.merge_states:merge_states",
         "torch": "specdec_ops.ops.attention.reference_merge_states:merge_states",
     },
+    "rms_norm": {
+        "triton": "specdec_ops.triton_kernels.linear.rms_norm:rms_norm",
+        "torch": "specdec_ops.ops.linear.reference_rms_norm:rms_norm",
+    },
     "sample": {
         "triton": "specdec_ops.triton_kernels.acceptance.sample:sample",
         "torch": "specdec_ops.ops.acceptance.reference_sample:sample",
@@ -76,7 +80,7 @@ PUBLIC_OPS = {
     **dict.fromkeys(("sample_tokens", "sample_children"), "sample"),
     "early_exit": "exit_confidence",
     **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp", "kv_propagate")},
-    "linear": "linear",
+    **{name: name for name in ("linear", "rms_norm")},
     **{name: name for name in ("merge_states", "tree_attention")},
 }
 
@@ -86,6 +90,7 @@ _MAX_FLOAT8_DIM = 128
 _MAX_CUDA_VOCAB = {"accept": 393216, "sample": 2**20}  # as in csrc/acceptance/cuda/launchers.h
 _SIZED = ("tree_attention", *_MAX_CUDA_VOCAB)  # ops whose last dimension decides, too
 _resolved: dict[tuple, Callable] = {}
+_choice_of_environment: list[str] = []  # what the variable names, once it was read
 
 
 def backends(op: str, device: torch.device | str | int | torch.Tensor = "cpu") -> dict[str, str | None]:
@@ -163,7 +168,7 @@ def is_free(backend: str) -> bool:
 def forget() -> None:
     """Drop every remembered choice, so that a changed environment is read again. For tests."""
     _resolved.clear()
-    _environment_choice.cache_clear()
+    _choice_of_environment.clear()
     _load.cache_clear()
 
 
@@ -183,12 +188,14 @@ def _choose(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtyp
     return backend
 
 
-@functools.cache
 def _environment_choice() -> str:
-    name = os.environ.get(ENVIRONMENT) or "auto"
-    if name != "auto" and name not in BACKENDS:
-        raise ValueError(f"{ENVIRONMENT} must be one of {_names()}, got {name!r}")
-    return name
+    """Read once. Not by functools.cache, which torch.compile warns of."""
+    if not _choice_of_environment:
+        name = os.environ.get(ENVIRONMENT) or "auto"
+        if name != "auto" and name not in BACKENDS:
+            raise ValueError(f"{ENVIRONMENT} must be one of {_names()}, got {name!r}")
+        _choice_of_environment.append(name)
+    return _choice_of_environment[0]
 
 
 def _names() -> str:

@@ -42,6 +42,8 @@ OPS = {
     "screened_exit": "ScreenedParams",
     "exit_mlp": "MlpParams",
     "kv_propagate": "KvPropagateParams",
+    "linear": "LinearParams",
+    "rms_norm": "RmsNormParams",
 }
 # Ops whose OP_scratch says how much a call needs.
 SCRATCH = ("tree_attention", "accept", "sample", "exit_confidence", "bounded_exit", "screened_exit", "exit_mlp")

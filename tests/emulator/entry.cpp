@@ -9,6 +9,7 @@
 #include "early_exit/cuda/launchers.h"
 #include "emulator.h"
 #include "kv/cuda/launchers.h"
+#include "linear/cuda/launchers.h"
 #include "topology/cuda/launchers.h"
 
 #define SPECDEC_EXPORT extern "C" __attribute__((visibility("default")))

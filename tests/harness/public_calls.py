@@ -138,7 +138,15 @@ def _exits() -> dict[str, Call]:
     caches = [torch.zeros(BATCH * 4, 4, 2, 64) for _ in range(2)]
     propagate |= {"k_caches": caches, "v_caches": caches, "rope": 10_000.0, "requests": int32(0, 1, 0, 1, 1, 0)}
     propagate |= {"page_table": torch.arange(8, dtype=torch.int32).view(BATCH, 4)}
+    integers = {"x": hidden, "weight": specdec_ops.quantize_linear(head), "bias": random(VOCAB)}
+    gates = {"x": hidden, "weight": random(128, DIM), "norm_weight": random(DIM).abs(), "norm_eps": 1e-5}
+    gates |= {"bias": random(128), "activation": "swiglu", "residual": random(6, 64)}
     return {
+        "linear": Call(specdec_ops.linear, "linear", gates),
+        "linear int8": Call(specdec_ops.linear, "linear", integers),
+        "rms_norm": Call(
+            specdec_ops.rms_norm, "rms_norm", {"x": hidden, "weight": random(DIM), "residual": random(6, DIM, seed=1)}
+        ),
         "exit_confidence": Call(exit_confidence, "exit_confidence", arguments),
         "exit_confidence int8": Call(exit_confidence, "exit_confidence", {**arguments, "head": quantised}),
         "exit_confidence screen": Call(exit_confidence, "screened_exit", {**arguments, "screen": quantised}),
@@ -170,6 +178,13 @@ def _others() -> dict[str, Call]:
     first = arrays.pop("q")
     return {
         "quantize_head": Call(quantize_head, None, {"head": head}),
+        "quantize_linear": Call(specdec_ops.quantize_linear, None, {"weight": head}),
+        "Linear": Call(_projected, None, {"x": random(2, 3, DIM), "weight": head, "bias": random(VOCAB)}),
+        "GgufWeight.dequantize": Call(
+            lambda rows: specdec_ops.GgufWeight(torch.full((9, 34), 3, dtype=torch.uint8), "q8_0").dequantize(rows),
+            None,
+            {"rows": torch.tensor([4, 1])},
+        ),
         "bound_head": Call(bound_head, None, {"head": head, "ends": [20, VOCAB]}),
         "VocabMap": Call(VocabMap, None, {"draft_to_target": [4, 1, 7], "vocab": 9}),
         "entropy_stop": Call(
@@ -247,6 +262,11 @@ def _rejected(**arguments):
     generators = {request: torch.Generator("cpu").manual_seed(request) for request in range(BATCH)}
     metadata = types.SimpleNamespace(all_greedy=False, all_random=True, temperature=None, generators=generators)
     return vllm.rejection_sample(**arguments, sampling_metadata=metadata)
+
+
+def _projected(x, weight, bias):
+    """A module of a weight, and of its int8 copy."""
+    return [specdec_ops.Linear(kind, bias)(x) for kind in (weight, specdec_ops.quantize_linear(weight))]
 
 
 def _adapted(requests, num_accepted, num_drafted, max_drafted):

@@ -1,4 +1,4 @@
-"""The contract of linear: what its implementations take and write."""
+"""The contracts of linear and rms_norm: what their implementations take and write."""
 
 from typing import NamedTuple
 
@@ -52,5 +52,38 @@ linear = Operator(
     LinearArguments,
     LinearOutputs,
     _make_outputs,
+    answers=lambda arguments, outputs: outputs.out.numel() == 0,
+)
+
+
+class RmsNormArguments(NamedTuple):
+    """Rows and the weight of their norm."""
+
+    x: torch.Tensor
+    """[rows, dim], the last dimension contiguous"""
+    weight: torch.Tensor
+    """[dim], of x's dtype or float32, contiguous"""
+    eps: float
+    residual: torch.Tensor | None
+    """like x, added to the normed rows"""
+
+
+class RmsNormOutputs(NamedTuple):
+    """The normed rows. They may lie where x or residual lies."""
+
+    out: torch.Tensor
+    """like x, the last dimension contiguous"""
+
+
+def _make_normed(arguments: RmsNormArguments, empty) -> RmsNormOutputs:
+    x = arguments.x
+    return RmsNormOutputs(empty(x.shape, x.dtype, x.device))
+
+
+rms_norm = Operator(
+    "rms_norm",
+    RmsNormArguments,
+    RmsNormOutputs,
+    _make_normed,
     answers=lambda arguments, outputs: outputs.out.numel() == 0,
 )

@@ -94,9 +94,16 @@ class GgufWeight:
         """The same on another device."""
         return GgufWeight(self.blocks.to(device), self.weight_type)
 
-    def dequantize(self) -> torch.Tensor:
-        """The weight in float32 `[outputs, dim]`."""
-        return dequantized_blocks(self.blocks, self.weight_type)
+    def dequantize(self, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """Return the weight in float32 `[outputs, dim]`, or some of its rows `[..., dim]`: those of an embedding.
+
+        Args:
+            rows: int32 or int64 `[...]`, which ones. None: all.
+        """
+        if rows is None:
+            return dequantized_blocks(self.blocks, self.weight_type)
+        found = dequantized_blocks(self.blocks[rows.reshape(-1)], self.weight_type)
+        return found.view(*rows.shape, self.dim)
 
     def __repr__(self) -> str:
         size = f"{self.outputs} x {self.dim}"

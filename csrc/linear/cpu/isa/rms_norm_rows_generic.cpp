@@ -1,0 +1,2 @@
+#define SPECDEC_ISA generic
+#include "linear/cpu/rms_norm_rows.h"

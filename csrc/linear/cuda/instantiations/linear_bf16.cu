@@ -1,0 +1,7 @@
+#include "linear/cuda/linear.cuh"
+
+namespace specdec::cuda {
+
+template cudaError_t linear<BFloat16>(LinearLaunch&, int, cudaStream_t);
+
+}  // namespace specdec::cuda
