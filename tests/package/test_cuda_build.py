@@ -36,7 +36,7 @@ ACCEPTANCE = {
 # The screened form for few and many rows and three dtypes of heads.
 EXIT = {"exit_confidence_kernel": 4 + 4 + 2 + 3 + 2, "screen_kernel": 6, "recheck_kernel": 3}
 # One block of 256 threads on a multiprocessor keeps its memory busy: much is under way in each.
-DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255}
+DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255, "linear_kernel": 255}
 # tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.
 # Twice, for bfloat16 and float16.
 ROWS = (16, 32, 64, 128)
@@ -52,6 +52,8 @@ KERNELS = {  # instantiations of each
     **EXIT,
     "exit_mlp_kernel": 2,
     "kv_propagate_kernel": 9,
+    "linear_kernel": 4 + 4 + 2,  # two dtypes of 16 bits with plain and quantised weights for few and more rows; float32
+    "rms_norm_kernel": 3,
 }
 
 
