@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.early_exit import exit_aot
+from tests.kv import row_aot
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -197,6 +198,15 @@ def test_exit_kernels_fit_the_device(spec, arch, measured):
         assert use["asynchronous_copies"] > 0 and (use["tensor_core_instructions"] > 0) != single, use
 
 
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", row_aot.NAMES)
+def test_kernels_that_move_rows_fit_the_device(name, arch, measured):
+    """Without a spill, and 16 bytes at a time."""
+    use = measured[arch][name]
+    assert use["stack"] == 0 and use["local"] == 0 and use["registers"] <= 128, use
+    assert use["loads_of_16_bytes"] > 0 and use["stores_of_16_bytes"] > 0, use
+
+
 def test_large_tiles_prefetch_with_asynchronous_copies(measured):
     """The loop over the context is pipelined: without it a tile's load would wait for the tile before."""
     for spec, arch in PAIRS:
@@ -333,6 +343,8 @@ def measure(compiled):
         "warps": compiled.metadata.num_warps,
         "tensor_core_instructions": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
         "asynchronous_copies": ptx.count("cp.async.c"),
+        "loads_of_16_bytes": len(re.findall(r"ld\.global\.\S*v4\.b32", ptx)),
+        "stores_of_16_bytes": len(re.findall(r"st\.global\.\S*v4\.b32", ptx)),
     }
 
 
@@ -345,6 +357,7 @@ def main(arch):
     for spec, architecture in EXIT_PAIRS:
         if architecture == arch:
             results[str(spec)] = measure(exit_aot.compile_exit(spec, arch, compile_typed))
+    results |= {name: measure(row_aot.compile_row(name, arch, compile_typed)) for name in row_aot.NAMES}
     print(json.dumps(results))
 
 
