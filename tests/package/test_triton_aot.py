@@ -17,6 +17,7 @@ import pytest
 
 from tests.early_exit import exit_aot
 from tests.linear import linear_aot
+from tests.kv import row_aot
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -209,6 +210,13 @@ def test_linear_kernels_fit_the_device(spec, arch, measured):
     if spec.weight:
         assert (use["tensor_core_instructions"] > 0) != (spec.x == "fp32"), use
         assert use["asynchronous_copies"] > 0 or spec.weight in linear_aot.BLOCK_BYTES, use
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", row_aot.NAMES)
+def test_kernels_that_move_rows_fit_the_device(name, arch, measured):
+    """Without a spill, and 16 bytes at a time."""
+    use = measured[arch][name]
+    assert use["stack"] == 0 and use["local"] == 0 and use["registers"] <= 128, use
+    assert use["loads_of_16_bytes"] > 0 and use["stores_of_16_bytes"] > 0, use
 
 
 def test_large_tiles_prefetch_with_asynchronous_copies(measured):
@@ -347,6 +355,8 @@ def measure(compiled):
         "warps": compiled.metadata.num_warps,
         "tensor_core_instructions": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
         "asynchronous_copies": ptx.count("cp.async.c"),
+        "loads_of_16_bytes": len(re.findall(r"ld\.global\.\S*v4\.b32", ptx)),
+        "stores_of_16_bytes": len(re.findall(r"st\.global\.\S*v4\.b32", ptx)),
     }
 
 
@@ -362,6 +372,7 @@ def main(arch):
     for spec, architecture in LINEAR_PAIRS:
         if architecture == arch:
             results[str(spec)] = measure(linear_aot.compile_linear(spec, arch, compile_typed))
+    results |= {name: measure(row_aot.compile_row(name, arch, compile_typed)) for name in row_aot.NAMES}
     print(json.dumps(results))
 
 
