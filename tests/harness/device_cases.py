@@ -338,6 +338,8 @@ def call_commit(tensors: Tensors, backend: str) -> list[torch.Tensor]:
 def call_gather(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     options = {name: tensors[name] for name in ("requests", "page_table")}
     return [gather_layer_kv(*tensors["caches"], tensors["slots"], **options, backend=backend)]
+
+
 def make_products(seed: int) -> Tensors:
     """Rows of a gated layer, and its weight in bfloat16, int8 and blocks of four bits."""
     generator, rows, dim, outputs = generator_of(seed), 19, 512, 300

@@ -37,7 +37,6 @@ ACCEPTANCE = {
 EXIT = {"exit_confidence_kernel": 4 + 4 + 2 + 3 + 2, "screen_kernel": 6, "recheck_kernel": 3}
 # One block of 256 threads on a multiprocessor keeps its memory busy: much is under way in each.
 DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255, "linear_kernel": 255}
-DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255}
 # What moves rows, by 16, 4, 2 and 1 bytes.
 MOVES = ("gather_layer_kv_kernel", "kv_commit_kernel", "kv_copy_pages_kernel")
 # tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.

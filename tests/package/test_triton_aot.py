@@ -16,8 +16,8 @@ from pathlib import Path
 import pytest
 
 from tests.early_exit import exit_aot
-from tests.linear import linear_aot
 from tests.kv import row_aot
+from tests.linear import linear_aot
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -210,6 +210,8 @@ def test_linear_kernels_fit_the_device(spec, arch, measured):
     if spec.weight:
         assert (use["tensor_core_instructions"] > 0) != (spec.x == "fp32"), use
         assert use["asynchronous_copies"] > 0 or spec.weight in linear_aot.BLOCK_BYTES, use
+
+
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("name", row_aot.NAMES)
 def test_kernels_that_move_rows_fit_the_device(name, arch, measured):
