@@ -17,7 +17,7 @@ from .early_exit import cases as exit_cases
 from .early_exit import inputs as exit_inputs
 from .harness.cases import Case
 from .kv import cases as kv_cases
-from .kv import kv_propagate
+from .kv import gather_layer_kv, kv_commit, kv_propagate
 from .topology import build_topology
 from .topology import cases as topology_cases
 
@@ -43,6 +43,8 @@ OPS = {
     "screened_exit": op(screened_exit, exit_inputs),
     "bounded_exit": op(bounded_exit, exit_inputs),
     "exit_mlp": op(exit_mlp),
+    "gather_layer_kv": op(gather_layer_kv),
+    "kv_commit": op(kv_commit),
     "kv_propagate": op(kv_propagate),
     **dict.fromkeys(acceptance_cases.OPS, op(accept, acceptance_inputs)),
 }

@@ -50,6 +50,7 @@ Keys and values
 Linear: products of few rows
     linear               a weight times few rows at one read of it, with the norm before and the activation after
     rms_norm             the norm of rows where no product follows that could take it along
+    Linear               linear as a module, made of torch.nn.Linear or of several
     quantize_linear      makes the int8 copy of a weight
     QuantizedWeight      what quantize_linear returns
     GgufWeight           a weight in the blocks of a GGUF file
@@ -115,6 +116,7 @@ from .ops.kv.kv_commit import kv_commit as kv_commit
 from .ops.kv.kv_propagate import kv_propagate as kv_propagate
 from .ops.linear.gguf_weight import GgufWeight as GgufWeight
 from .ops.linear.linear import linear as linear
+from .ops.linear.module import Linear as Linear
 from .ops.linear.quantized_weight import QuantizedWeight as QuantizedWeight
 from .ops.linear.quantized_weight import quantize_linear as quantize_linear
 from .ops.linear.rms_norm import rms_norm as rms_norm

@@ -20,8 +20,11 @@ from . import (
     gather_layer_kv,
     kv_commit,
     kv_propagate,
+    linear,
     merge_states,
     quantize_head,
+    quantize_linear,
+    rms_norm,
     sample_children,
     sample_tokens,
     tree_accept,
@@ -242,6 +245,24 @@ def check_kv_propagate(backend: str, device: str) -> float:
     return largest_difference(run(torch.float32, backend), run(torch.float64, "torch"))
 
 
+def check_linear(backend: str, device: str) -> float:
+    """The largest error of a plain and of an int8 weight, with what goes before and after."""
+    x, norm, weight, residual = random_like(device, (3, 64), (64,), (40, 64), (3, 20))
+    options = {"norm_weight": norm.float(), "activation": "swiglu", "residual": residual.float()}
+    exact = {"norm_weight": norm, "activation": "swiglu", "residual": residual}
+    return max(
+        largest_difference(linear(x.float(), one, **options, backend=backend), linear(x, two, **exact, backend="torch"))
+        for one, two in ((weight.float(), weight), (quantize_linear(weight),) * 2)
+    )
+
+
+def check_rms_norm(backend: str, device: str) -> float:
+    """The largest error."""
+    x, weight = random_like(device, (3, 100), (100,))
+    got = rms_norm(x.float(), weight.float(), residual=x.float(), backend=backend)
+    return largest_difference(got, rms_norm(x, weight, residual=x, backend="torch"))
+
+
 def check_merge_states(backend: str, device: str) -> float:
     """The largest error over rows of which some saw nothing, on one side or on both."""
     out_a, out_b = random_like(device, (2, 5, 4, 64), (2, 5, 4, 64))
@@ -273,7 +294,9 @@ CHECKS: dict[str, Callable[[str, str], float]] = {
     "gather_layer_kv": check_gather_layer_kv,
     "kv_commit": check_kv_commit,
     "kv_propagate": check_kv_propagate,
+    "linear": check_linear,
     "merge_states": check_merge_states,
+    "rms_norm": check_rms_norm,
     "sample": check_sample,
     "screened_exit": check_screened_exit,
     "tree_attention": check_tree_attention,

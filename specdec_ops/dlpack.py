@@ -34,6 +34,9 @@ from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
 from .ops.kv import gather_layer_kv as _gather_layer_kv
 from .ops.kv import kv_commit as _kv_commit
 from .ops.kv import kv_propagate as _kv_propagate
+from .ops.linear import linear as _linear
+from .ops.linear import quantized_weight
+from .ops.linear import rms_norm as _rms_norm
 
 _RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confidence, Exit)
 """What holds several results, each of which becomes an array. (A Topology stays one of tensors: the ops take it.)"""
@@ -143,3 +146,6 @@ entropy_stop = _shared(_exit_mlp.entropy_stop)
 gather_layer_kv = _shared(_gather_layer_kv.gather_layer_kv)
 kv_commit = _shared(_kv_commit.kv_commit, writes=("k_caches", "v_caches"))
 kv_propagate = _shared(_kv_propagate.kv_propagate, writes=("k_caches", "v_caches"))
+linear = _shared(_linear.linear)
+rms_norm = _shared(_rms_norm.rms_norm)
+quantize_linear = _shared(quantized_weight.quantize_linear)

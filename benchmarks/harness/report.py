@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from .results import Cell, cells, geometric_mean, read, roofs_note
-from .targets import EXIT_OPS, acceptance_verdicts, exit_verdicts, verdicts
+from .targets import EXIT_OPS, ROW_OPS, acceptance_verdicts, exit_verdicts, row_verdicts, verdicts
 from .targets_gpu import library_means
 from .targets_gpu import verdicts as gpu_verdicts
 
@@ -117,6 +117,8 @@ def summary(all_cells: list[Cell]) -> list[str]:
         lines += [line for verdict in acceptance_verdicts(all_cells) for line in verdict.lines()]
     if any(cell.first["op"] in EXIT_OPS for cell in all_cells):
         lines += [line for verdict in exit_verdicts(all_cells) for line in verdict.lines()]
+    if any(cell.first["op"] in ROW_OPS for cell in all_cells):
+        lines += [line for verdict in row_verdicts(all_cells) for line in verdict.lines()]
     note = roofs_note([row for cell in all_cells for row in cell.rows])
     lines += [note] if note else []
     noisy = sum(cell.noisy for cell in all_cells)

@@ -159,6 +159,8 @@ class Cell:
             return f"{op} {dtype} b{batch} n{nodes}"
         if op in ("exit_confidence", "screened_exit", "bounded_exit", "exit_mlp", "kv_propagate"):
             return f"{op} {model.removeprefix('head ')} {dtype} {tree} {nodes}"
+        if op in ("gather_layer_kv", "kv_commit"):
+            return f"{op} {model} {dtype} ctx{context} b{batch} {tree} {nodes}"
         if op.startswith("accept"):
             return f"{op} {model} {dtype} b{batch} n{nodes}"
         ragged = " ragged" if lengths == "ragged" else ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from .results import Cell, geometric_mean
 
 EXIT_OPS = ("exit_confidence", "screened_exit", "bounded_exit", "kv_propagate", "exit_mlp")
+ROW_OPS = ("gather_layer_kv", "kv_commit")
 
 
 @dataclass
@@ -126,10 +127,28 @@ def acceptance_verdicts(all_cells: list[Cell]) -> list[Verdict]:
     ]
 
 
-def against_full_head(cell: Cell) -> float | None:
-    """How much longer our own op takes without the screen, or the bounds."""
-    full = cell.of("specdec_ops full head")
-    return full["p50_us"] / cell.ours["p50_us"] if full else None
+def against(contestant: str) -> Callable[[Cell], float | None]:
+    """How much longer another contestant of the cell takes: a form of PyTorch, or our own op told otherwise."""
+
+    def value(cell: Cell) -> float | None:
+        other = cell.of(contestant)
+        return other["p50_us"] / cell.ours["p50_us"] if other else None
+
+    return value
+
+
+against_full_head = against("specdec_ops full head")
+
+
+def row_verdicts(all_cells: list[Cell]) -> list[Verdict]:
+    """Of ops that move rows of all layers. Against one expression for layers in one tensor nothing is asked."""
+    usable = [cell for cell in all_cells if cell.first["op"] in ROW_OPS and cell.ours]
+    gathers, commits = ([cell for cell in usable if cell.first["op"] == op] for op in ROW_OPS)
+    return [
+        floor("kv_commit: 3x index_select and copy in each layer", commits, against("eager"), 3, "x"),
+        floor("kv_commit: 3x caches that are joined by cat", commits, against("cat"), 3, "x"),
+        floor("gather_layer_kv: 3x cat in each layer and stack", gathers, against("eager"), 3, "x"),
+    ]
 
 
 def exit_verdicts(all_cells: list[Cell]) -> list[Verdict]:

@@ -1,1 +1,1 @@
-"""`kv_propagate`: keys and values of the layers that an exit skipped."""
+"""`gather_layer_kv`, `kv_commit` and `kv_propagate`: rows of all layers, accepted rows, skipped layers' rows."""

@@ -96,18 +96,30 @@ static void derive(KvPropagateParams& p, Call& call) {
 // K or V of a call's layers: a list of [first, page_size, kv_heads, dim], or one tensor of all layers.
 class CacheList {
  public:
-  explicit CacheList(const List& list) : list_(list), stacked_(Tensor(list[0])), is_stacked_(stacked_.dims() == 5) {}
+  explicit CacheList(const List& list) : list_(list), first_(Tensor(list[0])) {
+    layers_ = first_.dims() == 5 ? int(first_.size(0)) : list_.size();
+  }
 
-  int layers() { return is_stacked_ ? int(stacked_.size(0)) : list_.size(); }
+  int layers() const { return layers_; }
 
   // Writes a layer's address, strides and sizes.
   void describe(int layer, KvCacheLayer& l, bool is_v) {
-    Tensor own(list_[is_stacked_ ? 0 : layer]);
-    Tensor& cache = is_stacked_ ? stacked_ : own;
-    const int axis = is_stacked_ ? 1 : 0;
-    const int64_t item = cache.item_bytes(), offset = is_stacked_ ? layer * cache.stride(0) * item : 0;
-    char* const address = static_cast<char*>(cache.address());
-    (is_v ? l.v_cache : l.k_cache) = address == nullptr ? nullptr : address + offset;
+    if (layer == 0) {
+      write(first_, first_.dims() - 4, l, is_v);
+      layer_bytes_ = first_.dims() == 5 ? first_.stride(0) * first_.item_bytes() : 0;
+      of_first_ = l;
+    } else if (first_.dims() == 5) {
+      copy(layer * layer_bytes_, l, is_v);
+    } else {
+      Tensor cache(list_[layer]);
+      write(cache, 0, l, is_v);
+    }
+  }
+
+ private:
+  static void write(Tensor& cache, int axis, KvCacheLayer& l, bool is_v) {
+    const int64_t item = cache.item_bytes();
+    (is_v ? l.v_cache : l.k_cache) = cache.address();
     (is_v ? l.v_stride_first : l.k_stride_first) = cache.stride(axis) * item;
     (is_v ? l.v_stride_slot : l.k_stride_slot) = cache.stride(axis + 1) * item;
     (is_v ? l.v_stride_head : l.k_stride_head) = cache.stride(axis + 2) * item;
@@ -116,10 +128,22 @@ class CacheList {
     l.kv_heads = int32_t(cache.size(axis + 2));
   }
 
- private:
+  // What is the first layer's, but for its address.
+  void copy(int64_t offset, KvCacheLayer& l, bool is_v) const {
+    void* const first = is_v ? of_first_.v_cache : of_first_.k_cache;
+    (is_v ? l.v_cache : l.k_cache) = first == nullptr ? nullptr : static_cast<char*>(first) + offset;
+    (is_v ? l.v_stride_first : l.k_stride_first) = is_v ? of_first_.v_stride_first : of_first_.k_stride_first;
+    (is_v ? l.v_stride_slot : l.k_stride_slot) = is_v ? of_first_.v_stride_slot : of_first_.k_stride_slot;
+    (is_v ? l.v_stride_head : l.k_stride_head) = is_v ? of_first_.v_stride_head : of_first_.k_stride_head;
+    (is_v ? l.v_bytes : l.k_bytes) = is_v ? of_first_.v_bytes : of_first_.k_bytes;
+    l.first = of_first_.first, l.page_size = of_first_.page_size, l.kv_heads = of_first_.kv_heads;
+  }
+
   List list_;
-  Tensor stacked_;
-  bool is_stacked_;
+  Tensor first_;
+  KvCacheLayer of_first_{};
+  int64_t layer_bytes_ = 0;
+  int layers_;
 };
 
 // Fills `layers`, zeros behind the last one, and returns how many there are.

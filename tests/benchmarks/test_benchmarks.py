@@ -20,6 +20,7 @@ from benchmarks.attention.inputs import make_inputs
 from benchmarks.harness import reading, report, results, roofs, targets, timing
 from benchmarks.harness.cases import TREES, Model, TreeShape, chain
 from benchmarks.harness.contestant import Contestant, check
+from benchmarks.kv import cases as kv_cases
 from benchmarks.topology import cases as topology_cases
 from specdec_ops import _C
 from specdec_ops._core import dispatch
@@ -60,6 +61,12 @@ def toys():
         cases.toy("merge_states", dtype="bf16", contexts=(0, 0)),
         topology_cases.toy(),
         topology_cases.toy(batch=2, tree=TREES[128]),
+        kv_cases.toy_commit(),
+        kv_cases.toy_commit(layout="one tensor", batch=1),
+        kv_cases.toy_commit(layout="pages", dtype="bf16"),
+        kv_cases.toy_gather(),
+        kv_cases.toy_gather(layout="one tensor", rows=1),
+        kv_cases.toy_gather(layout="pages", dtype="bf16"),
     ]
 
 
@@ -95,6 +102,29 @@ def test_each_kind_of_case_runs(case, toy_roofs):
             forms = {"sdpa", "sdpa packed", "sdpa packed head-major"}
             assert forms <= set(peers_timed), report.problem(cell, "pytorch")
             assert cell.ours["roof_percent"] > 0
+
+
+@pytest.mark.parametrize("layout", ["list", "one tensor", "pages"])
+@pytest.mark.parametrize("case", [kv_cases.toy_commit(), kv_cases.toy_gather()], ids=lambda case: case.op)
+def test_contestants_that_move_rows_are_checked(case, layout):
+    """All are right, and one that moves nothing is not. The three targets have their cells."""
+    case, op = dataclasses.replace(case, layout=layout), registry.OPS[case.op]
+    inputs = op.make_inputs(case)
+    exact = op.expected(inputs)
+    found = op.contestants(inputs, run.Options("standard"))
+    assert all(check(contestant, exact).problem == "" for contestant in found)
+    idle = found[0]
+    idle.call = (lambda: None) if case.op == "kv_commit" else inputs.room
+    assert check(idle, exact).problem.startswith("WRONG")
+
+
+def test_targets_of_ops_that_move_rows(toy_roofs):
+    found = results.cells(run_toys(toy_roofs, [kv_cases.toy_commit(), kv_cases.toy_gather()]))
+    assert [verdict.met is None for verdict in targets.row_verdicts(found)] == [False] * 3
+    for cell, wanted in zip(found, ([False, False, True], [True, True, False]), strict=True):
+        assert [verdict.met is None for verdict in targets.row_verdicts([cell])] == wanted
+        text = "\n".join(report.summary([cell]))
+        assert f"target: {cell.first['op']}: 3x" in text
 
 
 def test_a_wrong_contestant_gets_no_time(monkeypatch, toy_roofs):

@@ -13,8 +13,10 @@ from typing import NamedTuple
 import torch
 
 from specdec_ops import (
+    GgufWeight,
     HeadBounds,
     QuantizedHead,
+    QuantizedWeight,
     Topology,
     build_topology,
     chain_accept,
@@ -24,7 +26,10 @@ from specdec_ops import (
     greedy_accept,
     kv_commit,
     kv_propagate,
+    linear,
     merge_states,
+    quantize_linear,
+    rms_norm,
     sample_children,
     sample_tokens,
     tree_accept,
@@ -335,6 +340,39 @@ def call_gather(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     return [gather_layer_kv(*tensors["caches"], tensors["slots"], **options, backend=backend)]
 
 
+def make_products(seed: int) -> Tensors:
+    """Rows of a gated layer, and its weight in bfloat16, int8 and blocks of four bits."""
+    generator, rows, dim, outputs = generator_of(seed), 19, 512, 300
+    weight = torch.randn(2 * outputs, dim, generator=generator) / dim**0.5
+    blocks = torch.randint(0, 256, (2 * outputs, dim // 32, 20), generator=generator, dtype=torch.uint8)
+    blocks[:, :, 0:4:2], blocks[:, :, 1:4:2] = 7, 0x20  # 2**-7 and a little more
+    quantised = quantize_linear(weight)
+    return {
+        "x": torch.randn(rows, dim, generator=generator).bfloat16(),
+        "weight": weight.bfloat16(),
+        "values": quantised.values,
+        "scales": quantised.scales,
+        "blocks": blocks.flatten(1),
+        "norm_weight": 1 + 0.1 * torch.randn(dim, generator=generator),
+        "residual": torch.randn(rows, outputs, generator=generator).bfloat16(),
+    }
+
+
+def call_products(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    kinds = (
+        tensors["weight"],
+        QuantizedWeight(tensors["values"], tensors["scales"]),
+        GgufWeight(tensors["blocks"], "q4_1"),
+    )
+    options = {"norm_weight": tensors["norm_weight"], "activation": "swiglu", "residual": tensors["residual"]}
+    return [linear(tensors["x"], kind, **options, backend=backend) for kind in kinds]
+
+
+def call_norms(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    x = tensors["x"]
+    return [rms_norm(x, tensors["norm_weight"], residual=x, backend=backend)]
+
+
 PRECISE_LOGITS = ("target", "draft")
 PRECISE_PROPAGATION = ("hidden", "norms", "weights", "cosines", "sines")
 CASES = {
@@ -357,6 +395,8 @@ CASES = {
     "gather_layer_kv": {"": DeviceCase(make_layers, call_gather)},
     "kv_commit": {"": DeviceCase(make_layers, call_commit)},
     "kv_propagate": {"": DeviceCase(make_propagation, call_propagation, PRECISE_PROPAGATION)},
+    "linear": {"": DeviceCase(make_products, call_products, ("x", "weight", "norm_weight", "residual"))},
+    "rms_norm": {"": DeviceCase(make_products, call_norms, ("x", "norm_weight"))},
     "screened_exit": {"": DeviceCase(make_screened_exits, call_screened_exits, EXITS)},
     "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},
     "tree_attention": {

@@ -144,7 +144,15 @@ def _exits() -> dict[str, Call]:
     commit = {**stored, "nodes": int32([0, 2, 3], [1, 2, -1]), "context_lens": int32(5, 7)}
     commit |= {"page_table": propagate["page_table"], "copies": int32([1, 3], [-1, 0])}
     gather = {**stored, "slots": int32(3, 15, -1), "requests": int32(0, 1, 0), "page_table": propagate["page_table"]}
+    integers = {"x": hidden, "weight": specdec_ops.quantize_linear(head), "bias": random(VOCAB)}
+    gates = {"x": hidden, "weight": random(128, DIM), "norm_weight": random(DIM).abs(), "norm_eps": 1e-5}
+    gates |= {"bias": random(128), "activation": "swiglu", "residual": random(6, 64)}
     return {
+        "linear": Call(specdec_ops.linear, "linear", gates),
+        "linear int8": Call(specdec_ops.linear, "linear", integers),
+        "rms_norm": Call(
+            specdec_ops.rms_norm, "rms_norm", {"x": hidden, "weight": random(DIM), "residual": random(6, DIM, seed=1)}
+        ),
         "exit_confidence": Call(exit_confidence, "exit_confidence", arguments),
         "exit_confidence int8": Call(exit_confidence, "exit_confidence", {**arguments, "head": quantised}),
         "exit_confidence screen": Call(exit_confidence, "screened_exit", {**arguments, "screen": quantised}),
@@ -186,6 +194,13 @@ def _others() -> dict[str, Call]:
     first = arrays.pop("q")
     return {
         "quantize_head": Call(quantize_head, None, {"head": head}),
+        "quantize_linear": Call(specdec_ops.quantize_linear, None, {"weight": head}),
+        "Linear": Call(_projected, None, {"x": random(2, 3, DIM), "weight": head, "bias": random(VOCAB)}),
+        "GgufWeight.dequantize": Call(
+            lambda rows: specdec_ops.GgufWeight(torch.full((9, 34), 3, dtype=torch.uint8), "q8_0").dequantize(rows),
+            None,
+            {"rows": torch.tensor([4, 1])},
+        ),
         "bound_head": Call(bound_head, None, {"head": head, "ends": [20, VOCAB]}),
         "VocabMap": Call(VocabMap, None, {"draft_to_target": [4, 1, 7], "vocab": 9}),
         "entropy_stop": Call(
@@ -263,6 +278,11 @@ def _rejected(**arguments):
     generators = {request: torch.Generator("cpu").manual_seed(request) for request in range(BATCH)}
     metadata = types.SimpleNamespace(all_greedy=False, all_random=True, temperature=None, generators=generators)
     return vllm.rejection_sample(**arguments, sampling_metadata=metadata)
+
+
+def _projected(x, weight, bias):
+    """A module of a weight, and of its int8 copy."""
+    return [specdec_ops.Linear(kind, bias)(x) for kind in (weight, specdec_ops.quantize_linear(weight))]
 
 
 def _adapted(requests, num_accepted, num_drafted, max_drafted):

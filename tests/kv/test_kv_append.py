@@ -526,7 +526,7 @@ EIGHT_BITS = {name: CACHE.to(torch.int8) for name in ("k_cache", "v_cache")}
         wrong({"rope": 1e4}, TypeError, "rope must be a Rope, (cos, sin) or None, got 10000.0"),
         wrong({"rope": tables(9, 5)}, ValueError, "rope[0] must be two tables [positions, pairs] of one shape, of at "),
         wrong({"rope": (tables(9, 4)[0],) * 1}, TypeError, "rope must be a Rope, (cos, sin) or None, got tuple"),
-        wrong({"rope": Rope(9.0, 5, 9)}, ValueError, "rope.cosines must be two tables [positions, pairs] of one shape"),
+        wrong({"rope": Rope(9.0, 5, 9)}, ValueError, "rope must be of at most 4 pairs, got Rope"),
         wrong({"rope": tuple(t[:, ::2] for t in tables(9, 8))}, ValueError, "rope must be of contiguous tables, got"),
         wrong({"rope": (tables(9, 4)[0].double(),) * 2}, TypeError, "rope[0] must be float32 [positions, pairs], got"),
         wrong({"norm_eps": -1}, ValueError, "norm_eps must be a finite number of at least 0, got -1"),

@@ -36,7 +36,9 @@ ACCEPTANCE = {
 # The screened form for few and many rows and three dtypes of heads.
 EXIT = {"exit_confidence_kernel": 4 + 4 + 2 + 3 + 2, "screen_kernel": 6, "recheck_kernel": 3}
 # One block of 256 threads on a multiprocessor keeps its memory busy: much is under way in each.
-DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255}
+DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255, "linear_kernel": 255}
+# What moves rows, by 16, 4, 2 and 1 bytes.
+MOVES = ("gather_layer_kv_kernel", "kv_commit_kernel", "kv_copy_pages_kernel")
 # tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.
 # Twice, for bfloat16 and float16.
 ROWS = (16, 32, 64, 128)
@@ -52,6 +54,9 @@ KERNELS = {  # instantiations of each
     **EXIT,
     "exit_mlp_kernel": 2,
     "kv_propagate_kernel": 9,
+    "linear_kernel": 4 + 4 + 2,  # two dtypes of 16 bits with plain and quantised weights for few and more rows; float32
+    "rms_norm_kernel": 3,
+    **dict.fromkeys(MOVES, 4),
 }
 
 
@@ -135,6 +140,9 @@ FROM_PTX = {
     "kv_propagate_kernelINS0_7KvShapeI13__nv_bfloat16": "100",
     "tree_attention_kernelINS0_9TileShapeI13__nv_bfloat16S3_Li256": "100",
     "exit_mlp_kernel": "120",
+    "gather_layer_kv_kernel": "100",
+    "kv_commit_kernel": "120",
+    "kv_copy_pages_kernel": "120",
     "kv_propagate_kernelINS0_7KvShapeI6__half": "120",
     "merge_states_kernel": "120",
     "sample_kernel": "120",
@@ -243,6 +251,14 @@ def test_kv_propagate_uses_what_the_hardware_has(functions):
         for what, pattern in wide.items():
             assert re.search(pattern, body), (function, what)
     assert sum("KvShapeIf" in function for function in kernels) == 3
+
+
+def test_rows_move_by_16_bytes(functions):
+    """Read and written."""
+    kernels = [body for name, body in functions.items() if any(f"{kernel}ILi16E" in name for kernel in MOVES)]
+    assert len(kernels) == len(MOVES)
+    for body in kernels:
+        assert re.search(r"\bLDG\.E\S*\.128\b", body) and re.search(r"\bSTG\.E\S*\.128\b", body)
 
 
 def test_exit_mlp_reads_weights_in_packs(functions):

@@ -135,6 +135,8 @@ SIZES = {  # tensors that may be of any strides: which of their dimensions are s
     "exit_mlp": {"features": (0,)},
     "gather_layer_kv": {"slots": (0,), "requests": (0,), "page_table": (0, 1)},
     "kv_commit": {"nodes": (0, 1), "context_lens": (0,), "page_table": (0, 1), "copies": (0,)},
+    "linear": {"x": (0,), "residual": (0,)},
+    "rms_norm": {"x": (0,), "residual": (0,)},
     "kv_propagate": {"hidden": (0,), "positions": (0,), "slots": (0,), "requests": (0,), "page_table": (0, 1)},
 }
 

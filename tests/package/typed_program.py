@@ -20,10 +20,13 @@ from specdec_ops import (
     Confidence,
     Exit,
     ExitStatus,
+    GgufWeight,
     HeadBounds,
     LayerCache,
+    Linear,
     LongestPath,
     QuantizedHead,
+    QuantizedWeight,
     Topology,
     TopologyStatus,
     Tree,
@@ -42,11 +45,14 @@ from specdec_ops import (
     greedy_accept,
     kv_commit,
     kv_propagate,
+    linear,
     longest_path_accept,
     match_accept,
     merge_states,
     published_trees,
     quantize_head,
+    quantize_linear,
+    rms_norm,
     sample_children,
     sample_tokens,
     tree_accept,
@@ -151,6 +157,21 @@ def caches() -> LayerCache:
     return cache
 
 
+def products() -> torch.Tensor:
+    """A layer's products, with weights of every kind."""
+    x, weight = torch.randn(3, DIM), torch.randn(2 * DIM, DIM)
+    quantised = quantize_linear(weight)
+    assert_type(quantised, QuantizedWeight)
+    assert_type(quantised.to("cpu"), QuantizedWeight)
+    blocks = GgufWeight(torch.zeros(DIM, DIM // 32 * 18, dtype=torch.uint8), "q4_0")
+    assert_type(blocks.dequantize(torch.tensor([0, 3])), torch.Tensor)
+    gated = linear(x, quantised, norm_weight=torch.ones(DIM), activation="swiglu", residual=x)
+    assert_type(linear(gated, blocks, bias=torch.zeros(DIM), out=torch.empty(3, DIM)), torch.Tensor)
+    module = Linear.from_module(torch.nn.Linear(DIM, DIM), torch.nn.Linear(DIM, 5), quantized=True)
+    assert_type(module, Linear)
+    return rms_norm(Linear(blocks)(module(x)[:, :DIM].contiguous()), torch.ones(DIM), residual=x)
+
+
 def others(tree: Tree, topology: Topology) -> None:
     """Other frameworks' arrays and signatures."""
     sampled = dlpack.sample_tokens(np.zeros((1, 5), np.float32), seeds=1, positions=0)
@@ -193,6 +214,7 @@ def mistakes(topology: Topology, accepted: Acceptance, cache: LayerCache) -> Non
     sample_children(accepted.tokens, 2, positions=0)  # type: ignore[call-arg]
     cache.run("0")  # type: ignore[arg-type]
     quantize_head(None)  # type: ignore[arg-type]
+    linear(accepted.tokens, 3)  # type: ignore[arg-type]
     print(AcceptStatus.NONE)  # type: ignore[attr-defined]
 
 
@@ -200,6 +222,7 @@ def main() -> None:
     """Run all but the mistakes."""
     tree, topology = topologies()
     print(attention(tree, topology).shape, acceptance(topology).tokens.shape, exits().num_active, caches().lengths)
+    print(products().shape)
     others(tree, topology)
 
 

@@ -129,15 +129,15 @@ def _place(
         first = tl.load(at, mask=stored, other=-1).to(tl.int64)
         stored = stored & (first >= 0) & (first < pages)
         slot = slot % page_size
-    return exists, position, stored, first, slot
+    # The interpreter hands scalars on as numbers: as integers they mean the same everywhere.
+    return tl.where(exists, 1, 0), position, tl.where(stored, 1, 0), first, slot
 
 
 @triton.jit
 def _turned_heads(
-    x, head, heads, stride_head, first, second, dim, pair, pairs, position, cosines, sines, weight, norm_eps, exists
+    x, head, there, stride_head, first, second, dim, angle, rotated, cosines, sines, weight, norm_eps
 ):  # fmt: skip
     """The first and second elements of the pairs of some heads, float32 [heads, pairs]."""
-    there = exists & (head < heads)
     at = x + head.to(tl.int64)[:, None] * stride_head
     firsts = widened(tl.load(at + first[None, :], mask=there[:, None] & (first < dim)[None, :], other=0.0))
     seconds = widened(tl.load(at + second[None, :], mask=there[:, None] & (second < dim)[None, :], other=0.0))
@@ -147,9 +147,8 @@ def _turned_heads(
         firsts *= inverse * widened(tl.load(weight + first, mask=first < dim, other=0.0))[None, :]
         seconds *= inverse * widened(tl.load(weight + second, mask=second < dim, other=0.0))[None, :]
     if cosines is not None:
-        rotated = exists & (pair < pairs)
-        cosine = tl.load(cosines + position * pairs + pair, mask=rotated, other=1.0)[None, :]
-        sine = tl.load(sines + position * pairs + pair, mask=rotated, other=0.0)[None, :]
+        cosine = tl.load(cosines + angle, mask=rotated, other=1.0)[None, :]
+        sine = tl.load(sines + angle, mask=rotated, other=0.0)[None, :]
         before = firsts
         firsts = before * cosine - seconds * sine
         seconds = seconds * cosine + before * sine
@@ -195,6 +194,9 @@ def kv_append_kernel(
     if not INTERLEAVED:
         first = tl.where(pair < pairs, pair, first)
         second = tl.where(pair < pairs, pairs + pair, second)
+    angle = position * pairs + pair
+    each_head = tl.zeros([HEADS], tl.int32)
+    each_pair = tl.zeros([BLOCK_P], tl.int32)
     q_blocks = tl.cdiv(heads, HEADS)
     kv_blocks = tl.cdiv(kv_heads, HEADS)
     block = tl.program_id(1)
@@ -202,24 +204,26 @@ def kv_append_kernel(
     if block < q_blocks:
         if q is not None:
             head = block * HEADS + tl.arange(0, HEADS)
+            there = (each_head + exists > 0) & (head < heads)
             firsts, seconds = _turned_heads(
-                q + request * q_batch + index * q_row, head, heads, q_head, first, second, k_dim, pair, pairs, position,
-                cosines, sines, q_norm_weight, norm_eps, exists,
+                q + request * q_batch + index * q_row, head, there, q_head, first, second, k_dim, angle,
+                (each_pair + exists > 0) & (pair < pairs), cosines, sines, q_norm_weight, norm_eps,
             )  # fmt: skip
-            firsts = tl.where(exists, firsts, 0.0)
-            seconds = tl.where(exists, seconds, 0.0)
+            firsts = tl.where(there[:, None], firsts, 0.0)
+            seconds = tl.where(there[:, None], seconds, 0.0)
             there = (head < heads)[:, None]
             at = q_out + request * out_batch + index * out_row + head.to(tl.int64)[:, None] * out_head
             tl.store(at + first[None, :], narrowed(firsts, kind, WIDEN), mask=there & (first < k_dim)[None, :])
             tl.store(at + second[None, :], narrowed(seconds, kind, WIDEN), mask=there & (second < k_dim)[None, :])
     elif block < q_blocks + kv_blocks:
         head = (block - q_blocks) * HEADS + tl.arange(0, HEADS)
+        there = (each_head + stored > 0) & (head < kv_heads)
         firsts, seconds = _turned_heads(
-            k + request * k_batch + index * k_row, head, kv_heads, k_head, first, second, k_dim, pair, pairs, position,
-            cosines, sines, k_norm_weight, norm_eps, stored,
+            k + request * k_batch + index * k_row, head, there, k_head, first, second, k_dim, angle,
+            (each_pair + stored > 0) & (pair < pairs), cosines, sines, k_norm_weight, norm_eps,
         )  # fmt: skip
         scale = _scales(k_scale, k_scales, head, kv_heads)
-        there = (stored & (head < kv_heads))[:, None]
+        there = there[:, None]
         at = k_cache + first_index * k_cache_first + slot * k_cache_slot + head.to(tl.int64)[:, None] * k_cache_head
         tl.store(at + first[None, :], _stored(firsts, scale, kind, CODE, WIDEN), mask=there & (first < k_dim)[None, :])
         tl.store(
@@ -227,12 +231,13 @@ def kv_append_kernel(
         )
     else:
         head = (block - q_blocks - kv_blocks) * HEADS + tl.arange(0, HEADS)
+        there = (each_head + stored > 0) & (head < kv_heads)
         firsts, seconds = _turned_heads(
-            v + request * v_batch + index * v_row, head, kv_heads, v_head, plain_first, plain_second, v_dim, pair,
-            pairs, position, None, None, None, norm_eps, stored,
+            v + request * v_batch + index * v_row, head, there, v_head, plain_first, plain_second, v_dim, angle,
+            pair < pairs, None, None, None, norm_eps,
         )  # fmt: skip
         scale = _scales(v_scale, v_scales, head, kv_heads)
-        there = (stored & (head < kv_heads))[:, None]
+        there = there[:, None]
         at = v_cache + first_index * v_cache_first + slot * v_cache_slot + head.to(tl.int64)[:, None] * v_cache_head
         tl.store(
             at + plain_first[None, :],

@@ -14,8 +14,8 @@ from specdec_ops.triton_kernels.common.launch import on
 from specdec_ops.triton_kernels.kv.cache_layers import grouped
 
 BLOCK = 1024
-_STRIDES = [f"{part}_{name}" for part in "kv" for name in ("layer", "first", "slot", "head", "dim")]
-_VOLATILE = [*_STRIDES, "steps", "pages", "page_size", "max_pages", "capacity", "kv_heads", "count"]
+# Dims and strides are an engine's own: that they are multiples of 16 is what makes accesses of 16 bytes.
+_VOLATILE = ["steps", "pages", "page_size", "max_pages", "capacity", "kv_heads", "count"]
 
 
 @triton.jit
@@ -72,29 +72,26 @@ def _commit(
 
 @triton.jit(do_not_specialize=_VOLATILE)
 def kv_copy_pages_kernel(
-    copies, k_cache, v_cache, count, pages, page_size, kv_heads, k_layer, k_first, k_slot, k_head, k_dim, v_layer,
-    v_first, v_slot, v_head, v_dim, BLOCK: tl.constexpr,
+    copies, k_cache, v_cache, count, pages, kv_heads, k_layer, k_first, k_slot, k_head, k_dim, v_layer, v_first, v_slot,
+    v_head, v_dim, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of a page, K of each layer and then V of each layer)."""
-    layers = tl.num_programs(1) // 2
-    layer = (tl.program_id(1) % layers).to(tl.int64)
-    element = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    if tl.program_id(1) < layers:
-        _copy_pages(copies, k_cache + layer * k_layer, element, count, pages, page_size, kv_heads, k_first, k_slot,
-                    k_head, k_dim)  # fmt: skip
+    """Grid: (slots of a page, blocks of a row, K of each layer and then V of each layer)."""
+    layers = tl.num_programs(2) // 2
+    layer = (tl.program_id(2) % layers).to(tl.int64)
+    slot = tl.program_id(0).to(tl.int64)
+    element = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if tl.program_id(2) < layers:
+        _copy_pages(copies, k_cache + layer * k_layer + slot * k_slot, element, count, pages, kv_heads, k_first, k_head,
+                    k_dim)  # fmt: skip
     else:
-        _copy_pages(copies, v_cache + layer * v_layer, element, count, pages, page_size, kv_heads, v_first, v_slot,
-                    v_head, v_dim)  # fmt: skip
+        _copy_pages(copies, v_cache + layer * v_layer + slot * v_slot, element, count, pages, kv_heads, v_first, v_head,
+                    v_dim)  # fmt: skip
 
 
 @triton.jit
-def _copy_pages(
-    copies, cache, element, count, pages, page_size, kv_heads, stride_first, stride_slot, stride_head, dim
-):  # fmt: skip
-    width = kv_heads * dim
-    exists = element < width.to(tl.int64) * page_size
-    row = element % width
-    column = cache + element // width * stride_slot + row // dim * stride_head + row % dim
+def _copy_pages(copies, cache, element, count, pages, kv_heads, stride_first, stride_head, dim):
+    exists = element < kv_heads * dim
+    column = cache + (element // dim).to(tl.int64) * stride_head + element % dim
     for i in range(count):
         source = tl.load(copies + 2 * i).to(tl.int64)
         target = tl.load(copies + 2 * i + 1).to(tl.int64)
@@ -117,8 +114,8 @@ def kv_commit(arguments, outputs) -> None:
             width = kv_heads * max(k.shape[4], v.shape[4])
             strides = [size for cache in (k, v) for size in (*cache.stride()[:4], cache.shape[4])]
             if copies is not None and len(copies) and page_table is not None and k.numel():
-                kv_copy_pages_kernel[triton.cdiv(width * page_size, BLOCK), 2 * layers](
-                    copies, k, v, len(copies), pages, page_size, kv_heads, *strides, BLOCK=BLOCK
+                kv_copy_pages_kernel[page_size, triton.cdiv(width, BLOCK), 2 * layers](
+                    copies, k, v, len(copies), pages, kv_heads, *strides, BLOCK=BLOCK
                 )
             if batch and steps:
                 kv_commit_kernel[triton.cdiv(width, BLOCK), batch, 2 * layers](

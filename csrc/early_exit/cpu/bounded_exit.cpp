@@ -25,11 +25,11 @@ namespace {
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr double kOutward = 1 + 1e-6;  // for the rounding of the bound itself
 
-RowReach reach_of(const ExitParams& p, const ProductKernels& kernels, int row) {
+RowReach reach_of(const ExitParams& p, const ProductForm& form, int row) {
   std::vector<float> y(float_row(p.dim));
-  kernels.normalise(hidden_rows(p), row, y.data());
-  kernels.round(p.head_type, y.data(), p.dim);
-  const RowLength of_row = row_length(kernels, y, p.dim);
+  product_kernels().normalise(hidden_rows(p), row, y.data());
+  round_row(form, y);
+  const RowLength of_row = row_length(form, y, p.dim);
   const double length = of_row.whole + of_row.rounding, sums = (p.dim / 4.0 + 64) * 0x1p-24;
   const double vanishing = std::sqrt(double(p.dim)) * 0x1p-125;
   return {(length * (1 + sums) + vanishing) * kOutward, (vanishing * length + p.dim * 0x1p-125) * kOutward};
@@ -89,9 +89,9 @@ using namespace cpu;
 void bounded_exit_cpu(const BoundedParams& b, int threads) {
   const ExitParams& p = b.exit;
   const ThreadPool pool = exit_threads(p, threads);
-  const ProductKernels kernels = product_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32);
+  const ProductForm form = head_form(p.head_type, p.hidden_dtype != DType::kFloat32);
   std::vector<RowReach> reach(p.rows);
-  pool.run(p.rows, [&](int64_t row, int) { reach[row] = reach_of(p, kernels, int(row)); });
+  pool.run(p.rows, [&](int64_t row, int) { reach[row] = reach_of(p, form, int(row)); });
   const std::vector<float> biases = biases_after(b);
   std::vector<ExitState> states(p.rows, empty_exit_state());
   std::vector<int> open(p.rows);

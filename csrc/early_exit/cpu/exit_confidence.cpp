@@ -117,14 +117,13 @@ HeadReader::HeadReader(const ExitParams& p, const std::vector<int>& rows, const 
     : p_(p),
       rows_(rows),
       pool_(pool),
-      kernels_(product_kernels(p.head_type, p.dim, p.hidden_dtype != DType::kFloat32)),
       absorb_(exit_kernels().absorb),
       top_k_(std::max(2, p.top_k)),
-      packed_(kernels_, p.head_type, p.dim, int(rows.size()), p.rows) {
+      packed_(head_form(p.head_type, p.hidden_dtype != DType::kFloat32), p.dim, int(rows.size())) {
   const InputRows hidden = hidden_rows(p_);
   pool_.run(rows_.size(), [&](int64_t n, int) {
     std::vector<float> y(float_row(p_.dim));
-    kernels_.normalise(hidden, rows_[n], y.data());
+    product_kernels().normalise(hidden, rows_[n], y.data());
     packed_.set(int(n), y.data());
   });
 }
@@ -148,8 +147,7 @@ void HeadReader::read_chunk(int64_t begin, int64_t end, ExitState* states) {
   std::fill_n(states, rows_.size(), empty_exit_state());
   for (int64_t first = begin; first < end; first += kWeightTile) {
     const int count = int(std::min<int64_t>(kWeightTile, end - first));
-    const int64_t offset = first * p_.dim * element_bytes(p_.head_type);
-    const WeightTile tile = {static_cast<const char*>(p_.head) + offset, count, p_.dim, nullptr};
+    const WeightTile tile = WeightTile::of(WeightType(p_.head_type), p_.head, first, end, p_.dim);
     const float* tile_scales = tile_of(p_.scales, first, count, scales);
     const float* tile_bias = tile_of(p_.bias, first, count, bias);
     packed_.multiply(tile, [&](int n, float* logits) {

@@ -16,8 +16,7 @@ constexpr double kProductsPerThread = 1 << 18;  // below this many another threa
 
 // y = x W^T + bias; rows [rows, float_row(inputs)] and [rows, float_row(outputs)].
 std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int rows, int inputs, int threads) {
-  const ProductKernels kernels = product_kernels(layer.type, inputs, false);
-  PackedRows packed(kernels, layer.type, inputs, rows, rows);
+  PackedRows packed(head_form(layer.type, false), inputs, rows);
   const int64_t from = float_row(inputs), to = float_row(layer.outputs);
   std::vector<float> y(rows * to);
   const double products = double(rows) * inputs * layer.outputs;
@@ -26,8 +25,7 @@ std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int
   pool.run((layer.outputs + kWeightTile - 1) / kWeightTile, [&](int64_t at, int) {
     const int64_t first = at * kWeightTile;
     const int count = int(std::min<int64_t>(kWeightTile, layer.outputs - first));
-    const char* weight = static_cast<const char*>(layer.weight) + first * inputs * element_bytes(layer.type);
-    const WeightTile tile = {weight, count, inputs, nullptr};
+    const WeightTile tile = WeightTile::of(WeightType(layer.type), layer.weight, first, layer.outputs, inputs);
     packed.multiply(tile, [&](int row, const float* sums) {
       float* outputs = &y[row * to + first];
       for (int i = 0; i < count; i++) outputs[i] = sums[i] + layer.bias[first + i];
@@ -51,8 +49,7 @@ void exit_mlp_cpu(const MlpParams& p, int threads) {
   rows.stride = p.features_stride_row;
   rows.dim = p.inputs;
   std::vector<float> x(p.rows * float_row(p.inputs));
-  const ProductKernels kernels = product_kernels(HeadType::kFloat32, p.inputs, false);
-  for (int row = 0; row < p.rows; row++) kernels.normalise(rows, row, &x[row * float_row(p.inputs)]);
+  for (int row = 0; row < p.rows; row++) product_kernels().normalise(rows, row, &x[row * float_row(p.inputs)]);
   int inputs = p.inputs;
   for (int at = 0; at < p.count; at++) {
     x = apply(p.layers[at], x, p.rows, inputs, threads);

@@ -35,7 +35,6 @@ class HeadReader {
   const ExitParams& p_;
   const std::vector<int> rows_;
   const ThreadPool pool_;
-  const ProductKernels kernels_;
   const decltype(ExitKernels::absorb) absorb_;
   const int top_k_;
   PackedRows packed_;

@@ -65,19 +65,20 @@ class Screen {
       : s_(p),
         p_(p.exit),
         pool_(pool),
-        full_(product_kernels(p_.head_type, p_.dim, true)),
-        small_(product_kernels(HeadType::kInt8, p_.dim, true)),
+        full_(head_form(p_.head_type, true)),
+        small_(head_form(HeadType::kInt8, true)),
         looks_(screen_kernels()),
         first_row_(first_row),
         rows_(rows),
         chunks_((int64_t(p_.vocab) + kExitChunk - 1) / kExitChunk),
         stride_(chunks_ * kExitChunk),
-        full_packed_(rows, PackedRows(full_, p_.head_type, p_.dim, 1, p_.rows)),
-        small_packed_(small_, HeadType::kInt8, p_.dim, rows, p_.rows),
+        small_packed_(small_, p_.dim, rows),
         lengths_(rows),
         bounds_(rows),
         approximate_(new float[stride_ * rows]),
         found_(chunks_ * rows) {
+    full_packed_.reserve(rows);
+    for (int row = 0; row < rows; row++) full_packed_.emplace_back(full_, p_.dim, 1);
     pool_.run(rows_, [&](int64_t row, int) { prepare(int(row)); });
   }
 
@@ -118,9 +119,9 @@ class Screen {
 
   void prepare(int row) {
     std::vector<float> y(float_row(p_.dim));
-    full_.normalise(hidden_rows(p_), first_row_ + row, y.data());
+    product_kernels().normalise(hidden_rows(p_), first_row_ + row, y.data());
     full_packed_[row].set(0, y.data());
-    full_.round(p_.head_type, y.data(), p_.dim);
+    round_row(full_, y);
     small_packed_.set(row, y.data());
     const auto [length, rounding] = row_length(small_, y, p_.dim);
     const double sums = 2 * (p_.dim / 4.0 + 64) * 0x1p-24;
@@ -146,7 +147,7 @@ class Screen {
     const int64_t begin = chunk * kExitChunk, end = std::min<int64_t>(begin + kExitChunk, p_.vocab);
     for (int64_t first = begin; first < end; first += kWeightTile) {
       const int count = int(std::min<int64_t>(kWeightTile, end - first));
-      const WeightTile tile = {s_.values + first * p_.dim, count, p_.dim, nullptr};
+      const WeightTile tile = WeightTile::of(WeightType::kInt8, s_.values, first, end, p_.dim);
       small_packed_.multiply(tile, [&](int row, const float* logits) {
         float* to = &approximate_[row * stride_ + first];
         const float* scales = s_.scales + first;
@@ -255,7 +256,8 @@ class Screen {
     pool.deal(tiles, [&](int64_t at) {
       const int64_t first = at * kRecheckTile;
       const int count = int(std::min<int64_t>(kRecheckTile, int64_t(entries.size()) - first));
-      const WeightTile tile = {p_.head, count, p_.dim, &entries[first]};
+      const WeightTile tile =
+          WeightTile::of_entries(WeightType(p_.head_type), p_.head, &entries[first], count, p_.dim);
       full_packed_[row].multiply(tile, [&](int, const float* logits) {
         for (int i = 0; i < count; i++) {
           z[first + i] = p_.bias ? logits[i] + p_.bias[entries[first + i]] : logits[i];
@@ -381,7 +383,7 @@ class Screen {
   const ScreenedParams& s_;
   const ExitParams& p_;
   const ThreadPool& pool_;
-  const ProductKernels full_, small_;
+  const ProductForm full_, small_;
   const ScreenKernels& looks_;
   const int first_row_, rows_;
   const int64_t chunks_, stride_;

@@ -17,7 +17,7 @@ using namespace cpu;
 
 namespace {
 
-constexpr int64_t kBytesPerThread = 1 << 17;  // below this many another thread does not pay
+constexpr int64_t kBytesPerThread = 1 << 19;  // below this many another thread does not pay
 
 // K or V of a layer.
 struct Plane {

@@ -110,9 +110,8 @@ class LayerProduct {
   LayerProduct(const KvPropagateParams& p, const std::vector<Place>& places)
       : p_(p),
         places_(places),
-        type_(static_cast<HeadType>(p.dtype)),
-        kernels_(product_kernels(type_, p.dim, false)),
-        packed_(kernels_, type_, p.dim, int(places.size()), int(places.size())),
+        type_(static_cast<WeightType>(p.dtype)),
+        packed_(product_form(type_, type_ == WeightType::kBFloat16), p.dim, int(places.size())),
         width_(p.kv_heads * p.head_dim),
         results_(2 * places.size() * width_) {}
 
@@ -121,7 +120,7 @@ class LayerProduct {
                             p_.norm_eps, p_.dim};
     pool.run(places_.size(), [&](int64_t n, int) {
       std::vector<float> y(float_row(p_.dim));
-      kernels_.normalise(rows, places_[n].row, y.data());
+      product_kernels().normalise(rows, places_[n].row, y.data());
       packed_.set(int(n), y.data());
     });
     const int tiles = (width_ + kWeightTile - 1) / kWeightTile;
@@ -135,16 +134,14 @@ class LayerProduct {
  private:
   void multiply(const void* weight, int first, float* results) {
     const int count = std::min(kWeightTile, width_ - first);
-    const int64_t offset = int64_t(first) * p_.dim * element_bytes(type_);
-    const WeightTile tile = {static_cast<const char*>(weight) + offset, count, p_.dim, nullptr};
+    const WeightTile tile = WeightTile::of(type_, weight, first, width_, p_.dim);
     packed_.multiply(
         tile, [&](int row, const float* sums) { std::copy_n(sums, count, results + int64_t(row) * width_ + first); });
   }
 
   const KvPropagateParams& p_;
   const std::vector<Place>& places_;
-  const HeadType type_;
-  const ProductKernels kernels_;
+  const WeightType type_;
   PackedRows packed_;
   const int width_;
   std::vector<float> results_;

@@ -7,9 +7,8 @@
 #include "common/cpu/isa.h"
 
 namespace specdec::cpu {
-namespace {
 
-const ProductKernels& kernels_of_isa() {
+const ProductKernels& product_kernels() {
 #ifdef SPECDEC_X86
 #ifdef SPECDEC_HAVE_AVX512_BF16
   if (current_isa() >= Isa::kAvx512Bf16) return avx512_bf16::kProductKernels;
@@ -20,23 +19,23 @@ const ProductKernels& kernels_of_isa() {
   return generic::kProductKernels;
 }
 
-}  // namespace
-
-ProductKernels product_kernels(HeadType type, int dim, bool may_round) {
-  ProductKernels kernels = kernels_of_isa();
+ProductForm product_form(WeightType type, bool may_round) {
+  const ProductKernels& kernels = product_kernels();
+  if (may_round && type == WeightType::kBFloat16 && kernels.pairs.multiply) return kernels.pairs;
 #ifdef SPECDEC_HAVE_AVX512_VNNI
-  if (type == HeadType::kInt8 && may_round && dim <= kMaxIntegerDim && may_use_vnni()) {
-    kernels.packed_bytes = avx512_vnni::packed_bytes;
-    kernels.pack = avx512_vnni::pack;
-    kernels.multiply = avx512_vnni::multiply;
+  if (may_round && type >= WeightType::kInt8 && may_use_vnni()) {
+    return avx512_vnni::kIntegerForms[int(type) - int(WeightType::kInt8)];
   }
-#else
-  (void)type, (void)dim, (void)may_round;
 #endif
-  return kernels;
+  return kernels.widened[int(type)];
 }
 
-RowLength row_length(const ProductKernels& kernels, const std::vector<float>& y, int dim) {
+void round_row(const ProductForm& form, std::vector<float>& y) {
+  const ProductKernels& kernels = product_kernels();
+  if (form.pack == kernels.pairs.pack) kernels.round(y.data(), int(y.size()));
+}
+
+RowLength row_length(const ProductForm& form, const std::vector<float>& y, int dim) {
   constexpr int kSums = 8;  // at once
   static_assert(kFloatRowStep % kSums == 0, "");
   double squares[kSums] = {}, rounding = 0;
@@ -44,9 +43,9 @@ RowLength row_length(const ProductKernels& kernels, const std::vector<float>& y,
     for (int i = 0; i < kSums; i++) squares[i] += double(y[d + i]) * y[d + i];
   }
 #ifdef SPECDEC_HAVE_AVX512_VNNI
-  if (kernels.pack == avx512_vnni::pack) rounding = avx512_vnni::rounding_error(y.data(), dim);
+  if (form.pack == avx512_vnni::kIntegerForms[0].pack) rounding = avx512_vnni::rounding_error(y.data(), dim);
 #else
-  (void)kernels, (void)dim;
+  (void)form, (void)dim;
 #endif
   return {std::sqrt(std::accumulate(squares, squares + kSums, 0.0)), rounding};
 }

@@ -1,62 +1,12 @@
 // The products of few rows (linear/cpu/product_types.h) on one instruction set.
-//
-// Outputs are dot products (linear/cpu/dots.h); those of bfloat16 weights with many rows have a form of their own where
-// the processor multiplies pairs (linear/cpu/quads.h).
 #pragma once
 
 #include "common/cpu/simd_int.h"
-#include "linear/cpu/dots.h"
+#include "linear/cpu/finish.h"
+#include "linear/cpu/float_rows.h"
 #include "linear/cpu/product_types.h"
-#if defined(__AVX512BF16__)
-#include "linear/cpu/quads.h"
-#endif
 
 namespace specdec::cpu::SPECDEC_ISA {
-
-static void multiply(HeadType type, const WeightTile& tile, const char* packed, int rows, int call_rows,
-                     float* outputs) {
-  with_head(type, [&](auto multiplier) {
-    using Multiplier = decltype(multiplier);
-#if defined(__AVX512BF16__)
-    if (takes_quads(type, tile.dim, call_rows)) {
-      const int stride = packed_dim<BFloat16Pairs>(tile.dim);
-      return multiply_quads(tile, reinterpret_cast<const uint16_t*>(packed), stride, rows, call_rows, outputs);
-    }
-#endif
-    multiply_rows<Multiplier>(tile, packed, rows, call_rows, outputs);
-  });
-}
-
-static void round(HeadType type, float* y, int dim) {
-  with_head(type, [&](auto multiplier) { decltype(multiplier)::round(y, dim); });
-}
-
-static size_t packed_bytes(HeadType type, int dim) {
-  return with_head(type, [&](auto multiplier) {
-    using Multiplier = decltype(multiplier);
-    return size_t(packed_dim<Multiplier>(dim)) * sizeof(typename Multiplier::Hidden);
-  });
-}
-
-static void pack(HeadType type, const float* y, int dim, char* packed, int row, int rows, int call_rows) {
-  with_head(type, [&](auto multiplier) {
-    using Multiplier = decltype(multiplier);
-#if defined(__AVX512BF16__)
-    if (takes_quads(type, dim, call_rows)) {
-      const int stride = packed_dim<BFloat16Pairs>(dim);
-      return pack_quads(y, dim, stride, reinterpret_cast<uint16_t*>(packed), row, rows);
-    }
-#else
-    (void)call_rows;
-#endif
-    constexpr int kStep = Multiplier::kStep;
-    const int first = row / kTogether * kTogether, together = min_of(kTogether, rows - first);
-    const int whole = packed_dim<Multiplier>(dim);
-    auto* to = reinterpret_cast<typename Multiplier::Hidden*>(packed) + int64_t(first) * whole + (row - first) * kStep;
-    static_assert(kFloatRowStep % kStep == 0, "");
-    for (int d = 0; d < whole; d += kStep, to += together * kStep) Multiplier::pack(y + d, to);
-  });
-}
 
 // The last elements of a row, fewer than a vector, and zeros.
 template <class Storage>
@@ -69,17 +19,26 @@ template <class Storage>
 static void normalise_row(const InputRows& rows, int row, float* y) {
   const auto* x = static_cast<const typename Storage::Element*>(rows.x) + row * rows.stride;
   const int whole = rows.dim / kWidth * kWidth;
-  Vec squares = splat(0.0f);
-  const auto take = [&](const auto* from, int d) {
+  Vec squares[4];
+  SPECDEC_UNROLL
+  for (int i = 0; i < 4; i++) squares[i] = splat(0.0f);
+  const auto take = [&](const auto* from, int d, Vec& sum) __attribute__((always_inline)) {
     const Vec v = Storage::load_vec(from);
     store(y + d, v);
-    squares = fma(v, v, squares);
+    sum = fma(v, v, sum);
   };
-  for (int d = 0; d < whole; d += kWidth) take(x + d, d);
-  if (whole < rows.dim) take(Rest<Storage>(x + whole, rows.dim - whole).padded, whole);
+  int d = 0;
+  for (; d + 4 * kWidth <= whole; d += 4 * kWidth) {
+    SPECDEC_UNROLL
+    for (int i = 0; i < 4; i++) take(x + d + i * kWidth, d + i * kWidth, squares[i]);
+  }
+  for (; d < whole; d += kWidth) take(x + d, d, squares[0]);
+  if (whole < rows.dim) take(Rest<Storage>(x + whole, rows.dim - whole).padded, whole, squares[0]);
+  for (d = round_up(rows.dim, kWidth); d < round_up(rows.dim, kFloatRowStep); d += kWidth) store(y + d, splat(0.0f));
   if (!rows.norm_weight) return;
-  const Vec scale = splat(1.0f / __builtin_sqrtf(total(squares) / float(rows.dim) + rows.norm_eps));
-  for (int d = 0; d < rows.dim; d += kWidth) store(y + d, load(y + d) * scale);
+  const float sum = total((squares[0] + squares[1]) + (squares[2] + squares[3]));
+  const Vec scale = splat(1.0f / __builtin_sqrtf(sum / float(rows.dim) + rows.norm_eps));
+  for (d = 0; d < rows.dim; d += kWidth) store(y + d, load(y + d) * scale);
 }
 
 template <class Storage>
@@ -102,6 +61,31 @@ static void normalise(const InputRows& rows, int row, float* y) {
   if (rows.norm_dtype == DType::kFloat16) weigh_row<Float16>(rows, y);
 }
 
-const ProductKernels kProductKernels = {normalise, packed_bytes, pack, round, multiply};
+static void round_to_pairs(float* y, int dim) {
+#if defined(__AVX512BF16__)
+  for (int d = 0; d < dim; d += kWidth) {
+    uint16_t rounded[kWidth];
+    store_bf16(rounded, load(y + d));
+    store(y + d, load_bf16(rounded));
+  }
+#else
+  (void)y, (void)dim;
+#endif
+}
+
+const ProductKernels kProductKernels = {normalise,
+                                        round_to_pairs,
+                                        finish,
+                                        {form_of<Float32Form>(), form_of<WidenedForm<BFloat16>>(),
+                                         form_of<WidenedForm<Float16>>(), form_of<WidenedForm<Int8>>(),
+                                         form_of<WidenedBlocksForm<WeightType::kQ80>>(),
+                                         form_of<WidenedBlocksForm<WeightType::kQ40>>(),
+                                         form_of<WidenedBlocksForm<WeightType::kQ41>>()},
+#if defined(__AVX512BF16__)
+                                        form_of<PairsForm>()
+#else
+                                        {nullptr, nullptr, nullptr}
+#endif
+};
 
 }  // namespace specdec::cpu::SPECDEC_ISA

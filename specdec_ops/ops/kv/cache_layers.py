@@ -23,6 +23,8 @@ class CacheLayers(NamedTuple):
     table_of: list[int]
     batch: int | None
     """None where neither a page table nor a dense cache says"""
+    alike: bool
+    """whether all are of one shape and dtype, K and V of their own"""
 
 
 def check_layers(op: str, k_caches, v_caches, page_table, *, are_pages: bool = False) -> CacheLayers:
@@ -57,19 +59,41 @@ def check_layers(op: str, k_caches, v_caches, page_table, *, are_pages: bool = F
     tables, table_of, batch = _check_tables(op, page_table, layers, first.device)
     if are_pages and page_table is None:
         tables, table_of = [torch.empty((0, 0), dtype=torch.int32, device=first.device)], [0] * layers
-    sound = []
+    batch, alike = _check_pairs(op, k_caches, v_caches, stacked, table_of, first.device, batch)
+    return CacheLayers(k_caches, v_caches, tables, table_of, batch, alike)
+
+
+def _check_pairs(op: str, k_caches, v_caches, stacked: bool, table_of, device, batch: int | None):
+    """Check K and V of every layer; return the batch, and whether all are alike. What is like the first is passed."""
+    like: tuple = ()
+    alike = True
     for index, (k, v) in enumerate(zip(k_caches, v_caches, strict=True)):
-        if (described := _description(k, v)) not in sound:
-            names = ("k_caches", "v_caches") if stacked else (f"k_caches[{index}]", f"v_caches[{index}]")
-            _check_pair(op, names, k, v, first.device, "[layers, ...] of " if stacked else "", table_of[index])
-            sound.append(described)
-        if table_of[index] < 0:
+        dense = table_of[index] < 0
+        if (
+            index > 0
+            and isinstance(k, torch.Tensor)
+            and isinstance(v, torch.Tensor)
+            and like == (dense, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype)
+            and k.device == device
+            and v.device == device
+            and not (k.requires_grad or v.requires_grad)
+        ):
+            continue
+        names = ("k_caches", "v_caches") if stacked else (f"k_caches[{index}]", f"v_caches[{index}]")
+        _check_cache(op, names[0], k, device, stacked, dense)
+        _check_cache(op, names[1], v, device, stacked, dense)
+        if v.shape[:-1] != k.shape[:-1]:
+            raise ValueError(argument_error(op, names[1], f"like {names[0]} {list(k.shape)} but for its dim", v))
+        if dense:
             requests = k.shape[1] if stacked else k.shape[0]
             if batch is not None and requests != batch:
-                name = "k_caches" if stacked else f"k_caches[{index}]"
-                raise ValueError(argument_error(op, name, f"{_DENSE} with a batch of {batch}", k))
+                raise ValueError(argument_error(op, names[0], f"{_DENSE} with a batch of {batch}", k))
             batch = requests
-    return CacheLayers(k_caches, v_caches, tables, table_of, batch)
+        if index == 0:
+            like = dense, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype
+        else:
+            alike = False
+    return batch, alike
 
 
 def _as_list(op: str, name: str, caches) -> list:
@@ -82,36 +106,24 @@ def _as_list(op: str, name: str, caches) -> list:
     return list(caches)
 
 
-def _description(k, v) -> tuple:
-    """All that the checks look at: layers mostly are alike, and then one is checked for all."""
-    return tuple(
-        (tensor.shape, tensor.stride(), tensor.dtype, tensor.device, tensor.requires_grad)
-        if isinstance(tensor, torch.Tensor)
-        else (None, index)
-        for index, tensor in enumerate((k, v))
-    )
-
-
-def _check_pair(op: str, names, k, v, device, layers: str, table: int) -> None:
-    layout = layers + (_DENSE if table < 0 else _PAGED)
-    for name, cache in zip(names, (k, v), strict=True):
+def _check_cache(op: str, name: str, cache, device, stacked: bool, dense: bool) -> None:
+    layout = ("[layers, ...] of " if stacked else "") + (_DENSE if dense else _PAGED)
+    if not isinstance(cache, torch.Tensor) or cache.dtype.itemsize not in _ITEM_BYTES:
         must = f"one of the {_TENSORS} {layout} of a dtype of 1, 2, 4 or 8 bytes"
-        if not isinstance(cache, torch.Tensor) or cache.dtype.itemsize not in _ITEM_BYTES:
-            raise TypeError(argument_error(op, name, must, cache))
-        if cache.dim() != (5 if layers else 4):
-            raise ValueError(argument_error(op, name, layout, cache))
-        if cache.device != device:
-            raise ValueError(device_error(op, name, device, cache))
-        if 0 in cache.shape[-2:]:
-            raise ValueError(argument_error(op, name, f"{layout} with heads", cache))
-        if cache.stride(-1) != 1 and cache.shape[-1] > 1:
-            raise ValueError(strides_error(op, name, "contiguous in its last dimension", cache))
-        if max(cache.shape) > INT32_MAX or cache.shape[-1] * cache.dtype.itemsize > INT32_MAX:
-            raise ValueError(argument_error(op, name, "of sizes below 2**31", cache))
-        if cache.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError(grad_error(op))
-    if v.shape[:-1] != k.shape[:-1]:
-        raise ValueError(argument_error(op, names[1], f"like {names[0]} {list(k.shape)} but for its dim", v))
+        raise TypeError(argument_error(op, name, must, cache))
+    shape = cache.shape
+    if len(shape) != (5 if stacked else 4):
+        raise ValueError(argument_error(op, name, layout, cache))
+    if cache.device != device:
+        raise ValueError(device_error(op, name, device, cache))
+    if shape[-1] == 0 or shape[-2] == 0:
+        raise ValueError(argument_error(op, name, f"{layout} with heads", cache))
+    if cache.stride(-1) != 1 and shape[-1] > 1:
+        raise ValueError(strides_error(op, name, "contiguous in its last dimension", cache))
+    if max(shape) > INT32_MAX or shape[-1] * cache.dtype.itemsize > INT32_MAX:
+        raise ValueError(argument_error(op, name, "of sizes below 2**31", cache))
+    if cache.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(grad_error(op))
 
 
 def _check_tables(op: str, page_table, layers: int, device) -> tuple[list[torch.Tensor], list[int], int | None]:

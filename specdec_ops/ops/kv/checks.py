@@ -10,14 +10,18 @@ from specdec_ops.rope import Rope
 
 def check_tensor(op: str, name: str, value, layout: str, dims: int, dtypes: tuple, like: torch.Tensor) -> None:
     """Check for a tensor of one of these dtypes and so many dimensions on the device of `like`."""
-    *names, last = dict.fromkeys(describe_dtype(dtype) for dtype in dtypes if dtype != torch.float64) or ("float64",)
-    must = f"{', '.join(names)} or {last} {layout}" if names else f"{last} {layout}"
     if not isinstance(value, torch.Tensor) or value.dtype not in dtypes:
-        raise TypeError(argument_error(op, name, must, value))
+        raise TypeError(argument_error(op, name, _described(dtypes, layout), value))
     if value.dim() != dims:
-        raise ValueError(argument_error(op, name, must, value))
+        raise ValueError(argument_error(op, name, _described(dtypes, layout), value))
     if value.device != like.device:
         raise ValueError(device_error(op, name, like.device, value))
+
+
+def _described(dtypes: tuple, layout: str) -> str:
+    """`float32 or bfloat16 [rows]`. float64, which the definitions alone take, is named where there is no other."""
+    *names, last = dict.fromkeys(describe_dtype(dtype) for dtype in dtypes if dtype != torch.float64) or ("float64",)
+    return f"{', '.join(names)} or {last} {layout}" if names else f"{last} {layout}"
 
 
 def check_ids(op: str, name: str, ids, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
@@ -47,15 +51,15 @@ def is_int32(value) -> bool:
 def rope_tables(op: str, rope, head_dim: int, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The cosines and sines of a Rope or of two tables, [positions, pairs]: float32, or float64 with float64 rows."""
     compute = torch.float64 if like.dtype == torch.float64 else torch.float32
-    if isinstance(rope, Rope):
+    if isinstance(rope, Rope):  # whose tables are float32, and of one shape
         cosines, sines = rope.cosines, rope.sines
-        if compute == torch.float64:
-            cosines, sines = cosines.double(), sines.double()
-        names = "rope.cosines", "rope.sines"
-    else:
-        cosines, sines = rope
-        names = "rope[0]", "rope[1]"
-    for name, table in zip(names, (cosines, sines), strict=True):
+        if 2 * cosines.shape[1] > head_dim:
+            raise ValueError(argument_error(op, "rope", f"of at most {head_dim // 2} pairs", rope))
+        if cosines.device != like.device:
+            raise ValueError(device_error(op, "rope", like.device, cosines))
+        return (cosines, sines) if compute == torch.float32 else (cosines.double(), sines.double())
+    cosines, sines = rope
+    for name, table in (("rope[0]", cosines), ("rope[1]", sines)):
         check_tensor(op, name, table, "[positions, pairs]", 2, (compute,), like)
         if table.shape != cosines.shape or table.shape[0] < 1 or 2 * table.shape[1] > head_dim:
             must = f"two tables [positions, pairs] of one shape, of at most {head_dim // 2} pairs"

@@ -56,15 +56,9 @@ def gather_layer_kv(
     """
     layers = check_layers(_OP, k_caches, v_caches, page_table)
     k, v = layers.k_caches[0], layers.v_caches[0]
-    for name, caches in (("k_caches", layers.k_caches), ("v_caches", layers.v_caches)):
-        dim = k.shape[-1] if name == "k_caches" else v.shape[-1]
-        for index, cache in enumerate(caches):
-            if cache.dtype != k.dtype:
-                must = f"of k_caches[0]'s dtype {describe_dtype(k.dtype)}"
-                raise TypeError(argument_error(_OP, f"{name}[{index}]", must, cache))
-            if cache.shape[-2] != k.shape[-2] or cache.shape[-1] != dim:
-                must = f"of {k.shape[-2]} kv_heads and a dim of {dim}, as all layers"
-                raise ValueError(argument_error(_OP, f"{name}[{index}]", must, cache))
+    if not layers.alike or v.dtype != k.dtype:
+        _check_rows("k_caches", layers.k_caches, k.dtype, k)
+        _check_rows("v_caches", layers.v_caches, k.dtype, v)
     slots = check_int32(_OP, "slots", "[rows]", slots, k.device, 1)
     rows = slots.shape[0]
     if requests is not None:
@@ -88,3 +82,15 @@ def gather_layer_kv(
         raise ValueError(strides_error(_OP, "out", "contiguous but for its rows", out))
     contract.gather_layer_kv(arguments, backend, contract.GatherLayerKvOutputs(out))
     return out
+
+
+def _check_rows(name: str, caches, dtype: torch.dtype, first: torch.Tensor) -> None:
+    """Check that all layers have rows of one kind."""
+    kv_heads, dim = first.shape[-2:]
+    for index, cache in enumerate(caches):
+        if cache.dtype != dtype:
+            must = f"of k_caches[0]'s dtype {describe_dtype(dtype)}"
+            raise TypeError(argument_error(_OP, f"{name}[{index}]", must, cache))
+        if cache.shape[-2:] != (kv_heads, dim):
+            must = f"of {kv_heads} kv_heads and a dim of {dim}, as all layers"
+            raise ValueError(argument_error(_OP, f"{name}[{index}]", must, cache))

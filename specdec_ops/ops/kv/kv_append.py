@@ -116,16 +116,16 @@ def kv_append(
         ValueError: a wrong shape, range, device or memory layout, or an argument that has no meaning beside another.
         RuntimeError: the named backend is not available, or an input requires grad.
     """
-    _check_rows("k", k, k)
-    _check_rows("v", v, k)
-    packed = k.dim() == 3
+    shape = _check_rows("k", k, k, None)
+    v_shape = _check_rows("v", v, k, shape)
+    packed = len(shape) == 3
     by_offsets = packed and topology is not None
     paged = page_table is not None
     page_table = check_page_table(_OP, page_table, k)
-    cache_batch = _check_caches(k, v, k_cache, v_cache, paged)
+    cache_batch = _check_caches(k, k_cache, v_cache, shape, v_shape, paged)
     if paged:
         cache_batch = page_table.shape[0]
-    batch = k.shape[0] if not packed else cache_batch
+    batch = cache_batch if packed else shape[0]
 
     depths = num_nodes = offsets = None
     if topology is not None:
@@ -147,7 +147,7 @@ def kv_append(
     if requests is not None and (not packed or by_offsets):
         raise ValueError(f"specdec_ops.{_OP}: requests must be None, but for packed rows without a topology")
 
-    rows = k.shape[:-2]
+    rows = shape[:-2]
     slots = None if slots is None else check_ids(_OP, "slots", slots, rows, k)
     positions = None if positions is None else check_ids(_OP, "positions", positions, rows, k)
     requests = None if requests is None else check_ids(_OP, "requests", requests, rows, k)
@@ -173,8 +173,8 @@ def kv_append(
     if rope is not None:
         if not is_rope(rope):
             raise TypeError(argument_error(_OP, "rope", "a Rope, (cos, sin) or None", rope))
-        cosines, sines = rope_tables(_OP, rope, k.shape[-1], k)
-        if not cosines.is_contiguous() or not sines.is_contiguous():
+        cosines, sines = rope_tables(_OP, rope, shape[-1], k)
+        if not (cosines.is_contiguous() and sines.is_contiguous()):
             table = sines if cosines.is_contiguous() else cosines
             raise ValueError(strides_error(_OP, "rope", "of contiguous tables", table))
         if context_lens is None and positions is None:
@@ -185,16 +185,20 @@ def kv_append(
     if k_norm_weight is not None:
         _check_norm("k_norm_weight", k_norm_weight, k)
     if q is not None:
-        q_out = _check_queries(q, q_out, q_norm_weight, k)
+        q_out = _check_queries(q, q_out, q_norm_weight, k, shape)
     elif q_out is not None or q_norm_weight is not None:
         name = "q_norm_weight" if q_out is None else "q_out"
         raise ValueError(f"specdec_ops.{_OP}: {name} must be None without q")
-    k_scale, k_scales = _scale("k_scale", k_scale, k_cache, k)
-    v_scale, v_scales = _scale("v_scale", v_scale, v_cache, k)
-    if torch.is_grad_enabled() and any(
-        [t is not None and t.requires_grad for t in (k, v, q, k_norm_weight, q_norm_weight, cosines, sines)]
-    ):
-        raise RuntimeError(grad_error(_OP))
+    k_scales = v_scales = None
+    if k_scale is None and v_scale is None and k_cache.dtype is not torch.int8:
+        k_scale = v_scale = 1.0
+    else:
+        k_scale, k_scales = _scale("k_scale", k_scale, k_cache, k)
+        v_scale, v_scales = _scale("v_scale", v_scale, v_cache, k)
+    if torch.is_grad_enabled():
+        given = (k, v, q, k_norm_weight, q_norm_weight, cosines, sines, k_scales, v_scales)
+        if True in [tensor is not None and tensor.requires_grad for tensor in given]:
+            raise RuntimeError(grad_error(_OP))
     arguments = contract.KvAppendArguments(
         k,
         v,
@@ -224,68 +228,79 @@ def kv_append(
     return q_out
 
 
-def _check_rows(name: str, rows, k) -> None:
-    """Check k, v or q: a tensor like k but for its heads and dim."""
+def _check_rows(name: str, rows, k, like: tuple[int, ...] | None) -> tuple[int, ...]:
+    """Check k, v or q, a tensor like k but for its heads and dim, whose shape is `like`. Return its shape."""
     if not isinstance(rows, torch.Tensor) or rows.dtype not in _DTYPES:
         must = "float32, bfloat16 or float16 [batch, queries, kv_heads, dim] or packed [tokens, kv_heads, dim]"
         raise TypeError(argument_error(_OP, name, must, rows))
-    shape = rows.shape
+    shape = tuple(rows.shape)
     if len(shape) != 4 and len(shape) != 3:
         must = "[batch, queries, kv_heads, dim] or packed [tokens, kv_heads, dim]"
         raise ValueError(argument_error(_OP, name, must, rows))
     if shape[-1] == 0 or max(shape) > INT32_MAX:
         raise ValueError(argument_error(_OP, name, "of sizes below 2**31 and a dim of at least 1", rows))
-    if rows is not k:
+    if like is None:
+        if shape[-2] == 0:
+            raise ValueError(argument_error(_OP, name, "of at least one kv head", rows))
+    else:
         if rows.dtype != k.dtype:
             raise TypeError(argument_error(_OP, name, f"{describe_dtype(k.dtype)} like k", rows))
-        if shape[:-2] != k.shape[:-2] or (name == "v" and shape[-2] != k.shape[-2]):
-            *leading, heads, _ = k.shape
-            must = ", ".join(map(str, (*leading, heads if name == "v" else "heads", "dim")))
+        if shape[:-2] != like[:-2] or (name == "v" and shape[-2] != like[-2]):
+            must = ", ".join(map(str, (*like[:-2], like[-2] if name == "v" else "heads", "dim")))
             raise ValueError(argument_error(_OP, name, f"[{must}] like k", rows))
         if rows.device != k.device:
             raise ValueError(device_error(_OP, name, k.device, rows))
-    elif shape[-2] == 0:
-        raise ValueError(argument_error(_OP, name, "of at least one kv head", rows))
-    if rows.stride()[-1] != 1 and shape[-1] > 1:
+    if rows.stride(-1) != 1 and shape[-1] > 1:
         raise ValueError(strides_error(_OP, name, "contiguous in its last dimension", rows))
+    return shape
 
 
-def _check_caches(k, v, k_cache, v_cache, paged: bool) -> int:
-    """Check the caches; return their first size."""
-    layout = "[pages, page_size, kv_heads, dim]" if paged else "[batch, slots, kv_heads, dim]"
-    for name, cache, rows in (("k_cache", k_cache, k), ("v_cache", v_cache, v)):
-        short = isinstance(cache, torch.Tensor) and cache.dtype in _SHORT_DTYPES and rows.dtype != torch.float64
-        if not isinstance(cache, torch.Tensor) or (cache.dtype != k.dtype and not short):
-            must = f"{describe_dtype(k.dtype)}, float8_e4m3fn, float8_e5m2 or int8 {layout}"
-            raise TypeError(argument_error(_OP, name, must, cache))
-        shape = cache.shape
-        if len(shape) != 4 or shape[2:] != rows.shape[-2:]:
-            heads, dim = rows.shape[-2:]
-            must = layout.replace("kv_heads, dim", f"{heads}, {dim}")
-            sentence = argument_error(_OP, name, f"{must} like {name[0]}", cache)
-            if len(shape) == 4 and shape[1] == heads and shape[3] == dim:
-                sentence += f"; the layout is {layout}, to which .transpose(1, 2) brings heads that come before slots"
-            raise ValueError(sentence)
-        if shape[0] > INT32_MAX or shape[1] > INT32_MAX:
-            raise ValueError(argument_error(_OP, name, "of sizes below 2**31", cache))
-        if cache.device != k.device:
-            raise ValueError(device_error(_OP, name, k.device, cache))
-        if cache.stride()[-1] != 1 and shape[3] > 1:
-            raise ValueError(strides_error(_OP, name, "contiguous in its last dimension", cache))
+def _check_caches(k, k_cache, v_cache, shape: tuple[int, ...], v_shape: tuple[int, ...], paged: bool) -> int:
+    """Check the caches for rows of these shapes; return their first size."""
+    leading = _check_cache("k_cache", k_cache, k, shape, paged)
+    v_leading = _check_cache("v_cache", v_cache, k, v_shape, paged)
     if v_cache.dtype != k_cache.dtype:
         raise TypeError(argument_error(_OP, "v_cache", f"{describe_dtype(k_cache.dtype)} like k_cache", v_cache))
-    if v_cache.shape[:2] != k_cache.shape[:2]:
-        must = f"of k_cache's first two sizes {list(k_cache.shape[:2])}"
-        raise ValueError(argument_error(_OP, "v_cache", must, v_cache))
-    if paged and k_cache.shape[1] == 0:
-        raise ValueError(argument_error(_OP, "k_cache", f"{layout} with a page_size above 0", k_cache))
-    return k_cache.shape[0]
+    if v_leading != leading:
+        raise ValueError(argument_error(_OP, "v_cache", f"of k_cache's first two sizes {list(leading)}", v_cache))
+    if paged and leading[1] == 0:
+        raise ValueError(argument_error(_OP, "k_cache", f"{_layout(paged)} with a page_size above 0", k_cache))
+    return leading[0]
+
+
+def _layout(paged: bool) -> str:
+    return "[pages, page_size, kv_heads, dim]" if paged else "[batch, slots, kv_heads, dim]"
+
+
+def _check_cache(name: str, cache, k, rows: tuple[int, ...], paged: bool) -> tuple[int, ...]:
+    """Check a cache for rows of this shape; return its first two sizes."""
+    if not isinstance(cache, torch.Tensor) or (
+        cache.dtype != k.dtype and (cache.dtype not in _SHORT_DTYPES or k.dtype == torch.float64)
+    ):
+        must = f"{describe_dtype(k.dtype)}, float8_e4m3fn, float8_e5m2 or int8 {_layout(paged)}"
+        raise TypeError(argument_error(_OP, name, must, cache))
+    shape = tuple(cache.shape)
+    if len(shape) != 4 or shape[2:] != rows[-2:]:
+        heads, dim = rows[-2:]
+        must = _layout(paged).replace("kv_heads, dim", f"{heads}, {dim}")
+        sentence = argument_error(_OP, name, f"{must} like {name[0]}", cache)
+        if len(shape) == 4 and shape[1] == heads and shape[3] == dim:
+            how = "to which .transpose(1, 2) brings heads that come before slots"
+            sentence += f"; the layout is {_layout(paged)}, {how}"
+        raise ValueError(sentence)
+    if shape[0] > INT32_MAX or shape[1] > INT32_MAX:
+        raise ValueError(argument_error(_OP, name, "of sizes below 2**31", cache))
+    if cache.device != k.device:
+        raise ValueError(device_error(_OP, name, k.device, cache))
+    if cache.stride(-1) != 1 and shape[3] > 1:
+        raise ValueError(strides_error(_OP, name, "contiguous in its last dimension", cache))
+    return shape[:2]
 
 
 def _trees(topology: Topology, batch: int, k) -> tuple[torch.Tensor, torch.Tensor]:
     """The topology's depths and num_nodes, contiguous and of one batch size."""
     depths, num_nodes = topology.depths, topology.num_nodes
-    trees, counts = depths.shape[0], num_nodes.shape[0]
+    trees, counts = len(depths), len(num_nodes)
     if (trees != batch and trees != 1) or (counts != batch and counts != 1):
         raise ValueError(wrong_batch(_OP, batch, max(trees, counts)))
     if depths.device != k.device:
@@ -324,25 +339,25 @@ def _check_norm(name: str, weight, k) -> None:
         raise ValueError(strides_error(_OP, name, "contiguous", weight))
 
 
-def _check_queries(q, q_out, q_norm_weight, k) -> torch.Tensor:
+def _check_queries(q, q_out, q_norm_weight, k, like: tuple[int, ...]) -> torch.Tensor:
     """Check what belongs to the queries; return where they go."""
-    _check_rows("q", q, k)
-    if q.shape[-1] != k.shape[-1]:
-        raise ValueError(argument_error(_OP, "q", f"of k's dim of {k.shape[-1]}", q))
+    shape = _check_rows("q", q, k, like)
+    if shape[-1] != like[-1]:
+        raise ValueError(argument_error(_OP, "q", f"of k's dim of {like[-1]}", q))
     if q_norm_weight is not None:
         _check_norm("q_norm_weight", q_norm_weight, k)
     if q_out is None:
-        return alloc.empty(q.shape, q.dtype, q.device)
-    if q_out is not q:
-        must = f"{describe_dtype(q.dtype)} {list(q.shape)} like q"
-        if not isinstance(q_out, torch.Tensor) or q_out.dtype != q.dtype:
-            raise TypeError(argument_error(_OP, "q_out", must, q_out))
-        if q_out.shape != q.shape:
-            raise ValueError(argument_error(_OP, "q_out", must, q_out))
-        if q_out.device != q.device:
-            raise ValueError(device_error(_OP, "q_out", q.device, q_out))
-        if q_out.stride()[-1] != 1 and q.shape[-1] > 1:
-            raise ValueError(strides_error(_OP, "q_out", "contiguous in its last dimension", q_out))
+        return alloc.empty(shape, q.dtype, q.device)
+    if q_out is q:
+        return q
+    if not isinstance(q_out, torch.Tensor) or q_out.dtype != q.dtype:
+        raise TypeError(argument_error(_OP, "q_out", f"{describe_dtype(q.dtype)} {list(shape)} like q", q_out))
+    if q_out.shape != shape:
+        raise ValueError(argument_error(_OP, "q_out", f"{describe_dtype(q.dtype)} {list(shape)} like q", q_out))
+    if q_out.device != q.device:
+        raise ValueError(device_error(_OP, "q_out", q.device, q_out))
+    if q_out.stride(-1) != 1 and shape[-1] > 1:
+        raise ValueError(strides_error(_OP, "q_out", "contiguous in its last dimension", q_out))
     return q_out
 
 

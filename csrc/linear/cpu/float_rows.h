@@ -1,0 +1,247 @@
+// Rows in float32, or in bfloat16 where the processor multiplies pairs of it, times weights that are multiplied as they
+// lie, or are widened to float32 a piece at a time, in the first-level cache.
+#pragma once
+
+#include "linear/cpu/row_lanes.h"
+
+namespace specdec::cpu::SPECDEC_ISA {
+
+// kChunk bytes in each row's place.
+static SPECDEC_INLINE Vec broadcast_chunk(const char* at) {
+#if defined(__AVX512F__)
+  return _mm512_broadcast_f32x4(_mm_loadu_ps(reinterpret_cast<const float*>(at)));
+#elif defined(__AVX2__)
+  return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(at));
+#else
+  Vec v;
+  __builtin_memcpy(&v, at, kChunk);
+  __builtin_memcpy(reinterpret_cast<char*>(&v) + kChunk, at, kChunk);
+  return v;
+#endif
+}
+
+// Floating-point sums of a piece; Multiplier::apply(sum, weights, rows) multiplies a chunk's dims.
+template <class Multiplier, int kSome, int kVectors>
+static void multiply_chunks(const WeightRows<kSome>& weights, const char* rows, int chunks, float* kept, bool begin) {
+  Vec sum[kSome][kVectors];
+  SPECDEC_UNROLL
+  for (int k = 0; k < kSome; k++) {
+    SPECDEC_UNROLL
+    for (int v = 0; v < kVectors; v++) sum[k][v] = splat(0.0f);
+  }
+  const auto add = [&](int offset, const char* at) __attribute__((always_inline)) {
+    Vec row[kVectors];
+    SPECDEC_UNROLL
+    for (int v = 0; v < kVectors; v++) row[v] = load(reinterpret_cast<const float*>(at + v * kVectorBytes));
+    SPECDEC_UNROLL
+    for (int k = 0; k < kSome; k++) {
+      const Vec weight = broadcast_chunk(weights.row[k] + offset);
+      SPECDEC_UNROLL
+      for (int v = 0; v < kVectors; v++) sum[k][v] = Multiplier::apply(sum[k][v], weight, row[v]);
+    }
+  };
+  constexpr int kChunks = kLine / kChunk;
+  int chunk = 0;
+  for (; chunk + kChunks <= chunks; chunk += kChunks, rows += kChunks * kVectors * kVectorBytes) {
+    if (weights.ahead) {
+      SPECDEC_UNROLL
+      for (int k = 0; k < kSome; k++) weights.fetch(k, chunk * kChunk);
+    }
+    SPECDEC_UNROLL
+    for (int i = 0; i < kChunks; i++) add((chunk + i) * kChunk, rows + i * kVectors * kVectorBytes);
+  }
+  for (; chunk < chunks; chunk++, rows += kVectors * kVectorBytes) add(chunk * kChunk, rows);
+  SPECDEC_UNROLL
+  for (int v = 0; v < kVectors; v++) {
+    SPECDEC_UNROLL
+    for (int k = 0; k < kSome; k++, kept += kWidth) keep(kept, sum[k][v], begin);
+  }
+}
+
+// A last chunk that is not whole must not be read beyond the row's end: the piece is copied, and ends with zeros.
+template <int kBytes>
+struct CopiedPiece {
+  alignas(64) char copy[kSlots][kBytes];
+  template <int kSome>
+  SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int bytes) {
+    if (bytes % kChunk == 0) return;
+    for (int k = 0; k < kSome; k++) {
+      __builtin_memcpy(copy[k], weights.row[k], bytes);
+      __builtin_memset(copy[k] + bytes, 0, kChunk - bytes % kChunk);
+      weights.row[k] = copy[k];
+    }
+    weights.ahead = 0;
+  }
+};
+
+// Rows in float32.
+struct FloatRows {
+  static constexpr int kPieceDims = 256, kChunkDims = 4, kMaxVectors = 3;
+  static SPECDEC_INLINE int piece_vectors(int dims) { return (dims + kChunkDims - 1) / kChunkDims; }
+  static SPECDEC_INLINE int row_vectors(int dim) { return piece_vectors(dim); }
+  static SPECDEC_INLINE Vec apply(Vec sum, Vec weight, Vec row) { return fma(weight, row, sum); }
+  template <int kSome, int kVectors>
+  static void multiply(const WeightRows<kSome>& weights, const char* rows, int dims, float* kept, bool begin) {
+    multiply_chunks<FloatRows, kSome, kVectors>(weights, rows, piece_vectors(dims), kept, begin);
+  }
+  template <class Place, class Pieces>
+  static SPECDEC_INLINE void pack(const float* y, const Pieces& pieces, const Place& place, char* packed) {
+    for (int piece = 0; piece < pieces.count; piece++) {
+      char* to = packed + place.of(pieces, piece);
+      const float* from = y + pieces.begin(piece);
+      for (int d = 0; d < pieces.dims(piece); d += kChunkDims, to += place.apart) {
+        __builtin_memcpy(to, from + d, kChunk);
+      }
+    }
+  }
+};
+
+// Weights of float32 as they lie.
+struct Float32Form : FloatRows {
+  static constexpr int kLineDims = 16;
+  CopiedPiece<4 * kPieceDims + kLine> copied;
+  static SPECDEC_INLINE int64_t weight_bytes(int dims) { return 4 * int64_t(dims); }
+  template <int kSome>
+  SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int dims) { copied.stage(weights, 4 * dims); }
+};
+
+// Weights that are widened.
+template <class Storage>
+struct WidenedForm : FloatRows {
+  static constexpr int kSize = int(sizeof(typename Storage::Element)), kLineDims = 64 / kSize;
+  alignas(64) float wide[kSlots][kPieceDims + kWidth];
+  static SPECDEC_INLINE int64_t weight_bytes(int dims) { return kSize * int64_t(dims); }
+  template <int kSome>
+  SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int dims) {
+    using Element = typename Storage::Element;
+    for (int k = 0; k < kSome; k++) {
+      const auto* from = reinterpret_cast<const Element*>(weights.row[k]);
+      int d = 0;
+      for (; d + kLineDims <= dims; d += kLineDims) {
+        if (weights.ahead) weights.fetch(k, kSize * d);
+        SPECDEC_UNROLL
+        for (int i = 0; i < kLineDims; i += kWidth) store(wide[k] + d + i, Storage::load_vec(from + d + i));
+      }
+      for (; d < dims; d += kWidth) {
+        Element rest[kWidth] = {};
+        __builtin_memcpy(rest, from + d, min_of(kWidth, dims - d) * sizeof(Element));
+        store(wide[k] + d, Storage::load_vec(rest));
+      }
+      weights.row[k] = reinterpret_cast<const char*>(wide[k]);
+    }
+    weights.ahead = 0;
+  }
+};
+
+struct Int8 {
+  using Element = int8_t;
+  static SPECDEC_INLINE Vec load_vec(const int8_t* at) {
+#if defined(__AVX512F__)
+    return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at))));
+#elif defined(__AVX2__)
+    return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at))));
+#else
+    Vec v;
+    for (int i = 0; i < kWidth; i++) v[i] = float(at[i]);
+    return v;
+#endif
+  }
+};
+
+// The value of a float16.
+static SPECDEC_INLINE float value_of_half(const char* at) {
+  uint16_t bits[kWidth] = {};
+  __builtin_memcpy(bits, at, 2);
+#if defined(__AVX2__)
+  return _cvtsh_ss(bits[0]);
+#else
+  return half_to_float(bits[0]);
+#endif
+}
+
+// kWidth halves of bytes, as numbers: the low ones, or the high ones.
+template <bool kHigh>
+static SPECDEC_INLINE Vec nibbles(const char* at) {
+#if defined(__AVX512F__)
+  const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+  return _mm512_cvtepi32_ps(kHigh ? _mm512_srli_epi32(bytes, 4) : _mm512_and_si512(bytes, _mm512_set1_epi32(15)));
+#elif defined(__AVX2__)
+  const __m256i bytes = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+  return _mm256_cvtepi32_ps(kHigh ? _mm256_srli_epi32(bytes, 4) : _mm256_and_si256(bytes, _mm256_set1_epi32(15)));
+#else
+  Vec v;
+  for (int i = 0; i < kWidth; i++) v[i] = float(kHigh ? uint8_t(at[i]) >> 4 : uint8_t(at[i]) & 15);
+  return v;
+#endif
+}
+
+// Weights in the blocks of GGUF files, which are widened.
+template <WeightType kType>
+struct WidenedBlocksForm : FloatRows {
+  static constexpr int kLineDims = kBlockElements, kBytes = int(block_bytes(kType));
+  alignas(64) float wide[kSlots][kPieceDims];
+  static SPECDEC_INLINE int64_t weight_bytes(int dims) { return int64_t(dims / kBlockElements) * kBytes; }
+  template <int kSome>
+  SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int dims) {
+    for (int k = 0; k < kSome; k++) {
+      const char* from = weights.row[k];
+      for (int d = 0; d < dims; d += kBlockElements, from += kBytes) {
+        if (weights.ahead) weights.fetch(k, from - weights.row[k]);
+        const Vec scale = splat(value_of_half(from));
+        if (kType == WeightType::kQ80) {
+          SPECDEC_UNROLL
+          for (int i = 0; i < kBlockElements; i += kWidth) {
+            store(wide[k] + d + i, scale * Int8::load_vec(reinterpret_cast<const int8_t*>(from + 2 + i)));
+          }
+        } else {
+          const bool least = kType == WeightType::kQ41;
+          const Vec from_zero = least ? splat(value_of_half(from + 2)) : splat(-8.0f) * scale;
+          SPECDEC_UNROLL
+          for (int i = 0; i < 16; i += kWidth) {
+            const char* at = from + (least ? 4 : 2) + i;
+            store(wide[k] + d + i, fma(scale, nibbles<false>(at), from_zero));
+            store(wide[k] + d + 16 + i, fma(scale, nibbles<true>(at), from_zero));
+          }
+        }
+      }
+      weights.row[k] = reinterpret_cast<const char*>(wide[k]);
+    }
+    weights.ahead = 0;
+  }
+};
+
+#if defined(__AVX512BF16__)
+// Weights and rows in bfloat16, multiplied in pairs. Rows are rounded to it, as PyTorch does before such a weight.
+struct PairsForm {
+  static constexpr int kPieceDims = 512, kChunkDims = 8, kLineDims = 32, kMaxVectors = 3;
+  CopiedPiece<2 * kPieceDims + kLine> copied;
+  static SPECDEC_INLINE int piece_vectors(int dims) { return (dims + kChunkDims - 1) / kChunkDims; }
+  static SPECDEC_INLINE int row_vectors(int dim) { return piece_vectors(dim); }
+  static SPECDEC_INLINE int64_t weight_bytes(int dims) { return 2 * int64_t(dims); }
+  template <int kSome>
+  SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int dims) { copied.stage(weights, 2 * dims); }
+  static SPECDEC_INLINE Vec apply(Vec sum, Vec weight, Vec row) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)row);
+  }
+  template <int kSome, int kVectors>
+  static void multiply(const WeightRows<kSome>& weights, const char* rows, int dims, float* kept, bool begin) {
+    multiply_chunks<PairsForm, kSome, kVectors>(weights, rows, piece_vectors(dims), kept, begin);
+  }
+  template <class Place, class Pieces>
+  static SPECDEC_INLINE void pack(const float* y, const Pieces& pieces, const Place& place, char* packed) {
+    for (int piece = 0; piece < pieces.count; piece++) {
+      char* to = packed + place.of(pieces, piece);
+      const float* from = y + pieces.begin(piece);
+      const int dims = pieces.dims(piece);
+      for (int d = 0; d < dims; d += kWidth, to += 2 * place.apart) {
+        uint16_t rounded[kWidth];
+        store_bf16(rounded, load(from + d));
+        __builtin_memcpy(to, rounded, kChunk);
+        if (d + kChunkDims < dims) __builtin_memcpy(to + place.apart, rounded + kChunkDims, kChunk);
+      }
+    }
+  }
+};
+#endif
+
+}  // namespace specdec::cpu::SPECDEC_ISA

@@ -1,0 +1,256 @@
+// Products of a tile of the weights with packed rows, in the one order of sums that all numbers of rows share.
+//
+// A vector holds four sums of a dot product for each of a few rows: with 16 lanes those of four rows. 16 bytes of a row
+// of the weights (four dims of float32, eight of bfloat16) are broadcast to all of them as they lie in memory, and the
+// rows are packed to match. So a row is always summed alike, in four sums of every fourth dim or group of dims, whatever
+// else lies in its vector, and one row costs what four do, which a processor that waits for memory has time for. A
+// multiply-add in registers needs few loads (eight rows of the weights times three vectors are 24 of them for 11 loads),
+// and four vectors of sums are reduced at once to four outputs of every row.
+//
+// The dim is cut into pieces, the same for every number of rows. A piece of 32 packed rows stays in the first-level
+// cache, and is multiplied with a number of the tile's rows before the next piece. Sums of a piece begin at zero and are
+// then added to those of the pieces before, which also keeps sums short. Pieces of the weights come from memory, a few
+// rows side by side, each a stream, and those that are next are fetched meanwhile into the second-level cache.
+#pragma once
+
+#include "common/cpu/simd.h"
+#include "linear/cpu/product_types.h"
+
+namespace specdec::cpu::SPECDEC_ISA {
+
+constexpr int kLaneRows = kWidth / 4;           // rows in a vector
+constexpr int kVectorBytes = 4 * kWidth;        // of packed rows
+constexpr int kLine = 64;                       // bytes
+constexpr int kChunk = 16;                      // bytes of a row of the weights that are broadcast
+constexpr int kSlots = kWidth == 16 ? 8 : 4;    // rows of the weights, likewise: their sums fit the registers
+constexpr int kStreams = 4;                     // with few rows: so many places of memory are read at once
+constexpr int kStreamAhead = 1024;              // bytes by which they are fetched into the first-level cache
+constexpr int kNearRows = 32;                   // rows of which a piece stays in the first-level cache
+constexpr int kNearVectors = kNearRows / kLaneRows;
+static_assert(kWeightTile % kSlots == 0 && kRowBlock % kNearRows == 0, "");
+
+// How the dim is cut: into equal pieces of at most kPieceDims, whole lines of the weights, but for the last.
+template <class Form>
+struct Pieces {
+  int dim, count, each;
+  explicit SPECDEC_INLINE Pieces(int dim) : dim(dim) {
+    count = max_of(1, (dim + Form::kPieceDims - 1) / Form::kPieceDims);
+    each = round_up((dim + count - 1) / count, Form::kLineDims);
+  }
+  SPECDEC_INLINE int begin(int piece) const { return piece * each; }
+  SPECDEC_INLINE int dims(int piece) const { return min_of(each, dim - piece * each); }
+};
+
+// Vectors of a near block are multiplied in groups of nearly equal size, which lie one after the other in each piece.
+template <class Form>
+struct Groups {
+  int vectors, count;
+  explicit SPECDEC_INLINE Groups(int rows) : vectors((rows + kLaneRows - 1) / kLaneRows) {
+    count = (vectors + Form::kMaxVectors - 1) / Form::kMaxVectors;
+  }
+  SPECDEC_INLINE int first(int group) const { return group * (vectors / count) + min_of(group, vectors % count); }
+  SPECDEC_INLINE int size(int group) const { return vectors / count + (group < vectors % count); }
+};
+
+// Where a row's part of the packed rows is. Vectors of a group alternate: one follows `apart` bytes after the other.
+template <class Form>
+struct RowPlace {
+  int64_t block;     // bytes to the near block
+  int vectors;       // of the block
+  int first, apart;  // vector of the group, and bytes
+  int inside;        // bytes: vector in the group, and row in the vector
+  SPECDEC_INLINE RowPlace(int dim, int row, int rows) {
+    const int near = row / kNearRows * kNearRows, vector = (row - near) / kLaneRows;
+    const Groups<Form> groups(min_of(kNearRows, rows - near));
+    block = int64_t(near / kLaneRows) * Form::row_vectors(dim) * kVectorBytes;
+    vectors = groups.vectors;
+    int group = 0;
+    while (group + 1 < groups.count && groups.first(group + 1) <= vector) group++;
+    first = groups.first(group);
+    apart = groups.size(group) * kVectorBytes;
+    inside = (vector - first) * kVectorBytes + row % kLaneRows * kChunk;
+  }
+  // The row's first bytes of a piece.
+  SPECDEC_INLINE int64_t of(const Pieces<Form>& pieces, int piece) const {
+    const int64_t before = int64_t(piece) * Form::piece_vectors(pieces.each) * vectors;
+    return block + (before + int64_t(Form::piece_vectors(pieces.dims(piece))) * first) * kVectorBytes + inside;
+  }
+};
+
+template <class Form>
+static SPECDEC_INLINE size_t bytes_of_rows(int dim, int rows) {
+  const int64_t vectors = (rows + kLaneRows - 1) / kLaneRows;
+  return size_t(vectors * Form::row_vectors(dim)) * kVectorBytes;
+}
+
+// Some rows of the weights at a piece, and how many bytes further that lies which will be needed next, or 0.
+template <int kSome>
+struct WeightRows {
+  static constexpr int kRows = kSome;
+  const char* row[kSome];
+  int64_t ahead;
+  SPECDEC_INLINE void fetch(int k, int64_t offset) const {
+    if (kSome == kStreams) {
+      __builtin_prefetch(row[k] + offset + ahead, 0, 3);
+    } else {
+      __builtin_prefetch(row[k] + offset + ahead, 0, 2);
+    }
+  }
+};
+
+// Adds the sums of a piece, or begins with them.
+static SPECDEC_INLINE void keep(float* kept, Vec sum, bool begin) { store(kept, begin ? sum : load(kept) + sum); }
+
+// The four sums of each dot product become one: lane 4 * row + slot.
+static SPECDEC_INLINE Vec sums_of_four(Vec a, Vec b, Vec c, Vec d) {
+#if defined(__AVX512F__)
+  const Vec low = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b);
+  const Vec high = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+  const __m512d x = _mm512_castps_pd(low), y = _mm512_castps_pd(high);
+  return _mm512_castpd_ps(_mm512_unpacklo_pd(x, y)) + _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+#elif defined(__AVX2__)
+  const Vec low = _mm256_unpacklo_ps(a, b) + _mm256_unpackhi_ps(a, b);
+  const Vec high = _mm256_unpacklo_ps(c, d) + _mm256_unpackhi_ps(c, d);
+  const __m256d x = _mm256_castps_pd(low), y = _mm256_castps_pd(high);
+  return _mm256_castpd_ps(_mm256_unpacklo_pd(x, y)) + _mm256_castpd_ps(_mm256_unpackhi_pd(x, y));
+#else
+  const Vec all[4] = {a, b, c, d};
+  Vec sums;
+  for (int row = 0; row < kLaneRows; row++)
+    for (int slot = 0; slot < 4; slot++) {
+      const float* v = reinterpret_cast<const float*>(&all[slot]) + 4 * row;
+      sums[4 * row + slot] = (v[0] + v[2]) + (v[1] + v[3]);
+    }
+  return sums;
+#endif
+}
+
+// The order in which a tile is gone through, kSome of its rows at a time. With few packed rows each of them is read to
+// its end, from streams of neighbouring rows; else a piece of the whole tile comes first.
+template <class Form, int kSome, bool kStreamed>
+class TileProduct {
+ public:
+  TileProduct(const WeightTile& tile, const char* packed, int rows, float* outputs)
+      : tile_(tile), packed_(packed), rows_(rows), outputs_(outputs), pieces_(tile.dim), places_((tile.count + kSome - 1) / kSome) {}
+
+  void run() {
+    const int vectors = (rows_ + kLaneRows - 1) / kLaneRows, sums = vectors * (kSome * kWidth);
+    const int step = kStreamed ? 1 : places_;
+    for (int first = 0; first < places_; first += step) {
+      const int end = min_of(first + step, places_);
+      for (int piece = 0; piece < pieces_.count; piece++) {
+        for (int row = 0; row < rows_; row += kNearRows) {
+          for (int place = first; place < end; place++) {
+            multiply(place, piece, row, kept_ + (place - first) * sums, row ? 0 : ahead(first, end, place, piece));
+          }
+        }
+      }
+      for (int place = first; place < end; place++) put(kept_ + (place - first) * sums, vectors, place);
+    }
+  }
+
+ private:
+  // The row of a stream at one of its places. In a short tile the last one may be repeated.
+  SPECDEC_INLINE int row_at(int stream, int place) const { return min_of(stream * places_ + place, tile_.count - 1); }
+
+  // Bytes from rows at a piece to what is multiplied next.
+  SPECDEC_INLINE int64_t ahead(int first, int end, int place, int piece) const {
+    if (kStreamed) return kStreamAhead;
+    const char* const row = tile_.row[row_at(0, place)];
+    const auto distance = [&](int next, int next_piece) {
+      return tile_.row[row_at(0, next)] - row + offset(next_piece) - offset(piece);
+    };
+    if (place + 1 < end) return distance(place + 1, piece);
+    if (piece + 1 < pieces_.count) return distance(first, piece + 1);
+    if (end < places_) return distance(end, 0);
+    return tile_.next ? tile_.next - row - offset(piece) : 0;
+  }
+
+  SPECDEC_INLINE int64_t offset(int piece) const { return Form::weight_bytes(pieces_.begin(piece)); }
+
+  SPECDEC_INLINE void multiply(int place, int piece, int row, float* kept, int64_t ahead) {
+    WeightRows<kSome> weights;
+    weights.ahead = ahead;
+    const int64_t begin = offset(piece);
+    SPECDEC_UNROLL
+    for (int k = 0; k < kSome; k++) weights.row[k] = tile_.row[row_at(k, place)] + begin;
+    const int dims = pieces_.dims(piece);
+    form_.stage(weights, dims);
+    const Groups<Form> groups(min_of(kNearRows, rows_ - row));
+    const char* rows = packed_ + int64_t(row / kLaneRows) * Form::row_vectors(tile_.dim) * kVectorBytes +
+                       int64_t(piece) * Form::piece_vectors(pieces_.each) * groups.vectors * kVectorBytes;
+    kept += row / kLaneRows * (kSome * kWidth);
+    for (int group = 0; group < groups.count; group++) {
+      const int size = groups.size(group);
+      if (size == 1) Form::template multiply<kSome, 1>(weights, rows, dims, kept, piece == 0);
+      if (size == 2) Form::template multiply<kSome, 2>(weights, rows, dims, kept, piece == 0);
+      if (size == Form::kMaxVectors && size > 2) Form::template multiply<kSome, Form::kMaxVectors>(weights, rows, dims, kept, piece == 0);
+      rows += int64_t(size) * Form::piece_vectors(dims) * kVectorBytes;
+      kept += size * (kSome * kWidth);
+      weights.ahead = 0;
+    }
+  }
+
+  SPECDEC_INLINE void put(const float* kept, int vectors, int place) {
+    for (int v = 0; v < vectors; v++) {
+      SPECDEC_UNROLL
+      for (int k = 0; k < kSome; k += 4, kept += 4 * kWidth) {
+        alignas(64) float of_rows[kLaneRows][4];
+        store(of_rows[0],
+              sums_of_four(load(kept), load(kept + kWidth), load(kept + 2 * kWidth), load(kept + 3 * kWidth)));
+        for (int n = 0; n < min_of(kLaneRows, rows_ - v * kLaneRows); n++) {
+          float* to = outputs_ + (v * kLaneRows + n) * kWeightTile + k * places_ + place;
+          SPECDEC_UNROLL
+          for (int i = 0; i < 4; i++) to[i * places_] = of_rows[n][i];
+        }
+      }
+    }
+  }
+
+  const WeightTile& tile_;
+  const char* const packed_;
+  const int rows_;
+  float* const outputs_;
+  const Pieces<Form> pieces_;
+  const int places_;
+  Form form_;
+  alignas(64) float kept_[kStreamed ? kSome * kWidth * ((kStreamedRows + kLaneRows - 1) / kLaneRows) : kWeightTile * kRowBlock * 4];
+};
+
+template <class Form>
+static size_t packed_bytes(int dim, int rows) {
+  return bytes_of_rows<Form>(dim, rows);
+}
+
+template <class Form>
+static void pack(const float* y, int dim, char* packed, int row, int rows) {
+  const Pieces<Form> pieces(dim);
+  Form::pack(y, pieces, RowPlace<Form>(dim, row, rows), packed);
+  if (row + 1 < rows || rows % kLaneRows == 0) return;
+  alignas(64) static const float zeros[kFloatRowStep] = {};
+  for (int beside = rows; beside % kLaneRows != 0; beside++) {
+    const RowPlace<Form> place(dim, beside, beside + 1);  // of the same groups
+    for (int piece = 0; piece < pieces.count; piece++) {
+      char* to = packed + place.of(pieces, piece);
+      for (int i = 0; i < Form::piece_vectors(pieces.dims(piece)); i++, to += place.apart) {
+        __builtin_memcpy(to, zeros, kChunk);
+      }
+    }
+  }
+}
+
+template <class Form>
+static void multiply(const WeightTile& tile, const char* packed, int rows, float* outputs) {
+  if (rows <= kStreamedRows) {
+    TileProduct<Form, kStreams, true>(tile, packed, rows, outputs).run();
+  } else {
+    TileProduct<Form, kSlots, false>(tile, packed, rows, outputs).run();
+  }
+}
+
+template <class Form>
+static constexpr ProductForm form_of() {
+  return {packed_bytes<Form>, pack<Form>, multiply<Form>};
+}
+
+}  // namespace specdec::cpu::SPECDEC_ISA
