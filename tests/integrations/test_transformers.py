@@ -20,9 +20,7 @@ CONTEXT = 23
 
 def texts_of(nodes_tokens: torch.Tensor, context: torch.Tensor) -> list[torch.Tensor]:
     """The text that ends with each node, int64 [1, length]."""
-    return [
-        torch.cat((context, nodes_tokens[:, list(TREE.path(node))].long()), dim=1) for node in range(len(TREE))
-    ]
+    return [torch.cat((context, nodes_tokens[:, list(TREE.path(node))].long()), dim=1) for node in range(len(TREE))]
 
 
 def tree_logits(decoder, context: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:

@@ -1,9 +1,9 @@
 """Hugging Face models in our engine, and our ops in Hugging Face's loops.
 
-    load          a decoder-only model of the supported families, as a target or draft of the engine
-    tree_decode   a loop for `model.generate(..., custom_generate=tree_decode, draft=...)`
-    register      our attention under the name "specdec_ops", for any model in any loop
-    TreeView      where the rows of a pass stand, for that attention
+load          a decoder-only model of the supported families, as a target or draft of the engine
+tree_decode   a loop for `model.generate(..., custom_generate=tree_decode, draft=...)`
+register      our attention under the name "specdec_ops", for any model in any loop
+TreeView      where the rows of a pass stand, for that attention
 """
 
 from .attention import TreeView as TreeView

@@ -113,7 +113,9 @@ def _llama(model, settings: Settings) -> Decoder:
                     q_norm=None if q_norm is None else _rms_norm(q_norm, settings, plus_one=gemma),
                     k_norm=None if k_norm is None else _rms_norm(k_norm, settings, plus_one=gemma),
                 ),
-                _rms_norm(part.pre_feedforward_layernorm if gemma else part.post_attention_layernorm, settings, plus_one=gemma),
+                _rms_norm(
+                    part.pre_feedforward_layernorm if gemma else part.post_attention_layernorm, settings, plus_one=gemma
+                ),
                 Mlp(
                     _linear(mlp.gate_up_proj, settings)
                     if hasattr(mlp, "gate_up_proj")

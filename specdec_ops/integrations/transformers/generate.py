@@ -178,7 +178,8 @@ class _Engine(Engine):
 
     def _accept(self, draft: Draft | None, batch: Batch, logits: torch.Tensor, drafted: Drafted) -> Acceptance:
         walks = [
-            self._walk(request, logits[place], *_children(drafted, place)) for place, request in enumerate(batch.requests)
+            self._walk(request, logits[place], *_children(drafted, place))
+            for place, request in enumerate(batch.requests)
         ]
         longest = max(len(tokens) for tokens, _ in walks)
 
