@@ -27,10 +27,10 @@ class Norm(NamedTuple):
     bias: torch.Tensor | None
     eps: float
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """Of rows [rows, dim]."""
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """Of rows [rows, dim]; an RMSNorm also adds a residual."""
         if self.bias is None:
-            return rms_norm(x, self.weight, eps=self.eps)
+            return rms_norm(x, self.weight, eps=self.eps, residual=residual)
         return torch.nn.functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
 
 
@@ -90,7 +90,7 @@ class Attention:
 
 @dataclasses.dataclass
 class Mlp:
-    """Of one layer. `up` is gate rows, then up rows, where `activation` is "swiglu" or "geglu"; else it is a function."""
+    """Of one layer. With "swiglu" or "geglu" `up` is gate rows, then up rows; any other activation is a function."""
 
     up: Projection
     down: Projection
@@ -124,11 +124,11 @@ class Layer:
             return self.mlp(x, self.mlp_norm, attended)
         if self.after_mlp is None:
             return self.mlp(attended, self.mlp_norm, attended)
-        return attended + self.after_mlp(self.mlp(attended, self.mlp_norm, None))
+        return self.after_mlp(self.mlp(attended, self.mlp_norm, None), residual=attended)
 
     @staticmethod
     def _add(x: torch.Tensor, after: Norm | None, part: Attention, *arguments) -> torch.Tensor:
-        return part(x, *arguments, x) if after is None else x + after(part(x, *arguments, None))
+        return part(x, *arguments, x) if after is None else after(part(x, *arguments, None), residual=x)
 
 
 @dataclasses.dataclass

@@ -164,7 +164,7 @@ def test_stop_strings_are_found_across_blocks(name):
         assert result.finish_reason == "stop"
         assert result.text == shown[: shown.index(stop)] == "".join(chunk.text for chunk in chunks)
         assert result.tokens == text[: shown.index(stop) + 3]
-        assert sum((list(chunk.tokens) for chunk in chunks), []) == result.tokens
+        assert [token for chunk in chunks for token in chunk.tokens] == result.tokens
 
 
 def test_strings_as_prompts():

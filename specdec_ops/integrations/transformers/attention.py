@@ -31,10 +31,10 @@ def register() -> str:
     """Make the name known to transformers. Returns it: `model.set_attn_implementation(register())`.
 
     Passes of up to 64 rows without padding run on `tree_attention`, over the model's own cache as it lies. Padded
-    batches, and prompts, which have more rows, run on PyTorch's attention as before (on the model's own where scores are
-    capped or there are sinks). With the keyword `specdec`, a
-    `TreeView`, the rows are nodes of draft trees, and no mask is built for them; give the model their positions
-    (`position_ids = topology.position_ids(context_lens)`) along with it.
+    batches, and prompts, which have more rows, run on PyTorch's attention as before (on the model's own where scores
+    are capped or there are sinks). With the keyword `specdec`, a `TreeView`, the rows are nodes of draft trees, and no
+    mask is built for them; give the model their positions along with it:
+    `position_ids = topology.position_ids(context_lens)`.
     """
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -54,7 +54,7 @@ def attention(
     dropout: float = 0.0,
     **options,
 ) -> tuple[torch.Tensor, None]:
-    """As `AttentionInterface` wants it: query [batch, heads, rows, dim], key and value [batch, kv_heads, slots, dim]."""
+    """Query [batch, heads, rows, dim], key and value [batch, kv_heads, slots, dim], as `AttentionInterface` has them."""
     view, rows, slots = options.pop("specdec", None), query.shape[2], key.shape[2]
     if view is None and (attention_mask is not None or rows > _MOST_ROWS or dropout or query.requires_grad):
         plain = _plain(module, options)

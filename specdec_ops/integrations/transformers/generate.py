@@ -37,7 +37,7 @@ def tree_decode(
     stream_to=None,
     **model_kwargs,
 ) -> torch.Tensor:
-    """A decoding loop for `generate`, with drafts: `model.generate(..., custom_generate=tree_decode, draft=Chain(...))`.
+    """A loop with drafts for `generate`: `model.generate(..., custom_generate=tree_decode, draft=Chain(...))`.
 
     The target's row of every node on the accepted path goes through the logits processors with the text before it, a
     token is taken or drawn from it as `generate` does, and where a drafted node has the same token the walk goes on
@@ -198,10 +198,7 @@ class _Engine(Engine):
         tokens, nodes, node = [], [], 0
         while node is not None:
             scores = self._scores(text, logits[node : node + 1].float(), self._places[request.number])
-            if self._do_sample:
-                token = int(torch.multinomial(scores.softmax(-1), 1))
-            else:
-                token = int(scores.argmax(-1))
+            token = int(torch.multinomial(scores.softmax(-1), 1) if self._do_sample else scores.argmax(-1))
             tokens.append(token)
             nodes.append(node)
             text = torch.cat((text, text.new_tensor([[token]])), dim=1)

@@ -39,7 +39,7 @@ class _File:
         return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).astype("float32"))
 
     def weight(self, *names: str):
-        """One weight of several that lie one after another in it: GGUF blocks where `linear` takes them, else floats."""
+        """Several weights as one, rows after rows: GGUF blocks where `linear` takes them, else floats."""
         tensors = [self._tensors[name] for name in names]
         kinds = {tensor.tensor_type.name for tensor in tensors}
         if len(kinds) == 1 and (kind := kinds.pop().lower()) in BLOCK_BYTES:
