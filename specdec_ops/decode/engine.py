@@ -194,7 +194,7 @@ class Engine:
     # One step.
 
     def step(self) -> list[Chunk]:
-        """One round. Returns what is new: a piece for each request that has got on, and the results of those that end."""
+        """One round. Returns what is new: a piece for each request that has got on, with its result if it ends."""
         self._admit()
         self._prefill()
         ready = [request for request in self._running if request.is_prefilled and request.state is State.RUNNING]

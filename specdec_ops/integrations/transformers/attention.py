@@ -54,7 +54,7 @@ def attention(
     dropout: float = 0.0,
     **options,
 ) -> tuple[torch.Tensor, None]:
-    """Query [batch, heads, rows, dim], key and value [batch, kv_heads, slots, dim], as `AttentionInterface` has them."""
+    """Query [batch, heads, rows, dim], key and value [batch, kv_heads, slots, dim], as transformers calls it."""
     view, rows, slots = options.pop("specdec", None), query.shape[2], key.shape[2]
     if view is None and (attention_mask is not None or rows > _MOST_ROWS or dropout or query.requires_grad):
         plain = _plain(module, options)
