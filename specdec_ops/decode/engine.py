@@ -216,7 +216,8 @@ class Engine:
                 self._waiting.popleft()
                 continue
             sequence, pool = request.sequence, self.cache.pool
-            sequence.pages = pool.find_prefix(request.ids[:-1])
+            shares = not (self._drafts_for(request) and self.draft.wants_hidden)
+            sequence.pages = pool.find_prefix(request.ids[:-1]) if shares else []
             sequence.length = len(sequence.pages) * pool.page_size
             if not self.cache.reserve(sequence, len(request.ids) - 1 + self._nodes):
                 self.cache.drop(sequence)
@@ -266,8 +267,9 @@ class Engine:
         sequences, sizes = [request.sequence for request, _ in parts], tuple(size for _, size in parts)
         tokens = [request.ids[request.sequence.length :][:size] for request, size in parts]
         rows = self._rows(tokens, sizes, chains(sizes, self._device), sequences)
-        self.target.forward(rows, self.cache, want=False)
-        for request, size in parts:
+        hidden = self.target.forward(rows, self.cache, want=False).hidden
+        for (request, size), row in zip(parts, itertools.accumulate(sizes, initial=0), strict=False):
+            self._show(request, hidden[row : row + size])
             request.sequence.length += size
             if request.is_prefilled:
                 self.cache.pool.register(request.ids[:-1], request.sequence.pages)
@@ -291,13 +293,16 @@ class Engine:
         else:
             drafted = Drafted(batch.last_tokens[:, None], Tree.chain(1).to(self._device), is_chain=True)
         times.append(time.perf_counter())
-        logits = law.without_improbable(self._score(batch, drafted))
+        logits, hidden = self._score(batch, drafted)
+        logits = law.without_improbable(logits)
         times.append(time.perf_counter())
         acceptance = self._accept(draft, batch, logits, drafted)
         if not drafted.is_chain:
             self.cache.commit(acceptance.nodes, batch.context_lens, batch.page_table)
         logprobs = self._logprobs(batch, logits, acceptance)
         table = torch.cat((acceptance.num_accepted[:, None], acceptance.status[:, None], acceptance.tokens), dim=1)
+        for place, request in enumerate(requests):
+            self._show(request, hidden[place], acceptance.nodes[place])
         accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
         if drafts:
             draft.observe(batch, drafted, acceptance, accepted)
@@ -335,18 +340,25 @@ class Engine:
                 stacklevel=4,
             )
 
-    def _score(self, batch: Batch, drafted: Drafted) -> torch.Tensor:
-        """The target's logits of all nodes, [batch, nodes, vocab]."""
+    def _show(self, request: Request, hidden: torch.Tensor, nodes: torch.Tensor | None = None) -> None:
+        """Hand rows of the target's last layer to a draft that wants them: all, or those of the accepted path."""
+        if self._drafts_for(request) and self.draft.wants_hidden:
+            hidden = hidden if nodes is None else hidden.index_select(0, nodes[nodes >= 0])
+            self.draft.see(request, request.sequence.length, hidden)
+
+    def _score(self, batch: Batch, drafted: Drafted) -> tuple[torch.Tensor, torch.Tensor]:
+        """The target's logits and last rows of all nodes, [batch, nodes, vocab] and [batch, nodes, dim]."""
         shape, sizes = drafted.tokens.shape, drafted.sizes
         if sizes is None or len(set(sizes)) == 1:
             rows = Rows(drafted.tokens, drafted.topology, batch.context_lens, batch.page_table)
-            return self.target.forward(rows, self.cache).logits.view(*shape, -1)
+            output = self.target.forward(rows, self.cache)
+            return output.logits.view(*shape, -1), output.hidden.view(*shape, -1)
         there = torch.cat([torch.arange(size) + place * shape[1] for place, size in enumerate(sizes)]).to(self._device)
         tokens = drafted.tokens.view(-1).index_select(0, there)
         rows = Rows(tokens, drafted.topology, batch.context_lens, batch.page_table)
-        logits = self.target.forward(rows, self.cache).logits
-        padded = logits.new_zeros(shape[0] * shape[1], logits.shape[-1])
-        return padded.index_copy_(0, there, logits).view(*shape, -1)
+        output = self.target.forward(rows, self.cache)
+        padded = (rows.new_zeros(shape.numel(), rows.shape[-1]).index_copy_(0, there, rows) for rows in output)
+        return tuple(rows.view(*shape, -1) for rows in padded)
 
     def _logprobs(self, batch: Batch, logits: torch.Tensor, acceptance) -> list[list[float]] | None:
         """Of the emitted tokens, under the distributions that they were drawn from; None if nobody asks."""

@@ -46,6 +46,7 @@ class Draft:
             text before them), "distinct" (drawn without replacement) or "repeated" (with).
         max_nodes: of a tree, node 0 included.
         is_chain: whether its trees are chains.
+        wants_hidden: whether `see` is to be called. Prompts then share no pages, since their rows are wanted.
         is_coupled: set by the engine for rule "match": sampled children are then drawn with the target's own noise,
             so that they are those which the target will draw wherever both agree.
     """
@@ -53,6 +54,7 @@ class Draft:
     proposals: Proposals
     max_nodes: int
     is_chain: bool = False
+    wants_hidden: bool = False
     is_coupled: bool = False
 
     def bind(self, target: Model, *, max_batch: int, max_length: int) -> None:
@@ -66,6 +68,15 @@ class Draft:
 
     def start(self, request: Request) -> None:
         """A request joins. It may have an answer already, if it had to wait for pages."""
+
+    def see(self, request: Request, start: int, hidden: torch.Tensor) -> None:
+        """The target has run some of a request's tokens, in a prompt or because they were accepted.
+
+        Args:
+            request: whose.
+            start: the position of the first.
+            hidden: [tokens, dim], of the target's last layer before its final norm.
+        """
 
     def propose(self, batch: Batch) -> Drafted:
         """Trees for the requests of a round."""

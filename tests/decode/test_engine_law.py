@@ -66,7 +66,7 @@ def logits_after(answer: tuple[int, ...]) -> torch.Tensor:
         score = engine._score
         engine._score = lambda *arguments: seen.append(score(*arguments)) or seen[-1]
         engine.generate([[*PROMPT, *answer]], Sampling(max_tokens=1))
-        _LOGITS[answer] = seen[0][0, 0]
+        _LOGITS[answer] = seen[0][0][0, 0]
     return _LOGITS[answer]
 
 
