@@ -5,21 +5,37 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
-from specdec_ops.drafts.base import Drafted
+from specdec_ops.drafts.base import Draft, Drafted
 from specdec_ops.drafts.model_draft import chains
 from specdec_ops.tree import Tree
 
 from .batch import Batch, Law
-from .model import Rows
+from .cache import Cache
+from .model import Model
 from .request import Request
+from .result import Result
+from .rows import Rows
 from .sampling import Sampling
 
-if TYPE_CHECKING:
-    from .engine import Engine, Prompt
+Prompt = str | Sequence[int]
+
+
+class Engine(Protocol):
+    """What a diagnosis asks of the engine."""
+
+    target: Model
+    draft: Draft
+    cache: Cache
+    on_round: Callable[[int, list[int], dict[str, float]], None] | None
+
+    def encode(self, prompt: Prompt) -> list[int]: ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Result]: ...
 
 
 @dataclasses.dataclass(frozen=True)
