@@ -18,6 +18,8 @@ from .early_exit import inputs as exit_inputs
 from .harness.cases import Case
 from .kv import cases as kv_cases
 from .kv import kv_propagate
+from .linear import cases as linear_cases
+from .linear import linear
 from .topology import build_topology
 from .topology import cases as topology_cases
 
@@ -44,9 +46,11 @@ OPS = {
     "bounded_exit": op(bounded_exit, exit_inputs),
     "exit_mlp": op(exit_mlp),
     "kv_propagate": op(kv_propagate),
+    "linear": op(linear),
     **dict.fromkeys(acceptance_cases.OPS, op(accept, acceptance_inputs)),
 }
-FAMILIES = (attention_cases, topology_cases, exit_cases, kv_cases, acceptance_cases)  # in the order of a run
+# in the order of a run
+FAMILIES = (attention_cases, topology_cases, exit_cases, kv_cases, linear_cases, acceptance_cases)
 
 
 def every_family(preset: str) -> list[Case]:

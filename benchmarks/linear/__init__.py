@@ -1,0 +1,1 @@
+"""`linear`: a model's products of few rows."""
