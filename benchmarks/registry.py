@@ -19,7 +19,7 @@ from .harness.cases import Case
 from .kv import cases as kv_cases
 from .kv import kv_propagate
 from .linear import cases as linear_cases
-from .linear import linear
+from .linear import linear, rms_norm
 from .topology import build_topology
 from .topology import cases as topology_cases
 
@@ -47,6 +47,7 @@ OPS = {
     "exit_mlp": op(exit_mlp),
     "kv_propagate": op(kv_propagate),
     "linear": op(linear),
+    "rms_norm": op(rms_norm),
     **dict.fromkeys(acceptance_cases.OPS, op(accept, acceptance_inputs)),
 }
 # in the order of a run
