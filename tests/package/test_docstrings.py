@@ -41,7 +41,7 @@ FOREIGN = {
     ),
     *("context", "slot", "new", "position", "exp", "sqrt", "ceil", "tanh", "single", "accumulated", "i"),
 }
-PACKAGES = ("flashinfer", "vllm", "sgl_kernel", "torch", "numpy")
+PACKAGES = ("flashinfer", "vllm", "sgl_kernel", "torch", "numpy", "gguf")
 
 
 def docstrings(module):

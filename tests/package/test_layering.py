@@ -39,7 +39,7 @@ MAY_IMPORT = {
     ),
     "specdec_ops/ops/early_exit/": (
         *("numpy", "torch", "specdec_ops._core", "specdec_ops.status", "specdec_ops.ops.reference_settings"),
-        "specdec_ops.vocab_map",
+        *("specdec_ops.vocab_map", "specdec_ops.ops.linear"),
     ),
     "specdec_ops/compat/": ("torch", "specdec_ops", *OPS),
     "triton_kernels/common/": ("torch", "triton"),

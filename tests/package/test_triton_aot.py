@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from tests.early_exit import exit_aot
+from tests.linear import linear_aot
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -129,6 +130,7 @@ ACCEPT_SPECS = [
     AcceptSpec("sample", (80, 100), draft=False),
 ]
 ACCEPT_PAIRS = [(spec, arch) for spec in ACCEPT_SPECS for arch in spec.architectures]
+LINEAR_PAIRS = [(spec, arch) for spec in linear_aot.SPECS for arch in spec.architectures]
 EXIT_PAIRS = [(spec, arch) for spec in exit_aot.SPECS for arch in spec.architectures]
 
 
@@ -195,6 +197,18 @@ def test_exit_kernels_fit_the_device(spec, arch, measured):
     if exit_aot.multiplies(spec):
         single = "fp32" in (spec.hidden, spec.head)
         assert use["asynchronous_copies"] > 0 and (use["tensor_core_instructions"] > 0) != single, use
+
+
+@pytest.mark.parametrize(("spec", "arch"), LINEAR_PAIRS, ids=lambda value: str(value))
+def test_linear_kernels_fit_the_device(spec, arch, measured):
+    """The same. Blocks of GGUF files begin anywhere, so their bytes are no asynchronous copies."""
+    use = measured[arch][str(spec)]
+    assert use["stack"] <= stack_limit() and use["local"] == 0, use
+    assert use["registers"] * 32 * use["warps"] <= 65536, use
+    assert use["shared"] <= SHARED_LIMIT[arch] // 2, use
+    if spec.weight:
+        assert (use["tensor_core_instructions"] > 0) != (spec.x == "fp32"), use
+        assert use["asynchronous_copies"] > 0 or spec.weight in linear_aot.BLOCK_BYTES, use
 
 
 def test_large_tiles_prefetch_with_asynchronous_copies(measured):
@@ -345,6 +359,9 @@ def main(arch):
     for spec, architecture in EXIT_PAIRS:
         if architecture == arch:
             results[str(spec)] = measure(exit_aot.compile_exit(spec, arch, compile_typed))
+    for spec, architecture in LINEAR_PAIRS:
+        if architecture == arch:
+            results[str(spec)] = measure(linear_aot.compile_linear(spec, arch, compile_typed))
     print(json.dumps(results))
 
 

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
 
 from specdec_ops._core.checks import argument_error
 
-BLOCK_ELEMENTS = 32
-BLOCK_BYTES = {"q8_0": 34, "q4_0": 18, "q4_1": 20}
-"""Of a block: a float16 scale, in q4_1 a float16 minimum, and 32 elements of 8 or 4 bits."""
+from .reference_blocks import BLOCK_BYTES, BLOCK_ELEMENTS, dequantized_blocks
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False)
@@ -51,16 +50,16 @@ class GgufWeight:
             raise ValueError(argument_error("GgufWeight", "blocks", "contiguous", self.blocks))
 
     @classmethod
-    def from_reader(cls, tensor) -> GgufWeight:
-        """Copy a tensor of a file that `gguf.GGUFReader` has opened, one of its `tensors`.
+    def from_reader(cls, tensor: Any) -> GgufWeight:
+        """Copy a tensor of a file that `gguf.GGUFReader` has opened, one of its list of them.
 
         Args:
             tensor: a `gguf.ReaderTensor` of type Q8_0, Q4_0 or Q4_1 with two dimensions.
 
         Raises:
             TypeError: it is none.
-            ValueError: it is of another type, or has another number of dimensions. Those of F32, F16 and BF16 are
-                plain weights: `torch.from_numpy(tensor.data)`.
+            ValueError: it is of another type, or has another number of dimensions. Those of F32 and F16 are plain
+                weights, of which torch.from_numpy makes tensors.
         """
         if not all(hasattr(tensor, name) for name in ("data", "shape", "tensor_type")):
             raise TypeError(argument_error("GgufWeight.from_reader", "tensor", "a gguf.ReaderTensor", tensor))
@@ -98,29 +97,14 @@ class GgufWeight:
         """Return the weight in float32 `[outputs, dim]`, or some of its rows `[..., dim]`: those of an embedding.
 
         Args:
-            rows: int32 or int64 `[...]`, which ones. None: all.
+            rows: int32 or int64 `[...]`, which ones; one that is out of range counts as the nearest. None: all.
         """
         if rows is None:
             return dequantized_blocks(self.blocks, self.weight_type)
-        found = dequantized_blocks(self.blocks[rows.reshape(-1)], self.weight_type)
+        known = rows.reshape(-1).clamp(0, self.outputs - 1)
+        found = dequantized_blocks(self.blocks[known], self.weight_type)
         return found.view(*rows.shape, self.dim)
 
     def __repr__(self) -> str:
         size = f"{self.outputs} x {self.dim}"
         return f"<GgufWeight of {size}, {self.weight_type}, on {self.blocks.device}, {self.nbytes / 1e6:.1f} MB>"
-
-
-def dequantized_blocks(blocks: torch.Tensor, weight_type: str) -> torch.Tensor:
-    """The elements of blocks in float32 [outputs, dim]: each is one product, and of q4_1 one sum more."""
-    each = blocks.unflatten(1, (-1, BLOCK_BYTES[weight_type]))
-    scale = each[:, :, :2].contiguous().view(torch.float16).float()
-    if weight_type == "q8_0":
-        elements = scale * each[:, :, 2:].contiguous().view(torch.int8).float()
-    else:
-        packed = each[:, :, -16:]
-        quarters = torch.cat([packed & 15, packed >> 4], dim=2).float()
-        if weight_type == "q4_0":
-            elements = scale * (quarters - 8)
-        else:
-            elements = scale * quarters + each[:, :, 2:4].contiguous().view(torch.float16).float()
-    return elements.flatten(1)

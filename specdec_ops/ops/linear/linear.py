@@ -30,15 +30,16 @@ def linear(
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Multiply few rows with a weight, `x @ weight.T`, at one read of the weight.
+    """Multiply few rows with a weight, at one read of the weight: each row's dot products with the weight's rows.
 
     Few rows, up to 64, wait for the weight to come from memory, so 8 rows take about as long as one. Sums are float32,
-    rounded once at the end.
+    rounded once at the end. A quantised weight is multiplied in integers on CPUs with AVX-512 VNNI: rows are rounded to
+    16 bits for it, in pieces of at most 512 elements, by no more than the piece's greatest magnitude over 65,278.
 
     **A row's result never depends on how many rows go with it**, to the last bit, nor on what they are, nor on the
     number of threads: so greedy text with drafts is greedy text without. That holds for the backends cpu, triton and
     cuda, each for itself. backend="auto" takes them for up to 64 rows. More rows, those of a prompt, go to PyTorch's
-    product, which promises no such thing, is faster there, and rounds the product to x's dtype before the bias and what
+    product, which promises no such thing and rounds the product to x's dtype before the bias and what
     follows; a quantised weight is made a plain one for it in each call.
 
     Args:
@@ -46,11 +47,11 @@ def linear(
         weight: `[outputs, dim]`, contiguous: a tensor of x's dtype, or of bfloat16 or float16 for float32 rows; or a
             `QuantizedWeight` (from `quantize_linear`); or a `GgufWeight`. The latter two go with any x. With an
             activation it is `[2 * outputs, dim]`: the rows of the gate, then those of the up projection.
-        bias: one number for each row of the weight, in x's dtype or float32.
-        norm_weight: `[dim]`, in x's dtype or float32: x is `x / sqrt(mean(x**2) + norm_eps) * norm_weight`, an RMSNorm,
-            before the product. None: x is taken as it is.
+        bias: a number for each row of the weight, in x's dtype or float32.
+        norm_weight: `[dim]`, in x's dtype or float32: before the product a row is divided by the root of its mean
+            square and multiplied with it, an RMSNorm. None: x is taken as it is.
         norm_eps: added to the mean square.
-        activation: "swiglu" or "geglu": the result is `act(gate) * up`, with `act` SiLU or GELU in its form with tanh.
+        activation: "swiglu" or "geglu": SiLU of the gate, or GELU in its form with tanh, times the up projection.
         residual: `[rows, outputs]` in x's dtype, added last.
         out: `[rows, outputs]` in x's dtype to write to, any stride from row to row. It may be residual, and must not
             overlap x.

@@ -17,6 +17,13 @@ from .quantized_weight import QuantizedWeight, quantize_linear
 class Linear(torch.nn.Module):
     """A drop-in for torch.nn.Linear at inference: `linear` with a weight, and what goes with it, of its own.
 
+    Attributes:
+        bias: `[weight rows]`, a parameter without gradients, or None.
+        norm_weight: `[dim]`, the same.
+        norm_eps: of the norm.
+        activation: None, "swiglu" or "geglu".
+        backend: as `linear` has it.
+
     A plain weight and the bias are parameters without gradients under torch.nn.Linear's names, so its state_dict fits.
     Those of a quantised weight are buffers: `values` and `scales`, or `blocks`. `to(device)` moves all; a change of
     dtype leaves quantised weights and their scales as they are.
@@ -87,9 +94,9 @@ class Linear(torch.nn.Module):
         for module in modules or (None,):
             if not isinstance(module, torch.nn.Linear):
                 raise TypeError(argument_error(op, "modules", "one torch.nn.Linear or several", module))
-            if module.in_features != modules[0].in_features:
-                sizes = [each.in_features for each in modules]
-                raise ValueError(f"specdec_ops.{op}: modules must be of the same in_features, got {sizes}")
+        sizes = [module.in_features for module in modules]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"specdec_ops.{op}: modules must be of the same in_features, got {sizes}")
         biases = [module.bias.detach() for module in modules if module.bias is not None]
         if len(biases) not in (0, len(modules)):
             raise ValueError(f"specdec_ops.{op}: modules must all have a bias or none, got {len(biases)} with one")

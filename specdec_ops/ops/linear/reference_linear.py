@@ -2,7 +2,7 @@
 
 import torch
 
-from .gguf_weight import dequantized_blocks
+from .reference_blocks import dequantized_blocks
 
 
 def linear(arguments, outputs) -> None:

@@ -18,7 +18,7 @@ def rms_norm(
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor:
-    """Divide rows by the root of their mean square: `x / sqrt(mean(x**2) + eps) * weight + residual`.
+    """Divide each row by the root of its mean square, multiply it with the weight, and add a residual.
 
     `linear`, `exit_confidence` and `kv_propagate` take the norm before them along. This one is for norms that stand
     elsewhere, as those after attention and after the MLP of Gemma 2 and 3, which are followed by the residual. (Gemma's
