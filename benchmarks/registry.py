@@ -18,6 +18,9 @@ from .early_exit import inputs as exit_inputs
 from .harness.cases import Case
 from .kv import cases as kv_cases
 from .kv import gather_layer_kv, kv_commit, kv_propagate
+from .kv import kv_propagate
+from .linear import cases as linear_cases
+from .linear import linear, rms_norm
 from .topology import build_topology
 from .topology import cases as topology_cases
 
@@ -46,9 +49,12 @@ OPS = {
     "gather_layer_kv": op(gather_layer_kv),
     "kv_commit": op(kv_commit),
     "kv_propagate": op(kv_propagate),
+    "linear": op(linear),
+    "rms_norm": op(rms_norm),
     **dict.fromkeys(acceptance_cases.OPS, op(accept, acceptance_inputs)),
 }
-FAMILIES = (attention_cases, topology_cases, exit_cases, kv_cases, acceptance_cases)  # in the order of a run
+# in the order of a run
+FAMILIES = (attention_cases, topology_cases, exit_cases, kv_cases, linear_cases, acceptance_cases)
 
 
 def every_family(preset: str) -> list[Case]:

@@ -192,15 +192,12 @@ def _others() -> dict[str, Call]:
         for name, value in _attention()["tree_attention"].arguments.items()
     }
     first = arrays.pop("q")
+    blocks = specdec_ops.GgufWeight(torch.full((9, 34), 3, dtype=torch.uint8, device="cpu"), "q8_0")
     return {
         "quantize_head": Call(quantize_head, None, {"head": head}),
         "quantize_linear": Call(specdec_ops.quantize_linear, None, {"weight": head}),
         "Linear": Call(_projected, None, {"x": random(2, 3, DIM), "weight": head, "bias": random(VOCAB)}),
-        "GgufWeight.dequantize": Call(
-            lambda rows: specdec_ops.GgufWeight(torch.full((9, 34), 3, dtype=torch.uint8), "q8_0").dequantize(rows),
-            None,
-            {"rows": torch.tensor([4, 1])},
-        ),
+        "GgufWeight.dequantize": Call(blocks.dequantize, None, {"rows": torch.tensor([4, 1], device="cpu")}),
         "bound_head": Call(bound_head, None, {"head": head, "ends": [20, VOCAB]}),
         "VocabMap": Call(VocabMap, None, {"draft_to_target": [4, 1, 7], "vocab": 9}),
         "entropy_stop": Call(
