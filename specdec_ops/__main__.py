@@ -17,6 +17,7 @@ from . import (
     early_exit,
     exit_confidence,
     exit_mlp,
+    kv_append,
     kv_propagate,
     merge_states,
     quantize_head,
@@ -206,6 +207,21 @@ def check_exit_mlp(backend: str, device: str) -> float:
     return largest_difference(got[0], want[0])
 
 
+def check_kv_append(backend: str, device: str) -> float:
+    """The largest error of what is stored and of the queries, with a row that is padding."""
+    k, v, q, angles = random_like(device, (1, 4, 2, 16), (1, 4, 2, 16), (1, 4, 4, 16), (9, 8))
+    topology = Tree.from_branching((2,), root=True).to(device)  # 3 nodes
+
+    def run(dtype: torch.dtype, name: str) -> torch.Tensor:
+        caches = torch.zeros(2, 1, 8, 2, 16, dtype=dtype, device=device)
+        rope = (angles.cos().to(dtype), angles.sin().to(dtype))
+        rows = [x.to(dtype) for x in (k, v, q)]
+        out = kv_append(*rows[:2], *caches, topology, 4, q=rows[2], rope=rope, backend=name)
+        return torch.cat((caches.flatten(), out.flatten()))
+
+    return largest_difference(run(torch.float32, backend), run(torch.float64, "torch"))
+
+
 def check_kv_propagate(backend: str, device: str) -> float:
     """The largest error over two layers, with a row that is padding."""
     hidden, norm, keys, values = random_like(device, (3, 64), (64,), (32, 64), (32, 64))
@@ -248,6 +264,7 @@ CHECKS: dict[str, Callable[[str, str], float]] = {
     "build_topology": check_build_topology,
     "exit_confidence": check_exit_confidence,
     "exit_mlp": check_exit_mlp,
+    "kv_append": check_kv_append,
     "kv_propagate": check_kv_propagate,
     "merge_states": check_merge_states,
     "sample": check_sample,

@@ -31,6 +31,7 @@ from .ops.early_exit.early_exit import Exit
 from .ops.early_exit.early_exit import early_exit as _early_exit
 from .ops.early_exit.exit_confidence import Confidence
 from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
+from .ops.kv import kv_append as _kv_append
 from .ops.kv import kv_propagate as _kv_propagate
 
 _RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confidence, Exit)
@@ -138,4 +139,5 @@ bound_head = _shared(head_bounds.bound_head)
 exit_mlp = _shared(_exit_mlp.exit_mlp)
 exit_features = _shared(_exit_mlp.exit_features)
 entropy_stop = _shared(_exit_mlp.entropy_stop)
+kv_append = _shared(_kv_append.kv_append, writes=("k_cache", "v_cache", "q_out"))
 kv_propagate = _shared(_kv_propagate.kv_propagate, writes=("k_caches", "v_caches"))

@@ -37,6 +37,7 @@ ACCEPTANCE = {
 EXIT = {"exit_confidence_kernel": 4 + 4 + 2 + 3 + 2, "screen_kernel": 6, "recheck_kernel": 3}
 # One block of 256 threads on a multiprocessor keeps its memory busy: much is under way in each.
 DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255}
+APPEND = {"kv_append_kernel": 80}  # three blocks of 256 threads
 # tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.
 # Twice, for bfloat16 and float16.
 ROWS = (16, 32, 64, 128)
@@ -51,6 +52,7 @@ KERNELS = {  # instantiations of each
     **dict.fromkeys(ACCEPTANCE, 1),
     **EXIT,
     "exit_mlp_kernel": 2,
+    "kv_append_kernel": 3,
     "kv_propagate_kernel": 9,
 }
 
@@ -204,7 +206,9 @@ def most_registers(arch, function):
     if any(kernel in function for kernel in EXIT):
         return 255 if "Li64" in function and arch not in ("90", "100") else 128
     if (shape := attention_shape(function)) is None:
-        return next((most for kernel, most in (ACCEPTANCE | DRAFT).items() if kernel in function), MOST_REGISTERS)
+        return next(
+            (most for kernel, most in (ACCEPTANCE | DRAFT | APPEND).items() if kernel in function), MOST_REGISTERS
+        )
     dim, rows = shape
     warps = max(4, rows // 16 * (2 if rows <= 32 or (dim > 128 and rows <= 64) else 1))
     return min(255, 65536 // (32 * warps))

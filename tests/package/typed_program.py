@@ -24,6 +24,7 @@ from specdec_ops import (
     LayerCache,
     LongestPath,
     QuantizedHead,
+    Rope,
     Topology,
     TopologyStatus,
     Tree,
@@ -39,6 +40,7 @@ from specdec_ops import (
     exit_features,
     exit_mlp,
     greedy_accept,
+    kv_append,
     kv_propagate,
     longest_path_accept,
     match_accept,
@@ -143,6 +145,11 @@ def caches() -> LayerCache:
     caches = [torch.zeros(1, 16, 2, DIM)]
     positions = torch.arange(3)
     kv_propagate(torch.randn(3, DIM), [(None, weights, weights)], positions, positions, caches, caches, rope=10_000.0)
+    new, rope = torch.randn(1, 3, 2, DIM), Rope(10_000.0, DIM // 2, 32, scaling={"rope_type": "linear", "factor": 2.0})
+    assert_type(rope.to("cpu"), Rope)
+    assert_type(Rope.from_config({"head_dim": DIM, "max_position_embeddings": 32}).pairs, int)
+    turned = kv_append(new, new, caches[0], caches[0].clone(), Tree.chain(3).to("cpu"), 4, q=new, rope=rope)
+    assert_type(turned, torch.Tensor | None)
     cache.crop([2])
     return cache
 
