@@ -16,8 +16,8 @@ from .early_exit import bounded_exit, exit_confidence, exit_mlp, screened_exit
 from .early_exit import cases as exit_cases
 from .early_exit import inputs as exit_inputs
 from .harness.cases import Case
+from .kv import append_cases, kv_append, kv_propagate
 from .kv import cases as kv_cases
-from .kv import kv_propagate
 from .topology import build_topology
 from .topology import cases as topology_cases
 
@@ -43,10 +43,18 @@ OPS = {
     "screened_exit": op(screened_exit, exit_inputs),
     "bounded_exit": op(bounded_exit, exit_inputs),
     "exit_mlp": op(exit_mlp),
+    "kv_append": op(kv_append),
     "kv_propagate": op(kv_propagate),
     **dict.fromkeys(acceptance_cases.OPS, op(accept, acceptance_inputs)),
 }
-FAMILIES = (attention_cases, topology_cases, exit_cases, kv_cases, acceptance_cases)  # in the order of a run
+FAMILIES = (
+    attention_cases,
+    topology_cases,
+    exit_cases,
+    append_cases,
+    kv_cases,
+    acceptance_cases,
+)  # in the order of a run
 
 
 def every_family(preset: str) -> list[Case]:

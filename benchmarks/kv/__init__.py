@@ -1,1 +1,1 @@
-"""`kv_propagate`: keys and values of the layers that an exit skipped."""
+"""`kv_append`, new rows into the cache; `kv_propagate`, those of layers that an exit skipped."""

@@ -20,6 +20,7 @@ from benchmarks.attention.inputs import make_inputs
 from benchmarks.harness import reading, report, results, roofs, targets, timing
 from benchmarks.harness.cases import TREES, Model, TreeShape, chain
 from benchmarks.harness.contestant import Contestant, check
+from benchmarks.kv import append_cases
 from benchmarks.topology import cases as topology_cases
 from specdec_ops import _C
 from specdec_ops._core import dispatch
@@ -58,6 +59,8 @@ def toys():
         cases.toy(tree=TREES[1]),
         cases.toy("merge_states"),
         cases.toy("merge_states", dtype="bf16", contexts=(0, 0)),
+        append_cases.toy(),
+        append_cases.toy(dtype="bf16"),
         topology_cases.toy(),
         topology_cases.toy(batch=2, tree=TREES[128]),
     ]
