@@ -64,10 +64,10 @@ def kv_append(
     position `context_lens[b] + depth(node)`: siblings share a position, not a slot. All arithmetic is in float32, and
     each result is rounded once.
 
-    Nothing waits for the device, and values on it are not checked. A row whose node does not exist (padding) is not
-    stored; nor is one whose slot, request or page does not exist, whose position is not in the tables, or whose
-    request has a context length below 0. Rows of the cache that no row goes to are neither read nor written, and their
-    pages may not exist.
+    Nothing waits for the device (but the torch backend, on a GPU), and values on it are not checked. A row whose node
+    does not exist (padding) is not stored; nor is one whose slot, request or page does not exist, whose position is not
+    in the tables, or whose request has a context length below 0. Slots of the cache that no row goes to are neither
+    read nor written, and their pages may not exist.
 
     Args:
         k: float32, bfloat16 or float16 `[batch, queries, kv_heads, dim]`; or packed `[tokens, kv_heads, dim]`, the rows
