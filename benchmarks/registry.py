@@ -16,6 +16,7 @@ from .early_exit import bounded_exit, exit_confidence, exit_mlp, screened_exit
 from .early_exit import cases as exit_cases
 from .early_exit import inputs as exit_inputs
 from .harness.cases import Case
+from .kv import append_cases, kv_append, kv_propagate
 from .kv import cases as kv_cases
 from .kv import gather_layer_kv, kv_commit, kv_propagate
 from .kv import kv_propagate
@@ -48,6 +49,7 @@ OPS = {
     "exit_mlp": op(exit_mlp),
     "gather_layer_kv": op(gather_layer_kv),
     "kv_commit": op(kv_commit),
+    "kv_append": op(kv_append),
     "kv_propagate": op(kv_propagate),
     "linear": op(linear),
     "rms_norm": op(rms_norm),
@@ -55,6 +57,14 @@ OPS = {
 }
 # in the order of a run
 FAMILIES = (attention_cases, topology_cases, exit_cases, kv_cases, linear_cases, acceptance_cases)
+FAMILIES = (
+    attention_cases,
+    topology_cases,
+    exit_cases,
+    append_cases,
+    kv_cases,
+    acceptance_cases,
+)  # in the order of a run
 
 
 def every_family(preset: str) -> list[Case]:

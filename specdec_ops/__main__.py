@@ -19,6 +19,7 @@ from . import (
     exit_mlp,
     gather_layer_kv,
     kv_commit,
+    kv_append,
     kv_propagate,
     linear,
     merge_states,
@@ -229,6 +230,19 @@ def check_kv_commit(backend: str, device: str) -> float:
         return caches
 
     return largest_difference(run(backend), run("torch"))
+def check_kv_append(backend: str, device: str) -> float:
+    """The largest error of what is stored and of the queries, with a row that is padding."""
+    k, v, q, angles = random_like(device, (1, 4, 2, 16), (1, 4, 2, 16), (1, 4, 4, 16), (9, 8))
+    topology = Tree.from_branching((2,), root=True).to(device)  # 3 nodes
+
+    def run(dtype: torch.dtype, name: str) -> torch.Tensor:
+        caches = torch.zeros(2, 1, 8, 2, 16, dtype=dtype, device=device)
+        rope = (angles.cos().to(dtype), angles.sin().to(dtype))
+        rows = [x.to(dtype) for x in (k, v, q)]
+        out = kv_append(*rows[:2], *caches, topology, 4, q=rows[2], rope=rope, backend=name)
+        return torch.cat((caches.flatten(), out.flatten()))
+
+    return largest_difference(run(torch.float32, backend), run(torch.float64, "torch"))
 
 
 def check_kv_propagate(backend: str, device: str) -> float:
@@ -294,6 +308,7 @@ CHECKS: dict[str, Callable[[str, str], float]] = {
     "exit_mlp": check_exit_mlp,
     "gather_layer_kv": check_gather_layer_kv,
     "kv_commit": check_kv_commit,
+    "kv_append": check_kv_append,
     "kv_propagate": check_kv_propagate,
     "linear": check_linear,
     "merge_states": check_merge_states,

@@ -33,6 +33,7 @@ from .ops.early_exit.exit_confidence import Confidence
 from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
 from .ops.kv import gather_layer_kv as _gather_layer_kv
 from .ops.kv import kv_commit as _kv_commit
+from .ops.kv import kv_append as _kv_append
 from .ops.kv import kv_propagate as _kv_propagate
 from .ops.linear import linear as _linear
 from .ops.linear import quantized_weight
@@ -145,6 +146,7 @@ exit_features = _shared(_exit_mlp.exit_features)
 entropy_stop = _shared(_exit_mlp.entropy_stop)
 gather_layer_kv = _shared(_gather_layer_kv.gather_layer_kv)
 kv_commit = _shared(_kv_commit.kv_commit, writes=("k_caches", "v_caches"))
+kv_append = _shared(_kv_append.kv_append, writes=("k_cache", "v_cache", "q_out"))
 kv_propagate = _shared(_kv_propagate.kv_propagate, writes=("k_caches", "v_caches"))
 linear = _shared(_linear.linear)
 rms_norm = _shared(_rms_norm.rms_norm)

@@ -157,6 +157,8 @@ class Cell:
             return f"{op} b{batch} n{nodes}"
         if op == "merge_states":
             return f"{op} {dtype} b{batch} n{nodes}"
+        if op == "kv_append":
+            return f"{op} {model} {dtype} ctx{context} n{nodes}"
         if op in ("exit_confidence", "screened_exit", "bounded_exit", "exit_mlp", "kv_propagate"):
             return f"{op} {model.removeprefix('head ')} {dtype} {tree} {nodes}"
         if op in ("gather_layer_kv", "kv_commit"):

@@ -22,6 +22,7 @@ from benchmarks.harness.cases import TREES, Model, TreeShape, chain
 from benchmarks.harness.contestant import Contestant, check
 from benchmarks.kv import cases as kv_cases
 from benchmarks.linear import cases as linear_cases
+from benchmarks.kv import append_cases
 from benchmarks.topology import cases as topology_cases
 from specdec_ops import _C
 from specdec_ops._core import dispatch
@@ -63,6 +64,8 @@ def toys():
         *(linear_cases.toy(dtype=dtype) for dtype in linear_cases.WEIGHT_BYTES),
         linear_cases.toy_norm(),
         linear_cases.toy_norm(dtype="bf16"),
+        append_cases.toy(),
+        append_cases.toy(dtype="bf16"),
         topology_cases.toy(),
         topology_cases.toy(batch=2, tree=TREES[128]),
         kv_cases.toy_commit(),

@@ -25,6 +25,7 @@ from specdec_ops import (
     gather_layer_kv,
     greedy_accept,
     kv_commit,
+    kv_append,
     kv_propagate,
     linear,
     merge_states,
@@ -273,6 +274,41 @@ def call_mlp(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     return list(exit_mlp(tensors["features"], layers, 0.9, backend=backend))
 
 
+def make_rows_to_append(seed: int) -> Tensors:
+    """Rows of trees over pages in another order for every seed, with a norm and rotated queries."""
+    generator, queries = generator_of(seed), 33
+    angles = torch.randn(BATCH * PAGE * 4, DIM // 2, generator=generator)
+    shapes = {"k": KV_HEADS, "v": KV_HEADS, "q": HEADS}
+    return {
+        **{name: torch.randn(BATCH, queries, n, DIM, generator=generator).bfloat16() for name, n in shapes.items()},
+        **make_trees(seed),
+        "context_lens": torch.randint(0, 60, (BATCH,), generator=generator).int(),
+        "norm": torch.randn(DIM, generator=generator),
+        "cosines": angles.cos(),
+        "sines": angles.sin(),
+        "page_table": torch.randperm(BATCH * PAGES, generator=generator).view(BATCH, PAGES).int(),
+    }
+
+
+def call_append(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    """Into new caches, of which all is the result."""
+    k, v, q = (tensors[name] for name in ("k", "v", "q"))
+    caches = torch.zeros(2, BATCH * PAGES, PAGE, KV_HEADS, DIM, dtype=k.dtype, device=k.device)
+    out = kv_append(
+        k,
+        v,
+        *caches,
+        build_topology(tensors["parents"], tensors["num_nodes"]),
+        tensors["context_lens"],
+        q=q,
+        rope=(tensors["cosines"], tensors["sines"]),
+        k_norm_weight=tensors["norm"],
+        page_table=tensors["page_table"],
+        backend=backend,
+    )
+    return [caches, out]
+
+
 def make_propagation(seed: int) -> Tensors:
     """Rows of three requests over pages in another order for every seed; some rows have no place."""
     generator, layers, rows, dim, width = generator_of(seed), 3, 19, 264, KV_HEADS * DIM
@@ -394,6 +430,7 @@ CASES = {
     "exit_mlp": {"": DeviceCase(make_mlp, call_mlp, ("features", "weight0", "weight1", "weight2"))},
     "gather_layer_kv": {"": DeviceCase(make_layers, call_gather)},
     "kv_commit": {"": DeviceCase(make_layers, call_commit)},
+    "kv_append": {"": DeviceCase(make_rows_to_append, call_append, ("k", "v", "q", "norm", "cosines", "sines"))},
     "kv_propagate": {"": DeviceCase(make_propagation, call_propagation, PRECISE_PROPAGATION)},
     "linear": {"": DeviceCase(make_products, call_products, ("x", "weight", "norm_weight", "residual"))},
     "rms_norm": {"": DeviceCase(make_products, call_norms, ("x", "norm_weight"))},

@@ -25,6 +25,7 @@ from specdec_ops import (
     exit_confidence,
     gather_layer_kv,
     kv_commit,
+    kv_append,
     kv_propagate,
     quantize_head,
     tree_attention,
@@ -173,6 +174,32 @@ def _committed(k_caches, v_caches, *arguments, **options):
     copies = [caches.clone() if isinstance(caches, torch.Tensor) else copy.deepcopy(caches) for caches in both]
     kv_commit(*copies, *arguments, **options)
     return copies
+def _appends() -> dict[str, Call]:
+    """Padded rows of trees; and packed ones with places of their own, into pages of 8 bits."""
+    angles = torch.arange(40, dtype=torch.float32, device="cpu")[:, None] * random(32).abs()
+    k, v, q, caches = random(BATCH, NODES, 2, 64), random(BATCH, NODES, 2, 64, seed=1), random(BATCH, NODES, 4, 64), {}
+    for name in ("k_cache", "v_cache"):
+        caches[name] = torch.zeros(BATCH, 32, 2, 64, dtype=torch.float32, device="cpu")
+    padded = {"k": k, "v": v, **caches, "topology": Topology.from_trees([TREE, TREE[:3]]), "context_lens": int32(20, 9)}
+    padded |= {"q": q, "rope": (angles.cos(), angles.sin()), "q_norm_weight": random(64), "k_norm_weight": random(64)}
+    packed = {"k": k.flatten(0, 1), "v": v.flatten(0, 1), "topology": None, "context_lens": None, "interleaved": True}
+    packed |= {name: cache.view(16, 4, 2, 64).to(torch.int8) for name, cache in caches.items()}
+    packed |= {"q": q.flatten(0, 1), "rope": (angles.cos()[:, :8].contiguous(), angles.sin()[:, :8].contiguous())}
+    packed |= {"requests": int32(*[0, 1] * NODES), "slots": int32(*range(10)), "positions": int32(*range(10))}
+    packed |= {"page_table": torch.arange(16, dtype=torch.int32, device="cpu").view(BATCH, 8).flip(1)}
+    packed |= {"k_scale": random(2).abs(), "v_scale": 0.03}
+    level = {**padded, "k": k[:, :2], "v": v[:, :2], "q": q[:, :2], "query_start": int32(1, 3)}
+    return {
+        "kv_append": Call(_appended, "kv_append", padded),
+        "kv_append level": Call(_appended, "kv_append", level),
+        "kv_append packed": Call(_appended, "kv_append", packed),
+    }
+
+
+def _appended(k, v, k_cache, v_cache, topology, context_lens, **options):
+    """kv_append into copies of the caches."""
+    copies = [copy.deepcopy(cache) for cache in (k_cache, v_cache)]
+    return [kv_append(k, v, *copies, topology, context_lens, **options), *copies]
 
 
 def _propagated(hidden, layers, positions, slots, k_caches, v_caches, **options):
@@ -304,7 +331,7 @@ def _decoded(slots, kv_heads, head_dim, dim, batch, dtype=torch.float32, backend
     return [*results, cache.pending(1)[1].clone(), torch.tensor(cache.lengths, device="cpu")]
 
 
-CALLS = {**_acceptance(), **_attention(), **_exits(), **_others(), **_compat()}
+CALLS = {**_acceptance(), **_attention(), **_exits(), **_appends(), **_others(), **_compat()}
 
 
 def run(name: str, **changes) -> list[torch.Tensor]:

@@ -137,6 +137,8 @@ SIZES = {  # tensors that may be of any strides: which of their dimensions are s
     "kv_commit": {"nodes": (0, 1), "context_lens": (0,), "page_table": (0, 1), "copies": (0,)},
     "linear": {"x": (0,), "residual": (0,)},
     "rms_norm": {"x": (0,), "residual": (0,)},
+    "kv_append": {"k": (0, 1), "q": (0, 1), "k_cache": (0, 1), "context_lens": (0,)},
+    "kv_append packed": {"k": (0,), "slots": (0,), "positions": (0,), "requests": (0,), "page_table": (0,)},
     "kv_propagate": {"hidden": (0,), "positions": (0,), "slots": (0,), "requests": (0,), "page_table": (0, 1)},
 }
 

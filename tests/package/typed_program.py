@@ -27,6 +27,7 @@ from specdec_ops import (
     LongestPath,
     QuantizedHead,
     QuantizedWeight,
+    Rope,
     Topology,
     TopologyStatus,
     Tree,
@@ -44,6 +45,7 @@ from specdec_ops import (
     gather_layer_kv,
     greedy_accept,
     kv_commit,
+    kv_append,
     kv_propagate,
     linear,
     longest_path_accept,
@@ -153,6 +155,11 @@ def caches() -> LayerCache:
     kv_propagate(torch.randn(3, DIM), [(None, weights, weights)], positions, positions, caches, caches, rope=10_000.0)
     kv_commit(caches, caches, positions[None], 0)
     assert_type(gather_layer_kv(caches, caches, positions), torch.Tensor)
+    new, rope = torch.randn(1, 3, 2, DIM), Rope(10_000.0, DIM // 2, 32, scaling={"rope_type": "linear", "factor": 2.0})
+    assert_type(rope.to("cpu"), Rope)
+    assert_type(Rope.from_config({"head_dim": DIM, "max_position_embeddings": 32}).pairs, int)
+    turned = kv_append(new, new, caches[0], caches[0].clone(), Tree.chain(3).to("cpu"), 4, q=new, rope=rope)
+    assert_type(turned, torch.Tensor | None)
     cache.crop([2])
     return cache
 

@@ -64,10 +64,10 @@ def kv_append(
     position `context_lens[b] + depth(node)`: siblings share a position, not a slot. All arithmetic is in float32, and
     each result is rounded once.
 
-    Nothing waits for the device, and values on it are not checked. A row whose node does not exist (padding) is not
-    stored; nor is one whose slot, request or page does not exist, whose position is not in the tables, or whose
-    request has a context length below 0. Rows of the cache that no row goes to are neither read nor written, and their
-    pages may not exist.
+    Nothing waits for the device (but the torch backend, on a GPU), and values on it are not checked. A row whose node
+    does not exist (padding) is not stored; nor is one whose slot, request or page does not exist, whose position is not
+    in the tables, or whose request has a context length below 0. Slots of the cache that no row goes to are neither
+    read nor written, and their pages may not exist.
 
     Args:
         k: float32, bfloat16 or float16 `[batch, queries, kv_heads, dim]`; or packed `[tokens, kv_heads, dim]`, the rows
@@ -196,8 +196,13 @@ def kv_append(
         k_scale, k_scales = _scale("k_scale", k_scale, k_cache, k)
         v_scale, v_scales = _scale("v_scale", v_scale, v_cache, k)
     if torch.is_grad_enabled():
-        given = (k, v, q, k_norm_weight, q_norm_weight, cosines, sines, k_scales, v_scales)
-        if True in [tensor is not None and tensor.requires_grad for tensor in given]:
+        others = (q_norm_weight, k_norm_weight, cosines, sines, k_scales, v_scales)
+        if (
+            k.requires_grad
+            or v.requires_grad
+            or (q is not None and q.requires_grad)
+            or any([t is not None and t.requires_grad for t in others])
+        ):
             raise RuntimeError(grad_error(_OP))
     arguments = contract.KvAppendArguments(
         k,
@@ -237,7 +242,7 @@ def _check_rows(name: str, rows, k, like: tuple[int, ...] | None) -> tuple[int, 
     if len(shape) != 4 and len(shape) != 3:
         must = "[batch, queries, kv_heads, dim] or packed [tokens, kv_heads, dim]"
         raise ValueError(argument_error(_OP, name, must, rows))
-    if shape[-1] == 0 or max(shape) > INT32_MAX:
+    if shape[-1] == 0 or (rows.numel() > INT32_MAX and max(shape) > INT32_MAX):
         raise ValueError(argument_error(_OP, name, "of sizes below 2**31 and a dim of at least 1", rows))
     if like is None:
         if shape[-2] == 0:
@@ -250,7 +255,7 @@ def _check_rows(name: str, rows, k, like: tuple[int, ...] | None) -> tuple[int, 
             raise ValueError(argument_error(_OP, name, f"[{must}] like k", rows))
         if rows.device != k.device:
             raise ValueError(device_error(_OP, name, k.device, rows))
-    if rows.stride(-1) != 1 and shape[-1] > 1:
+    if rows.stride()[-1] != 1 and shape[-1] > 1:
         raise ValueError(strides_error(_OP, name, "contiguous in its last dimension", rows))
     return shape
 
@@ -292,7 +297,7 @@ def _check_cache(name: str, cache, k, rows: tuple[int, ...], paged: bool) -> tup
         raise ValueError(argument_error(_OP, name, "of sizes below 2**31", cache))
     if cache.device != k.device:
         raise ValueError(device_error(_OP, name, k.device, cache))
-    if cache.stride(-1) != 1 and shape[3] > 1:
+    if cache.stride()[-1] != 1 and shape[3] > 1:
         raise ValueError(strides_error(_OP, name, "contiguous in its last dimension", cache))
     return shape[:2]
 
@@ -300,7 +305,7 @@ def _check_cache(name: str, cache, k, rows: tuple[int, ...], paged: bool) -> tup
 def _trees(topology: Topology, batch: int, k) -> tuple[torch.Tensor, torch.Tensor]:
     """The topology's depths and num_nodes, contiguous and of one batch size."""
     depths, num_nodes = topology.depths, topology.num_nodes
-    trees, counts = len(depths), len(num_nodes)
+    trees, counts = depths.shape[0], num_nodes.shape[0]
     if (trees != batch and trees != 1) or (counts != batch and counts != 1):
         raise ValueError(wrong_batch(_OP, batch, max(trees, counts)))
     if depths.device != k.device:
@@ -356,7 +361,7 @@ def _check_queries(q, q_out, q_norm_weight, k, like: tuple[int, ...]) -> torch.T
         raise ValueError(argument_error(_OP, "q_out", f"{describe_dtype(q.dtype)} {list(shape)} like q", q_out))
     if q_out.device != q.device:
         raise ValueError(device_error(_OP, "q_out", q.device, q_out))
-    if q_out.stride(-1) != 1 and shape[-1] > 1:
+    if q_out.stride()[-1] != 1 and shape[-1] > 1:
         raise ValueError(strides_error(_OP, "q_out", "contiguous in its last dimension", q_out))
     return q_out
 
