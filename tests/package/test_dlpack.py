@@ -204,3 +204,24 @@ def test_caches_are_written_in_place():
     v.flags.writeable = False
     with pytest.raises(ValueError, match="v_caches must be writeable, got a read-only array"):
         dlpack.kv_propagate(hidden, layers, at, at, [k], v_caches=[v], rope=None)
+
+
+def test_rows_of_caches_move_and_are_gathered():
+    """A path with a gap, in lists of arrays and in one array of all layers; a dtype that the kernels know as bits."""
+    for dtype in (np.float32, np.float16, np.int8):
+        caches = np.arange(2 * 3 * 1 * 9 * 2 * 4).reshape(2, 3, 1, 9, 2, 4).astype(dtype)
+        wanted = caches.copy()
+        wanted[:, :, 0, 5], wanted[:, :, 0, 6] = caches[:, :, 0, 6], caches[:, :, 0, 8]
+        lists = [list(part) for part in caches.copy()]
+        nodes = np.array([[0, 2, 4, -1]])
+        assert dlpack.kv_commit(*lists, nodes, np.array([4])) is None
+        dlpack.kv_commit(*caches, nodes, 4)
+        np.testing.assert_array_equal(caches, wanted)
+        np.testing.assert_array_equal(np.array(lists), wanted)
+        rows = dlpack.gather_layer_kv(*caches, np.array([5, -1]))
+        assert isinstance(rows, np.ndarray) and rows.dtype == dtype
+        np.testing.assert_array_equal(rows[0], wanted[:, :, 0, 5].transpose(1, 2, 0, 3).reshape(3, 16))
+        assert not rows[1].any()
+    caches.flags.writeable = False
+    with pytest.raises(ValueError, match="k_caches must be writeable, got a read-only array"):
+        dlpack.kv_commit(*caches, nodes, 4)
