@@ -43,6 +43,10 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.early_exit.exit_mlp:exit_mlp",
         "torch": "specdec_ops.ops.early_exit.reference_exit_mlp:exit_mlp",
     },
+    "grow_tree": {
+        "triton": "specdec_ops.triton_kernels.topology.grow_tree:grow_tree",
+        "torch": "specdec_ops.ops.topology.reference_grow_tree:grow_tree",
+    },
     "kv_propagate": {
         "triton": "specdec_ops.triton_kernels.kv.kv_propagate:kv_propagate",
         "torch": "specdec_ops.ops.kv.reference_kv_propagate:kv_propagate",
@@ -50,6 +54,10 @@ IMPLEMENTATIONS = {
     "merge_states": {
         "triton": "specdec_ops.triton_kernels.attention.merge_states:merge_states",
         "torch": "specdec_ops.ops.attention.reference_merge_states:merge_states",
+    },
+    "prune_tree": {
+        "triton": "specdec_ops.triton_kernels.topology.grow_tree:prune_tree",
+        "torch": "specdec_ops.ops.topology.reference_grow_tree:prune_tree",
     },
     "sample": {
         "triton": "specdec_ops.triton_kernels.acceptance.sample:sample",
@@ -73,6 +81,7 @@ PUBLIC_OPS = {
     "early_exit": "exit_confidence",
     **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp", "kv_propagate")},
     **{name: name for name in ("merge_states", "tree_attention")},
+    **{name: name for name in ("grow_tree", "prune_tree")},
 }
 
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
