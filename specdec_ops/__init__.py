@@ -105,11 +105,11 @@ from .ops.early_exit.head_bounds import bound_head as bound_head
 from .ops.early_exit.quantized_head import QuantizedHead as QuantizedHead
 from .ops.early_exit.quantized_head import quantize_head as quantize_head
 from .ops.kv.kv_propagate import kv_propagate as kv_propagate
-from .ops.topology.grow_tree import CandidatePool as CandidatePool
+from .ops.topology.candidate_pool import CandidatePool as CandidatePool
 from .ops.topology.grow_tree import Frontier as Frontier
-from .ops.topology.grow_tree import PrunedTree as PrunedTree
 from .ops.topology.grow_tree import grow_tree as grow_tree
-from .ops.topology.grow_tree import prune_tree as prune_tree
+from .ops.topology.prune_tree import PrunedTree as PrunedTree
+from .ops.topology.prune_tree import prune_tree as prune_tree
 from .status import AcceptStatus as AcceptStatus
 from .status import ExitStatus as ExitStatus
 from .status import GrowStatus as GrowStatus

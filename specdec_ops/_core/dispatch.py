@@ -56,8 +56,8 @@ IMPLEMENTATIONS = {
         "torch": "specdec_ops.ops.attention.reference_merge_states:merge_states",
     },
     "prune_tree": {
-        "triton": "specdec_ops.triton_kernels.topology.grow_tree:prune_tree",
-        "torch": "specdec_ops.ops.topology.reference_grow_tree:prune_tree",
+        "triton": "specdec_ops.triton_kernels.topology.prune_tree:prune_tree",
+        "torch": "specdec_ops.ops.topology.reference_prune_tree:prune_tree",
     },
     "sample": {
         "triton": "specdec_ops.triton_kernels.acceptance.sample:sample",

@@ -17,9 +17,9 @@ LIMITS = {
     ("early_exit/params.h", "kMaxParts"): ("specdec_ops.ops.early_exit.head_bounds", "MAX_PARTS"),
     ("early_exit/params.h", "kMaxLayers"): ("specdec_ops.ops.early_exit.exit_mlp", "_MAX_LAYERS"),
     ("kv/params.h", "kMaxKvLayers"): ("specdec_ops.ops.kv.contract", "MAX_LAYERS"),
-    ("topology/params.h", "kMaxGrowWidth"): ("specdec_ops.ops.topology.grow_tree", "MAX_WIDTH"),
+    ("topology/params.h", "kMaxGrowWidth"): ("specdec_ops.ops.topology.candidate_pool", "MAX_WIDTH"),
     ("topology/cuda/build_topology.cuh", "kBuildTopologyMaxNodes"): (
-        "specdec_ops.ops.topology.grow_tree",
+        "specdec_ops.ops.topology.prune_tree",
         "MAX_PRUNED_NODES",
     ),
 }

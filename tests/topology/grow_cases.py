@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,6 +10,16 @@ import torch
 from specdec_ops import CandidatePool, Topology, Tree, grow_tree, prune_tree
 
 NONE = -math.inf
+
+
+class Target(NamedTuple):
+    """What tests over all targets get, for those that name one."""
+
+    backend: str
+    device: str = "cpu"
+
+
+CPU, TORCH = Target("cpu"), Target("torch")
 POOL_TABLES = ("tokens", "scores", "parents", "expanded", "candidates")
 TREE_TABLES = ("parents", "depths", "ancestors", "first_child", "next_sibling", "num_nodes")
 

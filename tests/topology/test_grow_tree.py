@@ -4,7 +4,6 @@ import copy
 import functools
 import math
 
-import numpy as np
 import pytest
 import torch
 
@@ -12,7 +11,6 @@ import specdec_ops
 from specdec_ops import (
     CandidatePool,
     GrowStatus,
-    TopologyStatus,
     Tree,
     VocabMap,
     exit_confidence,
@@ -26,7 +24,9 @@ from specdec_ops import (
 from tests.conftest import targets
 from tests.emulator import kernels
 from tests.topology.grow_cases import (
+    CPU,
     NONE,
+    TORCH,
     Round,
     assert_round,
     assert_tables,
@@ -62,12 +62,6 @@ def test_the_largest_width_and_branching(target):
     if target.interpreted:
         case = random_round(1, 3, 64, 16, vocab=80)
     assert_round(case, target, 300)
-
-
-def test_more_nodes_than_candidates(target):
-    case = random_round(2, 2, 3, 4)
-    _, tree = assert_round(case, target, 100)
-    assert tree.topology.num_nodes.tolist() == [17, 17]
 
 
 def test_a_pool_of_several_blocks_with_few_different_scores(target):
@@ -136,24 +130,6 @@ def test_equals_eagles_own_algorithm(depth, top_k, total, target):
         assert len(scores.unique()) == len(scores)  # so the comparison says something
 
 
-def test_a_child_of_probability_1_does_not_lose_its_parent(target):
-    """EAGLE's unordered top-k may keep the child and drop the parent, and its look-up then names another node."""
-    tokens = [torch.tensor([[[10, 11]]]), torch.tensor([[[20, 21], [22, 23]]])]
-    logprobs = [torch.tensor([[[-1.0, -0.5]]]), torch.tensor([[[-3.0, -4.0], [-0.5, -9.0]]])]
-    case = Round(list(zip((part.int() for part in tokens), logprobs, strict=True)), 2)
-    # Rows of level 1 follow tokens 11 (score -0.5) and 10 (-1.0): token 22 has -1.5 and token 20 -3.5.
-    logprobs[1][0, 1, 0] = 0.0  # now 22 is certain: it ties with its parent, 10
-    _, tree = assert_round(case, target, 3)
-    assert tree.tokens.tolist() == [[500, 10, 11]]
-    _, tree = assert_round(case, target, 4)
-    assert tree.tokens.tolist() == [[500, 10, 11, 22]]
-    assert tree.topology.parents.tolist() == [[-1, 0, 0, 1]]
-    # What EAGLE makes of a top-k that prefers the child among equals: kept are 11, 22, whose parent's place in the
-    # pool, 0, is looked up among the places 1 and 4, and found to be that of 11.
-    kept, parent_of_22 = [1, 4], 0
-    assert int(np.searchsorted(kept, parent_of_22)) == 0
-
-
 def test_logprobs_above_0_count_as_0(target):
     """Rounding of a log-softmax may give them. A child would have passed its parent."""
     case = random_round(2, 3, 4, 4, vocab=20)
@@ -164,20 +140,6 @@ def test_logprobs_above_0_count_as_0(target):
     scores, parents = pool.scores.cpu(), pool.parents.cpu()
     above = scores.gather(1, parents.clamp(min=0).long())
     assert (scores <= torch.where(parents >= 0, above, 0)).all()
-
-
-def test_trees_are_closed_under_ancestors_whatever_their_size(target):
-    case = random_round(1, 5, 6, 5, vocab=30)
-    case.levels[2][1][:, :, 0] = 0.0
-    case.levels[3][1][:, :, 1] = 0.0
-    pool, _ = grown(case, target)
-    for nodes in range(1, pool.size + 2, 7 if target.interpreted else 1):
-        tree = pruned(pool, nodes, target)
-        kept = tree.pool_ids[0, 1:].tolist()
-        above = pool.parents[0][kept].tolist()
-        assert set(above) <= {-1, *kept}
-        assert tree.topology.status.tolist() == [0]
-        assert all(parent < node for node, parent in enumerate(tree.topology.parents[0].tolist()))
 
 
 ODD = {
@@ -367,27 +329,10 @@ def test_any_number_of_threads(count, threads):
     assert torch.equal(tree.topology.ancestors, pruned(wanted, 60, TORCH).topology.ancestors)
 
 
-class CPU:
-    backend, device = "cpu", "cpu"
-
-
-class TORCH:
-    backend, device = "torch", "cpu"
-
-
 def test_a_pool_that_someone_else_has_written_does_no_harm(target):
-    """Parents that have not stayed, lie behind or nowhere: the node becomes a root, and the status says so."""
+    """Parents that are nowhere are none."""
     case = random_round(4, 3, 4, 4, vocab=30)
     pool, _ = grown(case, target)
-    parents = pool.parents
-    parents[0, 5], parents[1, 5], parents[2, 0] = 2**31 - 1, -(2**31), 3
-    pool.scores[3, 0] = NAN  # a parent that goes
-    assert pruned(pool, 30, target).topology.num_nodes.tolist() == [30] * 4
-    tree = pruned(pool, 37, target)
-    bits = (TopologyStatus.PARENT_OUT_OF_RANGE,) * 2 + (TopologyStatus.PARENT_NOT_BEFORE,)
-    bits += (TopologyStatus.PARENT_OUT_OF_RANGE,)
-    assert tree.topology.status.tolist() == list(bits)
-    assert tree.topology.parents[:2, 6].tolist() == [-1, -1]
     pool.candidates.fill_(2**31 - 1)
     tokens, logprobs = (part.to(target.device) for part in case.levels[2])
     assert grow_tree(pool, tokens, logprobs, level=1, backend=target.backend).tokens.max() == -1
@@ -594,17 +539,6 @@ def test_a_static_shape_is_plain_calls():
     assert accepted.status.tolist() == [0, 0]
 
 
-def test_draft_paths():
-    case = random_round(2, 3, 2, 3, vocab=30)
-    pool, _ = grown(case, CPU)
-    tree = pruned(pool, 10, CPU)
-    nodes = torch.tensor([[0, 1, -1, -1], [0, -1, -1, 99]])
-    path = tree.draft_path(nodes)
-    assert path.dtype == torch.int32
-    assert path.tolist() == [[0, int(tree.expanded[0, 1]), -1, -1], [0, -1, -1, -1]]
-    assert torch.equal(tree.draft_path(nodes.int()), path)
-
-
 # The public side.
 
 
@@ -673,28 +607,6 @@ def test_errors_of_growing(changed, kind, message):
     with pytest.raises(kind) as raised:
         grow_tree(arguments.pop("pool"), **arguments)
     assert str(raised.value).startswith("specdec_ops.grow_tree: ")
-    assert message in str(raised.value)
-
-
-@pytest.mark.parametrize(
-    ("changed", "kind", "message"),
-    [
-        ({"pool": None}, TypeError, "pool must be a specdec_ops.CandidatePool, got None"),
-        ({"nodes": 0}, ValueError, "nodes must be an int from 1 to 2048, got 0"),
-        ({"nodes": 2049}, ValueError, "nodes must be an int from 1 to 2048, got 2049"),
-        ({"nodes": "9"}, TypeError, "nodes must be an int from 1 to 2048, got '9'"),
-        ({"root_tokens": 5}, TypeError, "root_tokens must be int32 or int64 [2], got 5"),
-        ({"root_tokens": torch.zeros(3).int()}, ValueError, "root_tokens must be int32 or int64 [2], got int32 [3]"),
-        ({"root_tokens": torch.zeros(2).int().to("meta")}, ValueError, "root_tokens must be on cpu, got a tensor on"),
-        ({"backend": "cuda"}, RuntimeError, "backend='cuda' is unavailable"),
-    ],
-    ids=str,
-)
-def test_errors_of_pruning(changed, kind, message):
-    arguments = {"pool": POOL, "nodes": 4, "root_tokens": torch.zeros(2).int(), **changed}
-    with pytest.raises(kind) as raised:
-        prune_tree(arguments.pop("pool"), **arguments)
-    assert str(raised.value).startswith("specdec_ops.prune_tree: ")
     assert message in str(raised.value)
 
 

@@ -1,33 +1,20 @@
-"""Levels of draft trees and their pruning, in Triton: the program of a request does all of it, in one launch.
+"""Levels of draft trees, in Triton: the program of a request does all of it, in one launch.
 
 A level is a tile [rows, branching] of candidates. Each finds its rank by comparing with all of them, CHUNK at a time,
 which are read and judged again rather than handed round: what makes a candidate is input, or was written by the launch
 before. Its rank is the column of the frontier, and the node, that it becomes, so everything about it is stored from
 where it is. That is quadratic in a level's candidates, of which there are 64 to 100: some 8,000 comparisons.
-
-Pruning looks for the key of the last candidate that stays: 32 halvings of the range of float32, each a count over the
-pool, which is read once if it fits into a block. One more pass gives those that stay their nodes in the order of the
-pool. Behind a barrier, which orders what the program has written before it reads it, parents are found among them
-64 x 64 at a time, and behind another the tables are made as build_topology makes them.
 """
 
 import torch
 import triton
 import triton.language as tl
 from specdec_ops.triton_kernels.common.launch import on
-from specdec_ops.triton_kernels.topology.build_topology import (
-    BLOCK_NODES,
-    NOT_BEFORE,
-    OUT_OF_RANGE,
-    words_per_tile,
-    write_tables,
-)
 
 LOGPROB_INVALID = tl.constexpr(1)
 TOKEN_OUT_OF_RANGE = tl.constexpr(2)
 MAX_EOS = 8
 _TILE = 4096  # comparisons at once
-_MAX_BLOCK = 4096  # candidates of a pool at once
 _LEVEL = ["level", "first_parent", "first_candidate", "first_node"]  # other numbers in every launch of a round
 _EOS = [f"eos_{i}" for i in range(MAX_EOS)]
 
@@ -221,111 +208,16 @@ def grow_tree_kernel(
             tl.store(num_nodes + request, first_node + found)
 
 
-@triton.jit
-def _keys(scores, index, size):
-    """Integers that compare as the scores do, and the least for what is no candidate."""
-    score = tl.load(scores + index, mask=index < size, other=-float("inf"))
-    bits = (score + 0.0).to(tl.int32, bitcast=True)  # the two zeros are equal
-    key = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    return tl.where(score > -float("inf"), key, -2147483648)
+def tile_of(rows: int, branching: int) -> dict[str, int]:
+    """A level's tile of candidates, and with how many others each is compared at once."""
+    tile = triton.next_power_of_2(rows), triton.next_power_of_2(branching)
+    chunk = min(triton.next_power_of_2(rows * branching), _TILE // (tile[0] * tile[1]))
+    return {"ROWS": tile[0], "BRANCHING": tile[1], "CHUNK": max(1, chunk)}
 
 
-@triton.jit
-def _count_from(scores, size, key, BLOCK: tl.constexpr):
-    """How many keys are at least this one."""
-    count = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, size, BLOCK):
-        keys = _keys(scores, start + tl.arange(0, BLOCK), size)
-        count += (keys >= key).to(tl.int32)
-    return tl.sum(count, axis=0)
-
-
-@triton.jit
-def prune_tree_kernel(
-    scores, tokens, parents, expanded, root_tokens,
-    tree_tokens, pool_ids, draft_nodes,
-    node_parents, depths, ancestors, first_child, next_sibling, num_nodes, status,
-    size, nodes, words,
-    BLOCK: tl.constexpr, BLOCK_NODES: tl.constexpr, WORDS: tl.constexpr,
-):  # fmt: skip
-    """Grid: (batch,)."""
-    request = tl.program_id(0).to(tl.int64)
-    scores += request * size
-    tokens += request * size
-    parents += request * size
-    expanded += request * size
-    tree_tokens += request * nodes
-    pool_ids += request * nodes
-    draft_nodes += request * nodes
-    node_parents += request * nodes
-    depths += request * nodes
-    ancestors += request * nodes * words
-    first_child += request * nodes
-    next_sibling += request * nodes
-
-    # The greatest key that at least `wanted` candidates reach: all above it stay, and the first of its equals.
-    wanted = nodes - 1
-    low = tl.full([], -2147483648, tl.int64)
-    high = tl.full([], 2147483647, tl.int64)
-    while low < high:
-        middle = (low + high + 1) >> 1
-        enough = _count_from(scores, size, middle, BLOCK) >= wanted
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle - 1)
-    equals = wanted - _count_from(scores, size, low + 1, BLOCK)
-    above_so_far = tl.full([], 0, tl.int32)
-    equal_so_far = tl.full([], 0, tl.int32)
-    for start in range(0, size, BLOCK):
-        index = start + tl.arange(0, BLOCK)
-        key = _keys(scores, index, size)
-        is_above = (key > low).to(tl.int32)
-        is_equal = ((key == low) & (key > -2147483648)).to(tl.int32)
-        before = equal_so_far + tl.cumsum(is_equal, axis=0) - is_equal
-        stays = (is_above != 0) | ((is_equal != 0) & (before < equals))
-        place = 1 + above_so_far + tl.cumsum(is_above, axis=0) - is_above + tl.minimum(before, equals)
-        token = tl.load(tokens + index, mask=stays, other=-1)
-        draft_node = tl.load(expanded + index, mask=stays, other=-1)
-        tl.store(pool_ids + place, index, mask=stays)
-        tl.store(tree_tokens + place, token, mask=stays)
-        tl.store(draft_nodes + place, draft_node, mask=stays)
-        above_so_far += tl.sum(is_above, axis=0)
-        equal_so_far += tl.sum(is_equal, axis=0)
-    count = 1 + above_so_far + tl.minimum(equal_so_far, equals)
-    for start in range(0, nodes, BLOCK_NODES):
-        node = start + tl.arange(0, BLOCK_NODES)
-        rest = (node < nodes) & ((node >= count) | (node == 0))
-        nothing = tl.full([BLOCK_NODES], -1, tl.int32)
-        root = tl.load(root_tokens + request + nothing + 1, mask=node == 0, other=-1)
-        tl.store(pool_ids + node, nothing, mask=rest)
-        tl.store(tree_tokens + node, root, mask=rest)
-        tl.store(draft_nodes + node, tl.where(node == 0, 0, -1), mask=rest)
-    tl.debug_barrier()
-
-    unsound = tl.zeros([BLOCK_NODES], tl.int32)
-    for start in range(0, nodes, BLOCK_NODES):
-        node = start + tl.arange(0, BLOCK_NODES)
-        exists = (node > 0) & (node < count)
-        candidate = tl.load(pool_ids + node, mask=exists, other=0)
-        above = tl.load(parents + candidate, mask=exists, other=-1)
-        parent = tl.where(exists & (above == -1), 0, -1)
-        for other_start in range(0, count, BLOCK_NODES):
-            other = other_start + tl.arange(0, BLOCK_NODES)
-            kept = tl.load(pool_ids + other, mask=(other > 0) & (other < count), other=-1)
-            same = (kept[None, :] == above[:, None]) & (kept >= 0)[None, :]
-            parent = tl.maximum(parent, tl.max(tl.where(same, other[None, :], -1), axis=1))
-        unsound |= tl.where(exists & (parent < 0), OUT_OF_RANGE, 0)
-        unsound |= tl.where(exists & (parent >= node), NOT_BEFORE, 0)
-        tl.store(node_parents + node, tl.where(exists & (parent < node), parent, -1), mask=node < nodes)
-    tl.debug_barrier()
-
-    for start in range(0, nodes, BLOCK_NODES):
-        node = start + tl.arange(0, BLOCK_NODES)
-        write_tables(
-            node_parents, node, count, nodes, words, depths, ancestors, first_child, next_sibling, BLOCK_NODES, WORDS
-        )
-    bits = tl.max(unsound & OUT_OF_RANGE, axis=0) | tl.max(unsound & NOT_BEFORE, axis=0)
-    tl.store(status + request, bits)
-    tl.store(num_nodes + request, count)
+def warps_of(rows: int, branching: int) -> int:
+    """Few candidates of a level for each thread."""
+    return max(4, min(triton.next_power_of_2(rows) * triton.next_power_of_2(branching) // 512, 32))
 
 
 def grow_tree(arguments, outputs) -> None:
@@ -334,7 +226,6 @@ def grow_tree(arguments, outputs) -> None:
     batch, rows, branching = a.top_logprobs.shape
     nodes, words = outputs.ancestors.shape[1:]
     width, size = outputs.frontier_tokens.shape[1], outputs.tokens.shape[1]
-    tile = triton.next_power_of_2(rows), triton.next_power_of_2(branching)
     device = a.top_logprobs.device
     with on(device):
         grow_tree_kernel[(batch,)](
@@ -342,18 +233,6 @@ def grow_tree(arguments, outputs) -> None:
             *outputs, a.level, a.first_parent, a.first_candidate, a.first_node,
             *a.eos, *[-1] * (MAX_EOS - len(a.eos)), rows, branching, width, size, nodes, words,
             0 if a.draft_to_target is None else a.draft_to_target.shape[0],
-            FIRST=a.level == 0, ROWS=tile[0], BRANCHING=tile[1], WIDTH=triton.next_power_of_2(max(width, 1)),
-            CHUNK=max(1, min(triton.next_power_of_2(rows * branching), _TILE // (tile[0] * tile[1]))), BLOCK=256,
-        )  # fmt: skip
-
-
-def prune_tree(arguments, outputs) -> None:
-    """The same."""
-    batch, size = arguments.scores.shape
-    words = outputs.ancestors.shape[2]
-    with on(arguments.scores.device):
-        prune_tree_kernel[(batch,)](
-            *arguments[:5], *outputs, size, arguments.nodes, words,
-            BLOCK=min(triton.next_power_of_2(size), _MAX_BLOCK), BLOCK_NODES=BLOCK_NODES,
-            WORDS=words_per_tile(words), num_warps=8,
+            FIRST=a.level == 0, WIDTH=triton.next_power_of_2(max(width, 1)), BLOCK=256,
+            **tile_of(rows, branching), num_warps=warps_of(rows, branching),
         )  # fmt: skip
