@@ -18,7 +18,7 @@ from .early_exit import inputs as exit_inputs
 from .harness.cases import Case
 from .kv import cases as kv_cases
 from .kv import kv_propagate
-from .topology import build_topology
+from .topology import build_topology, grow_tree, prune_tree
 from .topology import cases as topology_cases
 
 
@@ -43,7 +43,9 @@ OPS = {
     "screened_exit": op(screened_exit, exit_inputs),
     "bounded_exit": op(bounded_exit, exit_inputs),
     "exit_mlp": op(exit_mlp),
+    "grow_tree": op(grow_tree),
     "kv_propagate": op(kv_propagate),
+    "prune_tree": op(prune_tree),
     **dict.fromkeys(acceptance_cases.OPS, op(accept, acceptance_inputs)),
 }
 FAMILIES = (attention_cases, topology_cases, exit_cases, kv_cases, acceptance_cases)  # in the order of a run

@@ -106,7 +106,7 @@ from .ops.early_exit.quantized_head import QuantizedHead as QuantizedHead
 from .ops.early_exit.quantized_head import quantize_head as quantize_head
 from .ops.kv.kv_propagate import kv_propagate as kv_propagate
 from .ops.topology.candidate_pool import CandidatePool as CandidatePool
-from .ops.topology.grow_tree import Frontier as Frontier
+from .ops.topology.candidate_pool import Frontier as Frontier
 from .ops.topology.grow_tree import grow_tree as grow_tree
 from .ops.topology.prune_tree import PrunedTree as PrunedTree
 from .ops.topology.prune_tree import prune_tree as prune_tree

@@ -32,10 +32,11 @@ from .ops.early_exit.early_exit import early_exit as _early_exit
 from .ops.early_exit.exit_confidence import Confidence
 from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
 from .ops.kv import kv_propagate as _kv_propagate
+from .ops.topology import candidate_pool
 from .ops.topology import grow_tree as _grow_tree
 from .ops.topology import prune_tree as _prune_tree
 
-_GROWN = (_grow_tree.Frontier, _prune_tree.PrunedTree)
+_GROWN = (candidate_pool.Frontier, _prune_tree.PrunedTree)
 _RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confidence, Exit, *_GROWN)
 """What holds several results, each of which becomes an array. (A Topology stays one of tensors, and so does a
 CandidatePool: the ops take them.)"""

@@ -60,6 +60,9 @@ def toys():
         cases.toy("merge_states", dtype="bf16", contexts=(0, 0)),
         topology_cases.toy(),
         topology_cases.toy(batch=2, tree=TREES[128]),
+        topology_cases.toy_round(),
+        topology_cases.toy_round(batch=3),
+        topology_cases.toy_round("prune_tree"),
     ]
 
 

@@ -6,12 +6,39 @@ import dataclasses
 
 import torch
 
+from specdec_ops._core import alloc
 from specdec_ops._core.checks import INT32_MAX, argument_error, is_int
 from specdec_ops.topology import Topology
 
 MAX_LEVELS = 64
 MAX_WIDTH = 256
 MAX_BRANCHING = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class Frontier:
+    """The nodes that the draft runs next, best first, on the pool's device.
+
+    Its tensors are the pool's: the same level of the next round writes them again.
+
+    Attributes:
+        tokens: int32 `[batch, width]`: target ids, or -1 where there is no node. An embedding refuses -1: give it
+            `tokens.clamp(min=0)`. What is computed for such a row is not looked at.
+        parent_rows: int32 `[batch, width]`: which row of the level just run each one follows, to gather hidden states;
+            -1 beside -1.
+        scores: float32 `[batch, width]`: as in the pool, in falling order; -inf beside -1.
+    """
+
+    tokens: torch.Tensor
+    parent_rows: torch.Tensor
+    scores: torch.Tensor
+
+    @classmethod
+    def empty(cls, batch: int, width: int, device: torch.device | str | int = "cpu") -> Frontier:
+        """One to write into."""
+        device = torch.device(device)
+        tokens, parent_rows = (alloc.empty((batch, width), torch.int32, device) for _ in range(2))
+        return cls(tokens, parent_rows, alloc.empty((batch, width), torch.float32, device))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, eq=False, repr=False, init=False)
@@ -37,6 +64,7 @@ class CandidatePool:
         expanded: int32 like tokens: the draft's node that a candidate has become, -1 where the draft has not run it.
         candidates: int32 `[batch, nodes]`: the reverse: the candidate that is each node of the draft, -1 for the root.
         topology: the draft's tree, for `tree_attention` and whatever else runs it. Its tensors are written in place.
+        frontiers: one for each level, which `grow_tree` writes and returns; that of the last level has no columns.
         status: int32 `[batch]`: 0, or `GrowStatus` bits.
         levels: how many levels there are: passes of the draft, the root's included.
         width: the most nodes that a level expands.
@@ -49,6 +77,7 @@ class CandidatePool:
     expanded: torch.Tensor
     candidates: torch.Tensor
     topology: Topology
+    frontiers: tuple[Frontier, ...]
     status: torch.Tensor
     levels: int
     width: int
@@ -95,6 +124,9 @@ class CandidatePool:
             num_nodes=filled(1),
             status=filled(0),
         )
+        nothing = [filled(-1, width), filled(-1, width), filled(float("-inf"), width, dtype=torch.float32)]
+        columns = [width] * (levels - 1) + [0]
+        frontiers = tuple(Frontier(*(part[:, :count].clone() for part in nothing)) for count in columns)
         pool = object.__new__(cls)
         pool._set(
             tokens=filled(-1, size),
@@ -103,6 +135,7 @@ class CandidatePool:
             expanded=filled(-1, size),
             candidates=filled(-1, nodes),
             topology=topology,
+            frontiers=frontiers,
             status=filled(0),
             levels=levels,
             width=width,
@@ -133,6 +166,8 @@ class CandidatePool:
         """The same on another device."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         tensors = {name: v.to(device) for name, v in values.items() if isinstance(v, torch.Tensor | Topology)}
+        parts = ((part.tokens, part.parent_rows, part.scores) for part in self.frontiers)
+        tensors["frontiers"] = tuple(Frontier(*(tensor.to(device) for tensor in part)) for part in parts)
         other = object.__new__(CandidatePool)
         other._set(**{**values, **tensors})
         return other

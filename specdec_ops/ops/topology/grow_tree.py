@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 import torch
 
-from specdec_ops._core import alloc
 from specdec_ops._core.checks import argument_error, as_int32, check_eos, device_error, grad_error
 from specdec_ops.vocab_map import VocabMap
 
 from . import contract
-from .candidate_pool import CandidatePool, check_int
-
-
-@dataclasses.dataclass(frozen=True, slots=True, eq=False)
-class Frontier:
-    """The nodes that the draft runs next, best first, on the pool's device.
-
-    Attributes:
-        tokens: int32 `[batch, width]`: target ids, or -1 where there is no node. An embedding refuses -1: give it
-            `tokens.clamp(min=0)`. What is computed for such a row is not looked at.
-        parent_rows: int32 `[batch, width]`: which row of the level just run each one follows, to gather hidden states;
-            -1 beside -1.
-        scores: float32 `[batch, width]`: as in the pool, in falling order; -inf beside -1.
-    """
-
-    tokens: torch.Tensor
-    parent_rows: torch.Tensor
-    scores: torch.Tensor
+from .candidate_pool import CandidatePool, Frontier, check_int
 
 
 def grow_tree(
@@ -50,7 +30,7 @@ def grow_tree(
     text. All candidates stay in the pool for `prune_tree`.
 
     A round, with a draft that takes `(tokens, rows, query_start)`; the rows of parents are for drafts that feed on
-    hidden states, as EAGLE's and those of Mixture of Attentions do:
+    hidden states, as EAGLE's and those of Mixture of Attentions do::
 
         for level in range(pool.levels):
             hidden = draft(tokens, parent_rows, pool.query_start(level))  # with tree_attention over pool.topology
@@ -81,8 +61,8 @@ def grow_tree(
         backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends("grow_tree")`.
 
     Returns:
-        The Frontier. Nothing waits for the device; a request's results depend on that request alone, and are the same
-        to the last bit on every backend.
+        The Frontier: `pool.frontiers[level]`, or with a smaller width one of its own. Nothing waits for the device; a
+        request's results depend on that request alone, and are the same to the last bit on every backend.
 
     Raises:
         TypeError: an argument has a wrong type or dtype.
@@ -96,20 +76,22 @@ def grow_tree(
         raise TypeError(argument_error(op, "pool", "a specdec_ops.CandidatePool", pool))
     check_int(op, "level", level, 0, pool.levels - 1)
     tokens, topology = pool.tokens, pool.topology
-    batch, device = tokens.shape[0], tokens.device
-    rows = _check_rows(op, pool, level, top_logprobs)
+    device = tokens.device
+    _check_logprobs(op, pool, level, top_logprobs)
+    shape = top_logprobs.shape
     if not isinstance(top_tokens, torch.Tensor) or top_tokens.dtype != torch.int32:
-        top_tokens = as_int32(op, "top_tokens", f"[{batch}, {rows}, {pool.branching}]", top_tokens)
-    if top_tokens.shape != top_logprobs.shape:
-        must = f"int32 or int64 [{batch}, {rows}, {pool.branching}] like top_logprobs"
+        top_tokens = as_int32(op, "top_tokens", str(list(shape)), top_tokens)
+    if top_tokens.shape != shape:
+        must = f"int32 or int64 {list(shape)} like top_logprobs"
         raise ValueError(argument_error(op, "top_tokens", must, top_tokens))
     if top_tokens.device != device:
         raise ValueError(device_error(op, "top_tokens", device, top_tokens))
-    most = pool.width if level + 1 < pool.levels else 0
-    if width is None:
-        width = most
-    else:
+    frontier = pool.frontiers[level]
+    if width is not None:
+        most = frontier.tokens.shape[1]
         check_int(op, "width", width, 0, most)
+        if width < most:
+            frontier = Frontier.empty(shape[0], width, device)
     draft_to_target = None
     if vocab_map is not None:
         if not isinstance(vocab_map, VocabMap):
@@ -119,9 +101,9 @@ def grow_tree(
             raise ValueError(device_error(op, "vocab_map", device, draft_to_target))
     if active is not None:
         if not isinstance(active, torch.Tensor) or active.dtype != torch.bool:
-            raise TypeError(argument_error(op, "active", f"bool [{batch}] or None", active))
-        if active.shape != (batch,):
-            raise ValueError(argument_error(op, "active", f"bool [{batch}] or None", active))
+            raise TypeError(argument_error(op, "active", f"bool [{shape[0]}] or None", active))
+        if active.shape != shape[:1]:
+            raise ValueError(argument_error(op, "active", f"bool [{shape[0]}] or None", active))
         if active.device != device:
             raise ValueError(device_error(op, "active", device, active))
         active = active.contiguous()
@@ -136,12 +118,6 @@ def grow_tree(
         first_parent,
         first_parent * pool.branching,
         pool.query_start(level + 1),
-    )
-    table = (batch, width)
-    frontier = Frontier(
-        alloc.empty(table, torch.int32, device),
-        alloc.empty(table, torch.int32, device),
-        alloc.empty(table, torch.float32, device),
     )
     outputs = contract.GrowTreeOutputs(
         frontier.tokens,
@@ -164,19 +140,17 @@ def grow_tree(
     return frontier
 
 
-def _check_rows(op: str, pool: CandidatePool, level: int, top_logprobs) -> int:
-    """Check what decides the number of rows; return it."""
-    batch, branching = pool.tokens.shape[0], pool.branching
-    rows = "1" if level == 0 else "rows"
+def _check_logprobs(op: str, pool: CandidatePool, level: int, top_logprobs) -> None:
+    batch, most, branching = pool.tokens.shape[0], pool.width if level else 1, pool.branching
     if not isinstance(top_logprobs, torch.Tensor) or top_logprobs.dtype != torch.float32:
+        rows = "rows" if level else "1"
         raise TypeError(argument_error(op, "top_logprobs", f"float32 [{batch}, {rows}, {branching}]", top_logprobs))
-    shape, most = top_logprobs.shape, 1 if level == 0 else pool.width
+    shape = top_logprobs.shape
     if len(shape) != 3 or shape[0] != batch or shape[2] != branching or not 1 <= shape[1] <= most:
-        must = f"float32 [{batch}, {rows}, {branching}]"
-        must += " at level 0" if level == 0 else f" with 1 to {most} rows"
+        must = f"float32 [{batch}, rows, {branching}] with 1 to {most} rows"
+        must = must if level else f"float32 [{batch}, 1, {branching}] at level 0"
         raise ValueError(argument_error(op, "top_logprobs", must, top_logprobs))
     if top_logprobs.device != pool.tokens.device:
         raise ValueError(device_error(op, "top_logprobs", pool.tokens.device, top_logprobs))
     if top_logprobs.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(grad_error(op))
-    return shape[1]

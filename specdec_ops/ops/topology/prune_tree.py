@@ -6,7 +6,9 @@ import dataclasses
 
 import torch
 
+from specdec_ops._core import alloc
 from specdec_ops._core.checks import argument_error, as_int32, device_error
+from specdec_ops._core.library import nobody_watches
 from specdec_ops.topology import Topology
 
 from . import contract
@@ -35,7 +37,7 @@ class PrunedTree:
     expanded: torch.Tensor
 
     def draft_path(self, nodes: torch.Tensor) -> torch.Tensor:
-        """An accepted path as nodes of the draft, for `kv_commit` of the draft's cache.
+        """An accepted path as nodes of the draft, to commit the draft's cache with.
 
         Only the last node of a path can be one that the draft has not run: what follows a node is known because the
         draft has run it. So the draft's cache has the whole path, or is one row short.
@@ -60,7 +62,7 @@ def prune_tree(pool: CandidatePool, nodes: int, *, root_tokens: torch.Tensor, ba
     probability 1, and then looks the parent up by bisection and silently finds another.
 
     Its `tokens` and `topology` are what `greedy_accept` and `tree_accept` (without draft_logits) take, and of the
-    accepted path `draft_path` makes what commits the draft's cache:
+    accepted path `PrunedTree.draft_path` makes what commits the draft's cache::
 
         accepted = greedy_accept(target_logits, tree.tokens, tree.topology)
         kv_commit(target_k_caches, target_v_caches, accepted.nodes, context_lens)
@@ -97,5 +99,17 @@ def prune_tree(pool: CandidatePool, nodes: int, *, root_tokens: torch.Tensor, ba
     arguments = contract.PruneTreeArguments(
         pool.scores, pool.tokens, pool.parents, pool.expanded, root_tokens.contiguous(), nodes
     )
-    tokens, pool_ids, expanded, *topology = contract.prune_tree(arguments, backend)
+    out = _outputs(batch, nodes, device) if nobody_watches() else None
+    tokens, pool_ids, expanded, *topology = contract.prune_tree(arguments, backend, out)
     return PrunedTree(tokens, Topology(*topology), pool_ids, expanded)
+
+
+def _outputs(batch: int, nodes: int, device: torch.device) -> contract.PruneTreeOutputs:
+    """Views of three pieces of memory: ten allocations would take longer than the kernel."""
+    tokens, pool_ids, expanded, *links = alloc.empty((7, batch, nodes), torch.int32, device).unbind()
+    parents, depths, first_child, next_sibling = links
+    ancestors = alloc.empty((batch, nodes, (nodes + 63) // 64), torch.int64, device)
+    counts = alloc.empty((2, batch), torch.int32, device).unbind()
+    return contract.PruneTreeOutputs(
+        tokens, pool_ids, expanded, parents, depths, ancestors, first_child, next_sibling, *counts
+    )
