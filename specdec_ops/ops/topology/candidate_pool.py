@@ -22,8 +22,8 @@ class Frontier:
     Its tensors are the pool's: the same level of the next round writes them again.
 
     Attributes:
-        tokens: int32 `[batch, width]`: target ids, or -1 where there is no node. An embedding refuses -1: give it
-            `tokens.clamp(min=0)`. What is computed for such a row is not looked at.
+        tokens: int32 `[batch, width]`: target ids, or -1 where there is no node. An embedding refuses -1: clamp it
+            to 0. What is computed for such a row is not looked at.
         parent_rows: int32 `[batch, width]`: which row of the level just run each one follows, to gather hidden states;
             -1 beside -1.
         scores: float32 `[batch, width]`: as in the pool, in falling order; -inf beside -1.
