@@ -23,6 +23,7 @@ from .kv import kv_propagate
 from .linear import cases as linear_cases
 from .linear import linear, rms_norm
 from .topology import build_topology
+from .topology import build_topology, grow_tree, prune_tree
 from .topology import cases as topology_cases
 
 
@@ -53,6 +54,9 @@ OPS = {
     "kv_propagate": op(kv_propagate),
     "linear": op(linear),
     "rms_norm": op(rms_norm),
+    "grow_tree": op(grow_tree),
+    "kv_propagate": op(kv_propagate),
+    "prune_tree": op(prune_tree),
     **dict.fromkeys(acceptance_cases.OPS, op(accept, acceptance_inputs)),
 }
 # in the order of a run

@@ -155,6 +155,8 @@ class Cell:
         op, model, dtype, context, lengths, batch, tree, nodes, mode = self.key
         if op == "build_topology":
             return f"{op} b{batch} n{nodes}"
+        if op in ("grow_tree", "prune_tree"):
+            return f"{op} b{batch} n{nodes} ({tree})"
         if op == "merge_states":
             return f"{op} {dtype} b{batch} n{nodes}"
         if op == "kv_append":

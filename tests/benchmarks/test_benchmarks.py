@@ -74,6 +74,9 @@ def toys():
         kv_cases.toy_gather(),
         kv_cases.toy_gather(layout="one tensor", rows=1),
         kv_cases.toy_gather(layout="pages", dtype="bf16"),
+        topology_cases.toy_round(),
+        topology_cases.toy_round(batch=3),
+        topology_cases.toy_round("prune_tree"),
     ]
 
 

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 import specdec_ops
-from specdec_ops import Acceptance, AttentionState, Topology, Tree, build_topology, dlpack, tree_accept
+from specdec_ops import (
+    Acceptance,
+    AttentionState,
+    CandidatePool,
+    Frontier,
+    Topology,
+    Tree,
+    build_topology,
+    dlpack,
+    grow_tree,
+    tree_accept,
+)
 from tests.attention.attention_cases import make_case, random_tree
 from tests.harness.public_names import PUBLIC
 
@@ -76,6 +87,20 @@ def test_build_topology():
     topology = dlpack.build_topology(parents)
     assert isinstance(topology, Topology)
     assert torch.equal(topology.ancestors, build_topology(torch.from_numpy(parents)).ancestors)
+
+
+def test_growing_trees():
+    """What the draft says decides the framework; the pool and the topologies stay tensors."""
+    pool, same = (CandidatePool.empty(1, levels=1, width=2, branching=3) for _ in range(2))
+    tokens, logprobs = np.array([[[4, 9, 2]]]), np.array([[[-0.5, -1, -3]]], np.float32)
+    frontier = dlpack.grow_tree(pool, tokens, logprobs, level=0, active=np.array([True]))
+    assert isinstance(frontier, Frontier)
+    assert isinstance(frontier.tokens, np.ndarray)
+    grow_tree(same, torch.from_numpy(tokens), torch.from_numpy(logprobs), level=0)
+    assert torch.equal(pool.scores, same.scores)
+    tree = dlpack.prune_tree(pool, 3, root_tokens=np.array([7], np.int32))
+    np.testing.assert_array_equal(tree.tokens, [[7, 4, 9]])
+    assert isinstance(tree.topology, Topology)
 
 
 def test_another_framework(monkeypatch):
@@ -160,9 +185,8 @@ def test_at_the_top_level_arrays_are_refused_with_the_way_to_go(op):
     function = getattr(specdec_ops, op)
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     arguments = {p.name: np.zeros((2, 2, 2, 16), np.float32) for p in needed}
-    way = (
-        "" if op == "exit_features" else "; torch.from_dlpack makes a tensor of it, and specdec_ops.dlpack takes it"
-    )  # it wants a record
+    wants_a_record = op in ("exit_features", "grow_tree", "prune_tree")
+    way = "" if wants_a_record else "; torch.from_dlpack makes a tensor of it, and specdec_ops.dlpack takes it"
     with pytest.raises(TypeError, match=rf"specdec_ops\.{op}: \w+ must be .*, got ndarray float32 [^;]*{way}$"):
         function(**arguments)
 
