@@ -2,8 +2,9 @@
 //
 // A score is a dot product with the dims in the lanes and one fixed sum over the lanes (`sums` in common/cpu/simd.h).
 // An output is one chain of multiply-adds in the order of the positions, with the dims in the lanes. Blocks of rows and
-// slots share loads and shuffles, and nothing else: what a row gets is the same in a block of any size. So one row and
-// sixty-four rows do the same arithmetic.
+// slots share loads and shuffles, and nothing else: what a row gets is the same in a block of any size. Many rows may
+// even lie in the lanes instead, since what were lanes can be accumulators. So one row and sixty-four rows do the same
+// arithmetic.
 //
 // An Arithmetic says what is multiplied: Widened makes float32 of everything, Pairs takes bfloat16 two at a time. Each
 // has operands as they lie in the cache (Direct), and as they are packed once for many rows (PackedKeys, PackedValues).
@@ -13,13 +14,14 @@
 
 namespace specdec::cpu::SPECDEC_ISA {
 
+using Word = float __attribute__((may_alias));  // 32 bits of memory: one float, or a pair of bfloat16
+
 constexpr int kScoreStride = 256 + 16;  // floats from row to row of scores: a chunk, and what the last block overshoots
 
 // Scores with keys of one number to a lane.
 template <class StorageType>
 struct Numbers {
   using Element = typename StorageType::Element;
-  using Vector = Vec;
   static constexpr int kDims = kWidth, kPositions = 1, kLeastVecs = 1;
 
   static SPECDEC_INLINE Vec key(const Element* row, int d, int) { return StorageType::load_vec(row + d); }
@@ -73,7 +75,6 @@ struct Widened {
 template <bool kInterleaved>
 struct NumberPairs {
   using Element = uint16_t;
-  using Vector = __m512bh;
   static constexpr int kDims = 32, kPositions = 2, kLeastVecs = 2;
 
   // 32 elements of a row from dim d on; those past the end are 0 and not read.
@@ -81,13 +82,12 @@ struct NumberPairs {
     if (d + 32 <= dim) return _mm512_loadu_si512(row + d);
     return _mm512_maskz_loadu_epi32(__mmask16((1u << ((dim - d) / 2)) - 1), row + d);
   }
-  static SPECDEC_INLINE __m512bh key(const Element* row, int d, int dim) { return (__m512bh)elements(row, d, dim); }
-  static SPECDEC_INLINE Vec multiply(Vec sum, __m512bh a, __m512bh b) { return _mm512_dpbf16_ps(sum, a, b); }
-  static SPECDEC_INLINE Vec multiply(Vec sum, __m512bh a, Vec b) { return _mm512_dpbf16_ps(sum, a, (__m512bh)b); }
-
-  static SPECDEC_INLINE __m512bh weight(const float* w, int i) {
-    return (__m512bh)splat(reinterpret_cast<const float __attribute__((may_alias))*>(w)[i / 2]);
+  static SPECDEC_INLINE Vec key(const Element* row, int d, int dim) { return (Vec)elements(row, d, dim); }
+  static SPECDEC_INLINE Vec multiply(Vec sum, Vec a, Vec b) {
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
   }
+
+  static SPECDEC_INLINE Vec weight(const float* w, int i) { return splat(reinterpret_cast<const Word*>(w)[i / 2]); }
   template <int kVecs>
   static SPECDEC_INLINE void values(const Element* const* rows, int i, int d, int dim, Vec (&v)[kVecs]) {
     SPECDEC_UNROLL
@@ -182,7 +182,7 @@ static __attribute__((noinline)) void score_rows(const typename Operand::Element
       for (int r = 0; r < kRows; r++) query[r] = load(q + r * depth + d / kPairs);
       SPECDEC_UNROLL
       for (int k = 0; k < kSlots; k++) {
-        const typename Operand::Vector key = Operand::key(keys[i + k], d, dim);
+        const Vec key = Operand::key(keys[i + k], d, dim);
         SPECDEC_UNROLL
         for (int r = 0; r < kRows; r++) acc[r * kSlots + k] = Operand::multiply(acc[r * kSlots + k], key, query[r]);
       }
@@ -193,6 +193,73 @@ static __attribute__((noinline)) void score_rows(const typename Operand::Element
     for (int r = 0; r < kRows; r++) std::memcpy(s + r * kScoreStride + i, dots + r * kSlots, kSlots * sizeof(float));
   }
 }
+
+#if defined(__AVX512F__)
+
+// The same scores with the rows in the lanes, which needs no shuffles: for kVecs vectors of rows and kSlots slots. A
+// lane of score_rows becomes an accumulator of its own, and these are added as `sums` adds lanes: (0 + 2) + (1 + 3) of
+// every four, then of the four sums. Keys are packed, `stride` words apart; q is [kVecs][depth][kWidth].
+template <class Operand, int kSlots, int kVecs>
+static SPECDEC_INLINE void score_lanes(const Word* keys, int stride, const float* q, int depth, float* to) {
+  Vec halves[2][kSlots][kVecs];
+  SPECDEC_UNROLL
+  for (int quarter = 0; quarter < 4; quarter++) {
+    const int first = quarter == 1 || quarter == 2 ? 3 - quarter : quarter;  // 0, 2, 1, 3
+    Vec acc[4][kSlots][kVecs];
+    SPECDEC_UNROLL
+    for (int n = 0; n < 4 * kSlots * kVecs; n++) acc[n / kVecs / kSlots][n / kVecs % kSlots][n % kVecs] = splat(0.0f);
+    for (int d = 4 * first; d < depth; d += kWidth) {
+      SPECDEC_UNROLL
+      for (int lane = 0; lane < 4; lane++) {
+        Vec column[kVecs];
+        SPECDEC_UNROLL
+        for (int j = 0; j < kVecs; j++) column[j] = load(q + (j * depth + d + lane) * kWidth);
+        SPECDEC_UNROLL
+        for (int i = 0; i < kSlots; i++) {
+          const Vec key = splat(keys[i * stride + d + lane]);
+          SPECDEC_UNROLL
+          for (int j = 0; j < kVecs; j++) acc[lane][i][j] = Operand::multiply(acc[lane][i][j], key, column[j]);
+        }
+      }
+    }
+    SPECDEC_UNROLL
+    for (int n = 0; n < kSlots * kVecs; n++) {
+      const int i = n / kVecs, j = n % kVecs;
+      const Vec sum = (acc[0][i][j] + acc[2][i][j]) + (acc[1][i][j] + acc[3][i][j]);
+      halves[quarter / 2][i][j] = quarter % 2 == 0 ? sum : halves[quarter / 2][i][j] + sum;
+    }
+  }
+  SPECDEC_UNROLL
+  for (int n = 0; n < kSlots * kVecs; n++) {
+    const int i = n / kVecs, j = n % kVecs;
+    store(to + (j * kWidth + i) * kWidth, halves[0][i][j] + halves[1][i][j]);
+  }
+}
+
+// s [row][slot] of `rows` rows, of kVecs vectors, and `count` keys; up to kWidth - 1 numbers behind them are written, too,
+// and as many keys behind them are read.
+template <class Operand, int kVecs>
+static __attribute__((noinline)) void score_lane_rows(const Word* keys, int stride, int count, int rows, const float* q,
+                                                      int depth, float* s, const Fetch& fetch) {
+  constexpr int kSlots = 4 / kVecs;
+  for (int i = 0; i < count; i += kWidth) {
+    fetch.part(i / kWidth, (count + kWidth - 1) / kWidth);
+    alignas(64) float tile[kVecs * kWidth * kWidth];  // [vector][slot][row]
+    for (int n = 0; n < kWidth; n += kSlots)
+      score_lanes<Operand, kSlots, kVecs>(keys + (i + n) * stride, stride, q, depth, tile + n * kWidth);
+    for (int j = 0; j < kVecs; j++) {
+      Vec lines[kWidth];
+      SPECDEC_UNROLL
+      for (int n = 0; n < kWidth; n++) lines[n] = load(tile + (j * kWidth + n) * kWidth);
+      transpose(lines);
+      SPECDEC_UNROLL
+      for (int n = 0; n < kWidth; n++)
+        if (j * kWidth + n < rows) store(s + (j * kWidth + n) * kScoreStride + i, lines[n]);
+    }
+  }
+}
+
+#endif
 
 // out [row][dim] = w [row][position] times v, added in the order of the positions to what is there.
 template <class Operand, int kRows, int kVecs>
@@ -210,7 +277,7 @@ static __attribute__((noinline)) void add_dims(const typename Operand::Element* 
     Operand::template values<kVecs>(v, i, d, dim, values);
     SPECDEC_UNROLL
     for (int r = 0; r < kRows; r++) {
-      const typename Operand::Vector weight = Operand::weight(w + r * kScoreStride, i);
+      const Vec weight = Operand::weight(w + r * kScoreStride, i);
       SPECDEC_UNROLL
       for (int j = 0; j < kVecs; j++) acc[r][j] = Operand::multiply(acc[r][j], weight, values[j]);
     }

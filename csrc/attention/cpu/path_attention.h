@@ -37,6 +37,7 @@ class PathAttention {
   using PackedElement = typename PackedKeys::Element;
   static constexpr int kSub = 64;         // slots that go through the products together
   static constexpr int kDirectRows = 8;   // more have K and V packed
+  static constexpr int kLeastLaneRows = 10;  // of a vector
   static constexpr int kRoom = kWidth;    // entries of a list of keys that are read behind its end
   static constexpr int kStep = Direct::kPositions;
   static constexpr float kNoMaximum = -1e30f;  // finite, so that subtracting it from itself is 0
@@ -44,7 +45,8 @@ class PathAttention {
   // A task with its memory.
   struct Run {
     const PathTask* task;
-    float *q, *s;           // packed queries; scores, then weights: [rows][kScoreStride]
+    float *q, *q_lanes;      // packed queries [rows][query_depth], and [vectors of rows][query_depth][kWidth]
+    float* s;                // scores, then weights: [rows][kScoreStride]
     float *out, *max, *sum;  // the state
     int64_t k_head, v_head;  // bytes from a slot to the task's head
   };
@@ -59,7 +61,7 @@ class PathAttention {
   static size_t state_size(int rows, int dim) { return size_t(rows) * (Arithmetic::depth(dim) + 2); }
 
   static size_t scratch_size(int rows, int dim, int tasks) {
-    const size_t own = size_t(rows) * (Arithmetic::depth(dim) + kScoreStride);
+    const size_t own = size_t(rows) * (query_depth(dim) + kScoreStride) + lane_rows(rows) * query_depth(dim);
     return tasks * own + 2 * size_t(kSub) * Arithmetic::depth(dim);
   }
 
@@ -174,9 +176,10 @@ class PathAttention {
 
   static void start(Run& run, const PathTask& task, float*& scratch, float* state) {
     const TreeAttentionParams& p = *task.params;
-    const int depth = Arithmetic::depth(p.dim), group = group_of(task);
+    const int depth = Arithmetic::depth(p.dim), words = query_depth(p.dim), group = group_of(task);
     run.task = &task;
-    run.q = take(scratch, size_t(task.rows) * depth);
+    run.q = take(scratch, size_t(task.rows) * words);
+    run.q_lanes = take(scratch, lane_rows(task.rows) * words);
     run.s = take(scratch, size_t(task.rows) * kScoreStride);
     run.out = state;
     run.max = state + size_t(task.rows) * depth;
@@ -189,8 +192,22 @@ class PathAttention {
       const Element* query = static_cast<const Element*>(p.q) + task.request * p.q_stride_batch +
                              (task.first_query + packed / group) * p.q_stride_row +
                              (task.kv_head * group + packed % group) * p.q_stride_head;
-      Arithmetic::pack_query(query, p.dim, run.q + r * query_depth(p.dim));
+      Arithmetic::pack_query(query, p.dim, run.q + r * words);
     }
+    for (int row = 0; row < int(lane_rows(task.rows)); row += kWidth)
+      for (int d = 0; d < words; d += kWidth) {
+        Vec lines[kWidth];
+        for (int r = 0; r < kWidth; r++)
+          lines[r] = row + r < task.rows ? load(run.q + (row + r) * words + d) : splat(0.0f);
+        transpose(lines);
+        for (int i = 0; i < kWidth; i++) store(run.q_lanes + row * words + (d + i) * kWidth, lines[i]);
+      }
+  }
+
+  // Rows whose scores are made with the rows in the lanes: whole vectors of them, if they are well filled.
+  static SPECDEC_INLINE size_t lane_rows(int rows) {
+    if (kWidth < 16 || rows < kLeastLaneRows) return 0;
+    return rows % kWidth >= kLeastLaneRows ? round_up(rows, kWidth) : rows / kWidth * kWidth;
   }
 
   static float* take(float*& scratch, size_t floats) {
@@ -281,7 +298,7 @@ class PathAttention {
     if (rows - r == 1) add_positions<Operand, 1>(v, count, dim, w, out, depth, fetch);
   }
 
-  static void context_scores(const Run& run, const Places& places, int place, float* packed_to, const Fetch& fetch) {
+  static void context_scores(const Run& run, const Places& places, int place, float* packed_to, Fetch fetch) {
     const PathTask& task = *run.task;
     const int dim = task.params->dim;
     const Element* rows[kSub + kRoom];
@@ -291,7 +308,22 @@ class PathAttention {
     const PackedElement* packed[kSub + kRoom];
     Arithmetic::pack_keys(rows, places.count, dim, packed_to, packed);
     for (int i = 0; i < kRoom; i++) packed[places.count + i] = packed[places.count - 1];
-    score_blocks<PackedKeys>(packed, places.count, task.rows, dim, run.q, run.s + place, fetch);
+    int row = 0;
+#if defined(__AVX512F__)
+    const int words = query_depth(dim), in_lanes = int(lane_rows(task.rows));
+    const auto* keys = reinterpret_cast<const Word*>(packed_to);
+    for (int vecs; row < in_lanes; row += vecs * kWidth, fetch.count = 0) {
+      vecs = row + 2 * kWidth <= in_lanes ? 2 : 1;
+      const int rows_here = min_of(vecs * kWidth, task.rows - row);
+      const float* q = run.q_lanes + row * words;
+      float* s = run.s + row * kScoreStride + place;
+      if (vecs == 2) score_lane_rows<PackedKeys, 2>(keys, words, places.count, rows_here, q, words, s, fetch);
+      if (vecs == 1) score_lane_rows<PackedKeys, 1>(keys, words, places.count, rows_here, q, words, s, fetch);
+    }
+#endif
+    if (row < task.rows)
+      score_blocks<PackedKeys>(packed, places.count, task.rows - row, dim, run.q + row * query_depth(dim),
+                               run.s + row * kScoreStride + place, fetch);
   }
 
   static SPECDEC_INLINE float* weights(const Run& run, int row, int place) {
