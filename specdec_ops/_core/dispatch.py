@@ -136,8 +136,10 @@ def resolve(
         what = type(backend).__name__
         raise TypeError(f"specdec_ops.{op}: backend must be one of {_names()}, got {what}") from error
     if found is None:
-        found = _nothing if tensor.is_meta else _load(
-            op, _choose(op, backend, tensor, cache_dtype, aligned, path_invariant)
+        found = (
+            _nothing
+            if tensor.is_meta
+            else _load(op, _choose(op, backend, tensor, cache_dtype, aligned, path_invariant))
         )
         _resolved[key] = found
     return found

@@ -64,7 +64,7 @@ def same_bits(a: AttentionState, b: AttentionState) -> bool:
 
 
 def wrong_nodes(case: AttentionCase, attend: Callable = attention, least_tree_rows: int = 0) -> list[tuple[int, int]]:
-    """The (request, node) whose bits are not those of decoding. How a path is divided and laid out changes each time."""
+    """The (request, node) whose bits are not those of decoding. Paths are divided and laid out in several ways."""
     whole, wrong = run(case, attend), []
     for request, parents in enumerate(case.trees):
         for node in range(case.first_nodes[request], len(parents)):
@@ -104,9 +104,9 @@ CHUNK = 8
 
 
 def model(
-    q, k_cache, v_cache, topology, context_lens, *, query_start=0, page_table=None, wrong: str = ""
+    q, k_cache, v_cache, topology, context_lens, *, scale, query_start=0, page_table=None, wrong: str = ""
 ) -> AttentionState:
-    """Chunks of 8 positions, a state for each, merged in order; without options. It reads no slot that a row doesn't see.
+    """Chunks of 8 positions, a state for each, merged in order; with a scale that is a power of 2.
 
     wrong: "chunks by slot"; "one maximum", that of all rows; "lanes by slot": sums of even and of odd slots.
     """
@@ -125,7 +125,7 @@ def model(
             rows.append((row, slots))
         for head in range(q.shape[2]):
             _attend_head(
-                q[request, :, head], k_cache, v_cache, request, head // group, page_table, rows, wrong,
+                scale * q[request, :, head], k_cache, v_cache, request, head // group, page_table, rows, wrong,
                 out[request, :, head], lse[request, :, head],
             )  # fmt: skip
     return AttentionState(out, lse)

@@ -83,9 +83,7 @@ struct NumberPairs {
     return _mm512_maskz_loadu_epi32(__mmask16((1u << ((dim - d) / 2)) - 1), row + d);
   }
   static SPECDEC_INLINE Vec key(const Element* row, int d, int dim) { return (Vec)elements(row, d, dim); }
-  static SPECDEC_INLINE Vec multiply(Vec sum, Vec a, Vec b) {
-    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
-  }
+  static SPECDEC_INLINE Vec multiply(Vec sum, Vec a, Vec b) { return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b); }
 
   static SPECDEC_INLINE Vec weight(const float* w, int i) { return splat(reinterpret_cast<const Word*>(w)[i / 2]); }
   template <int kVecs>
@@ -160,6 +158,7 @@ struct Fetch {
   int count = 0, bytes = 0;
 
   SPECDEC_INLINE void part(int i, int parts) const {
+    if (count == 0) return;
     for (int n = count * i / parts; n < count * (i + 1) / parts; n++)
       for (int b = 0; b < bytes; b += 64) __builtin_prefetch(base + offsets[n] + b, 0, 2);
   }
@@ -201,22 +200,22 @@ static __attribute__((noinline)) void score_rows(const typename Operand::Element
 // every four, then of the four sums. Keys are packed, `stride` words apart; q is [kVecs][depth][kWidth].
 template <class Operand, int kSlots, int kVecs>
 static SPECDEC_INLINE void score_lanes(const Word* keys, int stride, const float* q, int depth, float* to) {
-  Vec halves[2][kSlots][kVecs];
+  Vec halves[2][kSlots][kVecs], four[kSlots][kVecs];
   SPECDEC_UNROLL
-  for (int quarter = 0; quarter < 4; quarter++) {
-    const int first = quarter == 1 || quarter == 2 ? 3 - quarter : quarter;  // 0, 2, 1, 3
-    Vec acc[4][kSlots][kVecs];
+  for (int part = 0; part < 8; part++) {
+    const int quarter = part / 2 == 1 ? 2 : (part / 2 == 2 ? 1 : part / 2);  // 0, 2, 1, 3
+    Vec acc[2][kSlots][kVecs];
     SPECDEC_UNROLL
-    for (int n = 0; n < 4 * kSlots * kVecs; n++) acc[n / kVecs / kSlots][n / kVecs % kSlots][n % kVecs] = splat(0.0f);
-    for (int d = 4 * first; d < depth; d += kWidth) {
+    for (int n = 0; n < 2 * kSlots * kVecs; n++) acc[n / kVecs / kSlots][n / kVecs % kSlots][n % kVecs] = splat(0.0f);
+    for (int d = 4 * quarter + part % 2; d < depth; d += kWidth) {
       SPECDEC_UNROLL
-      for (int lane = 0; lane < 4; lane++) {
+      for (int lane = 0; lane < 2; lane++) {
         Vec column[kVecs];
         SPECDEC_UNROLL
-        for (int j = 0; j < kVecs; j++) column[j] = load(q + (j * depth + d + lane) * kWidth);
+        for (int j = 0; j < kVecs; j++) column[j] = load(q + (j * depth + d + 2 * lane) * kWidth);
         SPECDEC_UNROLL
         for (int i = 0; i < kSlots; i++) {
-          const Vec key = splat(keys[i * stride + d + lane]);
+          const Vec key = splat(keys[i * stride + d + 2 * lane]);
           SPECDEC_UNROLL
           for (int j = 0; j < kVecs; j++) acc[lane][i][j] = Operand::multiply(acc[lane][i][j], key, column[j]);
         }
@@ -225,8 +224,11 @@ static SPECDEC_INLINE void score_lanes(const Word* keys, int stride, const float
     SPECDEC_UNROLL
     for (int n = 0; n < kSlots * kVecs; n++) {
       const int i = n / kVecs, j = n % kVecs;
-      const Vec sum = (acc[0][i][j] + acc[2][i][j]) + (acc[1][i][j] + acc[3][i][j]);
-      halves[quarter / 2][i][j] = quarter % 2 == 0 ? sum : halves[quarter / 2][i][j] + sum;
+      const Vec two = acc[0][i][j] + acc[1][i][j];
+      if (part % 2 == 0) four[i][j] = two;
+      if (part % 2 == 1) four[i][j] = four[i][j] + two;
+      if (part % 4 == 1) halves[part / 4][i][j] = four[i][j];
+      if (part % 4 == 3) halves[part / 4][i][j] = halves[part / 4][i][j] + four[i][j];
     }
   }
   SPECDEC_UNROLL
@@ -241,7 +243,7 @@ static SPECDEC_INLINE void score_lanes(const Word* keys, int stride, const float
 template <class Operand, int kVecs>
 static __attribute__((noinline)) void score_lane_rows(const Word* keys, int stride, int count, int rows, const float* q,
                                                       int depth, float* s, const Fetch& fetch) {
-  constexpr int kSlots = 4 / kVecs;
+  constexpr int kSlots = 8 / kVecs;
   for (int i = 0; i < count; i += kWidth) {
     fetch.part(i / kWidth, (count + kWidth - 1) / kWidth);
     alignas(64) float tile[kVecs * kWidth * kWidth];  // [vector][slot][row]

@@ -18,8 +18,8 @@
 namespace specdec::cpu {
 namespace {
 
-constexpr int kMostRows = 256;      // of a task, so that its scores and outputs stay in the second-level cache
-constexpr int kRowsTogether = 32;   // up to here tasks whose heads are neighbours in the cache go together
+constexpr int kMostRows = 256;     // of a task, so that its scores and outputs stay in the second-level cache
+constexpr int kRowsTogether = 32;  // up to here tasks whose heads are neighbours in the cache go together
 constexpr size_t kMaxStates = size_t(1) << 21;
 
 const PathKernel* select_path_kernel(DType dtype) {
@@ -93,8 +93,17 @@ void add_tasks(Plan& plan, const TreeAttentionParams& p, int b, const Request& r
   const int share = (rows + parts - 1) / parts, per_task = std::min((share + 3) & ~3, kMostRows);
   for (int first = 0; first < rows; first += per_task)
     for (int h = 0; h < p.kv_heads; h++) {
-      PathTask task{&p, b, h, r.first_query, r.first_row * heads_per_kv + first, std::min(per_task, rows - first),
-                    r.context_len, 0, 0, plan.paths[b].rows.data(), fetch_ahead};
+      PathTask task{&p,
+                    b,
+                    h,
+                    r.first_query,
+                    r.first_row * heads_per_kv + first,
+                    std::min(per_task, rows - first),
+                    r.context_len,
+                    0,
+                    0,
+                    plan.paths[b].rows.data(),
+                    fetch_ahead};
       task.first_seen = r.context_len;
       for (int row = task.first_row / heads_per_kv; row <= (task.first_row + task.rows - 1) / heads_per_kv; row++) {
         task.first_seen = std::min(task.first_seen, task.paths[row].first_seen);

@@ -35,10 +35,10 @@ class PathAttention {
   using PackedKeys = typename Arithmetic::PackedKeys;
   using PackedValues = typename Arithmetic::PackedValues;
   using PackedElement = typename PackedKeys::Element;
-  static constexpr int kSub = 64;         // slots that go through the products together
-  static constexpr int kDirectRows = 8;   // more have K and V packed
+  static constexpr int kSub = 64;            // slots that go through the products together
+  static constexpr int kDirectRows = 8;      // more have K and V packed
   static constexpr int kLeastLaneRows = 10;  // of a vector
-  static constexpr int kRoom = kWidth;    // entries of a list of keys that are read behind its end
+  static constexpr int kRoom = kWidth;       // entries of a list of keys that are read behind its end
   static constexpr int kStep = Direct::kPositions;
   static constexpr float kNoMaximum = -1e30f;  // finite, so that subtracting it from itself is 0
 
@@ -427,10 +427,7 @@ class PathAttention {
     for (int i = end; i < last; i++) s[i] = -__builtin_inff();
     Vec top = nothing;
     for (int i = first; i < last; i += kWidth) top = maximum(load(s + i), top);
-    alignas(64) float lanes[kWidth];
-    store(lanes, top * scale);
-    float most = kNoMaximum;
-    for (int i = 0; i < kWidth; i++) most = lanes[i] > most ? lanes[i] : most;
+    const float most = max_of(greatest(top * scale), kNoMaximum);
     const Vec minus_most = splat(-most);
     Vec sum[2] = {splat(0.0f), splat(0.0f)};
     for (int i = first; i < last; i += 2 * kWidth) {

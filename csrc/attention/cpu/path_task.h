@@ -14,8 +14,8 @@
 
 namespace specdec::cpu {
 
-constexpr int kPathChunk = 256;        // positions; part of the result, like the instruction set
-constexpr int kMaxPathTogether = 16;   // tasks that go through a chunk side by side
+constexpr int kPathChunk = 256;       // positions; part of the result, like the instruction set
+constexpr int kMaxPathTogether = 16;  // tasks that go through a chunk side by side
 
 // What a query row sees, for all its heads.
 struct RowPath {
@@ -30,11 +30,11 @@ struct PathTask {
   const TreeAttentionParams* params;
   int request;
   int kv_head;
-  int64_t first_query;   // row of q (within the request, or of the packed q) that holds query 0 of the request
-  int first_row;         // packed row, counted from query 0
+  int64_t first_query;  // row of q (within the request, or of the packed q) that holds query 0 of the request
+  int first_row;        // packed row, counted from query 0
   int rows;
   int context_len;
-  int first_seen;        // the lowest and the highest position that one of its rows sees, and the one behind it
+  int first_seen;  // the lowest and the highest position that one of its rows sees, and the one behind it
   int end_seen;
   const RowPath* paths;  // of query 0 and those after it
   bool fetch_ahead;      // prefetch in software

@@ -150,12 +150,11 @@ def tree_attention(
         return_lse: also return the natural log of each softmax denominator (sinks included).
         num_splits: into how many parts to cut the slots, 1 to 256; a fixed number gives a fixed order of reduction. By
             default a function of the request's own lengths.
-        path_invariant: True: a row's result depends on its path alone, to the last bit: on its query and on the keys and
-            values at the positions up to its own that it sees, context first, then its ancestors by depth, then itself.
-            Not on the call's other rows, on the slots in which its ancestors lie, on where the context ends and the
-            tree begins, on pages, strides, batch or threads. So a node of a draft tree gets, bit for bit, what plain
-            decoding of its path, a row at a time, gives on the same processor. The cpu backend alone has it; num_splits
-            must be None. See docs/families/attention.md for what it costs.
+        path_invariant: whether a row's result depends on its path alone, to the last bit: on its query and on the keys
+            and values at the positions that it sees (context, ancestors by depth, itself). Not on the call's other
+            rows, on the slots in which its ancestors lie, on where the context ends and the tree begins, on pages,
+            strides, batch or threads. So a node of a draft tree gets, bit for bit, what plain decoding of its path, a
+            row at a time, gives on the same processor. The cpu backend alone has it; num_splits must be None.
         out: where to write: a tensor like q, or an AttentionState with `return_lse`. Its lse must be contiguous.
         backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends`. A named backend never falls
             back. "auto" takes the torch definition for float64 and for a dim that kernels don't have (they have the
