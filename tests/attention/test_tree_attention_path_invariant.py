@@ -159,6 +159,21 @@ def test_ancestors_that_make_no_sense_do_no_harm(words):
     assert state.out.isfinite().all()
 
 
+@pytest.mark.parametrize("depth", [-(2**31), -1, 0, 5, 2**31 - 1])
+@pytest.mark.parametrize("window", [1, 30, 2**31 - 1])
+def test_depths_that_contradict_ancestors_do_no_harm(window, depth):
+    """Pages are checked by depths, and rows see by ancestors: no page that does not exist is read."""
+    case = make_case([random_tree(40)], [20], page_size=4, window=window)
+    topology = dataclasses.replace(case.topology, depths=torch.full_like(case.topology.depths, depth))
+    case.options["page_table"][0, 5:] = torch.tensor([-1, 2**31 - 1, 2, -(2**31)] * 3)[
+        : case.options["page_table"].shape[1] - 5
+    ]
+    try:
+        run(dataclasses.replace(case, topology=topology))
+    except ValueError as error:
+        assert "page_table[0, " in str(error)
+
+
 # ---- wrong variants
 
 

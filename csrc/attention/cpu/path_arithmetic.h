@@ -6,7 +6,7 @@
 // even lie in the lanes instead, since what were lanes can be accumulators. So one row and sixty-four rows do the same
 // arithmetic.
 //
-// An Arithmetic says what is multiplied: Widened makes float32 of everything, Pairs takes bfloat16 two at a time. Each
+// An Arithmetic says what is multiplied: PathFloats makes float32 of everything, PathPairs takes bfloat16 two at a time. Each
 // has operands as they lie in the cache (Direct), and as they are packed once for many rows (PackedKeys, PackedValues).
 #pragma once
 
@@ -20,7 +20,7 @@ constexpr int kScoreStride = 256 + 16;  // floats from row to row of scores: a c
 
 // Scores with keys of one number to a lane.
 template <class StorageType>
-struct Numbers {
+struct FloatOperand {
   using Element = typename StorageType::Element;
   static constexpr int kDims = kWidth, kPositions = 1, kLeastVecs = 1;
 
@@ -36,12 +36,12 @@ struct Numbers {
 };
 
 template <class StorageType>
-struct Widened {
+struct PathFloats {
   using Storage = StorageType;
   using Element = typename Storage::Element;
-  using Direct = Numbers<Storage>;
-  using PackedKeys = Numbers<Float32>;
-  using PackedValues = Numbers<Float32>;
+  using Direct = FloatOperand<Storage>;
+  using PackedKeys = FloatOperand<Float32>;
+  using PackedValues = FloatOperand<Float32>;
   static constexpr int kPairs = 1;
   static SPECDEC_INLINE int depth(int dim) { return dim; }
   static SPECDEC_INLINE Vec weigh(Vec x) { return exp2(x); }
@@ -73,7 +73,7 @@ struct Widened {
 // interleaving gives: of every 32, the first vector holds those whose bit 2 is clear and the second one the others.
 // With kInterleaved they have been brought into it before, and row i is that of positions i and i + 1.
 template <bool kInterleaved>
-struct NumberPairs {
+struct PairOperand {
   using Element = uint16_t;
   static constexpr int kDims = 32, kPositions = 2, kLeastVecs = 2;
 
@@ -103,12 +103,12 @@ struct NumberPairs {
   }
 };
 
-struct Pairs {
+struct PathPairs {
   using Storage = BFloat16;
   using Element = uint16_t;
-  using Direct = NumberPairs<false>;
-  using PackedKeys = NumberPairs<false>;
-  using PackedValues = NumberPairs<true>;
+  using Direct = PairOperand<false>;
+  using PackedKeys = PairOperand<false>;
+  using PackedValues = PairOperand<true>;
   static constexpr int kPairs = 2;
   static SPECDEC_INLINE int depth(int dim) { return round_up(dim, 32); }
   static SPECDEC_INLINE Vec weigh(Vec x) { return exp2_bf16(x); }
@@ -152,7 +152,7 @@ struct Pairs {
 #endif
 
 // What to fetch ahead while something else is multiplied.
-struct Fetch {
+struct PathFetch {
   const char* base = nullptr;
   const int64_t* offsets = nullptr;  // bytes
   int count = 0, bytes = 0;
@@ -168,7 +168,7 @@ struct Fetch {
 // entries of `keys` behind them are read.
 template <class Operand, int kRows>
 static __attribute__((noinline)) void score_rows(const typename Operand::Element* const* keys, int count, int dim,
-                                                 const float* q, int depth, float* s, const Fetch& fetch) {
+                                                 const float* q, int depth, float* s, const PathFetch& fetch) {
   constexpr int kSlots = kWidth / (kRows == 3 ? 4 : kRows), kPairs = Operand::kPositions;
   for (int i = 0; i < count; i += kSlots) {
     fetch.part(i / kSlots, (count + kSlots - 1) / kSlots);
@@ -242,7 +242,7 @@ static SPECDEC_INLINE void score_lanes(const Word* keys, int stride, const float
 // and as many keys behind them are read.
 template <class Operand, int kVecs>
 static __attribute__((noinline)) void score_lane_rows(const Word* keys, int stride, int count, int rows, const float* q,
-                                                      int depth, float* s, const Fetch& fetch) {
+                                                      int depth, float* s, const PathFetch& fetch) {
   constexpr int kSlots = 8 / kVecs;
   for (int i = 0; i < count; i += kWidth) {
     fetch.part(i / kWidth, (count + kWidth - 1) / kWidth);
@@ -266,7 +266,7 @@ static __attribute__((noinline)) void score_lane_rows(const Word* keys, int stri
 // out [row][dim] = w [row][position] times v, added in the order of the positions to what is there.
 template <class Operand, int kRows, int kVecs>
 static __attribute__((noinline)) void add_dims(const typename Operand::Element* const* v, int count, int d, int dim,
-                                               const float* w, float* out, int depth, const Fetch& fetch) {
+                                               const float* w, float* out, int depth, const PathFetch& fetch) {
   Vec acc[kRows][kVecs];
   SPECDEC_UNROLL
   for (int r = 0; r < kRows; r++) {
@@ -293,7 +293,7 @@ static __attribute__((noinline)) void add_dims(const typename Operand::Element* 
 
 template <class Operand, int kRows>
 static SPECDEC_INLINE void add_positions(const typename Operand::Element* const* v, int count, int dim, const float* w,
-                                         float* out, int depth, Fetch fetch) {
+                                         float* out, int depth, PathFetch fetch) {
   constexpr int kRegisters = kWidth == 16 ? 16 : 8, kMost = kRegisters / (kRows == 3 ? 4 : kRows);
   constexpr int kVecs = kMost > 8 ? 8 : kMost;  // of dims at a time
   int d = 0;

@@ -54,8 +54,14 @@ RequestPaths read_paths(const TreeAttentionParams& p, int b, const Request& r) {
       for (; set != 0; set &= set - 1) paths.slots.push_back(r.context_len + 64 * word + __builtin_ctzll(set));
     }
     const int length = int(paths.slots.size() - begin);
-    const int own = r.context_len + std::max(length - 1, 0);  // its position
-    paths.rows[row] = {nullptr, length, p.window > 0 ? std::max(own - p.window + 1, 0) : 0};
+    int64_t first_seen = 0;
+    if (p.window > 0) {
+      // Where a topology's depths contradict its ancestors the later edge counts: read_request has checked pages by depth.
+      const int64_t depth = std::max(p.depths ? p.depths[tree + node] : 0, length - 1);
+      first_seen = r.context_len + depth - p.window + 1;
+    }
+    const int64_t end = int64_t(r.context_len) + length;
+    paths.rows[row] = {nullptr, length, int(std::clamp<int64_t>(first_seen, 0, end))};
   }
   const int32_t* next = paths.slots.data();
   for (int row = r.first_row; row < r.end_row; row++) {

@@ -35,10 +35,10 @@ class PathAttention {
   using PackedKeys = typename Arithmetic::PackedKeys;
   using PackedValues = typename Arithmetic::PackedValues;
   using PackedElement = typename PackedKeys::Element;
-  static constexpr int kSub = 64;            // slots that go through the products together
-  static constexpr int kDirectRows = 8;      // more have K and V packed
-  static constexpr int kLeastLaneRows = 10;  // of a vector
-  static constexpr int kRoom = kWidth;       // entries of a list of keys that are read behind its end
+  static constexpr int kSub = Arithmetic::kPairs == 2 ? 128 : 64;  // slots that go through the products together
+  static constexpr int kDirectRows = 8;                            // more have K and V packed
+  static constexpr int kLeastLaneRows = 10;                        // of a vector
+  static constexpr int kRoom = kWidth;  // entries of a list of keys that are read behind its end
   static constexpr int kStep = Direct::kPositions;
   static constexpr float kNoMaximum = -1e30f;  // finite, so that subtracting it from itself is 0
 
@@ -80,7 +80,7 @@ class PathAttention {
     if (begin < end) locate<false>(first, base + begin, min_of(kSub, end - begin), here);
     for (int i = begin; i < end; i += kSub) {
       const bool more = i + kSub < end;
-      Fetch fetch;
+      PathFetch fetch;
       if (more) locate<false>(first, base + i + kSub, min_of(kSub, end - i - kSub), next);
       if (!more && all < whole) locate<true>(first, base + all, min_of(kSub, whole - all), next);
       if (!more && all >= whole) next.count = 0;
@@ -96,7 +96,7 @@ class PathAttention {
     const int ahead = min_of(kSub, first.context_len - base - kPathChunk);  // of the next chunk, as a rule ours, too
     for (int i = all; i < whole; i += kSub) {
       const bool more = i + kSub < whole;
-      Fetch fetch;
+      PathFetch fetch;
       next.count = 0;
       if (more) locate<true>(first, base + i + kSub, min_of(kSub, whole - i - kSub), next);
       if (!more && ahead > 0) locate<false>(first, base + kPathChunk, ahead, next);
@@ -237,7 +237,10 @@ class PathAttention {
     }
   }
 
-  // The place of any position that the row sees.
+  static constexpr Element kZeros[256] = {};  // a row of K or V
+
+  // The place of any position that the row sees. A page that does not exist stands for zeros: where a topology's depths
+  // contradict its ancestors, nobody has checked it.
   template <bool kValues>
   static SPECDEC_INLINE const Element* row_at(const Run& run, const RowPath& path, int position) {
     const PathTask& task = *run.task;
@@ -247,6 +250,7 @@ class PathAttention {
     if (p.page_table) {
       first = p.page_table[task.request * p.page_table_stride + slot / p.page_size];
       slot %= p.page_size;
+      if (first < 0 || first >= p.pages) return kZeros;
     }
     if constexpr (kValues)
       return static_cast<const Element*>(p.v_cache) + first * p.v_stride_batch + slot * p.v_stride_slot +
@@ -256,9 +260,9 @@ class PathAttention {
              task.kv_head * p.k_stride_head;
   }
 
-  static Fetch fetch_of(const Run& run, const Places& places, bool values) {
+  static PathFetch fetch_of(const Run& run, const Places& places, bool values) {
     const TreeAttentionParams& p = *run.task->params;
-    Fetch fetch;
+    PathFetch fetch;
     fetch.base = static_cast<const char*>(values ? p.v_cache : p.k_cache) + (values ? run.v_head : run.k_head);
     fetch.offsets = places.at;
     fetch.count = places.count;
@@ -274,7 +278,7 @@ class PathAttention {
 
   template <class Operand>
   static void score_blocks(const typename Operand::Element* const* keys, int count, int rows, int dim, const float* q,
-                           float* s, Fetch fetch) {
+                           float* s, PathFetch fetch) {
     const int depth = query_depth(dim);
     int r = 0;
     for (; r + 4 <= rows; r += 4, fetch.count = 0)
@@ -287,7 +291,7 @@ class PathAttention {
 
   template <class Operand>
   static void add_blocks(const typename Operand::Element* const* v, int count, int rows, int dim, const float* w,
-                         float* out, Fetch fetch) {
+                         float* out, PathFetch fetch) {
     const int depth = Arithmetic::depth(dim);
     int r = 0;
     for (; r + 4 <= rows; r += 4, fetch.count = 0)
@@ -298,7 +302,7 @@ class PathAttention {
     if (rows - r == 1) add_positions<Operand, 1>(v, count, dim, w, out, depth, fetch);
   }
 
-  static void context_scores(const Run& run, const Places& places, int place, float* packed_to, Fetch fetch) {
+  static void context_scores(const Run& run, const Places& places, int place, float* packed_to, PathFetch fetch) {
     const PathTask& task = *run.task;
     const int dim = task.params->dim;
     const Element* rows[kSub + kRoom];
@@ -330,7 +334,8 @@ class PathAttention {
     return run.s + row * kScoreStride + place / Arithmetic::kPairs;
   }
 
-  static void context_outputs(const Run& run, const Places& places, int place, float* packed_to, const Fetch& fetch) {
+  static void context_outputs(const Run& run, const Places& places, int place, float* packed_to,
+                              const PathFetch& fetch) {
     const PathTask& task = *run.task;
     const int dim = task.params->dim;
     const Element* rows[kSub + kRoom];
@@ -378,7 +383,7 @@ class PathAttention {
       for (int i = from; i < to; i++) keys[i - from] = row_at<false>(run, path_of(task, row), i);
       for (int i = 0; i < kRoom; i++) keys[to - from + i] = keys[to - from - 1];
       score_blocks<Direct>(keys, to - from, rows, task.params->dim, run.q + row * query_depth(task.params->dim),
-                           run.s + row * kScoreStride + from - base, Fetch{});
+                           run.s + row * kScoreStride + from - base, PathFetch{});
     };
     for_each_bundle(task, [&](int row, int rows, int shared) {
       score(row, rows, base, shared);
@@ -449,12 +454,11 @@ class PathAttention {
     from = max_of(from, begin / kStep * kStep);
     if (from >= end) return;
     const int dim = task.params->dim;
-    static constexpr Element kZeros[256] = {};  // of a step's position that the row doesn't see
-    const Element* v[kPathChunk];
+    const Element* v[kPathChunk];  // with zeros for a step's position that the row doesn't see
     for (int i = from; i < round_up(end, kStep); i++)
       v[i - from] = i >= begin && i < end ? row_at<true>(run, path, base + i) : kZeros;
     add_blocks<Direct>(v, round_up(end, kStep) - from, rows, dim, weights(run, row, from),
-                       run.out + row * Arithmetic::depth(dim), Fetch{});
+                       run.out + row * Arithmetic::depth(dim), PathFetch{});
   }
 
   // Context slots that some row does not see, which lie before those that all see.

@@ -6,11 +6,11 @@ namespace specdec::cpu::SPECDEC_ISA {
 const PathKernel* select_path_kernel(DType dtype) {
   switch (dtype) {
     case DType::kFloat32:
-      return &kPathAttention<Widened<Float32>>;
+      return &kPathAttention<PathFloats<Float32>>;
     case DType::kBFloat16:
-      return &kPathAttention<Widened<BFloat16>>;
+      return &kPathAttention<PathFloats<BFloat16>>;
     case DType::kFloat16:
-      return &kPathAttention<Widened<Float16>>;
+      return &kPathAttention<PathFloats<Float16>>;
   }
   return nullptr;
 }

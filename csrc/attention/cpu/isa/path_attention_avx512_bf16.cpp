@@ -4,7 +4,7 @@
 namespace specdec::cpu::SPECDEC_ISA {
 
 const PathKernel* select_path_kernel(DType dtype) {
-  return dtype == DType::kBFloat16 ? &kPathAttention<Pairs> : nullptr;
+  return dtype == DType::kBFloat16 ? &kPathAttention<PathPairs> : nullptr;
 }
 
 }  // namespace specdec::cpu::SPECDEC_ISA
