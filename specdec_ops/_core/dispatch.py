@@ -106,6 +106,7 @@ PUBLIC_OPS = {
 
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _MAX_KERNEL_DIM = 256
+PATH_INVARIANT_REFUSAL = "path_invariant=True is kept by backend='cpu' alone, on CPU tensors"
 _MAX_FLOAT8_DIM = 128
 _MAX_CUDA_VOCAB = {"accept": 393216, "sample": 2**20}  # as in csrc/acceptance/cuda/launchers.h
 _SIZED = ("tree_attention", *_MAX_CUDA_VOCAB)  # ops whose last dimension decides, too
@@ -137,31 +138,40 @@ def backends(op: str, device: torch.device | str | int | torch.Tensor = "cpu") -
 
 
 def resolve(
-    op: str, backend: str, tensor: torch.Tensor, caches: tuple = (), out: torch.Tensor | None = None
+    op: str,
+    backend: str,
+    tensor: torch.Tensor,
+    caches: tuple = (),
+    out: torch.Tensor | None = None,
+    path_invariant: bool = False,
 ) -> Callable:
     """Find the implementation of `op` for this tensor: its device, its dtype and, for attention, its dim.
 
     For attention also for the K and V caches: their dtype, and whether they, q and `out` have rows at multiples of 16
-    bytes, which the CUDA kernel needs.
+    bytes, which the CUDA kernel needs; and `path_invariant`, which the CPU kernels alone keep.
 
     "auto" takes the first available of cpu, torch on CPU tensors and of cuda, triton, torch on CUDA tensors, unless the
     environment variable SPECDEC_OPS_BACKEND (read once, at the first use) names one. A named backend never falls back.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the named backend is not available, or its kernels don't take such a tensor.
+        RuntimeError: the named backend is not available, or its kernels don't take such a call; or no backend does.
     """
     cache_dtype = caches[0].dtype if caches else tensor.dtype
     aligned = not caches or not tensor.is_cuda or _is_aligned(tensor, *caches, out)
     size = tensor.shape[-1] if op in _SIZED else 0
-    key = (op, backend, tensor.device, tensor.dtype, size, cache_dtype, aligned)
+    key = (op, backend, tensor.device, tensor.dtype, size, cache_dtype, aligned, path_invariant)
     try:
         found = _resolved.get(key)
     except TypeError as error:  # a list, say
         what = type(backend).__name__
         raise TypeError(f"specdec_ops.{op}: backend must be one of {_names()}, got {what}") from error
     if found is None:
-        found = _nothing if tensor.is_meta else _load(op, _choose(op, backend, tensor, cache_dtype, aligned))
+        found = (
+            _nothing
+            if tensor.is_meta
+            else _load(op, _choose(op, backend, tensor, cache_dtype, aligned, path_invariant))
+        )
         _resolved[key] = found
     return found
 
@@ -193,17 +203,31 @@ def forget() -> None:
     _load.cache_clear()
 
 
-def _choose(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str:
+def _choose(
+    op: str,
+    backend: str,
+    tensor: torch.Tensor,
+    cache_dtype: torch.dtype,
+    aligned: bool,
+    path_invariant: bool = False,
+) -> str:
     origin = ""
+    call = (tensor, cache_dtype, aligned, path_invariant)
     if backend == "auto":
         chosen = _environment_choice()
         if chosen == "auto":
             names = _AUTO.get(tensor.device.type, ("torch",))
-            return next(name for name in names if _refusal(op, name, tensor, cache_dtype, aligned) is None)
+            reasons = {}
+            for name in names:
+                reasons[name] = _refusal(op, name, *call)
+                if reasons[name] is None:
+                    return name
+            each = "; ".join(dict.fromkeys(reasons.values()))
+            raise RuntimeError(f"specdec_ops.{op}: no backend takes this call on {tensor.device}: {each}")
         backend, origin = chosen, f" (from {ENVIRONMENT})"
     elif backend not in BACKENDS:
         raise ValueError(f"specdec_ops.{op}: backend must be one of {_names()}, got {backend!r}")
-    reason = _refusal(op, backend, tensor, cache_dtype, aligned)
+    reason = _refusal(op, backend, *call)
     if reason is not None:
         raise RuntimeError(f"specdec_ops.{op}: backend={backend!r}{origin} is unavailable: {reason}")
     return backend
@@ -229,8 +253,17 @@ def _known_op(op: str) -> None:
         raise ValueError(f"specdec_ops.backends: op must be one of {names}, got {op!r}")
 
 
-def _refusal(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str | None:
+def _refusal(
+    op: str,
+    backend: str,
+    tensor: torch.Tensor,
+    cache_dtype: torch.dtype,
+    aligned: bool,
+    path_invariant: bool = False,
+) -> str | None:
     """Why this backend can't run the op on this very tensor, or None."""
+    if path_invariant and backend != "cpu":
+        return PATH_INVARIANT_REFUSAL
     reason = _unavailable(op, backend, tensor.device)
     if reason is None and backend != "torch" and op not in _NO_FLOATS:
         ids = op == "accept" and tensor.dtype == torch.int32  # of greedy_accept
