@@ -126,12 +126,12 @@ from .ops.linear.module import Linear as Linear
 from .ops.linear.quantized_weight import QuantizedWeight as QuantizedWeight
 from .ops.linear.quantized_weight import quantize_linear as quantize_linear
 from .ops.linear.rms_norm import rms_norm as rms_norm
-from .rope import Rope as Rope
 from .ops.topology.candidate_pool import CandidatePool as CandidatePool
 from .ops.topology.candidate_pool import Frontier as Frontier
 from .ops.topology.grow_tree import grow_tree as grow_tree
 from .ops.topology.prune_tree import PrunedTree as PrunedTree
 from .ops.topology.prune_tree import prune_tree as prune_tree
+from .rope import Rope as Rope
 from .status import AcceptStatus as AcceptStatus
 from .status import ExitStatus as ExitStatus
 from .status import GrowStatus as GrowStatus

@@ -19,9 +19,9 @@ from . import (
     exit_confidence,
     exit_mlp,
     gather_layer_kv,
-    kv_commit,
-    kv_append,
     grow_tree,
+    kv_append,
+    kv_commit,
     kv_propagate,
     linear,
     merge_states,
@@ -233,6 +233,8 @@ def check_kv_commit(backend: str, device: str) -> float:
         return caches
 
     return largest_difference(run(backend), run("torch"))
+
+
 def check_kv_append(backend: str, device: str) -> float:
     """The largest error of what is stored and of the queries, with a row that is padding."""
     k, v, q, angles = random_like(device, (1, 4, 2, 16), (1, 4, 2, 16), (1, 4, 4, 16), (9, 8))
@@ -279,6 +281,8 @@ def check_rms_norm(backend: str, device: str) -> float:
     x, weight = random_like(device, (3, 100), (100,))
     got = rms_norm(x.float(), weight.float(), residual=x.float(), backend=backend)
     return largest_difference(got, rms_norm(x, weight, residual=x, backend="torch"))
+
+
 def check_grow_tree(backend: str, device: str) -> float:
     """1 if any frontier of three levels, or anything in the pool, differs from the reference, else 0."""
     (_, got), (_, want) = (grown(name, device) for name in (backend, "torch"))

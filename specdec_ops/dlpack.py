@@ -32,8 +32,8 @@ from .ops.early_exit.early_exit import early_exit as _early_exit
 from .ops.early_exit.exit_confidence import Confidence
 from .ops.early_exit.exit_confidence import exit_confidence as _exit_confidence
 from .ops.kv import gather_layer_kv as _gather_layer_kv
-from .ops.kv import kv_commit as _kv_commit
 from .ops.kv import kv_append as _kv_append
+from .ops.kv import kv_commit as _kv_commit
 from .ops.kv import kv_propagate as _kv_propagate
 from .ops.linear import linear as _linear
 from .ops.linear import quantized_weight

@@ -47,6 +47,10 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.kv.gather_layer_kv:gather_layer_kv",
         "torch": "specdec_ops.ops.kv.reference_gather_layer_kv:gather_layer_kv",
     },
+    "grow_tree": {
+        "triton": "specdec_ops.triton_kernels.topology.grow_tree:grow_tree",
+        "torch": "specdec_ops.ops.topology.reference_grow_tree:grow_tree",
+    },
     "kv_append": {
         "triton": "specdec_ops.triton_kernels.kv.kv_append:kv_append",
         "torch": "specdec_ops.ops.kv.reference_kv_append:kv_append",
@@ -54,9 +58,6 @@ IMPLEMENTATIONS = {
     "kv_commit": {
         "triton": "specdec_ops.triton_kernels.kv.kv_commit:kv_commit",
         "torch": "specdec_ops.ops.kv.reference_kv_commit:kv_commit",
-    "grow_tree": {
-        "triton": "specdec_ops.triton_kernels.topology.grow_tree:grow_tree",
-        "torch": "specdec_ops.ops.topology.reference_grow_tree:grow_tree",
     },
     "kv_propagate": {
         "triton": "specdec_ops.triton_kernels.kv.kv_propagate:kv_propagate",
@@ -70,12 +71,13 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.attention.merge_states:merge_states",
         "torch": "specdec_ops.ops.attention.reference_merge_states:merge_states",
     },
-    "rms_norm": {
-        "triton": "specdec_ops.triton_kernels.linear.rms_norm:rms_norm",
-        "torch": "specdec_ops.ops.linear.reference_rms_norm:rms_norm",
     "prune_tree": {
         "triton": "specdec_ops.triton_kernels.topology.prune_tree:prune_tree",
         "torch": "specdec_ops.ops.topology.reference_prune_tree:prune_tree",
+    },
+    "rms_norm": {
+        "triton": "specdec_ops.triton_kernels.linear.rms_norm:rms_norm",
+        "torch": "specdec_ops.ops.linear.reference_rms_norm:rms_norm",
     },
     "sample": {
         "triton": "specdec_ops.triton_kernels.acceptance.sample:sample",
@@ -97,11 +99,9 @@ PUBLIC_OPS = {
     **dict.fromkeys(("typical_accept", "longest_path_accept"), "accept"),
     **dict.fromkeys(("sample_tokens", "sample_children"), "sample"),
     "early_exit": "exit_confidence",
-    **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp")},
-    **{name: name for name in ("kv_append", "kv_propagate", "linear", "rms_norm")},
-    **{name: name for name in ("merge_states", "tree_attention")},
-    **{name: name for name in ("gather_layer_kv", "kv_commit")},
-    **{name: name for name in ("grow_tree", "prune_tree")},
+    **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp", "gather_layer_kv", "grow_tree")},
+    **{name: name for name in ("kv_append", "kv_commit", "kv_propagate", "linear", "merge_states", "prune_tree")},
+    **{name: name for name in ("rms_norm", "tree_attention")},
 }
 
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}

@@ -20,9 +20,9 @@ from benchmarks.attention.inputs import make_inputs
 from benchmarks.harness import reading, report, results, roofs, targets, timing
 from benchmarks.harness.cases import TREES, Model, TreeShape, chain
 from benchmarks.harness.contestant import Contestant, check
+from benchmarks.kv import append_cases
 from benchmarks.kv import cases as kv_cases
 from benchmarks.linear import cases as linear_cases
-from benchmarks.kv import append_cases
 from benchmarks.topology import cases as topology_cases
 from specdec_ops import _C
 from specdec_ops._core import dispatch

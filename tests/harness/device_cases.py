@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 
 from specdec_ops import (
-    GgufWeight,
     CandidatePool,
+    GgufWeight,
     HeadBounds,
     QuantizedHead,
     QuantizedWeight,
@@ -25,15 +25,15 @@ from specdec_ops import (
     exit_mlp,
     gather_layer_kv,
     greedy_accept,
-    kv_commit,
-    kv_append,
     grow_tree,
+    kv_append,
+    kv_commit,
     kv_propagate,
     linear,
     merge_states,
+    prune_tree,
     quantize_linear,
     rms_norm,
-    prune_tree,
     sample_children,
     sample_tokens,
     tree_accept,
@@ -410,6 +410,8 @@ def call_products(tensors: Tensors, backend: str) -> list[torch.Tensor]:
 def call_norms(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     x = tensors["x"]
     return [rms_norm(x, tensors["norm_weight"], residual=x, backend=backend)]
+
+
 LEVELS, WIDTH, BRANCHING = 3, 5, 4
 
 
@@ -468,7 +470,6 @@ CASES = {
     "linear": {"": DeviceCase(make_products, call_products, ("x", "weight", "norm_weight", "residual"))},
     "rms_norm": {"": DeviceCase(make_products, call_norms, ("x", "norm_weight"))},
     "grow_tree": {"": DeviceCase(make_levels, call_growing)},
-    "kv_propagate": {"": DeviceCase(make_propagation, call_propagation, PRECISE_PROPAGATION)},
     "prune_tree": {"": DeviceCase(make_levels, call_pruning)},
     "screened_exit": {"": DeviceCase(make_screened_exits, call_screened_exits, EXITS)},
     "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},

@@ -25,8 +25,8 @@ from specdec_ops import (
     early_exit,
     exit_confidence,
     gather_layer_kv,
-    kv_commit,
     kv_append,
+    kv_commit,
     kv_propagate,
     quantize_head,
     tree_attention,
@@ -201,6 +201,8 @@ def _committed(k_caches, v_caches, *arguments, **options):
     copies = [caches.clone() if isinstance(caches, torch.Tensor) else copy.deepcopy(caches) for caches in both]
     kv_commit(*copies, *arguments, **options)
     return copies
+
+
 def _appends() -> dict[str, Call]:
     """Padded rows of trees; and packed ones with places of their own, into pages of 8 bits."""
     angles = torch.arange(40, dtype=torch.float32, device="cpu")[:, None] * random(32).abs()
@@ -358,8 +360,7 @@ def _decoded(slots, kv_heads, head_dim, dim, batch, dtype=torch.float32, backend
     return [*results, cache.pending(1)[1].clone(), torch.tensor(cache.lengths, device="cpu")]
 
 
-CALLS = {**_acceptance(), **_attention(), **_exits(), **_appends(), **_others(), **_compat()}
-CALLS = {**_acceptance(), **_attention(), **_growing(), **_exits(), **_others(), **_compat()}
+CALLS = {**_acceptance(), **_attention(), **_growing(), **_exits(), **_appends(), **_others(), **_compat()}
 
 
 def run(name: str, **changes) -> list[torch.Tensor]:
