@@ -152,7 +152,7 @@ def rounding_bound(inputs: Appended, rows: torch.Tensor) -> torch.Tensor:
 
 def contestants(inputs: Appended, options) -> list[Contestant]:
     listed = on_backends(functools.partial(ours, inputs), options)
-    forms = [("static", into_static_cache), ("index_put", put_into_slots), ("dynamic", onto_dynamic_cache)]
+    forms = [("eager", into_static_cache), ("index_put", put_into_slots), ("dynamic", onto_dynamic_cache)]
     if inputs.case.compiled:
         forms.append(("compiled", compiled(into_static_cache)))
     for name, form in forms:

@@ -249,3 +249,19 @@ def test_rows_of_caches_move_and_are_gathered():
     caches.flags.writeable = False
     with pytest.raises(ValueError, match="k_caches must be writeable, got a read-only array"):
         dlpack.kv_commit(*caches, nodes, 4)
+def test_rows_are_appended_in_place():
+    """Into NumPy's caches, turned by NumPy's tables; queries come back as an array, or are turned where they lie."""
+    numbers = np.random.default_rng(3)
+    k, q = (numbers.normal(size=(1, 2, heads, 8)).astype(np.float32) for heads in (1, 3))
+    angles = numbers.normal(size=(9, 4)).astype(np.float32)
+    caches, tensors = np.zeros((2, 1, 6, 1, 8), np.float32), torch.zeros(2, 1, 6, 1, 8)
+    rope = np.cos(angles), np.sin(angles)
+    got = dlpack.kv_append(k, k, *caches, None, 3, q=q, rope=rope)
+    plain = [torch.from_numpy(array) for array in (k, q, *rope)]
+    want = specdec_ops.kv_append(plain[0], plain[0], *tensors, None, 3, q=plain[1], rope=tuple(plain[2:]))
+    assert isinstance(got, np.ndarray) and (got == want.numpy()).all() and (caches == tensors.numpy()).all()
+    dlpack.kv_append(k, k, *caches, None, np.array([3]), q=q, rope=rope, q_out=q)
+    assert (q == got).all()
+    q.flags.writeable = False
+    with pytest.raises(ValueError, match="q_out must be writeable, got a read-only array"):
+        dlpack.kv_append(k, k, *caches, None, 3, q=q, q_out=q)

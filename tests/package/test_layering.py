@@ -16,7 +16,7 @@ FAMILIES = ("topology", "attention", "acceptance", "early_exit", "kv", "linear")
 # What a file may import besides the standard library, by the longest key that starts its path: other packages, and
 # what of specdec_ops (or of this repository), by the longest prefix. A folder may import itself.
 OPS = ("specdec_ops.ops", "specdec_ops._core", "specdec_ops.status", "specdec_ops.topology", "specdec_ops.vocab_map")
-PUBLIC = (*OPS, "specdec_ops.tree", "specdec_ops.published_trees", "specdec_ops.layer_cache")
+PUBLIC = (*OPS, "specdec_ops.rope", "specdec_ops.tree", "specdec_ops.published_trees", "specdec_ops.layer_cache")
 MAY_IMPORT = {
     "specdec_ops/__init__.py": PUBLIC,
     "specdec_ops/__main__.py": ("torch", "specdec_ops", "specdec_ops._core"),
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "specdec_ops/published_trees.py": ("numpy", "specdec_ops.tree"),
     "specdec_ops/topology.py": ("numpy", "torch", "specdec_ops._core", "specdec_ops.ops.topology", "specdec_ops.tree"),
     "specdec_ops/vocab_map.py": ("torch", "specdec_ops._core"),
+    "specdec_ops/rope.py": ("numpy", "torch", "specdec_ops._core"),
     "specdec_ops/status.py": (),
     "specdec_ops/dlpack.py": ("numpy", "torch", *PUBLIC),
     "specdec_ops/_layer_checks.py": ("torch", "specdec_ops._core"),
@@ -44,6 +45,7 @@ MAY_IMPORT = {
         *("numpy", "torch", "specdec_ops._core", "specdec_ops.status", "specdec_ops.ops.reference_settings"),
         *("specdec_ops.vocab_map", "specdec_ops.ops.linear"),
     ),
+    "specdec_ops/ops/kv/": ("torch", "specdec_ops._core", "specdec_ops.rope", "specdec_ops.topology"),
     "specdec_ops/compat/": ("torch", "specdec_ops", *OPS),
     "triton_kernels/common/": ("torch", "triton"),
     "triton_kernels/linear/": ("torch", "triton", "specdec_ops.triton_kernels.common"),
