@@ -49,7 +49,9 @@ ATTENTION = 2 * len(DIMS) * len(ROWS)
 KERNELS = {  # instantiations of each
     "measure_exit_kernel": 1,
     "build_topology_kernel": 2,
+    "grow_tree_kernel": 1,
     "merge_states_kernel": 6,
+    "prune_tree_kernel": 1,
     "any_kernel": 1,
     "tree_attention_kernel": ATTENTION,
     **dict.fromkeys(ACCEPTANCE, 1),

@@ -119,16 +119,14 @@ namespace specdec {
 using namespace cpu;
 
 void grow_tree_cpu(const GrowTreeParams& p, int threads) {
-  const int pool = threads_for(int64_t{p.batch} * p.rows * p.branching, threads);
-#pragma omp parallel num_threads(pool) if (pool > 1)
-  {
+  const auto grow_some = [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> ranks;
     ranks.reserve(size_t(p.rows) * p.branching);
-#pragma omp for schedule(static)
-    for (int32_t request = 0; request < p.batch; ++request) {
+    for (int64_t request = begin; request < end; ++request) {
       grow(request_of(p, request), p.active == nullptr || p.active[request] != 0, ranks);
     }
-  }
+  };
+  share_requests(p.batch, threads_for(int64_t{p.batch} * p.rows * p.branching, threads), grow_some);
 }
 
 }  // namespace specdec

@@ -77,15 +77,13 @@ namespace specdec {
 using namespace cpu;
 
 void prune_tree_cpu(const PruneTreeParams& p, int threads) {
-  const int pool = threads_for(int64_t{p.batch} * p.size, threads);
-#pragma omp parallel num_threads(pool) if (pool > 1)
-  {
+  const auto prune_some = [&](int64_t begin, int64_t end) {
     std::vector<uint64_t> ranks;
     std::vector<int32_t> node_of;
     ranks.reserve(p.size);
-#pragma omp for schedule(static)
-    for (int32_t request = 0; request < p.batch; ++request) prune(request_of(p, request), ranks, node_of);
-  }
+    for (int64_t request = begin; request < end; ++request) prune(request_of(p, request), ranks, node_of);
+  };
+  share_requests(p.batch, threads_for(int64_t{p.batch} * p.size, threads), prune_some);
 }
 
 }  // namespace specdec

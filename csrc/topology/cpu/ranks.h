@@ -24,4 +24,12 @@ inline int threads_for(int64_t candidates, int threads) {
   return static_cast<int>(std::clamp<int64_t>(candidates / kMinCandidatesPerThread, 1, std::max(threads, 1)));
 }
 
+// work(begin, end) of requests: here where one thread does it all, for a region of threads costs as much as a level.
+template <class Work>
+void share_requests(int64_t batch, int pool, Work work) {
+  if (pool == 1) return work(0, batch);
+#pragma omp parallel for num_threads(pool) schedule(static)
+  for (int part = 0; part < pool; ++part) work(batch * part / pool, batch * (part + 1) / pool);
+}
+
 }  // namespace specdec::cpu

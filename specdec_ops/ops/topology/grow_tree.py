@@ -74,7 +74,8 @@ def grow_tree(
     op = "grow_tree"
     if not isinstance(pool, CandidatePool):
         raise TypeError(argument_error(op, "pool", "a specdec_ops.CandidatePool", pool))
-    check_int(op, "level", level, 0, pool.levels - 1)
+    if type(level) is not int or not 0 <= level < pool.levels:
+        check_int(op, "level", level, 0, pool.levels - 1)
     tokens, topology = pool.tokens, pool.topology
     device = tokens.device
     _check_logprobs(op, pool, level, top_logprobs)
