@@ -6,8 +6,9 @@
 // even lie in the lanes instead, since what were lanes can be accumulators. So one row and sixty-four rows do the same
 // arithmetic.
 //
-// An Arithmetic says what is multiplied: PathFloats makes float32 of everything, PathPairs takes bfloat16 two at a time. Each
-// has operands as they lie in the cache (Direct), and as they are packed once for many rows (PackedKeys, PackedValues).
+// An Arithmetic says what is multiplied: PathFloats makes float32 of everything, PathPairs takes bfloat16 two at a
+// time. Each has operands as they lie in the cache (Direct), and as they are packed once for many rows (PackedKeys,
+// PackedValues).
 #pragma once
 
 #include "common/cpu/simd.h"
@@ -18,7 +19,7 @@ using Word = float __attribute__((may_alias));  // 32 bits of memory: one float,
 
 constexpr int kScoreStride = 256 + 16;  // floats from row to row of scores: a chunk, and what the last block overshoots
 
-// Scores with keys of one number to a lane.
+// One number to a lane.
 template <class StorageType>
 struct FloatOperand {
   using Element = typename StorageType::Element;
@@ -238,8 +239,8 @@ static SPECDEC_INLINE void score_lanes(const Word* keys, int stride, const float
   }
 }
 
-// s [row][slot] of `rows` rows, of kVecs vectors, and `count` keys; up to kWidth - 1 numbers behind them are written, too,
-// and as many keys behind them are read.
+// s [row][slot] of `rows` rows, of kVecs vectors, and `count` keys; up to kWidth - 1 numbers behind them are written,
+// too, and as many keys behind them are read.
 template <class Operand, int kVecs>
 static __attribute__((noinline)) void score_lane_rows(const Word* keys, int stride, int count, int rows, const float* q,
                                                       int depth, float* s, const PathFetch& fetch) {

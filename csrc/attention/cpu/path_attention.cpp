@@ -5,8 +5,8 @@
 // and their states wait: some chunks of all tasks at a time, so that the states of a call stay within kMaxStates floats
 // or what one chunk of every task needs. Both merge in the order of the chunks.
 //
-// Memory: 4 bytes for every node of every path of a request, and for each thread one group of tasks' queries, scores and
-// states, at most about 2 MB. Freed at the end of the call.
+// Memory: 4 bytes for every node of every path of the call's rows, and for each thread one group of tasks' queries,
+// scores and states, at most about 3 MB. Freed at the end of the call.
 #include <algorithm>
 #include <vector>
 
@@ -56,7 +56,7 @@ RequestPaths read_paths(const TreeAttentionParams& p, int b, const Request& r) {
     const int length = int(paths.slots.size() - begin);
     int64_t first_seen = 0;
     if (p.window > 0) {
-      // Where a topology's depths contradict its ancestors the later edge counts: read_request has checked pages by depth.
+      // Where a topology's depths contradict its ancestors the later edge counts: pages have been checked by depth.
       const int64_t depth = std::max(p.depths ? p.depths[tree + node] : 0, length - 1);
       first_seen = r.context_len + depth - p.window + 1;
     }

@@ -1,5 +1,5 @@
-// How a path-invariant attention call is cut into pieces of work, shared by its scheduler and by every instruction set's
-// kernel (attention/cpu/path_attention.h).
+// How a path-invariant attention call is cut into pieces of work, shared by its scheduler and by every instruction
+// set's kernel (attention/cpu/path_attention.h).
 //
 // What a row sees are the positions [first_seen, context_len + length): position p of the context lies in slot p, those
 // behind it in the slots of the row's path. Positions are cut into *chunks* of kPathChunk, always at the same places,

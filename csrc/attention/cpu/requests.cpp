@@ -1,5 +1,5 @@
-// What only a kernel can check of a call: lengths, offsets and pages are values on the device of the caller. Compiled for
-// the oldest processor.
+// What only a kernel can check of a call: lengths, offsets and pages, which are values in tensors. Compiled for the
+// oldest processor.
 #include "attention/cpu/requests.h"
 
 #include <algorithm>
