@@ -157,7 +157,7 @@ class Cell:
             return f"{op} b{batch} n{nodes}"
         if op == "merge_states":
             return f"{op} {dtype} b{batch} n{nodes}"
-        if op in ("exit_confidence", "screened_exit", "bounded_exit", "exit_mlp", "kv_propagate"):
+        if op in ("exit_confidence", "screened_exit", "bounded_exit", "exit_mlp", "kv_propagate", "linear"):
             return f"{op} {model.removeprefix('head ')} {dtype} {tree} {nodes}"
         if op.startswith("accept"):
             return f"{op} {model} {dtype} b{batch} n{nodes}"
