@@ -161,7 +161,6 @@ class Cell:
             return f"{op} {dtype} b{batch} n{nodes}"
         if op == "kv_append":
             return f"{op} {model} {dtype} ctx{context} n{nodes}"
-        if op in ("exit_confidence", "screened_exit", "bounded_exit", "exit_mlp", "kv_propagate"):
         if op in ("exit_confidence", "screened_exit", "bounded_exit", "exit_mlp", "kv_propagate", "linear"):
             return f"{op} {model.removeprefix('head ')} {dtype} {tree} {nodes}"
         if op in ("gather_layer_kv", "kv_commit"):

@@ -1,1 +1,1 @@
-"""`kv_append`, `kv_commit`, `gather_layer_kv`, `kv_propagate`: new rows, accepted rows, rows of all layers, skipped layers."""
+"""What new rows, accepted rows, stacked rows of all layers and rows of skipped layers cost."""

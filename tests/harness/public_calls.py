@@ -227,7 +227,7 @@ def _appends() -> dict[str, Call]:
 
 def _appended(k, v, k_cache, v_cache, topology, context_lens, **options):
     """kv_append into copies of the caches."""
-    copies = [copy.deepcopy(cache) for cache in (k_cache, v_cache)]
+    copies = [cache.clone() if isinstance(cache, torch.Tensor) else cache for cache in (k_cache, v_cache)]
     return [kv_append(k, v, *copies, topology, context_lens, **options), *copies]
 
 

@@ -249,6 +249,8 @@ def test_rows_of_caches_move_and_are_gathered():
     caches.flags.writeable = False
     with pytest.raises(ValueError, match="k_caches must be writeable, got a read-only array"):
         dlpack.kv_commit(*caches, nodes, 4)
+
+
 def test_rows_are_appended_in_place():
     """Into NumPy's caches, turned by NumPy's tables; queries come back as an array, or are turned where they lie."""
     numbers = np.random.default_rng(3)
