@@ -19,7 +19,7 @@ namespace specdec::cpu {
 namespace {
 
 constexpr int kMostRows = 256;     // of a task, so that its scores and outputs stay in the second-level cache
-constexpr int kRowsTogether = 32;  // up to here tasks whose heads are neighbours in the cache go together
+constexpr int kRowsTogether = 16;  // up to here tasks whose heads are neighbours in the cache go together
 constexpr size_t kMaxStates = size_t(1) << 21;
 
 const PathKernel* select_path_kernel(DType dtype) {
