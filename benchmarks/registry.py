@@ -16,9 +16,11 @@ from .early_exit import bounded_exit, exit_confidence, exit_mlp, screened_exit
 from .early_exit import cases as exit_cases
 from .early_exit import inputs as exit_inputs
 from .harness.cases import Case
+from .kv import append_cases, gather_layer_kv, kv_append, kv_commit, kv_propagate
 from .kv import cases as kv_cases
-from .kv import gather_layer_kv, kv_commit, kv_propagate
-from .topology import build_topology
+from .linear import cases as linear_cases
+from .linear import linear, rms_norm
+from .topology import build_topology, grow_tree, prune_tree
 from .topology import cases as topology_cases
 
 
@@ -37,6 +39,8 @@ def op(module, inputs=None) -> Op:
 
 OPS = {
     "build_topology": op(build_topology),
+    "grow_tree": op(grow_tree),
+    "prune_tree": op(prune_tree),
     "tree_attention": op(tree_attention, attention_inputs),
     "merge_states": op(merge_states),
     "exit_confidence": op(exit_confidence, exit_inputs),
@@ -44,11 +48,22 @@ OPS = {
     "bounded_exit": op(bounded_exit, exit_inputs),
     "exit_mlp": op(exit_mlp),
     "gather_layer_kv": op(gather_layer_kv),
+    "kv_append": op(kv_append),
     "kv_commit": op(kv_commit),
     "kv_propagate": op(kv_propagate),
+    "linear": op(linear),
+    "rms_norm": op(rms_norm),
     **dict.fromkeys(acceptance_cases.OPS, op(accept, acceptance_inputs)),
 }
-FAMILIES = (attention_cases, topology_cases, exit_cases, kv_cases, acceptance_cases)  # in the order of a run
+FAMILIES = (
+    attention_cases,
+    topology_cases,
+    exit_cases,
+    append_cases,
+    kv_cases,
+    linear_cases,
+    acceptance_cases,
+)  # in the order of a run
 
 
 def every_family(preset: str) -> list[Case]:

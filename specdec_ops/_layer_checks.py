@@ -11,7 +11,7 @@ import torch
 from ._core.checks import argument_error, describe_dtype, device_error, grad_error
 
 OP = "LayerCache"
-_OPTIONS = frozenset(("scale", "window", "softcap", "sinks", "alibi_slopes", "num_splits"))
+_OPTIONS = frozenset(("scale", "window", "softcap", "sinks", "alibi_slopes", "num_splits", "path_invariant"))
 
 
 def check_rows(name: str, rows, count: int | None, like: torch.Tensor) -> None:

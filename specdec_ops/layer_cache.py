@@ -290,7 +290,8 @@ class LayerCache:
             q: `[rows, heads, head_dim]`, rotated already.
             k: `[rows, kv_heads, head_dim]`, rotated already.
             v: like k.
-            options: of tree_attention: `scale`, `window`, `softcap`, `sinks`, `alibi_slopes` and `num_splits`.
+            options: of tree_attention: `scale`, `window`, `softcap`, `sinks`, `alibi_slopes`, `num_splits` and
+                `path_invariant`.
 
         Returns:
             `[rows, heads, head_dim]`.

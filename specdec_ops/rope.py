@@ -27,19 +27,16 @@ class Rope:
         base: theta, above 0: 10,000 in the paper, up to some millions in models of long contexts.
         pairs: how many pairs of elements of a head are rotated: `head_dim / 2`, less with partial rotary.
         positions: for how many positions, from 0 on. Tables take `8 * positions * pairs` bytes.
-        scaling: None, or a dict in Hugging Face's words. `rope_type` (or `type`) says which, all else is a number:
-
-            - "default": none.
-            - "linear": `factor`; all angles are divided by it.
-            - "dynamic": `factor`, `original_max_position_embeddings`; the base grows with the length, which is
-              `positions`: for a sequence that becomes longer, make another Rope.
-            - "llama3": `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position_embeddings`.
-            - "yarn" (Peng et al., 2023): `factor`, `original_max_position_embeddings`; if wanted `attention_factor`,
-              `beta_fast`, `beta_slow`, `mscale`, `mscale_all_dim`, `truncate`. The cosines and sines are multiplied by
-              the attention factor.
-            - "longrope" (Ding et al., 2024): `short_factor` and `long_factor`, a number for each pair, and
-              `original_max_position_embeddings`, which decides by `positions` which of the two counts; if wanted
-              `attention_factor`, or `factor` to compute it from (else `positions` over the original length).
+        scaling: None, or a dict in Hugging Face's words. Its "rope_type" (or "type") decides on the rest:
+            "default", none. "linear", with a "factor" by which all angles are divided. "dynamic", with "factor" and
+            "original_max_position_embeddings": the base grows with the length, which is `positions`; make another Rope
+            for a sequence that becomes longer. "llama3", with "factor", "low_freq_factor", "high_freq_factor" and
+            "original_max_position_embeddings". "yarn" (Peng et al., 2023), with "factor",
+            "original_max_position_embeddings" and, if wanted, "attention_factor", "beta_fast", "beta_slow", "mscale",
+            "mscale_all_dim" and "truncate"; cosines and sines are multiplied by the attention factor. "longrope" (Ding
+            et al., 2024), with "short_factor" and "long_factor", a number for each pair, and
+            "original_max_position_embeddings": with more `positions` than that the long ones count; if wanted with
+            "attention_factor", or "factor" to compute it from (else `positions` over the original length).
         device: where the tables will be.
 
     Attributes:
@@ -62,7 +59,7 @@ class Rope:
         *,
         scaling: Mapping[str, Any] | None = None,
         device: torch.device | str | int = "cpu",
-    ):
+    ) -> None:
         if not is_number(base):
             raise TypeError(argument_error("Rope", "base", "a number", base))
         if not 0 < base <= FLOAT_MAX:
@@ -93,8 +90,8 @@ class Rope:
 
         Args:
             config: the model's configuration, an object or the dict of its config.json, of any version. That of a
-                model of several modalities stands for its `text_config`. Without a `rope_theta` it is 10,000.
-            positions: for how many; None: the configuration's `max_position_embeddings`.
+                model of several modalities stands for that of its text model. Without a theta it is 10,000.
+            positions: for how many; None: as many as the configuration says.
             layer_type: whose, where layers differ: "full_attention" or "sliding_attention" (Gemma 3).
             device: where the tables will be.
 

@@ -25,13 +25,15 @@ from benchmarks.harness.cases import (
     TreeShape,
 )
 
+SMOLLM2 = Model("SmolLM2-135M", 9, 3, 64)
+
 
 @dataclass(frozen=True)
 class AttentionCase(Case):
     """A cell of tree_attention or of merge_states.
 
     contexts holds one length per request; merge_states reads no cache, so its contexts are 0. `modes` says how K and V
-    are found. `flex` asks for compiled FlexAttention too.
+    are found. `flex` asks for compiled FlexAttention too, `path_invariant` for the same call with that option.
     """
 
     op: str
@@ -41,6 +43,7 @@ class AttentionCase(Case):
     dtype: str
     modes: tuple[str, ...] = ("warm",)
     flex: bool = False
+    path_invariant: bool = False
 
     @property
     def batch(self) -> int:
@@ -128,6 +131,7 @@ def quick() -> list[AttentionCase]:
     cases += [attention(LLAMA3_8B, 1024, 64, "bf16", batch=4), ragged(1024, 64, "bf16")]
     cases += [attention(LLAMA3_8B, 4096, 1, "fp32", **cold), attention(LLAMA3_8B, 4096, 16, "fp32", **warm)]
     cases += [attention(LLAMA3_8B, 1024, nodes, "fp32", **warm) for nodes in (16, 60, 128)]
+    cases += [attention(SMOLLM2, 4096, 8, dtype, **warm, path_invariant=True) for dtype in ("bf16", "fp32")]
     cases += merges(1)
     # Last, because compiling FlexAttention takes what time is left.
     return cases + [attention(LLAMA3_8B, 1024, 64, dtype, flex=True) for dtype in ("bf16", "fp32")]
@@ -138,7 +142,11 @@ def standard() -> list[AttentionCase]:
     cases = []
     for dtype in ("bf16", "fp32"):
         for context in (1024, 4096, 16384):
-            cases += [attention(LLAMA3_8B, context, nodes, dtype, flex=nodes in (1, 64)) for nodes in TREES]
+            cases += [
+                attention(LLAMA3_8B, context, nodes, dtype, flex=nodes in (1, 64), path_invariant=context == 4096)
+                for nodes in TREES
+            ]
+        cases += [attention(SMOLLM2, 4096, nodes, dtype, path_invariant=True) for nodes in (1, 8, 16, 60)]
         cases += [attention(model, 4096, nodes, dtype) for model in MODELS[1:] for nodes in (1, 16, 64, 128)]
         cases += [attention(model, context, 64, dtype) for model in DIM_SWEEP for context in (1024, 4096)]
         cases += [attention(LLAMA3_8B, 4096, nodes, dtype, batch) for batch in (4, 8) for nodes in (1, 8, 64)]

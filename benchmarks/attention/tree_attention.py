@@ -82,6 +82,20 @@ def ours_head_major(inputs: Inputs) -> Contestant:
     return Contestant("specdec_ops head-major", "ours", call, reads=(k, v), layout="head-major")
 
 
+def ours_path_invariant(inputs: Inputs) -> Contestant:
+    """The same call with path_invariant: what it costs that every node gets the bits of plain decoding."""
+
+    def call():
+        i = inputs
+        return specdec_ops.tree_attention(
+            i.q, i.k_cache, i.v_cache, i.topology, i.context_lens, path_invariant=True, backend="cpu"
+        )
+
+    if reason := specdec_ops.backends("tree_attention")["cpu"]:
+        return unavailable("specdec_ops path-invariant", "ours", reason)
+    return Contestant("specdec_ops path-invariant", "ours", call, reads=(inputs.k_cache, inputs.v_cache))
+
+
 def ours_limited(inputs: Inputs, isa: str) -> Contestant:
     """Our CPU kernel held to an older instruction set, while PyTorch keeps the newest."""
     module, name = native(), f"specdec_ops {isa}"
@@ -273,6 +287,8 @@ def contestants(inputs: Inputs, options) -> list[Contestant]:
     if inputs.q.is_cuda:
         return contestants_on_gpu(inputs, options)
     listed = on_backends(functools.partial(ours, inputs), options)
+    if inputs.case.path_invariant:
+        listed.append(ours_path_invariant(inputs))
     listed += [ours_limited(inputs, isa) for isa in options.isas]
     listed += [sdpa(inputs), sdpa_packed(inputs)]
     if options.preset != "quick":

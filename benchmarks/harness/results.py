@@ -155,9 +155,13 @@ class Cell:
         op, model, dtype, context, lengths, batch, tree, nodes, mode = self.key
         if op == "build_topology":
             return f"{op} b{batch} n{nodes}"
+        if op in ("grow_tree", "prune_tree"):
+            return f"{op} b{batch} n{nodes} ({tree})"
         if op == "merge_states":
             return f"{op} {dtype} b{batch} n{nodes}"
-        if op in ("exit_confidence", "screened_exit", "bounded_exit", "exit_mlp", "kv_propagate"):
+        if op == "kv_append":
+            return f"{op} {model} {dtype} ctx{context} n{nodes}"
+        if op in ("exit_confidence", "screened_exit", "bounded_exit", "exit_mlp", "kv_propagate", "linear"):
             return f"{op} {model.removeprefix('head ')} {dtype} {tree} {nodes}"
         if op in ("gather_layer_kv", "kv_commit"):
             return f"{op} {model} {dtype} ctx{context} b{batch} {tree} {nodes}"

@@ -1,1 +1,1 @@
-"""`gather_layer_kv`, `kv_commit` and `kv_propagate`: rows of all layers, accepted rows, skipped layers' rows."""
+"""What new rows, accepted rows, stacked rows of all layers and rows of skipped layers cost."""

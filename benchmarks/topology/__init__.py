@@ -1,1 +1,1 @@
-"""`build_topology`: the topology of trees that change every step."""
+"""`build_topology`: trees that change every step. `grow_tree`, `prune_tree`: rounds of trees that a draft grows."""

@@ -41,9 +41,10 @@ struct TreeAttentionParams {
   int32_t query_start;
   int32_t window;  // 0: none. Otherwise a row sees positions p with 0 <= its own position - p < window
   float scale;
-  float softcap;       // 0: none. Otherwise s becomes softcap * tanh(s / softcap)
-  float out_scale;     // multiplies the output (the scale of a quantised V cache; else 1)
-  int32_t num_splits;  // 0: the default, a function of the request alone
+  float softcap;           // 0: none. Otherwise s becomes softcap * tanh(s / softcap)
+  float out_scale;         // multiplies the output (the scale of a quantised V cache; else 1)
+  int32_t num_splits;      // 0: the default, a function of the request alone
+  int32_t path_invariant;  // 1: a row's bits depend on its path alone (CPU only; num_splits is 0)
 
   // CUDA only, of the sizes that tree_attention_scratch names. The scratch belongs to one call until it has run, the
   // counters to one stream at a time.

@@ -30,12 +30,9 @@ namespace py = pybind11;
 enum class Element { kFloat32, kBFloat16, kFloat16, kInt8, kFloat8, kFloat8E5m2, kOther };
 
 inline Element element_named(std::string_view name) {
-  constexpr std::pair<std::string_view, Element> kNames[] = {{"float32", Element::kFloat32},
-                                                             {"bfloat16", Element::kBFloat16},
-                                                             {"float16", Element::kFloat16},
-                                                             {"int8", Element::kInt8},
-                                                             {"float8_e4m3fn", Element::kFloat8},
-                                                             {"float8_e5m2", Element::kFloat8E5m2}};
+  constexpr std::pair<std::string_view, Element> kNames[] = {
+      {"float32", Element::kFloat32}, {"bfloat16", Element::kBFloat16},    {"float16", Element::kFloat16},
+      {"int8", Element::kInt8},       {"float8_e4m3fn", Element::kFloat8}, {"float8_e5m2", Element::kFloat8E5m2}};
   for (const auto& [known, element] : kNames) {
     if (name == known) return element;
   }

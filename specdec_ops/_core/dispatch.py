@@ -47,6 +47,10 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.kv.gather_layer_kv:gather_layer_kv",
         "torch": "specdec_ops.ops.kv.reference_gather_layer_kv:gather_layer_kv",
     },
+    "grow_tree": {
+        "triton": "specdec_ops.triton_kernels.topology.grow_tree:grow_tree",
+        "torch": "specdec_ops.ops.topology.reference_grow_tree:grow_tree",
+    },
     "kv_append": {
         "triton": "specdec_ops.triton_kernels.kv.kv_append:kv_append",
         "torch": "specdec_ops.ops.kv.reference_kv_append:kv_append",
@@ -66,6 +70,10 @@ IMPLEMENTATIONS = {
     "merge_states": {
         "triton": "specdec_ops.triton_kernels.attention.merge_states:merge_states",
         "torch": "specdec_ops.ops.attention.reference_merge_states:merge_states",
+    },
+    "prune_tree": {
+        "triton": "specdec_ops.triton_kernels.topology.prune_tree:prune_tree",
+        "torch": "specdec_ops.ops.topology.reference_prune_tree:prune_tree",
     },
     "rms_norm": {
         "triton": "specdec_ops.triton_kernels.linear.rms_norm:rms_norm",
@@ -91,14 +99,14 @@ PUBLIC_OPS = {
     **dict.fromkeys(("typical_accept", "longest_path_accept"), "accept"),
     **dict.fromkeys(("sample_tokens", "sample_children"), "sample"),
     "early_exit": "exit_confidence",
-    **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp")},
-    **{name: name for name in ("kv_append", "kv_propagate", "linear", "rms_norm")},
-    **{name: name for name in ("merge_states", "tree_attention")},
-    **{name: name for name in ("gather_layer_kv", "kv_commit")},
+    **{name: name for name in ("build_topology", "exit_confidence", "exit_mlp", "gather_layer_kv", "grow_tree")},
+    **{name: name for name in ("kv_append", "kv_commit", "kv_propagate", "linear", "merge_states", "prune_tree")},
+    **{name: name for name in ("rms_norm", "tree_attention")},
 }
 
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}
 _MAX_KERNEL_DIM = 256
+PATH_INVARIANT_REFUSAL = "path_invariant=True is kept by backend='cpu' alone, on CPU tensors"
 _MAX_FLOAT8_DIM = 128
 _MAX_CUDA_VOCAB = {"accept": 393216, "sample": 2**20}  # as in csrc/acceptance/cuda/launchers.h
 _SIZED = ("tree_attention", *_MAX_CUDA_VOCAB)  # ops whose last dimension decides, too
@@ -130,31 +138,40 @@ def backends(op: str, device: torch.device | str | int | torch.Tensor = "cpu") -
 
 
 def resolve(
-    op: str, backend: str, tensor: torch.Tensor, caches: tuple = (), out: torch.Tensor | None = None
+    op: str,
+    backend: str,
+    tensor: torch.Tensor,
+    caches: tuple = (),
+    out: torch.Tensor | None = None,
+    path_invariant: bool = False,
 ) -> Callable:
     """Find the implementation of `op` for this tensor: its device, its dtype and, for attention, its dim.
 
     For attention also for the K and V caches: their dtype, and whether they, q and `out` have rows at multiples of 16
-    bytes, which the CUDA kernel needs.
+    bytes, which the CUDA kernel needs; and `path_invariant`, which the CPU kernels alone keep.
 
     "auto" takes the first available of cpu, torch on CPU tensors and of cuda, triton, torch on CUDA tensors, unless the
     environment variable SPECDEC_OPS_BACKEND (read once, at the first use) names one. A named backend never falls back.
 
     Raises:
         ValueError: the name is unknown.
-        RuntimeError: the named backend is not available, or its kernels don't take such a tensor.
+        RuntimeError: the named backend is not available, or its kernels don't take such a call; or no backend does.
     """
     cache_dtype = caches[0].dtype if caches else tensor.dtype
     aligned = not caches or not tensor.is_cuda or _is_aligned(tensor, *caches, out)
     size = tensor.shape[-1] if op in _SIZED else 0
-    key = (op, backend, tensor.device, tensor.dtype, size, cache_dtype, aligned)
+    key = (op, backend, tensor.device, tensor.dtype, size, cache_dtype, aligned, path_invariant)
     try:
         found = _resolved.get(key)
     except TypeError as error:  # a list, say
         what = type(backend).__name__
         raise TypeError(f"specdec_ops.{op}: backend must be one of {_names()}, got {what}") from error
     if found is None:
-        found = _nothing if tensor.is_meta else _load(op, _choose(op, backend, tensor, cache_dtype, aligned))
+        found = (
+            _nothing
+            if tensor.is_meta
+            else _load(op, _choose(op, backend, tensor, cache_dtype, aligned, path_invariant))
+        )
         _resolved[key] = found
     return found
 
@@ -186,17 +203,31 @@ def forget() -> None:
     _load.cache_clear()
 
 
-def _choose(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str:
+def _choose(
+    op: str,
+    backend: str,
+    tensor: torch.Tensor,
+    cache_dtype: torch.dtype,
+    aligned: bool,
+    path_invariant: bool = False,
+) -> str:
     origin = ""
+    call = (tensor, cache_dtype, aligned, path_invariant)
     if backend == "auto":
         chosen = _environment_choice()
         if chosen == "auto":
             names = _AUTO.get(tensor.device.type, ("torch",))
-            return next(name for name in names if _refusal(op, name, tensor, cache_dtype, aligned) is None)
+            reasons = {}
+            for name in names:
+                reasons[name] = _refusal(op, name, *call)
+                if reasons[name] is None:
+                    return name
+            each = "; ".join(dict.fromkeys(reasons.values()))
+            raise RuntimeError(f"specdec_ops.{op}: no backend takes this call on {tensor.device}: {each}")
         backend, origin = chosen, f" (from {ENVIRONMENT})"
     elif backend not in BACKENDS:
         raise ValueError(f"specdec_ops.{op}: backend must be one of {_names()}, got {backend!r}")
-    reason = _refusal(op, backend, tensor, cache_dtype, aligned)
+    reason = _refusal(op, backend, *call)
     if reason is not None:
         raise RuntimeError(f"specdec_ops.{op}: backend={backend!r}{origin} is unavailable: {reason}")
     return backend
@@ -222,8 +253,17 @@ def _known_op(op: str) -> None:
         raise ValueError(f"specdec_ops.backends: op must be one of {names}, got {op!r}")
 
 
-def _refusal(op: str, backend: str, tensor: torch.Tensor, cache_dtype: torch.dtype, aligned: bool) -> str | None:
+def _refusal(
+    op: str,
+    backend: str,
+    tensor: torch.Tensor,
+    cache_dtype: torch.dtype,
+    aligned: bool,
+    path_invariant: bool = False,
+) -> str | None:
     """Why this backend can't run the op on this very tensor, or None."""
+    if path_invariant and backend != "cpu":
+        return PATH_INVARIANT_REFUSAL
     reason = _unavailable(op, backend, tensor.device)
     if reason is None and backend != "torch" and op not in _NO_FLOATS:
         ids = op == "accept" and tensor.dtype == torch.int32  # of greedy_accept

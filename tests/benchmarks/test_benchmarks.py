@@ -20,7 +20,9 @@ from benchmarks.attention.inputs import make_inputs
 from benchmarks.harness import reading, report, results, roofs, targets, timing
 from benchmarks.harness.cases import TREES, Model, TreeShape, chain
 from benchmarks.harness.contestant import Contestant, check
+from benchmarks.kv import append_cases
 from benchmarks.kv import cases as kv_cases
+from benchmarks.linear import cases as linear_cases
 from benchmarks.topology import cases as topology_cases
 from specdec_ops import _C
 from specdec_ops._core import dispatch
@@ -59,6 +61,11 @@ def toys():
         cases.toy(tree=TREES[1]),
         cases.toy("merge_states"),
         cases.toy("merge_states", dtype="bf16", contexts=(0, 0)),
+        *(linear_cases.toy(dtype=dtype) for dtype in linear_cases.WEIGHT_BYTES),
+        linear_cases.toy_norm(),
+        linear_cases.toy_norm(dtype="bf16"),
+        append_cases.toy(),
+        append_cases.toy(dtype="bf16"),
         topology_cases.toy(),
         topology_cases.toy(batch=2, tree=TREES[128]),
         kv_cases.toy_commit(),
@@ -67,6 +74,9 @@ def toys():
         kv_cases.toy_gather(),
         kv_cases.toy_gather(layout="one tensor", rows=1),
         kv_cases.toy_gather(layout="pages", dtype="bf16"),
+        topology_cases.toy_round(),
+        topology_cases.toy_round(batch=3),
+        topology_cases.toy_round("prune_tree"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""The early exit kernels as their launches compile them; used by test_triton_aot.py."""
+"""The kernels of early exit and of the cache as their launches compile them; used by test_triton_aot.py."""
 
 from __future__ import annotations
 
@@ -16,7 +16,14 @@ LONG_POINTERS = {"carried_sums": "*fp64", "carried_best": "*i64"}
 NUMBERS = ("rows", "vocab", "programs", "top_k", "dim", "inputs", "outputs", "pages", "page_size", "kv_heads",
            "head_dim", "pairs", "batch", "capacity", "parts", "limit", "all_rows", "part", "begin", "end")  # fmt: skip
 FLOATS = ("temperature", "norm_eps", "share", "threshold", "tolerance")
-ALIGNED = (*OF_HIDDEN, *OF_HEAD, "y", "state", "dim", "inputs", "y_stride", "x_stride", "hidden_stride", "screen")
+ALIGNED = (*OF_HIDDEN, *OF_HEAD, "y", "state", "dim", "inputs", "y_stride", "x_stride", "hidden_stride", "screen",
+           "k", "v", "q", "q_out", *(f"{rows}_{step}" for rows in ("k", "v", "q", "out", "k_cache", "v_cache")
+                                     for step in ("batch", "row", "head", "first", "slot")))  # fmt: skip
+# Of kv_append: rows, and what else points to float32; all other pointers are to integers.
+APPENDED = ("k", "v", "q", "k_cache", "v_cache", "q_out")
+APPEND_FLOATS = ("cosines", "sines", "q_norm_weight", "k_norm_weight", "k_scales", "v_scales")
+APPEND_INTEGERS = ("depths", "num_nodes", "offsets", "context_lens", "query_starts", "requests", "slots", "positions",
+                   "page_table")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,6 +69,9 @@ SPECS = [
     ExitSpec("propagate", architectures=(80, 100)),
     ExitSpec("propagate", rows=64, hidden="fp16", even=False, architectures=(90,)),
     ExitSpec("propagate", hidden="fp32", architectures=(90,)),
+    ExitSpec("append", architectures=(80, 100)),
+    ExitSpec("append", head="i8", architectures=(80, 90)),
+    ExitSpec("append", hidden="fp32", head="fp32", even=False, architectures=(90,)),
 ]
 
 
@@ -84,7 +94,7 @@ def compile_exit(spec, arch, compile_typed):
     kernel, constants, warps, stages = {
         "rows": rows_launch, "head": head_launch, "merge": merge_launch, "layer": layer_launch,
         "propagate": propagate_launch, "approximate": approximate_launch, "scan": scan_launch,
-        "fallback": fallback_launch, "part": part_launch, "settle": settle_launch,
+        "fallback": fallback_launch, "part": part_launch, "settle": settle_launch, "append": append_launch,
     }[spec.kernel](spec, plan)  # fmt: skip
     types = {name: argument_type(name, spec, plan) for name in kernel.arg_names}
     return compile_typed(kernel, constants, arch, warps, stages, types.__getitem__, ALIGNED.__contains__)
@@ -174,8 +184,34 @@ def propagate_launch(spec, plan):
     return module.kv_propagate_kernel, constants | {"WIDEN": False}, 4, stages
 
 
+def append_launch(spec, plan):
+    """Trees with all that adds code, e4m3 caches where the head is int8; without `even` packed rows of a caller's own
+    places.
+    """
+    from specdec_ops.triton_kernels.kv import kv_append as module
+
+    constants = {"PACKED": not spec.even, "INTERLEAVED": not spec.even, "HEADS": module.HEADS, "BLOCK_P": 64}
+    constants |= {"CODE": module.FLOAT8_E4M3 if spec.head == "i8" else module.PLAIN, "WIDEN": False}
+    left_out = ("offsets", "requests", "slots", "positions")
+    if not spec.even:
+        left_out = ("depths", "num_nodes", "offsets", "context_lens", "query_starts")
+    return module.kv_append_kernel, constants | dict.fromkeys(left_out), 4, 3
+
+
+def append_type(name, spec):
+    if name in APPENDED:
+        return "*u8" if name.endswith("cache") and spec.head == "i8" else f"*{spec.hidden}"
+    if name in APPEND_FLOATS:
+        return "*fp32"
+    if name in APPEND_INTEGERS:
+        return "*i32"
+    return "fp32" if name in ("norm_eps", "k_scale", "v_scale") else "i32"
+
+
 def argument_type(name, spec, plan):
     """Of a pointer, after the tensor that the launch passes; numbers are int32 but for FLOATS."""
+    if spec.kernel == "append":
+        return append_type(name, spec)
     if name in FLOATS:
         return "fp32"
     if name in NUMBERS or name.endswith("stride"):

@@ -197,6 +197,8 @@ def implementation(op: str, **settings) -> Callable:
     def checked(arguments, outputs, **options):
         if op == "tree_attention":  # refuses what dispatch refuses for the backend "cuda"
             q, k_cache = arguments.q, arguments.k_cache
+            if arguments.path_invariant:
+                raise RuntimeError(dispatch.PATH_INVARIANT_REFUSAL)
             aligned = dispatch._is_aligned(q, k_cache, arguments.v_cache, outputs.out)
             if reason := dispatch.attention_refusal("cuda", q.dtype, q.shape[-1], k_cache.dtype, aligned):
                 raise RuntimeError(reason)

@@ -15,6 +15,7 @@ import torch
 import specdec_ops
 from specdec_ops import (
     AdaptiveThreshold,
+    CandidatePool,
     LayerCache,
     Topology,
     Tree,
@@ -24,6 +25,7 @@ from specdec_ops import (
     early_exit,
     exit_confidence,
     gather_layer_kv,
+    kv_append,
     kv_commit,
     kv_propagate,
     quantize_head,
@@ -123,6 +125,32 @@ def _attention() -> dict[str, Call]:
     }
 
 
+def _growing() -> dict[str, Call]:
+    """A pool with one level in it, and what a draft says of the next."""
+    logprobs, tokens = (-random(BATCH, 3, 4).abs()).sort(descending=True)
+    pool = CandidatePool.empty(BATCH, levels=3, width=3, branching=4)
+    specdec_ops.grow_tree(pool, tokens[:, :1], logprobs[:, :1], level=0, backend="torch")
+    grow = {"pool": pool, "top_tokens": tokens.int(), "top_logprobs": logprobs, "level": 1, "width": 2, "eos": 3}
+    grow |= {"vocab_map": VocabMap([4, 1, 7, 3], 9), "active": torch.tensor([True, True])}
+    return {
+        "CandidatePool.empty": Call(_pool_tensors, None, {"batch": BATCH, "levels": 3, "width": 3, "branching": 4}),
+        "grow_tree": Call(_grown, "grow_tree", grow),
+        "prune_tree": Call(
+            specdec_ops.prune_tree, "prune_tree", {"pool": pool, "nodes": 4, "root_tokens": int32(5, 9)}
+        ),
+    }
+
+
+def _pool_tensors(batch, **sizes):
+    return tensors_of(CandidatePool.empty(batch, **sizes))
+
+
+def _grown(pool, **options):
+    """grow_tree into a copy of the pool."""
+    pool = copy.deepcopy(pool)
+    return [*tensors_of(specdec_ops.grow_tree(pool, **options)), *tensors_of(pool)]
+
+
 def _exits() -> dict[str, Call]:
     hidden, head = random(6, DIM), random(VOCAB, DIM)
     options = {
@@ -175,6 +203,34 @@ def _committed(k_caches, v_caches, *arguments, **options):
     return copies
 
 
+def _appends() -> dict[str, Call]:
+    """Padded rows of trees; and packed ones with places of their own, into pages of 8 bits."""
+    angles = torch.arange(40, dtype=torch.float32, device="cpu")[:, None] * random(32).abs()
+    k, v, q, caches = random(BATCH, NODES, 2, 64), random(BATCH, NODES, 2, 64, seed=1), random(BATCH, NODES, 4, 64), {}
+    for name in ("k_cache", "v_cache"):
+        caches[name] = torch.zeros(BATCH, 32, 2, 64, dtype=torch.float32, device="cpu")
+    padded = {"k": k, "v": v, **caches, "topology": Topology.from_trees([TREE, TREE[:3]]), "context_lens": int32(20, 9)}
+    padded |= {"q": q, "rope": (angles.cos(), angles.sin()), "q_norm_weight": random(64), "k_norm_weight": random(64)}
+    packed = {"k": k.flatten(0, 1), "v": v.flatten(0, 1), "topology": None, "context_lens": None, "interleaved": True}
+    packed |= {name: cache.view(16, 4, 2, 64).to(torch.int8) for name, cache in caches.items()}
+    packed |= {"q": q.flatten(0, 1), "rope": (angles.cos()[:, :8].contiguous(), angles.sin()[:, :8].contiguous())}
+    packed |= {"requests": int32(*[0, 1] * NODES), "slots": int32(*range(10)), "positions": int32(*range(10))}
+    packed |= {"page_table": torch.arange(16, dtype=torch.int32, device="cpu").view(BATCH, 8).flip(1)}
+    packed |= {"k_scale": random(2).abs(), "v_scale": 0.03}
+    level = {**padded, "k": k[:, :2], "v": v[:, :2], "q": q[:, :2], "query_start": int32(1, 3)}
+    return {
+        "kv_append": Call(_appended, "kv_append", padded),
+        "kv_append level": Call(_appended, "kv_append", level),
+        "kv_append packed": Call(_appended, "kv_append", packed),
+    }
+
+
+def _appended(k, v, k_cache, v_cache, topology, context_lens, **options):
+    """kv_append into copies of the caches."""
+    copies = [cache.clone() if isinstance(cache, torch.Tensor) else cache for cache in (k_cache, v_cache)]
+    return [kv_append(k, v, *copies, topology, context_lens, **options), *copies]
+
+
 def _propagated(hidden, layers, positions, slots, k_caches, v_caches, **options):
     """kv_propagate into copies of the caches."""
     copies = [copy.deepcopy(caches) for caches in (k_caches, v_caches)]
@@ -192,15 +248,12 @@ def _others() -> dict[str, Call]:
         for name, value in _attention()["tree_attention"].arguments.items()
     }
     first = arrays.pop("q")
+    blocks = specdec_ops.GgufWeight(torch.full((9, 34), 3, dtype=torch.uint8, device="cpu"), "q8_0")
     return {
         "quantize_head": Call(quantize_head, None, {"head": head}),
         "quantize_linear": Call(specdec_ops.quantize_linear, None, {"weight": head}),
         "Linear": Call(_projected, None, {"x": random(2, 3, DIM), "weight": head, "bias": random(VOCAB)}),
-        "GgufWeight.dequantize": Call(
-            lambda rows: specdec_ops.GgufWeight(torch.full((9, 34), 3, dtype=torch.uint8), "q8_0").dequantize(rows),
-            None,
-            {"rows": torch.tensor([4, 1])},
-        ),
+        "GgufWeight.dequantize": Call(blocks.dequantize, None, {"rows": torch.tensor([4, 1], device="cpu")}),
         "bound_head": Call(bound_head, None, {"head": head, "ends": [20, VOCAB]}),
         "VocabMap": Call(VocabMap, None, {"draft_to_target": [4, 1, 7], "vocab": 9}),
         "entropy_stop": Call(
@@ -307,7 +360,7 @@ def _decoded(slots, kv_heads, head_dim, dim, batch, dtype=torch.float32, backend
     return [*results, cache.pending(1)[1].clone(), torch.tensor(cache.lengths, device="cpu")]
 
 
-CALLS = {**_acceptance(), **_attention(), **_exits(), **_others(), **_compat()}
+CALLS = {**_acceptance(), **_attention(), **_growing(), **_exits(), **_appends(), **_others(), **_compat()}
 
 
 def run(name: str, **changes) -> list[torch.Tensor]:

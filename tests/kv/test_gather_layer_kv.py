@@ -85,6 +85,15 @@ def test_pages(page_size, target):
     assert torch.equal(bits(gather(pages, slots, requests, target, page_table=tables)), wanted)
 
 
+def test_more_slots_than_32_bits_count(target):
+    """Four pages of 2^30 slots each, all of which are one row in memory."""
+    rows = random_bits((2, 2, 1, 2, 8), torch.float32, 5, target.device)
+    pair = [[part.expand(2, 2**30, 2, 8)] for part in rows]
+    table, slots = ids([[1, 0, 0, 1]], target.device), [0, 2**30, 2**31 - 1, -(2**31)]
+    wanted = stacked([[part[[1, 0, 0], 0][None]] for part in rows], [0, 1, 2, -1], [0] * 4)
+    assert torch.equal(bits(gather(pair, slots, None, target, page_table=table)), wanted)
+
+
 def test_one_table_and_layers_in_one_tensor(target):
     device = target.device
     k, v = (random_bits((4, 6, 4, 2, 8), torch.float16, seed, device) for seed in (0, 1))

@@ -529,6 +529,7 @@ EIGHT_BITS = {name: CACHE.to(torch.int8) for name in ("k_cache", "v_cache")}
         wrong({"rope": Rope(9.0, 5, 9)}, ValueError, "rope must be of at most 4 pairs, got Rope"),
         wrong({"rope": tuple(t[:, ::2] for t in tables(9, 8))}, ValueError, "rope must be of contiguous tables, got"),
         wrong({"rope": (tables(9, 4)[0].double(),) * 2}, TypeError, "rope[0] must be float32 [positions, pairs], got"),
+        wrong({"interleaved": 1}, TypeError, "interleaved must be a bool, got 1"),
         wrong({"norm_eps": -1}, ValueError, "norm_eps must be a finite number of at least 0, got -1"),
         wrong({"k": PACKED, "v": PACKED}, ValueError, "topology must have offsets with packed rows, got None"),
         wrong(

@@ -224,6 +224,23 @@ def test_pages_of_rows_that_stay_are_not_looked_at(target):
         assert equal(part[0], want)
 
 
+@pytest.mark.filterwarnings("ignore:Use of index_put_ on expanded tensors")
+def test_more_slots_than_32_bits_count(target):
+    """A table of four pages of 2^30 slots; a context near 2^31, whose nodes lie behind it, in a page of a few rows."""
+    device = target.device
+    store = [random_bits((1, 6, 1, 4), torch.float32, seed, device) for seed in (0, 1)]
+    # Slots of a page are 0 elements apart, but for the way from page to page: each page is one row.
+    pair = [[part.as_strided((6, 2**30, 1, 4), (4, 0, 4, 1))] for part in store]
+    before = [bits(part) for part in store]
+    table = ids([[0, 1, 2, 3]], device)
+    nodes = ids([[2**30, 2**31 - 2]], device)  # from 2^31 - 1: slots 3 * 2^30 - 1, in page 2, and 2^32 - 3, in page 3
+    kv_commit(*pair, nodes, ids([2**31 - 1], device), page_table=table, backend=target.backend)
+    for part, was in zip(store, before, strict=True):
+        want = was.clone()
+        want[0, 1], want[0, 2] = was[0, 2], was[0, 3]  # ranks 0 and 1: slots 2^31 - 1 and 2^31, of pages 1 and 2
+        assert equal(part, want)
+
+
 def ring_table(batch, ring_pages, max_pages, device):
     """Pages that repeat: slot j of request b lies at j % ring of its ring."""
     columns = torch.arange(max_pages, device=device) % ring_pages

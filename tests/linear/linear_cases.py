@@ -89,14 +89,17 @@ def exact(x, weight, bias=None, norm_weight=None, norm_eps=1e-6, activation=None
 
 
 def rounding_bound(x, weight, bias=None, norm_weight=None, norm_eps=1e-6, activation=None, residual=None) -> float:
-    """What the rounding of float32 sums may come to: one lucky number of PyTorch's must not condemn a right result."""
+    """What the rounding of float32 sums may come to, and that of rows before quantised weights: one lucky number of
+    PyTorch's must not condemn a right result."""
     y, w = x.cpu().double(), elements(weight)
     if norm_weight is not None:
         scale = 1 / (y.square().mean(dim=1, keepdim=True) + norm_eps).sqrt()
         y = y * scale * norm_weight.cpu().double()
-    magnitude = (y.abs() @ w.abs().T).max()
+    error = 4 * torch.finfo(torch.float32).eps * (y.abs() @ w.abs().T).max()
+    if isinstance(weight, QuantizedWeight | GgufWeight):  # a CPU's integer products round rows to 16 bits
+        error += (y.abs().amax(dim=1)[:, None] * w.abs().sum(dim=1)).max() / 65278
     gain = 1 if activation is None else 2 * (y @ w.T).abs().max().clamp_min(1)
-    return float(4 * torch.finfo(torch.float32).eps * magnitude * gain)
+    return float(error * gain)
 
 
 def assert_right(got, x, weight, **options) -> None:

@@ -90,6 +90,7 @@ def test_rows_of_an_embedding(kind):
     ids = torch.tensor([[3, 8], [0, 3]])
     assert torch.equal(weight.dequantize(ids), weight.dequantize()[ids])
     assert weight.dequantize(ids[:0]).shape == (0, 2, 64)
+    assert torch.equal(weight.dequantize(torch.tensor([-1, 9])), weight.dequantize()[[0, 8]])
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,8 @@ EXIT = {"exit_confidence_kernel": 4 + 4 + 2 + 3 + 2, "screen_kernel": 6, "rechec
 DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255, "linear_kernel": 255}
 # What moves rows, by 16, 4, 2 and 1 bytes.
 MOVES = ("gather_layer_kv_kernel", "kv_commit_kernel", "kv_copy_pages_kernel")
+DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255}
+APPEND = {"kv_append_kernel": 80}  # three blocks of 256 threads
 # tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.
 # Twice, for bfloat16 and float16.
 ROWS = (16, 32, 64, 128)
@@ -47,12 +49,15 @@ ATTENTION = 2 * len(DIMS) * len(ROWS)
 KERNELS = {  # instantiations of each
     "measure_exit_kernel": 1,
     "build_topology_kernel": 2,
+    "grow_tree_kernel": 1,
     "merge_states_kernel": 6,
+    "prune_tree_kernel": 1,
     "any_kernel": 1,
     "tree_attention_kernel": ATTENTION,
     **dict.fromkeys(ACCEPTANCE, 1),
     **EXIT,
     "exit_mlp_kernel": 2,
+    "kv_append_kernel": 3,
     "kv_propagate_kernel": 9,
     "linear_kernel": 4 + 4 + 2,  # two dtypes of 16 bits with plain and quantised weights for few and more rows; float32
     "rms_norm_kernel": 3,
@@ -212,7 +217,9 @@ def most_registers(arch, function):
     if any(kernel in function for kernel in EXIT):
         return 255 if "Li64" in function and arch not in ("90", "100") else 128
     if (shape := attention_shape(function)) is None:
-        return next((most for kernel, most in (ACCEPTANCE | DRAFT).items() if kernel in function), MOST_REGISTERS)
+        return next(
+            (most for kernel, most in (ACCEPTANCE | DRAFT | APPEND).items() if kernel in function), MOST_REGISTERS
+        )
     dim, rows = shape
     warps = max(4, rows // 16 * (2 if rows <= 32 or (dim > 128 and rows <= 64) else 1))
     return min(255, 65536 // (32 * warps))

@@ -8,7 +8,18 @@ import pytest
 import torch
 
 import specdec_ops
-from specdec_ops import Acceptance, AttentionState, Topology, Tree, build_topology, dlpack, tree_accept
+from specdec_ops import (
+    Acceptance,
+    AttentionState,
+    CandidatePool,
+    Frontier,
+    Topology,
+    Tree,
+    build_topology,
+    dlpack,
+    grow_tree,
+    tree_accept,
+)
 from tests.attention.attention_cases import make_case, random_tree
 from tests.harness.public_names import PUBLIC
 
@@ -76,6 +87,20 @@ def test_build_topology():
     topology = dlpack.build_topology(parents)
     assert isinstance(topology, Topology)
     assert torch.equal(topology.ancestors, build_topology(torch.from_numpy(parents)).ancestors)
+
+
+def test_growing_trees():
+    """What the draft says decides the framework; the pool and the topologies stay tensors."""
+    pool, same = (CandidatePool.empty(1, levels=1, width=2, branching=3) for _ in range(2))
+    tokens, logprobs = np.array([[[4, 9, 2]]]), np.array([[[-0.5, -1, -3]]], np.float32)
+    frontier = dlpack.grow_tree(pool, tokens, logprobs, level=0, active=np.array([True]))
+    assert isinstance(frontier, Frontier)
+    assert isinstance(frontier.tokens, np.ndarray)
+    grow_tree(same, torch.from_numpy(tokens), torch.from_numpy(logprobs), level=0)
+    assert torch.equal(pool.scores, same.scores)
+    tree = dlpack.prune_tree(pool, 3, root_tokens=np.array([7], np.int32))
+    np.testing.assert_array_equal(tree.tokens, [[7, 4, 9]])
+    assert isinstance(tree.topology, Topology)
 
 
 def test_another_framework(monkeypatch):
@@ -160,9 +185,8 @@ def test_at_the_top_level_arrays_are_refused_with_the_way_to_go(op):
     function = getattr(specdec_ops, op)
     needed = [p for p in inspect.signature(function).parameters.values() if p.default is p.empty]
     arguments = {p.name: np.zeros((2, 2, 2, 16), np.float32) for p in needed}
-    way = (
-        "" if op == "exit_features" else "; torch.from_dlpack makes a tensor of it, and specdec_ops.dlpack takes it"
-    )  # it wants a record
+    wants_a_record = op in ("exit_features", "grow_tree", "prune_tree")
+    way = "" if wants_a_record else "; torch.from_dlpack makes a tensor of it, and specdec_ops.dlpack takes it"
     with pytest.raises(TypeError, match=rf"specdec_ops\.{op}: \w+ must be .*, got ndarray float32 [^;]*{way}$"):
         function(**arguments)
 
@@ -204,3 +228,42 @@ def test_caches_are_written_in_place():
     v.flags.writeable = False
     with pytest.raises(ValueError, match="v_caches must be writeable, got a read-only array"):
         dlpack.kv_propagate(hidden, layers, at, at, [k], v_caches=[v], rope=None)
+
+
+def test_rows_of_caches_move_and_are_gathered():
+    """A path with a gap, in lists of arrays and in one array of all layers; a dtype that the kernels know as bits."""
+    for dtype in (np.float32, np.float16, np.int8):
+        caches = np.arange(2 * 3 * 1 * 9 * 2 * 4).reshape(2, 3, 1, 9, 2, 4).astype(dtype)
+        wanted = caches.copy()
+        wanted[:, :, 0, 5], wanted[:, :, 0, 6] = caches[:, :, 0, 6], caches[:, :, 0, 8]
+        lists = [list(part) for part in caches.copy()]
+        nodes = np.array([[0, 2, 4, -1]])
+        assert dlpack.kv_commit(*lists, nodes, np.array([4])) is None
+        dlpack.kv_commit(*caches, nodes, 4)
+        np.testing.assert_array_equal(caches, wanted)
+        np.testing.assert_array_equal(np.array(lists), wanted)
+        rows = dlpack.gather_layer_kv(*caches, np.array([5, -1]))
+        assert isinstance(rows, np.ndarray) and rows.dtype == dtype
+        np.testing.assert_array_equal(rows[0], wanted[:, :, 0, 5].transpose(1, 2, 0, 3).reshape(3, 16))
+        assert not rows[1].any()
+    caches.flags.writeable = False
+    with pytest.raises(ValueError, match="k_caches must be writeable, got a read-only array"):
+        dlpack.kv_commit(*caches, nodes, 4)
+
+
+def test_rows_are_appended_in_place():
+    """Into NumPy's caches, turned by NumPy's tables; queries come back as an array, or are turned where they lie."""
+    numbers = np.random.default_rng(3)
+    k, q = (numbers.normal(size=(1, 2, heads, 8)).astype(np.float32) for heads in (1, 3))
+    angles = numbers.normal(size=(9, 4)).astype(np.float32)
+    caches, tensors = np.zeros((2, 1, 6, 1, 8), np.float32), torch.zeros(2, 1, 6, 1, 8)
+    rope = np.cos(angles), np.sin(angles)
+    got = dlpack.kv_append(k, k, *caches, None, 3, q=q, rope=rope)
+    plain = [torch.from_numpy(array) for array in (k, q, *rope)]
+    want = specdec_ops.kv_append(plain[0], plain[0], *tensors, None, 3, q=plain[1], rope=tuple(plain[2:]))
+    assert isinstance(got, np.ndarray) and (got == want.numpy()).all() and (caches == tensors.numpy()).all()
+    dlpack.kv_append(k, k, *caches, None, np.array([3]), q=q, rope=rope, q_out=q)
+    assert (q == got).all()
+    q.flags.writeable = False
+    with pytest.raises(ValueError, match="q_out must be writeable, got a read-only array"):
+        dlpack.kv_append(k, k, *caches, None, 3, q=q, q_out=q)

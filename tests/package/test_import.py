@@ -44,11 +44,13 @@ assert "specdec_ops._C" not in new and "specdec_ops._core.native" not in new
     run(code)
 
 
-def test_import_is_quick():
+def test_import_is_quick(tmp_path):
+    """With bytecode that an earlier import has left, as an installed package has it."""
+    environment = {**os.environ, "PYTHONPYCACHEPREFIX": str(tmp_path), "PYTHONDONTWRITEBYTECODE": ""}
     code = "import time, torch; start = time.process_time(); import specdec_ops; print(time.process_time() - start)"
     best = float("inf")
     for _ in range(TRIES):  # other programs can only make it slower
-        best = min(best, float(run(code)))
+        best = min(best, float(run(code, **environment)))
         if best < MOST_SECONDS:
             return
     pytest.fail(f"import specdec_ops takes {1e3 * best:.0f} ms beyond torch in the best of {TRIES} tries")

@@ -88,7 +88,8 @@ def test_unsigned_seeds(name):
 
 
 PER_REQUEST = ("seeds", "positions", "top_k", "context_lens")
-FOR_ALL = [(name, argument) for name, argument in ARGUMENTS if argument in PER_REQUEST and name != "kv_propagate"]
+PER_ROW = ("kv_append packed", "kv_propagate")  # where positions are not of requests
+FOR_ALL = [(name, argument) for name, argument in ARGUMENTS if argument in PER_REQUEST and name not in PER_ROW]
 
 
 @pytest.mark.parametrize(("name", "argument"), FOR_ALL, ids=str)

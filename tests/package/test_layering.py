@@ -26,6 +26,7 @@ MAY_IMPORT = {
     "specdec_ops/published_trees.py": ("numpy", "specdec_ops.tree"),
     "specdec_ops/topology.py": ("numpy", "torch", "specdec_ops._core", "specdec_ops.ops.topology", "specdec_ops.tree"),
     "specdec_ops/vocab_map.py": ("torch", "specdec_ops._core"),
+    "specdec_ops/rope.py": ("numpy", "torch", "specdec_ops._core"),
     "specdec_ops/status.py": (),
     "specdec_ops/dlpack.py": ("numpy", "torch", *PUBLIC),
     "specdec_ops/_layer_checks.py": ("torch", "specdec_ops._core"),
@@ -35,6 +36,9 @@ MAY_IMPORT = {
     "specdec_ops/_core/": ("numpy", "torch", "specdec_ops._core"),
     "specdec_ops/ops/reference_settings.py": ("torch",),
     "specdec_ops/ops/": ("numpy", "torch", "specdec_ops._core", "specdec_ops.status", "specdec_ops.topology"),
+    "specdec_ops/ops/topology/": (
+        *("torch", "specdec_ops._core", "specdec_ops.status", "specdec_ops.topology", "specdec_ops.vocab_map"),
+    ),
     "specdec_ops/ops/acceptance/": (
         *("numpy", "torch", "specdec_ops._core", "specdec_ops.status", "specdec_ops.topology"),
         *("specdec_ops.vocab_map", "specdec_ops.ops.reference_settings"),
@@ -43,6 +47,7 @@ MAY_IMPORT = {
         *("numpy", "torch", "specdec_ops._core", "specdec_ops.status", "specdec_ops.ops.reference_settings"),
         *("specdec_ops.vocab_map", "specdec_ops.ops.linear"),
     ),
+    "specdec_ops/ops/kv/": ("torch", "specdec_ops._core", "specdec_ops.rope", "specdec_ops.topology"),
     "specdec_ops/compat/": ("torch", "specdec_ops", *OPS),
     "specdec_ops/decode/": ("torch", "tqdm", *SYSTEMS),
     "specdec_ops/decode/__main__.py": ("specdec_ops.integrations.transformers", *SYSTEMS),

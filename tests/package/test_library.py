@@ -26,7 +26,7 @@ def case_of(**options):
 
 
 def operator_arguments(case):
-    """What the operator takes for a case, from q to num_splits."""
+    """What the operator takes for a case, from q to path_invariant."""
     topology, options = case.topology, case.options
     return (
         case.q,
@@ -47,6 +47,7 @@ def operator_arguments(case):
         options.get("alibi_slopes"),
         1.0,
         0,
+        False,
     )
 
 

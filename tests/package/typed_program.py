@@ -16,17 +16,22 @@ from specdec_ops import (
     AcceptStatus,
     AdaptiveThreshold,
     AttentionState,
+    CandidatePool,
     Children,
     Confidence,
     Exit,
     ExitStatus,
+    Frontier,
     GgufWeight,
+    GrowStatus,
     HeadBounds,
     LayerCache,
     Linear,
     LongestPath,
+    PrunedTree,
     QuantizedHead,
     QuantizedWeight,
+    Rope,
     Topology,
     TopologyStatus,
     Tree,
@@ -43,12 +48,15 @@ from specdec_ops import (
     exit_mlp,
     gather_layer_kv,
     greedy_accept,
+    grow_tree,
+    kv_append,
     kv_commit,
     kv_propagate,
     linear,
     longest_path_accept,
     match_accept,
     merge_states,
+    prune_tree,
     published_trees,
     quantize_head,
     quantize_linear,
@@ -79,6 +87,15 @@ def topologies() -> tuple[Tree, Topology]:
     built = build_topology(topology.parents, topology.num_nodes)
     assert_type(built[:3].truncate(1).position_ids(7), torch.Tensor)
     assert TopologyStatus(int(built.status[0])) is TopologyStatus(0)
+    pool = CandidatePool.empty(BATCH, levels=2, width=3, branching=2)
+    assert_type(pool.topology, Topology)
+    frontier = grow_tree(pool, torch.randint(9, (BATCH, 1, 2)), -torch.rand(BATCH, 1, 2), level=0, eos=(1, 2))
+    assert_type(frontier, Frontier)
+    assert_type(frontier.parent_rows, torch.Tensor)
+    grown = prune_tree(pool, 3, root_tokens=torch.tensor([1, 2]))
+    assert_type(grown, PrunedTree)
+    assert_type(grown.draft_path(torch.zeros(BATCH, 2, dtype=torch.int32)), torch.Tensor)
+    assert GrowStatus(int(pool.status[0])) == 0
     return tree, topology
 
 
@@ -153,6 +170,11 @@ def caches() -> LayerCache:
     kv_propagate(torch.randn(3, DIM), [(None, weights, weights)], positions, positions, caches, caches, rope=10_000.0)
     kv_commit(caches, caches, positions[None], 0)
     assert_type(gather_layer_kv(caches, caches, positions), torch.Tensor)
+    new, rope = torch.randn(1, 3, 2, DIM), Rope(10_000.0, DIM // 2, 32, scaling={"rope_type": "linear", "factor": 2.0})
+    assert_type(rope.to("cpu"), Rope)
+    assert_type(Rope.from_config({"head_dim": DIM, "max_position_embeddings": 32}).pairs, int)
+    turned = kv_append(new, new, caches[0], caches[0].clone(), Tree.chain(3).to("cpu"), 4, q=new, rope=rope)
+    assert_type(turned, torch.Tensor | None)
     cache.crop([2])
     return cache
 

@@ -212,9 +212,9 @@ def kv_append_kernel(
             firsts = tl.where(there[:, None], firsts, 0.0)
             seconds = tl.where(there[:, None], seconds, 0.0)
             there = (head < heads)[:, None]
-            at = q_out + request * out_batch + index * out_row + head.to(tl.int64)[:, None] * out_head
-            tl.store(at + first[None, :], narrowed(firsts, kind, WIDEN), mask=there & (first < k_dim)[None, :])
-            tl.store(at + second[None, :], narrowed(seconds, kind, WIDEN), mask=there & (second < k_dim)[None, :])
+            q_at = q_out + request * out_batch + index * out_row + head.to(tl.int64)[:, None] * out_head
+            tl.store(q_at + first[None, :], narrowed(firsts, kind, WIDEN), mask=there & (first < k_dim)[None, :])
+            tl.store(q_at + second[None, :], narrowed(seconds, kind, WIDEN), mask=there & (second < k_dim)[None, :])
     elif block < q_blocks + kv_blocks:
         head = (block - q_blocks) * HEADS + tl.arange(0, HEADS)
         there = (each_head + stored > 0) & (head < kv_heads)
@@ -224,10 +224,12 @@ def kv_append_kernel(
         )  # fmt: skip
         scale = _scales(k_scale, k_scales, head, kv_heads)
         there = there[:, None]
-        at = k_cache + first_index * k_cache_first + slot * k_cache_slot + head.to(tl.int64)[:, None] * k_cache_head
-        tl.store(at + first[None, :], _stored(firsts, scale, kind, CODE, WIDEN), mask=there & (first < k_dim)[None, :])
+        k_at = k_cache + first_index * k_cache_first + slot * k_cache_slot + head.to(tl.int64)[:, None] * k_cache_head
         tl.store(
-            at + second[None, :], _stored(seconds, scale, kind, CODE, WIDEN), mask=there & (second < k_dim)[None, :]
+            k_at + first[None, :], _stored(firsts, scale, kind, CODE, WIDEN), mask=there & (first < k_dim)[None, :]
+        )
+        tl.store(
+            k_at + second[None, :], _stored(seconds, scale, kind, CODE, WIDEN), mask=there & (second < k_dim)[None, :]
         )
     else:
         head = (block - q_blocks - kv_blocks) * HEADS + tl.arange(0, HEADS)
@@ -238,14 +240,14 @@ def kv_append_kernel(
         )  # fmt: skip
         scale = _scales(v_scale, v_scales, head, kv_heads)
         there = there[:, None]
-        at = v_cache + first_index * v_cache_first + slot * v_cache_slot + head.to(tl.int64)[:, None] * v_cache_head
+        v_at = v_cache + first_index * v_cache_first + slot * v_cache_slot + head.to(tl.int64)[:, None] * v_cache_head
         tl.store(
-            at + plain_first[None, :],
+            v_at + plain_first[None, :],
             _stored(firsts, scale, kind, CODE, WIDEN),
             mask=there & (plain_first < v_dim)[None, :],
         )
         tl.store(
-            at + plain_second[None, :],
+            v_at + plain_second[None, :],
             _stored(seconds, scale, kind, CODE, WIDEN),
             mask=there & (plain_second < v_dim)[None, :],
         )

@@ -1,5 +1,6 @@
-// Tree attention on CPUs: checks what only a kernel can see, cuts the call into tasks and splits (attention/cpu/task.h), and runs
-// them on OpenMP threads. The arithmetic is in attention/cpu/attention_kernel.h and the engines it is compiled with.
+// Tree attention on CPUs: checks what only a kernel can see (attention/cpu/requests.h), cuts the call into tasks and
+// splits (attention/cpu/task.h), and runs them on OpenMP threads. The arithmetic is in attention/cpu/attention_kernel.h
+// and the engines it is compiled with. Path-invariant calls have a scheduler of their own: attention/cpu/path_attention.cpp.
 //
 // Tasks of many rows are worth a thread each, which folds their splits as it goes. Tasks of few rows wait for memory:
 // the kv heads of a request go through a split together, so that the cache is read in the order in which it lies, and
@@ -10,13 +11,12 @@
 // most about 3 MB whatever the context length. Waiting states take at most 16 MB, or what one request needs if that is
 // more (kMaxSplits states for each of its tasks). Buffers are freed at the end of the call.
 #include <algorithm>
-#include <cmath>
-#include <new>
-#include <stdexcept>
-#include <string>
 #include <vector>
 
+#include "attention/cpu/buffer.h"
 #include "attention/cpu/entry_points.h"
+#include "attention/cpu/path_task.h"
+#include "attention/cpu/requests.h"
 #include "attention/cpu/task.h"
 #include "common/cpu/isa.h"
 
@@ -63,104 +63,6 @@ const TaskKernel* select_kernel(DType dtype, int rows, int dim) {
       break;
   }
   return generic::select_kernel(dtype, rows, dim);
-}
-
-[[noreturn]] void refuse(const std::string& message) {
-  throw std::invalid_argument("specdec_ops.tree_attention: " + message);
-}
-
-struct Request {
-  int64_t first_query;     // row of q where the request starts
-  int queries;             // rows of q that it has
-  int first_row, end_row;  // those whose node exists
-  int first_node, context_len, slots;
-};
-
-// Whether a row of the request sees one of the nodes [begin, end).
-bool anyone_sees(const TreeAttentionParams& p, int b, const Request& r, int begin, int end) {
-  const int64_t tree = p.topology_batch == 1 ? 0 : int64_t(b) * p.nodes;
-  for (int node = r.first_node + r.first_row; node < r.first_node + r.end_row; node++)
-    for (int other = begin; other < std::min(end, node + 1); other++) {
-      const uint64_t ancestors = p.ancestors[(tree + node) * p.words + other / 64];
-      const bool near = p.window == 0 || p.depths[tree + node] - p.depths[tree + other] < p.window;
-      if (near && (ancestors >> other % 64 & 1) != 0) return true;
-    }
-  return false;
-}
-
-// The first context slot that a row of the request sees.
-int first_seen(const TreeAttentionParams& p, int b, const Request& r) {
-  if (p.window == 0) return 0;
-  int lowest = 0;
-  if (p.depths) {
-    const int32_t* depths = p.depths + (p.topology_batch == 1 ? 0 : int64_t(b) * p.nodes) + r.first_node;
-    lowest = *std::min_element(depths + r.first_row, depths + r.end_row);
-  }
-  return std::clamp(r.context_len + lowest - p.window + 1, 0, r.context_len);
-}
-
-// Refuses a page that does not exist and that a row of the request sees. Others may hold anything: freed ones before
-// the window, those of nodes that nobody asks for.
-void check_pages(const TreeAttentionParams& p, int b, const Request& r) {
-  const int first = first_seen(p, b, r);
-  for (int page = first / p.page_size; int64_t(page) * p.page_size < r.slots; page++) {
-    const int id = p.page_table[b * p.page_table_stride + page];
-    if (id >= 0 && id < p.pages) continue;
-    const int begin = std::max(page * p.page_size, first);
-    const int end = int(std::min(int64_t(page + 1) * p.page_size, int64_t(r.slots)));
-    const int context_len = r.context_len;
-    if (begin < context_len || anyone_sees(p, b, r, begin - context_len, end - context_len))
-      refuse("page_table[" + std::to_string(b) + ", " + std::to_string(page) + "] must be a page below " +
-             std::to_string(p.pages) + ", got " + std::to_string(id));
-  }
-}
-
-// Packed rows of a request, and whether their numbers make sense.
-void read_offsets(const TreeAttentionParams& p, int b, Request& r) {
-  const int begin = p.offsets[b], end = p.offsets[b + 1];
-  if (end < begin || begin < 0 || end > p.queries || (b == 0 && begin != 0))
-    refuse("topology.offsets must rise from 0 to at most " + std::to_string(p.queries) + " rows, got " +
-           std::to_string(begin) + " and " + std::to_string(end) + " at [" + std::to_string(b) + "]");
-  r.first_query = begin;
-  r.queries = end - begin;
-}
-
-Request read_request(const TreeAttentionParams& p, int b) {
-  Request r{};
-  r.queries = p.queries;
-  if (p.offsets) read_offsets(p, b, r);
-  const std::string which = "[" + std::to_string(b) + "]";
-  r.context_len = p.context_lens[b];
-  if (r.context_len < 0) refuse("context_lens" + which + " must not be negative, got " + std::to_string(r.context_len));
-  int64_t slots = r.context_len;
-  r.end_row = r.queries;
-  if (p.ancestors) {
-    constexpr int64_t kFar = 1 << 30;  // further out there are no nodes; lengths below may add up without overflow
-    const int64_t first_node = int64_t(p.query_start) + (p.query_starts ? p.query_starts[b] : 0);
-    r.first_node = int(std::clamp(first_node, -kFar, kFar));
-    const int nodes = std::clamp(p.num_nodes[p.topology_batch == 1 ? 0 : b], 0, p.nodes);
-    if (p.offsets) r.end_row = std::min(r.end_row, p.nodes);
-    r.first_row = std::clamp(-r.first_node, 0, r.end_row);
-    r.end_row = std::clamp(nodes - r.first_node, r.first_row, r.end_row);
-    // A node sees none that come after it, so slots beyond the last query's node need not hold anything yet.
-    if (r.end_row > r.first_row) slots += r.first_node + r.end_row;
-  }
-  if (slots > p.slots)
-    refuse("context_lens" + which + " is " + std::to_string(r.context_len) + " and with its tree it needs " +
-           std::to_string(slots) + " slots, but the cache has " + std::to_string(p.slots));
-  r.slots = int(slots);
-  if (p.page_table && r.end_row > r.first_row) check_pages(p, b, r);
-  return r;
-}
-
-void blank_row(const TreeAttentionParams& p, int b, int64_t row) {
-  const size_t element = element_bytes(p.dtype);
-  for (int h = 0; h < p.heads; h++) {
-    char* out = static_cast<char*>(p.out) +
-                (b * p.out_stride_batch + row * p.out_stride_row + h * p.out_stride_head) * int64_t(element);
-    std::fill(out, out + p.dim * element, char(0));  // all-zero bits are 0 in every dtype
-    if (p.lse) p.lse[((p.offsets ? 0 : int64_t(b) * p.queries) + row) * p.heads + h] = -INFINITY;
-  }
 }
 
 struct Plan {
@@ -248,20 +150,6 @@ void attend_split(const Plan& plan, int split, float* scratch, float* partial) {
   const Task* task = &plan.task;
   plan.kernel->attend(&task, 1, begin, std::min(begin + plan.split_slots, task->slots), scratch, &partial);
 }
-
-// Floats on a cache line's boundary.
-class Buffer {
- public:
-  explicit Buffer(size_t floats) : data_(static_cast<float*>(::operator new[](floats * sizeof(float), kLine))) {}
-  ~Buffer() { ::operator delete[](data_, kLine); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-  float* get() const { return data_; }
-
- private:
-  static constexpr std::align_val_t kLine{64};
-  float* data_;
-};
 
 // Each thread takes whole tasks and folds splits as it goes.
 void run_tasks(const Plan* plans, size_t count, const Sizes& sizes, int threads) {
@@ -364,6 +252,7 @@ namespace specdec {
 using namespace cpu;
 
 void tree_attention_cpu(const TreeAttentionParams& p, int threads) {
+  if (p.path_invariant) return path_attention(p, std::max(threads, 1));
   const std::vector<Plan> plans = make_plans(p);
   if (plans.empty()) return;
   run(plans, largest(plans), std::max(threads, 1));

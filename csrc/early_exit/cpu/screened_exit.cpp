@@ -256,8 +256,7 @@ class Screen {
     pool.deal(tiles, [&](int64_t at) {
       const int64_t first = at * kRecheckTile;
       const int count = int(std::min<int64_t>(kRecheckTile, int64_t(entries.size()) - first));
-      const WeightTile tile =
-          WeightTile::of_entries(WeightType(p_.head_type), p_.head, &entries[first], count, p_.dim);
+      const WeightTile tile = WeightTile::of_entries(WeightType(p_.head_type), p_.head, &entries[first], count, p_.dim);
       full_packed_[row].multiply(tile, [&](int, const float* logits) {
         for (int i = 0; i < count; i++) {
           z[first + i] = p_.bias ? logits[i] + p_.bias[entries[first + i]] : logits[i];

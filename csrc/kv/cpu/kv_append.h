@@ -68,7 +68,8 @@ static SPECDEC_INLINE void turn_head(const typename From::Element* x, typename T
     for (int d = 0; d < turned; d += kWidth) {
       const int count = turned - d;
       const Vec part = normed(load_some<From>(x + d, count), norm, d, count);
-      const Vec cosines = load_some<Float32>(turn.cosines + d, count), sines = load_some<Float32>(turn.sines + d, count);
+      const Vec cosines = load_some<Float32>(turn.cosines + d, count),
+                sines = load_some<Float32>(turn.sines + d, count);
       store_some<To>(out + d, fma(swap_neighbours(part), sines, part * cosines), count);
     }
   } else {
@@ -76,7 +77,8 @@ static SPECDEC_INLINE void turn_head(const typename From::Element* x, typename T
       const int count = pairs - d;
       const Vec first = normed(load_some<From>(x + d, count), norm, d, count);
       const Vec second = normed(load_some<From>(x + pairs + d, count), norm, pairs + d, count);
-      const Vec cosines = load_some<Float32>(turn.cosines + d, count), sines = load_some<Float32>(turn.sines + d, count);
+      const Vec cosines = load_some<Float32>(turn.cosines + d, count),
+                sines = load_some<Float32>(turn.sines + d, count);
       store_some<To>(out + d, fma(splat(0.0f) - second, sines, first * cosines), count);
       store_some<To>(out + pairs + d, fma(first, sines, second * cosines), count);
     }

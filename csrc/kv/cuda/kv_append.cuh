@@ -74,8 +74,9 @@ __device__ __forceinline__ void kv_append_store(T* to, int32_t count, bool in_tw
 }
 
 __device__ __forceinline__ uint8_t kv_append_code(float value, CacheCode code) {
-  return code == CacheCode::kInt8 ? int8_of(value)
-                                  : code == CacheCode::kFloat8E4m3 ? float8_e4m3_of(value) : float8_e5m2_of(value);
+  return code == CacheCode::kInt8         ? int8_of(value)
+         : code == CacheCode::kFloat8E4m3 ? float8_e4m3_of(value)
+                                          : float8_e5m2_of(value);
 }
 
 // Two elements to where they go.
@@ -194,8 +195,8 @@ __global__ void __launch_bounds__(kKvAppendThreads, 3) kv_append_kernel(KvAppend
           for (int32_t d = lane; d < p.k_dim; d += kWarpSize) to[d] = from_float<T>(0.0f);
           continue;
         }
-        head.from = static_cast<const T*>(p.q) + request * p.q_stride_batch + index * p.q_stride_row +
-                    n * p.q_stride_head;
+        head.from =
+            static_cast<const T*>(p.q) + request * p.q_stride_batch + index * p.q_stride_row + n * p.q_stride_head;
         head.dim = p.k_dim, head.pairs = p.pairs;
         head.norm_weight = p.q_norm_weight, head.norm_dtype = p.q_norm_dtype;
         head.scale = 1.0f, head.code = CacheCode::kPlain;
@@ -203,21 +204,21 @@ __global__ void __launch_bounds__(kKvAppendThreads, 3) kv_append_kernel(KvAppend
         continue;
       } else if (n < p.heads + p.kv_heads) {
         const int32_t of = n - p.heads;
-        head.from = static_cast<const T*>(p.k) + request * p.k_stride_batch + index * p.k_stride_row +
-                    of * p.k_stride_head;
+        head.from =
+            static_cast<const T*>(p.k) + request * p.k_stride_batch + index * p.k_stride_row + of * p.k_stride_head;
         head.to = p.k_cache;
-        head.at = place.first * p.k_cache_stride_batch + place.slot * p.k_cache_stride_slot +
-                  of * p.k_cache_stride_head;
+        head.at =
+            place.first * p.k_cache_stride_batch + place.slot * p.k_cache_stride_slot + of * p.k_cache_stride_head;
         head.dim = p.k_dim, head.pairs = p.pairs;
         head.norm_weight = p.k_norm_weight, head.norm_dtype = p.k_norm_dtype;
         head.scale = p.k_scales != nullptr ? p.k_scales[of] : p.k_scale, head.code = p.code;
       } else {
         const int32_t of = n - p.heads - p.kv_heads;
-        head.from = static_cast<const T*>(p.v) + request * p.v_stride_batch + index * p.v_stride_row +
-                    of * p.v_stride_head;
+        head.from =
+            static_cast<const T*>(p.v) + request * p.v_stride_batch + index * p.v_stride_row + of * p.v_stride_head;
         head.to = p.v_cache;
-        head.at = place.first * p.v_cache_stride_batch + place.slot * p.v_cache_stride_slot +
-                  of * p.v_cache_stride_head;
+        head.at =
+            place.first * p.v_cache_stride_batch + place.slot * p.v_cache_stride_slot + of * p.v_cache_stride_head;
         head.dim = p.v_dim;
         head.scale = p.v_scales != nullptr ? p.v_scales[of] : p.v_scale, head.code = p.code;
       }

@@ -42,7 +42,9 @@ RowLength row_length(const ProductForm& form, const std::vector<float>& y, int d
 class AlignedBytes {
  public:
   explicit AlignedBytes(size_t bytes) : memory_(new char[bytes + 63]) {}
-  char* data() const { return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t(63)); }
+  char* data() const {
+    return reinterpret_cast<char*>((reinterpret_cast<uintptr_t>(memory_.get()) + 63) & ~uintptr_t(63));
+  }
 
  private:
   std::unique_ptr<char[]> memory_;

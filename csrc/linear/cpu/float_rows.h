@@ -102,7 +102,9 @@ struct Float32Form : FloatRows {
   CopiedPiece<4 * kPieceDims + kLine> copied;
   static SPECDEC_INLINE int64_t weight_bytes(int dims) { return 4 * int64_t(dims); }
   template <int kSome>
-  SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int dims) { copied.stage(weights, 4 * dims); }
+  SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int dims) {
+    copied.stage(weights, 4 * dims);
+  }
 };
 
 // Weights that are widened.
@@ -219,7 +221,9 @@ struct PairsForm {
   static SPECDEC_INLINE int row_vectors(int dim) { return piece_vectors(dim); }
   static SPECDEC_INLINE int64_t weight_bytes(int dims) { return 2 * int64_t(dims); }
   template <int kSome>
-  SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int dims) { copied.stage(weights, 2 * dims); }
+  SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int dims) {
+    copied.stage(weights, 2 * dims);
+  }
   static SPECDEC_INLINE Vec apply(Vec sum, Vec weight, Vec row) {
     return _mm512_dpbf16_ps(sum, (__m512bh)weight, (__m512bh)row);
   }

@@ -19,9 +19,10 @@
 namespace specdec::cpu {
 namespace {
 
-constexpr double kWorkPerThread = 1 << 16;    // multiply-adds and bytes: below this many another thread does not pay
-constexpr int64_t kPackedAlone = 1 << 13;     // elements of rows that are packed before the threads begin
-constexpr int64_t kBytesAtOnce = 256 * 1024;  // of the weights that a thread takes at a time
+constexpr double kWorkPerThread = 1 << 16;  // multiply-adds and bytes: below this many another thread does not pay
+constexpr int64_t kPackedAlone = 1 << 13;   // elements of rows that are packed before the threads begin
+constexpr int64_t kBytesAtOnce = 1 << 20;   // of the weights that a thread takes at a time
+constexpr int kRun = kWeightTile / 4;       // neighbouring rows of the weights in a tile of streams
 
 class LinearCall {
  public:
@@ -37,11 +38,13 @@ class LinearCall {
     const int64_t elements = int64_t(p_.rows) * p_.dim;
     const double work = double(p_.outputs) * (double(row_bytes_) + elements);
     threads = int(std::min({double(std::max(threads, 1)), work / kWorkPerThread + 1, double(tiles_)}));
-    const int64_t at_once =
-        std::max<int64_t>(1, std::min(kBytesAtOnce / (kWeightTile * row_bytes_), tiles_ / (4 * threads)));
+    // Parts of about kBytesAtOnce, as many for each thread.
+    const int64_t parts =
+        std::max<int64_t>(1, tiles_ * outputs_each_ * row_bytes_ / (kBytesAtOnce * threads)) * threads;
+    const int64_t at_once = (tiles_ + parts - 1) / parts;
     if (threads == 1) {
       pack_rows(0, p_.rows);
-      for (int64_t tile = 0; tile < tiles_; tile++) multiply(tile, true);
+      for (int64_t first = 0; first < tiles_; first += at_once) multiply(first, std::min(first + at_once, tiles_));
       return;
     }
     const bool alone = elements <= kPackedAlone;
@@ -54,8 +57,7 @@ class LinearCall {
         for (int row = 0; row < p_.rows; row++) pack_rows(row, row + 1);
       }
       for (int64_t first; (first = next.fetch_add(at_once, std::memory_order_relaxed)) < tiles_;) {
-        const int64_t end = std::min(first + at_once, tiles_);
-        for (int64_t tile = first; tile < end; tile++) multiply(tile, tile + 1 < end);
+        multiply(first, std::min(first + at_once, tiles_));
       }
     }
   }
@@ -74,18 +76,40 @@ class LinearCall {
     }
   }
 
-  void multiply(int64_t at, bool fetch_next) const {
-    const int64_t first = at * outputs_each_;
-    const int outputs = int(std::min<int64_t>(outputs_each_, p_.outputs - first));
-    WeightTile tile = WeightTile::of(p_.weight_type, p_.weight, first, first + outputs, p_.dim);
+  // A part of the outputs. With few rows its tiles take rows of the weights from streams as long as the part allows: a
+  // run of neighbouring rows from the beginning of each quarter of the part, then the next run.
+  void multiply(int64_t begin, int64_t end) const {
+    const int64_t whole = std::min<int64_t>(end, p_.outputs / outputs_each_);
+    const bool streamed = p_.rows <= kStreamedRows;
+    for (int64_t tile = begin; tile < end; tile++) {
+      if (streamed && tile < whole) {
+        multiply_tile(begin * outputs_each_ + (tile - begin) * kRun, outputs_each_, kRun, (whole - begin) * kRun,
+                      false);
+      } else {
+        const int64_t first = tile * outputs_each_;
+        const int outputs = int(std::min<int64_t>(outputs_each_, p_.outputs - first));
+        multiply_tile(first, outputs, outputs, outputs, !streamed && tile + 1 < end);
+      }
+    }
+  }
+
+  // Outputs in runs of neighbours, whose beginnings are so far apart.
+  void multiply_tile(int64_t first, int outputs, int run, int64_t apart, bool has_next) const {
+    WeightTile tile;
+    tile.dim = p_.dim;
+    const char* const weights = static_cast<const char*>(p_.weight) + first * row_bytes_;
+    for (int i = 0; i < outputs; i++) tile.row[i] = weights + (i / run * apart + i % run) * row_bytes_;
+    tile.count = outputs;
     if (p_.activation != Activation::kNone) {
       std::fill(tile.row + outputs, tile.row + outputs_each_, tile.row[outputs - 1]);
       for (int i = 0; i < outputs; i++) tile.row[outputs_each_ + i] = tile.row[i] + p_.outputs * row_bytes_;
       tile.count = outputs_each_ + outputs;
     }
-    if (fetch_next && at + 1 < tiles_) tile.next = tile.row[0] + outputs * row_bytes_;
+    tile.next = has_next ? weights + outputs * row_bytes_ : nullptr;
     packed_.multiply_blocks(tile, [&](int row, int rows, const float* sums) {
-      kernels_.finish(p_, sums, row, rows, int(first), outputs);
+      for (int i = 0; i < outputs; i += run) {
+        kernels_.finish(p_, sums + i, row, rows, int(first + i / run * apart), run);
+      }
     });
   }
 

@@ -73,18 +73,17 @@ static void round_to_pairs(float* y, int dim) {
 #endif
 }
 
-const ProductKernels kProductKernels = {normalise,
-                                        round_to_pairs,
-                                        finish,
-                                        {form_of<Float32Form>(), form_of<WidenedForm<BFloat16>>(),
-                                         form_of<WidenedForm<Float16>>(), form_of<WidenedForm<Int8>>(),
-                                         form_of<WidenedBlocksForm<WeightType::kQ80>>(),
-                                         form_of<WidenedBlocksForm<WeightType::kQ40>>(),
-                                         form_of<WidenedBlocksForm<WeightType::kQ41>>()},
+const ProductKernels kProductKernels = {
+    normalise,
+    round_to_pairs,
+    finish,
+    {form_of<Float32Form>(), form_of<WidenedForm<BFloat16>>(), form_of<WidenedForm<Float16>>(),
+     form_of<WidenedForm<Int8>>(), form_of<WidenedBlocksForm<WeightType::kQ80>>(),
+     form_of<WidenedBlocksForm<WeightType::kQ40>>(), form_of<WidenedBlocksForm<WeightType::kQ41>>()},
 #if defined(__AVX512BF16__)
-                                        form_of<PairsForm>()
+    form_of<PairsForm>()
 #else
-                                        {nullptr, nullptr, nullptr}
+    {nullptr, nullptr, nullptr}
 #endif
 };
 

@@ -13,7 +13,7 @@ namespace specdec::cpu {
 
 constexpr int kWeightTile = 64;    // rows of the weights that are multiplied at once
 constexpr int kRowBlock = 64;      // rows that are multiplied with a tile before the next ones
-constexpr int kStreamedRows = 8;   // up to here memory is what all wait for, and weights are read row after row
+constexpr int kStreamedRows = 16;  // up to here memory is what all wait for, and weights are read row after row
 constexpr int kFloatRowStep = 64;  // rows in float32 go on with zeros to a multiple of so many dims
 
 // The rows of a call, as they are given. y = x, or x / sqrt(mean(x^2) + norm_eps) * norm_weight.
@@ -94,7 +94,7 @@ extern const ProductKernels kProductKernels;
 
 // Int8 weights and blocks by integer products (linear/cpu/isa/integer_products_avx512_vnni.cpp).
 namespace avx512_vnni {
-extern const ProductForm kIntegerForms[4];         // int8, q8_0, q4_0, q4_1
+extern const ProductForm kIntegerForms[4];       // int8, q8_0, q4_0, q4_1
 double rounding_error(const float* y, int dim);  // the length of y - what `pack` makes of it
 }  // namespace avx512_vnni
 

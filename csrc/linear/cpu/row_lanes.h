@@ -18,14 +18,15 @@
 
 namespace specdec::cpu::SPECDEC_ISA {
 
-constexpr int kLaneRows = kWidth / 4;           // rows in a vector
-constexpr int kVectorBytes = 4 * kWidth;        // of packed rows
-constexpr int kLine = 64;                       // bytes
-constexpr int kChunk = 16;                      // bytes of a row of the weights that are broadcast
-constexpr int kSlots = kWidth == 16 ? 8 : 4;    // rows of the weights, likewise: their sums fit the registers
-constexpr int kStreams = 4;                     // with few rows: so many places of memory are read at once
-constexpr int kStreamAhead = 1024;              // bytes by which they are fetched into the first-level cache
-constexpr int kNearRows = 32;                   // rows of which a piece stays in the first-level cache
+constexpr int kLaneRows = kWidth / 4;                 // rows in a vector
+constexpr int kVectorBytes = 4 * kWidth;              // of packed rows
+constexpr int kLine = 64;                             // bytes
+constexpr int kChunk = 16;                            // bytes of a row of the weights that are broadcast
+constexpr int kSlots = kWidth == 16 ? 8 : 4;          // rows of the weights, likewise: their sums fit the registers
+constexpr int kStreams = 4;                           // with few rows: so many places of memory are read at once
+constexpr int kStreamVectors = kWidth == 16 ? 4 : 3;  // of rows, then
+constexpr int kStreamAhead = 1024;                    // bytes by which they are fetched into the first-level cache
+constexpr int kNearRows = 32;                         // rows of which a piece stays in the first-level cache
 constexpr int kNearVectors = kNearRows / kLaneRows;
 static_assert(kWeightTile % kSlots == 0 && kRowBlock % kNearRows == 0, "");
 
@@ -42,11 +43,13 @@ struct Pieces {
 };
 
 // Vectors of a near block are multiplied in groups of nearly equal size, which lie one after the other in each piece.
+// Few rows make larger ones, because fewer rows of the weights are multiplied with them.
 template <class Form>
 struct Groups {
   int vectors, count;
-  explicit SPECDEC_INLINE Groups(int rows) : vectors((rows + kLaneRows - 1) / kLaneRows) {
-    count = (vectors + Form::kMaxVectors - 1) / Form::kMaxVectors;
+  SPECDEC_INLINE Groups(int rows, bool streamed) : vectors((rows + kLaneRows - 1) / kLaneRows) {
+    const int most = streamed ? kStreamVectors : Form::kMaxVectors;
+    count = (vectors + most - 1) / most;
   }
   SPECDEC_INLINE int first(int group) const { return group * (vectors / count) + min_of(group, vectors % count); }
   SPECDEC_INLINE int size(int group) const { return vectors / count + (group < vectors % count); }
@@ -61,7 +64,7 @@ struct RowPlace {
   int inside;        // bytes: vector in the group, and row in the vector
   SPECDEC_INLINE RowPlace(int dim, int row, int rows) {
     const int near = row / kNearRows * kNearRows, vector = (row - near) / kLaneRows;
-    const Groups<Form> groups(min_of(kNearRows, rows - near));
+    const Groups<Form> groups(min_of(kNearRows, rows - near), rows <= kStreamedRows);
     block = int64_t(near / kLaneRows) * Form::row_vectors(dim) * kVectorBytes;
     vectors = groups.vectors;
     int group = 0;
@@ -131,7 +134,12 @@ template <class Form, int kSome, bool kStreamed>
 class TileProduct {
  public:
   TileProduct(const WeightTile& tile, const char* packed, int rows, float* outputs)
-      : tile_(tile), packed_(packed), rows_(rows), outputs_(outputs), pieces_(tile.dim), places_((tile.count + kSome - 1) / kSome) {}
+      : tile_(tile),
+        packed_(packed),
+        rows_(rows),
+        outputs_(outputs),
+        pieces_(tile.dim),
+        places_((tile.count + kSome - 1) / kSome) {}
 
   void run() {
     const int vectors = (rows_ + kLaneRows - 1) / kLaneRows, sums = vectors * (kSome * kWidth);
@@ -150,6 +158,8 @@ class TileProduct {
   }
 
  private:
+  static constexpr int kMost = kStreamed ? kStreamVectors : Form::kMaxVectors;
+
   // The row of a stream at one of its places. In a short tile the last one may be repeated.
   SPECDEC_INLINE int row_at(int stream, int place) const { return min_of(stream * places_ + place, tile_.count - 1); }
 
@@ -176,7 +186,7 @@ class TileProduct {
     for (int k = 0; k < kSome; k++) weights.row[k] = tile_.row[row_at(k, place)] + begin;
     const int dims = pieces_.dims(piece);
     form_.stage(weights, dims);
-    const Groups<Form> groups(min_of(kNearRows, rows_ - row));
+    const Groups<Form> groups(min_of(kNearRows, rows_ - row), kStreamed);
     const char* rows = packed_ + int64_t(row / kLaneRows) * Form::row_vectors(tile_.dim) * kVectorBytes +
                        int64_t(piece) * Form::piece_vectors(pieces_.each) * groups.vectors * kVectorBytes;
     kept += row / kLaneRows * (kSome * kWidth);
@@ -184,7 +194,12 @@ class TileProduct {
       const int size = groups.size(group);
       if (size == 1) Form::template multiply<kSome, 1>(weights, rows, dims, kept, piece == 0);
       if (size == 2) Form::template multiply<kSome, 2>(weights, rows, dims, kept, piece == 0);
-      if (size == Form::kMaxVectors && size > 2) Form::template multiply<kSome, Form::kMaxVectors>(weights, rows, dims, kept, piece == 0);
+      if constexpr (kMost > 2) {
+        if (size == 3) Form::template multiply<kSome, 3>(weights, rows, dims, kept, piece == 0);
+      }
+      if constexpr (kMost > 3) {
+        if (size == 4) Form::template multiply<kSome, 4>(weights, rows, dims, kept, piece == 0);
+      }
       rows += int64_t(size) * Form::piece_vectors(dims) * kVectorBytes;
       kept += size * (kSome * kWidth);
       weights.ahead = 0;
@@ -214,7 +229,8 @@ class TileProduct {
   const Pieces<Form> pieces_;
   const int places_;
   Form form_;
-  alignas(64) float kept_[kStreamed ? kSome * kWidth * ((kStreamedRows + kLaneRows - 1) / kLaneRows) : kWeightTile * kRowBlock * 4];
+  alignas(64) float kept_[kStreamed ? kSome * kWidth * ((kStreamedRows + kLaneRows - 1) / kLaneRows)
+                                    : kWeightTile * kRowBlock * 4];
 };
 
 template <class Form>

@@ -47,6 +47,8 @@ class TreeAttentionArguments(NamedTuple):
     """multiplies the output"""
     num_splits: int
     """parts per request; 0 lets each request's context length decide"""
+    path_invariant: bool
+    """a row's bits depend on its path alone; then num_splits is 0"""
 
 
 class TreeAttentionOutputs(NamedTuple):
@@ -82,7 +84,12 @@ tree_attention = Operator(
     TreeAttentionArguments,
     TreeAttentionOutputs,
     _make_attention,
-    decided_by=lambda arguments, outputs: (arguments.q, (arguments.k_cache, arguments.v_cache), outputs.out),
+    decided_by=lambda arguments, outputs: (
+        arguments.q,
+        (arguments.k_cache, arguments.v_cache),
+        outputs.out,
+        arguments.path_invariant,
+    ),
     answers=_answers_attention,
 )
 

@@ -59,6 +59,7 @@ def tree_attention(
     v_scale: float | None = None,
     return_lse: Literal[False] = False,
     num_splits: int | None = None,
+    path_invariant: bool = False,
     out: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> torch.Tensor: ...
@@ -83,6 +84,7 @@ def tree_attention(
     v_scale: float | None = None,
     return_lse: Literal[True],
     num_splits: int | None = None,
+    path_invariant: bool = False,
     out: AttentionState | None = None,
     backend: str = "auto",
 ) -> AttentionState: ...
@@ -106,6 +108,7 @@ def tree_attention(
     v_scale: float | None = None,
     return_lse: bool = False,
     num_splits: int | None = None,
+    path_invariant: bool = False,
     out: torch.Tensor | AttentionState | None = None,
     backend: str = "auto",
 ) -> torch.Tensor | AttentionState:
@@ -147,6 +150,11 @@ def tree_attention(
         return_lse: also return the natural log of each softmax denominator (sinks included).
         num_splits: into how many parts to cut the slots, 1 to 256; a fixed number gives a fixed order of reduction. By
             default a function of the request's own lengths.
+        path_invariant: whether a row's result depends on its path alone, to the last bit: on its query and on the keys
+            and values at the positions that it sees (context, ancestors by depth, itself). Not on the call's other
+            rows, on the slots in which its ancestors lie, on where the context ends and the tree begins, on pages,
+            strides, batch or threads. So a node of a draft tree gets, bit for bit, what plain decoding of its path, a
+            row at a time, gives on the same processor. The cpu backend alone has it; num_splits must be None.
         out: where to write: a tensor like q, or an AttentionState with `return_lse`. Its lse must be contiguous.
         backend: "auto", "cuda", "triton", "cpu" or "torch"; see `specdec_ops.backends`. A named backend never falls
             back. "auto" takes the torch definition for float64 and for a dim that kernels don't have (they have the
@@ -163,7 +171,7 @@ def tree_attention(
             below 0 or beyond the cache, a page that a row sees and that does not exist, and offsets that do not rise.
             Kernels on a GPU can't report those: there a length below 0 counts as 0, slots beyond the cache are
             invisible, slots of a page that does not exist hold zeros, and offsets are clamped.
-        RuntimeError: the named backend is not available, or an input requires grad.
+        RuntimeError: the named backend is not available or doesn't have path_invariant, or an input requires grad.
 
     The tree mask is that of SpecInfer (Miao et al., 2024); counting window and ALiBi by depth follows from the position
     ids of a tree, where siblings share a position.
@@ -192,6 +200,10 @@ def tree_attention(
         raise _argument_error("window", "None or an int of at least 1", window, is_int)
     if num_splits is not None and (not is_int(num_splits) or not 1 <= num_splits <= MAX_SPLITS):
         raise _argument_error("num_splits", f"None or an int from 1 to {MAX_SPLITS}", num_splits, is_int)
+    if not isinstance(path_invariant, bool):
+        raise TypeError(argument_error("tree_attention", "path_invariant", "a bool", path_invariant))
+    if path_invariant and num_splits is not None:
+        raise ValueError(argument_error("tree_attention", "num_splits", "None with path_invariant", num_splits))
     if softcap is not None and (not is_number(softcap) or not 0 < softcap <= FLOAT_MAX):
         raise _argument_error("softcap", "None or a finite number above 0", softcap, is_number)
     if sinks is not None:
@@ -220,6 +232,7 @@ def tree_attention(
         alibi_slopes,
         out_scale,
         num_splits or 0,
+        path_invariant,
     )
     result = contract.tree_attention(arguments, backend, into, return_lse=return_lse)
     if out is not None:

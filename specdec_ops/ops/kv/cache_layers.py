@@ -12,6 +12,12 @@ from specdec_ops._core.checks import INT32_MAX, argument_error, as_int32, device
 _ITEM_BYTES = (1, 2, 4, 8)
 _TENSORS = "tensors (float32, bfloat16, int8, ...)"
 _DENSE, _PAGED = "[batch, slots, kv_heads, dim]", "[pages, page_size, kv_heads, dim]"
+_LAYOUTS = {
+    (stacked, dense): ("[layers, ...] of " if stacked else "") + (_DENSE if dense else _PAGED)
+    for stacked in (False, True)
+    for dense in (False, True)
+}
+_FEW = INT32_MAX // max(_ITEM_BYTES)  # fewer elements than these need no look at each size
 
 
 class CacheLayers(NamedTuple):
@@ -81,9 +87,10 @@ def _check_pairs(op: str, k_caches, v_caches, stacked: bool, table_of, device, b
             continue
         names = ("k_caches", "v_caches") if stacked else (f"k_caches[{index}]", f"v_caches[{index}]")
         _check_cache(op, names[0], k, device, stacked, dense)
-        _check_cache(op, names[1], v, device, stacked, dense)
-        if v.shape[:-1] != k.shape[:-1]:
-            raise ValueError(argument_error(op, names[1], f"like {names[0]} {list(k.shape)} but for its dim", v))
+        if not _like(v, k):
+            _check_cache(op, names[1], v, device, stacked, dense)
+            if v.shape[:-1] != k.shape[:-1]:
+                raise ValueError(argument_error(op, names[1], f"like {names[0]} {list(k.shape)} but for its dim", v))
         if dense:
             requests = k.shape[1] if stacked else k.shape[0]
             if batch is not None and requests != batch:
@@ -94,6 +101,18 @@ def _check_pairs(op: str, k_caches, v_caches, stacked: bool, table_of, device, b
         else:
             alike = False
     return batch, alike
+
+
+def _like(other, cache: torch.Tensor) -> bool:
+    """Whether all that was checked of a cache is so of another one."""
+    return (
+        isinstance(other, torch.Tensor)
+        and other.shape == cache.shape
+        and other.stride() == cache.stride()
+        and other.dtype == cache.dtype
+        and other.device == cache.device
+        and other.requires_grad == cache.requires_grad
+    )
 
 
 def _as_list(op: str, name: str, caches) -> list:
@@ -107,7 +126,7 @@ def _as_list(op: str, name: str, caches) -> list:
 
 
 def _check_cache(op: str, name: str, cache, device, stacked: bool, dense: bool) -> None:
-    layout = ("[layers, ...] of " if stacked else "") + (_DENSE if dense else _PAGED)
+    layout = _LAYOUTS[stacked, dense]
     if not isinstance(cache, torch.Tensor) or cache.dtype.itemsize not in _ITEM_BYTES:
         must = f"one of the {_TENSORS} {layout} of a dtype of 1, 2, 4 or 8 bytes"
         raise TypeError(argument_error(op, name, must, cache))
@@ -120,7 +139,7 @@ def _check_cache(op: str, name: str, cache, device, stacked: bool, dense: bool) 
         raise ValueError(argument_error(op, name, f"{layout} with heads", cache))
     if cache.stride(-1) != 1 and shape[-1] > 1:
         raise ValueError(strides_error(op, name, "contiguous in its last dimension", cache))
-    if max(shape) > INT32_MAX or shape[-1] * cache.dtype.itemsize > INT32_MAX:
+    if not 0 < cache.numel() <= _FEW and max(*shape, shape[-1] * cache.dtype.itemsize) > INT32_MAX:
         raise ValueError(argument_error(op, name, "of sizes below 2**31", cache))
     if cache.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(grad_error(op))

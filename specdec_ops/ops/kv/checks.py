@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specdec_ops._core.checks import argument_error, as_int32, describe_dtype, device_error
+from specdec_ops._core.checks import INT32_MAX, argument_error, as_int32, describe_dtype, device_error
 from specdec_ops.rope import Rope
 
 
@@ -41,6 +41,8 @@ def check_page_table(op: str, page_table, like: torch.Tensor) -> torch.Tensor | 
         return None
     page_table = page_table if is_int32(page_table) else as_int32(op, "page_table", "[batch, max_pages]", page_table)
     check_tensor(op, "page_table", page_table, "[batch, max_pages]", 2, (torch.int32,), like)
+    if max(page_table.shape) > INT32_MAX:
+        raise ValueError(argument_error(op, "page_table", "of sizes below 2**31", page_table))
     return page_table.contiguous()
 
 

@@ -29,6 +29,7 @@ from .checks import check_ids, check_page_table, is_int32, is_rope, rope_tables
 _OP = "kv_append"
 _DTYPES = (*KERNEL_DTYPES, torch.float64)
 _SHORT_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
+_ROWS = "float32, bfloat16 or float16 [batch, queries, kv_heads, dim] or packed [tokens, kv_heads, dim]"
 _BEYOND_ALL_NODES = 2**30  # a first node from which on there are none, and to which kernels may add a row
 
 
@@ -64,10 +65,10 @@ def kv_append(
     position `context_lens[b] + depth(node)`: siblings share a position, not a slot. All arithmetic is in float32, and
     each result is rounded once.
 
-    Nothing waits for the device, and values on it are not checked. A row whose node does not exist (padding) is not
-    stored; nor is one whose slot, request or page does not exist, whose position is not in the tables, or whose
-    request has a context length below 0. Rows of the cache that no row goes to are neither read nor written, and their
-    pages may not exist.
+    Nothing waits for the device (but the torch backend, on a GPU), and values on it are not checked. A row whose node
+    does not exist (padding) is not stored; nor is one whose slot, request or page does not exist, whose position is not
+    in the tables, or whose request has a context length below 0. Slots of the cache that no row goes to are neither
+    read nor written, and their pages may not exist.
 
     Args:
         k: float32, bfloat16 or float16 `[batch, queries, kv_heads, dim]`; or packed `[tokens, kv_heads, dim]`, the rows
@@ -116,13 +117,16 @@ def kv_append(
         ValueError: a wrong shape, range, device or memory layout, or an argument that has no meaning beside another.
         RuntimeError: the named backend is not available, or an input requires grad.
     """
-    shape = _check_rows("k", k, k, None)
-    v_shape = _check_rows("v", v, k, shape)
+    if not isinstance(k, torch.Tensor) or k.dtype not in _DTYPES:
+        raise TypeError(argument_error(_OP, "k", _ROWS, k))
+    like = k.dtype, k.device
+    shape = _check_rows("k", k, like, None)
+    v_shape = _check_rows("v", v, like, shape)
     packed = len(shape) == 3
     by_offsets = packed and topology is not None
     paged = page_table is not None
     page_table = check_page_table(_OP, page_table, k)
-    cache_batch = _check_caches(k, k_cache, v_cache, shape, v_shape, paged)
+    cache_batch = _check_caches(like, k_cache, v_cache, shape, v_shape, paged)
     if paged:
         cache_batch = page_table.shape[0]
     batch = cache_batch if packed else shape[0]
@@ -180,12 +184,14 @@ def kv_append(
         if context_lens is None and positions is None:
             must = "int32 or int64 of k's rows with a rope and no context_lens"
             raise TypeError(argument_error(_OP, "positions", must, None))
+    if not isinstance(interleaved, bool):
+        raise TypeError(argument_error(_OP, "interleaved", "a bool", interleaved))
     if not is_number(norm_eps) or not 0 <= norm_eps <= FLOAT_MAX:
         raise ValueError(argument_error(_OP, "norm_eps", "a finite number of at least 0", norm_eps))
     if k_norm_weight is not None:
         _check_norm("k_norm_weight", k_norm_weight, k)
     if q is not None:
-        q_out = _check_queries(q, q_out, q_norm_weight, k, shape)
+        q_out = _check_queries(q, q_out, q_norm_weight, k, like, shape)
     elif q_out is not None or q_norm_weight is not None:
         name = "q_norm_weight" if q_out is None else "q_out"
         raise ValueError(f"specdec_ops.{_OP}: {name} must be None without q")
@@ -196,8 +202,13 @@ def kv_append(
         k_scale, k_scales = _scale("k_scale", k_scale, k_cache, k)
         v_scale, v_scales = _scale("v_scale", v_scale, v_cache, k)
     if torch.is_grad_enabled():
-        given = (k, v, q, k_norm_weight, q_norm_weight, cosines, sines, k_scales, v_scales)
-        if True in [tensor is not None and tensor.requires_grad for tensor in given]:
+        others = (q_norm_weight, k_norm_weight, cosines, sines, k_scales, v_scales)
+        if (
+            k.requires_grad
+            or v.requires_grad
+            or (q is not None and q.requires_grad)
+            or any([t is not None and t.requires_grad for t in others])
+        ):
             raise RuntimeError(grad_error(_OP))
     arguments = contract.KvAppendArguments(
         k,
@@ -215,7 +226,7 @@ def kv_append(
         page_table,
         cosines,
         sines,
-        bool(interleaved),
+        interleaved,
         q_norm_weight,
         k_norm_weight,
         float(norm_eps),
@@ -228,37 +239,37 @@ def kv_append(
     return q_out
 
 
-def _check_rows(name: str, rows, k, like: tuple[int, ...] | None) -> tuple[int, ...]:
-    """Check k, v or q, a tensor like k but for its heads and dim, whose shape is `like`. Return its shape."""
-    if not isinstance(rows, torch.Tensor) or rows.dtype not in _DTYPES:
-        must = "float32, bfloat16 or float16 [batch, queries, kv_heads, dim] or packed [tokens, kv_heads, dim]"
-        raise TypeError(argument_error(_OP, name, must, rows))
+def _check_rows(name: str, rows, like: tuple[torch.dtype, torch.device], k_shape) -> tuple[int, ...]:
+    """Check k (whose own shape is yet None), or v or q, tensors like it but for heads and dim. Return the shape."""
+    dtype, device = like
+    if not isinstance(rows, torch.Tensor):
+        raise TypeError(argument_error(_OP, name, _ROWS, rows))
     shape = tuple(rows.shape)
     if len(shape) != 4 and len(shape) != 3:
         must = "[batch, queries, kv_heads, dim] or packed [tokens, kv_heads, dim]"
         raise ValueError(argument_error(_OP, name, must, rows))
-    if shape[-1] == 0 or max(shape) > INT32_MAX:
+    if shape[-1] == 0 or (rows.numel() > INT32_MAX and max(shape) > INT32_MAX):
         raise ValueError(argument_error(_OP, name, "of sizes below 2**31 and a dim of at least 1", rows))
-    if like is None:
+    if k_shape is None:
         if shape[-2] == 0:
             raise ValueError(argument_error(_OP, name, "of at least one kv head", rows))
     else:
-        if rows.dtype != k.dtype:
-            raise TypeError(argument_error(_OP, name, f"{describe_dtype(k.dtype)} like k", rows))
-        if shape[:-2] != like[:-2] or (name == "v" and shape[-2] != like[-2]):
-            must = ", ".join(map(str, (*like[:-2], like[-2] if name == "v" else "heads", "dim")))
+        if rows.dtype != dtype:
+            raise TypeError(argument_error(_OP, name, f"{describe_dtype(dtype)} like k", rows))
+        if shape[:-2] != k_shape[:-2] or (name == "v" and shape[-2] != k_shape[-2]):
+            must = ", ".join(map(str, (*k_shape[:-2], k_shape[-2] if name == "v" else "heads", "dim")))
             raise ValueError(argument_error(_OP, name, f"[{must}] like k", rows))
-        if rows.device != k.device:
-            raise ValueError(device_error(_OP, name, k.device, rows))
-    if rows.stride(-1) != 1 and shape[-1] > 1:
+        if rows.device != device:
+            raise ValueError(device_error(_OP, name, device, rows))
+    if rows.stride()[-1] != 1 and shape[-1] > 1:
         raise ValueError(strides_error(_OP, name, "contiguous in its last dimension", rows))
     return shape
 
 
-def _check_caches(k, k_cache, v_cache, shape: tuple[int, ...], v_shape: tuple[int, ...], paged: bool) -> int:
+def _check_caches(like, k_cache, v_cache, shape: tuple[int, ...], v_shape: tuple[int, ...], paged: bool) -> int:
     """Check the caches for rows of these shapes; return their first size."""
-    leading = _check_cache("k_cache", k_cache, k, shape, paged)
-    v_leading = _check_cache("v_cache", v_cache, k, v_shape, paged)
+    leading = _check_cache("k_cache", k_cache, like, shape, paged)
+    v_leading = _check_cache("v_cache", v_cache, like, v_shape, paged)
     if v_cache.dtype != k_cache.dtype:
         raise TypeError(argument_error(_OP, "v_cache", f"{describe_dtype(k_cache.dtype)} like k_cache", v_cache))
     if v_leading != leading:
@@ -272,12 +283,13 @@ def _layout(paged: bool) -> str:
     return "[pages, page_size, kv_heads, dim]" if paged else "[batch, slots, kv_heads, dim]"
 
 
-def _check_cache(name: str, cache, k, rows: tuple[int, ...], paged: bool) -> tuple[int, ...]:
+def _check_cache(name: str, cache, like, rows: tuple[int, ...], paged: bool) -> tuple[int, ...]:
     """Check a cache for rows of this shape; return its first two sizes."""
+    dtype, device = like
     if not isinstance(cache, torch.Tensor) or (
-        cache.dtype != k.dtype and (cache.dtype not in _SHORT_DTYPES or k.dtype == torch.float64)
+        cache.dtype != dtype and (cache.dtype not in _SHORT_DTYPES or dtype == torch.float64)
     ):
-        must = f"{describe_dtype(k.dtype)}, float8_e4m3fn, float8_e5m2 or int8 {_layout(paged)}"
+        must = f"{describe_dtype(dtype)}, float8_e4m3fn, float8_e5m2 or int8 {_layout(paged)}"
         raise TypeError(argument_error(_OP, name, must, cache))
     shape = tuple(cache.shape)
     if len(shape) != 4 or shape[2:] != rows[-2:]:
@@ -290,9 +302,9 @@ def _check_cache(name: str, cache, k, rows: tuple[int, ...], paged: bool) -> tup
         raise ValueError(sentence)
     if shape[0] > INT32_MAX or shape[1] > INT32_MAX:
         raise ValueError(argument_error(_OP, name, "of sizes below 2**31", cache))
-    if cache.device != k.device:
-        raise ValueError(device_error(_OP, name, k.device, cache))
-    if cache.stride(-1) != 1 and shape[3] > 1:
+    if cache.device != device:
+        raise ValueError(device_error(_OP, name, device, cache))
+    if cache.stride()[-1] != 1 and shape[3] > 1:
         raise ValueError(strides_error(_OP, name, "contiguous in its last dimension", cache))
     return shape[:2]
 
@@ -300,7 +312,7 @@ def _check_cache(name: str, cache, k, rows: tuple[int, ...], paged: bool) -> tup
 def _trees(topology: Topology, batch: int, k) -> tuple[torch.Tensor, torch.Tensor]:
     """The topology's depths and num_nodes, contiguous and of one batch size."""
     depths, num_nodes = topology.depths, topology.num_nodes
-    trees, counts = len(depths), len(num_nodes)
+    trees, counts = depths.shape[0], num_nodes.shape[0]
     if (trees != batch and trees != 1) or (counts != batch and counts != 1):
         raise ValueError(wrong_batch(_OP, batch, max(trees, counts)))
     if depths.device != k.device:
@@ -339,24 +351,25 @@ def _check_norm(name: str, weight, k) -> None:
         raise ValueError(strides_error(_OP, name, "contiguous", weight))
 
 
-def _check_queries(q, q_out, q_norm_weight, k, like: tuple[int, ...]) -> torch.Tensor:
+def _check_queries(q, q_out, q_norm_weight, k, like, k_shape: tuple[int, ...]) -> torch.Tensor:
     """Check what belongs to the queries; return where they go."""
-    shape = _check_rows("q", q, k, like)
-    if shape[-1] != like[-1]:
-        raise ValueError(argument_error(_OP, "q", f"of k's dim of {like[-1]}", q))
+    shape = _check_rows("q", q, like, k_shape)
+    if shape[-1] != k_shape[-1]:
+        raise ValueError(argument_error(_OP, "q", f"of k's dim of {k_shape[-1]}", q))
     if q_norm_weight is not None:
         _check_norm("q_norm_weight", q_norm_weight, k)
     if q_out is None:
-        return alloc.empty(shape, q.dtype, q.device)
+        return alloc.empty(shape, *like)
     if q_out is q:
         return q
-    if not isinstance(q_out, torch.Tensor) or q_out.dtype != q.dtype:
-        raise TypeError(argument_error(_OP, "q_out", f"{describe_dtype(q.dtype)} {list(shape)} like q", q_out))
+    dtype, device = like
+    if not isinstance(q_out, torch.Tensor) or q_out.dtype != dtype:
+        raise TypeError(argument_error(_OP, "q_out", f"{describe_dtype(dtype)} {list(shape)} like q", q_out))
     if q_out.shape != shape:
-        raise ValueError(argument_error(_OP, "q_out", f"{describe_dtype(q.dtype)} {list(shape)} like q", q_out))
-    if q_out.device != q.device:
-        raise ValueError(device_error(_OP, "q_out", q.device, q_out))
-    if q_out.stride(-1) != 1 and shape[-1] > 1:
+        raise ValueError(argument_error(_OP, "q_out", f"{describe_dtype(dtype)} {list(shape)} like q", q_out))
+    if q_out.device != device:
+        raise ValueError(device_error(_OP, "q_out", device, q_out))
+    if q_out.stride()[-1] != 1 and shape[-1] > 1:
         raise ValueError(strides_error(_OP, "q_out", "contiguous in its last dimension", q_out))
     return q_out
 

@@ -97,11 +97,12 @@ class GgufWeight:
         """Return the weight in float32 `[outputs, dim]`, or some of its rows `[..., dim]`: those of an embedding.
 
         Args:
-            rows: int32 or int64 `[...]`, which ones. None: all.
+            rows: int32 or int64 `[...]`, which ones; one that is out of range counts as the nearest. None: all.
         """
         if rows is None:
             return dequantized_blocks(self.blocks, self.weight_type)
-        found = dequantized_blocks(self.blocks[rows.reshape(-1)], self.weight_type)
+        known = rows.reshape(-1).clamp(0, self.outputs - 1)
+        found = dequantized_blocks(self.blocks[known], self.weight_type)
         return found.view(*rows.shape, self.dim)
 
     def __repr__(self) -> str:

@@ -78,9 +78,7 @@ struct Int8Form {
 
   static SPECDEC_INLINE int chunks_of(int dims) { return (dims + kChunk - 1) / kChunk; }
   static SPECDEC_INLINE int piece_vectors(int dims) { return 2 + 2 * chunks_of(dims); }
-  static SPECDEC_INLINE int row_vectors(int dim) {
-    return 2 * Pieces<Int8Form>(dim).count + 2 * chunks_of(dim);
-  }
+  static SPECDEC_INLINE int row_vectors(int dim) { return 2 * Pieces<Int8Form>(dim).count + 2 * chunks_of(dim); }
   static SPECDEC_INLINE int64_t weight_bytes(int dims) { return dims; }
 
   template <int kSome>
@@ -113,8 +111,60 @@ struct Int8Form {
     }
   }
 
+  // With few sums high and low bytes have their own, so that more of them are under way, and weights are loaded once.
+  template <int kSome, int kVectors>
+  static SPECDEC_INLINE void multiply_both(const WeightRows<kSome>& weights, const char* rows, int dims, float* kept,
+                                           bool begin) {
+    const int chunks = chunks_of(dims);
+    const char* bytes = rows + 2 * kVectors * kVectorBytes;
+    const int64_t apart = int64_t(chunks) * kVectors * kVectorBytes;
+    __m512i high[kSome][kVectors], low[kSome][kVectors];
+    SPECDEC_UNROLL
+    for (int k = 0; k < kSome; k++) {
+      SPECDEC_UNROLL
+      for (int v = 0; v < kVectors; v++) high[k][v] = low[k][v] = _mm512_setzero_si512();
+    }
+    const auto add = [&](int offset, const char* at) __attribute__((always_inline)) {
+      SPECDEC_UNROLL
+      for (int k = 0; k < kSome; k++) {
+        const __m512i weight = flipped(chunk_at(weights.row[k] + offset));
+        SPECDEC_UNROLL
+        for (int v = 0; v < kVectors; v++) {
+          high[k][v] = _mm512_dpbusd_epi32(high[k][v], weight, vector_at(at + v * kVectorBytes));
+          low[k][v] = _mm512_dpbusd_epi32(low[k][v], weight, vector_at(at + apart + v * kVectorBytes));
+        }
+      }
+    };
+    constexpr int kChunks = kLine / kChunk;
+    int chunk = 0;
+    for (; chunk + kChunks <= chunks; chunk += kChunks, bytes += kChunks * kVectors * kVectorBytes) {
+      if (weights.ahead) {
+        SPECDEC_UNROLL
+        for (int k = 0; k < kSome; k++) weights.fetch(k, chunk * kChunk);
+      }
+      SPECDEC_UNROLL
+      for (int i = 0; i < kChunks; i++) add((chunk + i) * kChunk, bytes + i * kVectors * kVectorBytes);
+    }
+    for (; chunk < chunks; chunk++, bytes += kVectors * kVectorBytes) add(chunk * kChunk, bytes);
+    SPECDEC_UNROLL
+    for (int v = 0; v < kVectors; v++) {
+      SPECDEC_UNROLL
+      for (int k = 0; k < kSome; k++, kept += kWidth) {
+        put_sum(_mm512_add_epi32(_mm512_slli_epi32(high[k][v], 8), low[k][v]), rows, kVectors, v, kept, begin);
+      }
+    }
+  }
+
+  // Makes a number of a piece's integer sum with vector v of the rows, and adds it to what is kept.
+  static SPECDEC_INLINE void put_sum(__m512i sum, const char* rows, int vectors, int v, float* kept, bool begin) {
+    const Vec whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, vector_at(rows + v * kVectorBytes)));
+    const Vec scale = load(reinterpret_cast<const float*>(rows + (vectors + v) * kVectorBytes));
+    store(kept, begin ? whole * scale : fma(whole, scale, load(kept)));
+  }
+
   template <int kSome, int kVectors>
   static void multiply(const WeightRows<kSome>& weights, const char* rows, int dims, float* kept, bool begin) {
+    if (kSome == kStreams && kVectors < 3) return multiply_both<kSome, kVectors>(weights, rows, dims, kept, begin);
     const int chunks = chunks_of(dims);
     const char* bytes = rows + 2 * kVectors * kVectorBytes;
     __m512i sum[kSome][kVectors];
@@ -156,13 +206,8 @@ struct Int8Form {
     }
     SPECDEC_UNROLL
     for (int v = 0; v < kVectors; v++) {
-      const __m512i too_much = vector_at(rows + v * kVectorBytes);
-      const Vec scale = load(reinterpret_cast<const float*>(rows + (kVectors + v) * kVectorBytes));
       SPECDEC_UNROLL
-      for (int k = 0; k < kSome; k++, kept += kWidth) {
-        const Vec whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sum[k][v], too_much));
-        store(kept, begin ? whole * scale : fma(whole, scale, load(kept)));
-      }
+      for (int k = 0; k < kSome; k++, kept += kWidth) put_sum(sum[k][v], rows, kVectors, v, kept, begin);
     }
   }
 };
@@ -219,9 +264,8 @@ struct BlocksForm {
       for (int v = 0; v < kVectors; v++) sum[k][v] = splat(0.0f);
     }
     const char* at = rows + kVectors * kVectorBytes;
-    const auto part = [&](int i, int v) __attribute__((always_inline)) {
-      return vector_at(at + (i * kVectors + v) * kVectorBytes);
-    };
+    const auto part = [&](int i, int v)
+                          __attribute__((always_inline)) { return vector_at(at + (i * kVectors + v) * kVectorBytes); };
     const int64_t bytes = weight_bytes(dims);
     for (int64_t offset = 0; offset < bytes; offset += kBytes, at += kBlockVectors * kVectors * kVectorBytes) {
       SPECDEC_UNROLL
