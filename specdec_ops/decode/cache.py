@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from specdec_ops._core.checks import KERNEL_DTYPES
+from specdec_ops._core.dispatch import backends
 from specdec_ops.ops.attention.tree_attention import tree_attention
 from specdec_ops.ops.kv.gather_layer_kv import gather_layer_kv
 from specdec_ops.ops.kv.kv_append import kv_append
@@ -11,6 +13,12 @@ from specdec_ops.ops.kv.kv_commit import kv_commit
 
 from .pages import PagePool
 from .rows import Rows, Shape
+
+
+def _has_exact_attention(shape: Shape, dtype: torch.dtype) -> bool:
+    """Whether attention can give a node of a tree, to the last bit, what plain decoding of its path would give."""
+    sound = shape.head_dim % 16 == 0 and shape.head_dim <= 256 and dtype in KERNEL_DTYPES
+    return sound and shape.device.type == "cpu" and backends("tree_attention", "cpu")["cpu"] is None
 
 
 class Sequence:
@@ -45,6 +53,7 @@ class Cache:
         self.v_caches = list(torch.zeros(size, dtype=dtype, device=shape.device))
         self.pool = PagePool(pages, page_size)
         self.device = shape.device
+        self._exact = {"path_invariant": True} if _has_exact_attention(shape, dtype) else {}
 
     def reserve(self, sequence: Sequence, slots: int) -> bool:
         """Give a request pages for `slots` slots. Returns False, and gives none, if there are not enough."""
@@ -94,6 +103,7 @@ class Cache:
             rows.context_lens,
             page_table=rows.page_table,
             query_start=rows.query_start,
+            **self._exact,
             **options,
         )
 

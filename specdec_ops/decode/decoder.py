@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
+from specdec_ops._core.dispatch import backends
 from specdec_ops.ops.linear.linear import linear
 from specdec_ops.ops.linear.rms_norm import rms_norm
 from specdec_ops.rope import Rope
@@ -15,6 +17,12 @@ from specdec_ops.rope import Rope
 from .cache import Cache
 from .rows import Output, Rows, Shape
 from .text import Tokenizer
+
+
+@functools.cache
+def row_invariant_backend(device: str) -> str:
+    """The backend of `linear` whose rows never depend on each other, where there is one."""
+    return "cpu" if device == "cpu" and backends("linear", "cpu")["cpu"] is None else "auto"
 
 
 class Norm(NamedTuple):
@@ -41,12 +49,16 @@ class Projection(NamedTuple):
     bias: torch.Tensor | None = None
 
     def __call__(self, x: torch.Tensor, norm: Norm | None = None, **options) -> torch.Tensor:
-        """`norm(x) @ weight.T + bias`, with an activation or a residual of `linear`."""
+        """`norm(x) @ weight.T + bias`, with an activation or a residual of `linear`.
+
+        On a CPU always by our kernel, whose rows do not depend on how many there are: PyTorch's product, which `linear`
+        would take for many rows, promises no such thing.
+        """
         if norm is not None and norm.bias is None:
             options.update(norm_weight=norm.weight, norm_eps=norm.eps)
         elif norm is not None:
             x = norm(x)
-        return linear(x, self.weight, bias=self.bias, **options)
+        return linear(x, self.weight, bias=self.bias, backend=row_invariant_backend(x.device.type), **options)
 
 
 @dataclasses.dataclass
