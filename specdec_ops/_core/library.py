@@ -10,8 +10,10 @@ PyTorch's dispatcher costs several microseconds of a call that may take ten.
 The ops are for inference: they have no backward.
 """
 
+import contextlib
 import inspect
 import itertools
+import threading
 import typing
 from collections.abc import Callable
 
@@ -49,6 +51,26 @@ def nobody_watches() -> bool:
 def are_plain(values: typing.Iterable) -> bool:
     """Whether all these are tensors and numbers as they come, and no subclass that wants to see what is done to it."""
     return _PLAIN.issuperset(map(type, values))
+
+
+class _Recording(threading.local):
+    calls: list | None = None
+
+
+_recording = _Recording()
+
+
+@contextlib.contextmanager
+def recorded() -> typing.Iterator[list[tuple[Callable, tuple, tuple]]]:
+    """Collects what the calls of this thread come down to: (implementation, checked arguments, outputs) of each.
+
+    For callers that repeat a call with other tensors of the same shapes, and need it checked and resolved only once.
+    """
+    before, _recording.calls = _recording.calls, []
+    try:
+        yield _recording.calls
+    finally:
+        _recording.calls = before
 
 
 def _fake_empty(shape, dtype, device):
@@ -185,6 +207,8 @@ class Operator:
         if self._answers is not None and self._answers(arguments, outputs):
             return
         if self._pieces is None:
+            if _recording.calls is not None:
+                _recording.calls.append((implementation, arguments, outputs))
             implementation(arguments, outputs)
         else:
             for piece in self._pieces(arguments, outputs):

@@ -13,13 +13,13 @@ from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 import torch
 
+from specdec_ops._core import alloc
 from specdec_ops._core.checks import argument_error, is_int
 from specdec_ops.drafts.base import Draft, Drafted
 from specdec_ops.drafts.model_draft import chains
 from specdec_ops.ops.acceptance.accept import Acceptance
 from specdec_ops.status import AcceptStatus
 from specdec_ops.topology import Topology
-from specdec_ops.tree import Tree
 
 from . import rules
 from .batch import Batch, Law
@@ -291,7 +291,7 @@ class Engine:
         if drafts:
             drafted = draft.propose(batch)
         else:
-            drafted = Drafted(batch.last_tokens[:, None], Tree.chain(1).to(self._device), is_chain=True)
+            drafted = Drafted(batch.last_tokens[:, None], chains((1,), self._device), is_chain=True)
         times.append(time.perf_counter())
         logits, hidden = self._score(batch, drafted)
         logits = law.without_improbable(logits)
@@ -357,7 +357,10 @@ class Engine:
         tokens = drafted.tokens.view(-1).index_select(0, there)
         rows = Rows(tokens, drafted.topology, batch.context_lens, batch.page_table)
         output = self.target.forward(rows, self.cache)
-        padded = (rows.new_zeros(shape.numel(), rows.shape[-1]).index_copy_(0, there, rows) for rows in output)
+        padded = (  # rows of no node are never looked at, so nothing fills them
+            alloc.empty((shape.numel(), some.shape[-1]), some.dtype, some.device).index_copy_(0, there, some)
+            for some in output
+        )
         return tuple(rows.view(*shape, -1) for rows in padded)
 
     def _logprobs(self, batch: Batch, logits: torch.Tensor, acceptance) -> list[list[float]] | None:

@@ -18,6 +18,13 @@ if TYPE_CHECKING:
 
 _OP = "drafts.Ngram"
 
+_HITS = (0.22, 0.54, 0.63, 0.68, 0.78, 0.85)
+"""How often a greedy answer went on as it did after the last 1, 2, ... tokens before: measured with SmolLM2-135M on
+MT-Bench, HumanEval and GSM8K. With temperature 1 it does so half as often, with the same order."""
+_PRICE, _HIGHEST_PRICE = 0.13, 0.7
+_FREE_ROWS = 4
+"""A pass over this many rows takes as long as one over one: the weights are read once."""
+
 
 class _Index:
     """Where each n-gram of a text has been followed by something."""
@@ -35,13 +42,13 @@ class _Index:
         self.known = len(ids)
 
     def continuations(self, ids: list[int], least: int, most: int):
-        """Places after the longest known suffixes, of the longest first and of the latest first."""
+        """(place, length) after the longest known suffixes, of the longest first and of the latest first."""
         seen: set[int] = set()
         for length in range(min(self.longest, len(ids)), least - 1, -1):
             for place in reversed(self.places.get(tuple(ids[-length:]), ())):
                 if place not in seen:
                     seen.add(place)
-                    yield place
+                    yield place, length
                     if len(seen) == most:
                         return
 
@@ -51,6 +58,11 @@ class Ngram(Draft):
 
     Answers that repeat what stands in the prompt (summaries, code edits, extraction) or themselves gain most. The idea
     is prompt lookup decoding (Saxena, 2023) and, with several continuations in a tree, REST (He et al., 2023).
+
+    A node has to be likely enough to be worth its row: the longer the n-gram that was found and the fewer tokens lie
+    between, the likelier it is. Up to 4 rows of a pass cost next to nothing, and the rows of many requests add up, so
+    a single request drafts on any match, and each of many only on long ones. With rules other than "match" the batch
+    plays no part in it, since the tree would have a part in what is drawn.
 
     Args:
         nodes: the most tokens of a tree, its root included.
@@ -65,7 +77,7 @@ class Ngram(Draft):
 
     proposals = "deterministic"
 
-    def __init__(self, nodes: int = 8, *, longest: int = 4, shortest: int = 1, branches: int = 3) -> None:
+    def __init__(self, nodes: int = 8, *, longest: int = 6, shortest: int = 1, branches: int = 3) -> None:
         limits = {"nodes": (nodes, 2, MAX_NODES), "longest": (longest, 1, 64), "shortest": (shortest, 1, longest)}
         limits["branches"] = (branches, 1, MAX_NODES)
         for name, (value, low, high) in limits.items():
@@ -82,7 +94,9 @@ class Ngram(Draft):
 
     def propose(self, batch: Batch) -> Drafted:
         """A tree for each request, of node 0 alone where nothing is known."""
-        grown = [self._grow(request) for request in batch.requests]
+        together = len(batch) if self.is_coupled else 1
+        price, free = min(_PRICE * together, _HIGHEST_PRICE), _FREE_ROWS // together
+        grown = [self._grow(request, price, free) for request in batch.requests]
         trees, sizes = [tree for tree, _ in grown], tuple(len(tokens) for _, tokens in grown)
         width = max(sizes)
         padded = [tokens + [-1] * (width - len(tokens)) for _, tokens in grown]
@@ -94,19 +108,25 @@ class Ngram(Draft):
             is_chain=all(tree.depth == len(tree) - 1 for tree in trees),
         )
 
-    def _grow(self, request: Request) -> tuple[Tree, list[int]]:
+    def _grow(self, request: Request, price: float, free: int) -> tuple[Tree, list[int]]:
+        """A tree whose nodes are accepted with a chance of at least `price`, but for the first `free` ones."""
         index, ids = request.draft_state, request.ids
         index.update(ids)
         tokens, parents, child = [ids[-1]], [-1], {}
-        for place in index.continuations(ids, self._shortest, self._branches):
-            node = 0
-            for token in ids[place : place + self.max_nodes - 1]:
+        left = 1.0  # the chance that none of the root's children so far is accepted
+        for place, length in index.continuations(ids, self._shortest, self._branches):
+            node, chance = 0, left
+            for step, token in enumerate(ids[place : place + self.max_nodes - 1]):
+                hit = _HITS[min(length + step, len(_HITS)) - 1]  # what is accepted makes the match longer
+                chance *= hit
                 found = child.get((node, token))
                 if found is None:
-                    if len(tokens) == self.max_nodes:
+                    if len(tokens) == self.max_nodes or (chance < price and len(tokens) >= free):
                         break
                     found = child[node, token] = len(tokens)
                     tokens.append(token)
                     parents.append(node)
+                    if node == 0:
+                        left *= 1 - hit
                 node = found
         return Tree.from_parents(parents), tokens

@@ -1,0 +1,234 @@
+"""Tokens per second of real models: Hugging Face's loops, economize, llama.cpp, OpenVINO and our engine.
+
+`python -m benchmarks.decode --quick` takes under two minutes on two cores. Longer runs can be cut into pieces with
+`--batch`, `--temperature` and `--prompts`, which `--append` puts into one file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from benchmarks.harness.machine import ROOT, describe
+from specdec_ops import drafts
+from specdec_ops.decode.__main__ import chat_prompt
+from specdec_ops.integrations.transformers import load
+
+from . import contestants, measure, other_engines, prompts, results
+from .contestants import Contestant, Run
+from .demo import hugging_face, model_file
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """How much is run: prompts of each set, tokens of each answer, and the cells."""
+
+    count: int
+    length: int
+    batches: tuple[int, ...]
+    temperatures: tuple[float, ...]
+
+
+PRESETS = {
+    "quick": Preset(1, 40, (1,), (0.0,)),
+    "standard": Preset(8, 96, (1, 4, 8), (0.0, 0.7, 1.0)),
+    "full": Preset(80, 256, (1, 4, 8), (0.0, 0.7, 1.0)),
+}
+OTHERS_ROLE = "library"
+
+
+def ngram(asked) -> list[tuple[str, Callable]]:
+    """Needs nothing."""
+    return [("ours, n-grams", drafts.Ngram)]
+
+
+def chain(asked) -> list[tuple[str, Callable]]:
+    """A smaller model, given by --draft."""
+    if asked.draft is None:
+        return []
+    model = load(asked.draft)
+    return [(f"ours, chain of {asked.steps}", lambda: drafts.Chain(model, asked.steps))]
+
+
+def eagle(asked) -> list[tuple[str, Callable]]:
+    """A trained layer, given by --eagle."""
+    if asked.eagle is None:
+        return []
+    if not hasattr(drafts, "Eagle"):
+        raise ValueError("--eagle needs drafts.Eagle, which this version does not have")
+    return [("ours, EAGLE", lambda: drafts.Eagle.load(asked.eagle))]
+
+
+DRAFTS = (ngram, chain, eagle)
+"""Each gives, of the arguments, pairs of a name and what makes a draft. One more draft is one more function."""
+
+
+def parser() -> argparse.ArgumentParser:
+    """Of the command line."""
+    made = argparse.ArgumentParser("python -m benchmarks.decode", description=__doc__.splitlines()[0])
+    presets = made.add_mutually_exclusive_group()
+    for name in PRESETS:
+        presets.add_argument(f"--{name}", dest="preset", action="store_const", const=name)
+    made.set_defaults(preset="quick")
+    made.add_argument("--batch", type=int, nargs="+", help="requests at once")
+    made.add_argument("--temperature", type=float, nargs="+")
+    made.add_argument("--prompts", nargs="+", choices=tuple(prompts.PACKAGES), default=list(prompts.PACKAGES))
+    made.add_argument("--count", type=int, help="prompts of each set")
+    made.add_argument("--tokens", type=int, help="the most tokens of an answer")
+    made.add_argument("--draft", help="a folder with a smaller model: for Chain, and for assisted generation")
+    made.add_argument("--steps", type=int, default=5, help="tokens that the smaller model drafts (default: 5)")
+    made.add_argument("--eagle", help="a folder with a trained EAGLE layer")
+    made.add_argument("--lookup-tokens", type=int, default=4, help="that the peers' prompt lookups draft (default: 4)")
+    made.add_argument("--only", help="only contestants with this in their name, and the plain ones")
+    made.add_argument("--no-others", action="store_true", help="leave llama.cpp and OpenVINO out")
+    made.add_argument("--out", type=Path, help="the CSV; the plot goes beside it")
+    made.add_argument("--append", action="store_true", help="to that file")
+    return made
+
+
+def in_process(asked, model, float32, blocks, max_batch: int, max_length: int) -> list[Contestant]:
+    """Contestants of this process, in the order of their rows."""
+    lookup = {"prompt_lookup_num_tokens": asked.lookup_tokens}
+    found = [contestants.hugging_face("generate", model)]
+    if asked.draft is not None:
+        from transformers import AutoModelForCausalLM
+
+        assistant = AutoModelForCausalLM.from_pretrained(asked.draft, dtype=torch.float32).eval()
+        found.append(contestants.hugging_face("generate, assisted", model, assistant=assistant))
+    found.append(contestants.hugging_face("generate, prompt lookup", model, **lookup))
+    reason = contestants.without_economize()
+    if reason:
+        found.append(Contestant("economize, prompt lookup", "library", "float32", _never, refuses=lambda *_: reason))
+    else:
+        found.append(contestants.economize_lookup(model, asked.lookup_tokens))
+    sizes = {"max_batch": max_batch, "max_length": max_length}
+    for weights, target in (("float32", float32), ("blocks", blocks)):
+        found.append(contestants.ours("ours plain", target, None, weights=weights, **sizes))
+        for make in DRAFTS:
+            for name, draft in make(asked):
+                found.append(contestants.ours(name, target, draft(), weights=weights, **sizes))
+    if asked.only:
+        found = [one for one in found if asked.only in one.name or one.name in ("generate", "ours plain")]
+    return found
+
+
+def _never(task) -> Run:
+    raise RuntimeError("it takes no part")
+
+
+def others(asked, path: Path, units, temperature: float, length: int, eos) -> list[measure.Entry]:
+    """llama.cpp and OpenVINO: the same prompts one at a time, each engine in a process of its own."""
+    entries = []
+    for engine in other_engines.ENGINES:
+        for kind in other_engines.KINDS:
+            contestant = Contestant(f"{engine}, {kind}", OTHERS_ROLE, "blocks", _never)
+            entry = measure.Entry(contestant, problem=other_engines.missing(engine))
+            entries.append(entry)
+            if not entry.problem and len(units[0].prompts) > 1:
+                entry.problem = "it is given one request at a time"
+            if entry.problem:
+                continue
+            task = {"model": str(path), "kind": kind, "prompts": [unit.prompts[0] for unit in units]}
+            task |= {"length": length, "temperature": temperature, "eos": list(eos)}
+            task |= {"draft_tokens": asked.lookup_tokens, "threads": torch.get_num_threads()}
+            try:
+                for done in other_engines.run(engine, task):
+                    entry.runs.append(_run_of(done))
+            except Exception as error:
+                entry.problem = f"fails: {measure.short(error)}"
+            entry.texts = "not compared"
+    return entries
+
+
+def _run_of(done: dict) -> Run:
+    tokens = done["timed"] + 1
+    calls = tokens if done["calls"] is None else done["calls"]
+    return Run([done["tokens"] or [0] * tokens], done["seconds"], done["timed"], calls)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs cell after cell; each is on the disk when it is done."""
+    asked = parser().parse_args(arguments)
+    preset, began = PRESETS[asked.preset], time.perf_counter()
+    warnings.simplefilter("ignore")
+    try:
+        return run(asked, preset, began, sys.argv[1:] if arguments is None else arguments)
+    except (RuntimeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+
+
+def run(asked, preset: Preset, began: float, arguments: list[str]) -> int:
+    """See `main`."""
+    path = model_file()
+    batches, temperatures = asked.batch or preset.batches, asked.temperature or preset.temperatures
+    length = asked.tokens or preset.length
+    questions = {name: prompts.load(name, asked.count or preset.count) for name in asked.prompts}
+    say = progress(began)
+    say(f"loading {path.name}")
+    blocks = load(path)
+    model = hugging_face(path)
+    float32 = load(model, blocks.tokenizer)
+    eos = tuple(blocks.eos)
+    ids = {
+        name: [blocks.tokenizer.encode(chat_prompt(blocks, question)) for question in some]
+        for name, some in questions.items()
+    }
+    longest = max(len(prompt) for some in ids.values() for prompt in some) + length + 8
+    there = in_process(asked, model, float32, blocks, max(batches), longest)
+    today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
+    out = asked.out or ROOT / "benchmarks" / "results" / "local" / f"{today}-decode-{asked.preset}.csv"
+    fixed = describe("cpu", arguments) | results.versions() | {"model": path.name}
+    fixed["command"] = fixed["command"].replace("benchmarks.run", "benchmarks.decode")
+    every: list[dict] = results.read(out) if asked.append and out.exists() else []
+    fresh = not every
+
+    def logits_of(tokens: list[int]) -> torch.Tensor:
+        with torch.inference_mode():
+            return model(torch.tensor([tokens])).logits[0]
+
+    for batch in batches:
+        units = measure.units_of(ids, batch)
+        if not units:
+            say(f"batch {batch} is left out: there are fewer prompts")
+            continue
+        for temperature in temperatures:
+            cell = f"batch {batch}, T = {temperature:g}"
+            entries = measure.run_cell(
+                there, units, temperature, length, eos, lambda done, of, cell=cell: say(f"{cell}: {done} of {of}", done)
+            )
+            say(f"{cell}: checking texts")
+            measure.check(entries, units, temperature, logits_of)
+            if not asked.no_others:
+                say(f"{cell}: other engines")
+                entries += others(asked, path, units, temperature, length, eos)
+            rows = [row | fixed for row in measure.rows_of(entries, units, temperature)]
+            results.write(out, rows, header=fresh)
+            fresh = False
+            every += rows
+            print("\n".join(results.table(rows)), flush=True)
+    print(results.draw(every, out.with_suffix(".png")))
+    print(f"lines: {out.name}")
+    return 0
+
+
+def progress(began: float) -> Callable[..., None]:
+    """Says what is done now, on the error output, with the seconds since the start; of counted steps every eighth."""
+
+    def say(text: str, step: int = 0) -> None:
+        if step % 8 == 0:
+            print(f"[{time.perf_counter() - began:5.0f} s] {text}", file=sys.stderr, flush=True)
+
+    return say
+
+
+if __name__ == "__main__":
+    sys.exit(main())
