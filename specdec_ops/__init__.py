@@ -4,6 +4,11 @@ Topology: the shape of a draft
     Tree                 a draft tree on the host: constructors, paths, mask, positions, free slicing
     Topology             the trees of a batch as device tensors, as every op takes them; made by `Tree.to`
     build_topology       makes a Topology on the device from parents that change every step
+    grow_tree            takes a draft's candidates level by level, and chooses what it runs next (EAGLE-2)
+    prune_tree           keeps the best candidates of all levels: the tree that the target judges
+    CandidatePool        the candidates of a round and the draft's own tree, on the device; sizes are fixed
+    Frontier             what grow_tree returns
+    PrunedTree           what prune_tree returns
     published_trees      the trees of papers (MCSD, improved MCSD, Medusa, EAGLE) by name
     VocabMap             which target token each entry of a reduced draft vocabulary is
 
@@ -59,6 +64,7 @@ Everything
     backends             which backends work for an op on a device, and why the others do not
     AcceptStatus         the bits of Acceptance.status, LongestPath.status and Children.status
     ExitStatus           the bits of Confidence.status
+    GrowStatus           the bits of CandidatePool.status
     TopologyStatus       the bits of Topology.status
 
 `help(specdec_ops.tree_attention)` has an op's shapes, dtypes, options and errors. `specdec_ops.dlpack` has the ops for
@@ -120,9 +126,15 @@ from .ops.linear.module import Linear as Linear
 from .ops.linear.quantized_weight import QuantizedWeight as QuantizedWeight
 from .ops.linear.quantized_weight import quantize_linear as quantize_linear
 from .ops.linear.rms_norm import rms_norm as rms_norm
+from .ops.topology.candidate_pool import CandidatePool as CandidatePool
+from .ops.topology.grow_tree import Frontier as Frontier
+from .ops.topology.grow_tree import grow_tree as grow_tree
+from .ops.topology.prune_tree import PrunedTree as PrunedTree
+from .ops.topology.prune_tree import prune_tree as prune_tree
 from .rope import Rope as Rope
 from .status import AcceptStatus as AcceptStatus
 from .status import ExitStatus as ExitStatus
+from .status import GrowStatus as GrowStatus
 from .status import TopologyStatus as TopologyStatus
 from .topology import Topology as Topology
 from .topology import build_topology as build_topology

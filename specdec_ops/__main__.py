@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from . import (
+    CandidatePool,
     Tree,
     __version__,
     bound_head,
@@ -18,10 +19,12 @@ from . import (
     exit_confidence,
     exit_mlp,
     gather_layer_kv,
+    grow_tree,
     kv_commit,
     kv_propagate,
     linear,
     merge_states,
+    prune_tree,
     quantize_head,
     quantize_linear,
     rms_norm,
@@ -263,6 +266,32 @@ def check_rms_norm(backend: str, device: str) -> float:
     return largest_difference(got, rms_norm(x, weight, residual=x, backend="torch"))
 
 
+def check_grow_tree(backend: str, device: str) -> float:
+    """1 if any frontier of three levels, or anything in the pool, differs from the reference, else 0."""
+    (_, got), (_, want) = (grown(name, device) for name in (backend, "torch"))
+    return float(not all(torch.equal(*both) for both in zip(got, want, strict=True)))
+
+
+def check_prune_tree(backend: str, device: str) -> float:
+    """1 if anything of the trees of two requests differs from the reference, else 0."""
+    pool, _ = grown("torch", device)
+    roots = torch.tensor([3, 7], dtype=torch.int32, device=device)
+    trees = [prune_tree(pool, 30, root_tokens=roots, backend=name) for name in (backend, "torch")]
+    got, want = ([tree.tokens, tree.pool_ids, tree.topology.parents, tree.topology.ancestors] for tree in trees)
+    return float(not all(torch.equal(*both) for both in zip(got, want, strict=True)))
+
+
+def grown(backend: str, device: str) -> tuple[CandidatePool, list[torch.Tensor]]:
+    """A pool of three levels, and what grow_tree wrote."""
+    pool = CandidatePool.empty(2, levels=3, width=6, branching=5, device=device)
+    found = []
+    for level, logits in enumerate(random_like(device, (2, 1, 90), (2, 6, 90), (2, 6, 90))):
+        logprobs, tokens = logits.float().log_softmax(-1).topk(5)
+        frontier = grow_tree(pool, tokens, logprobs, level=level, eos=5, backend=backend)
+        found += [frontier.tokens, frontier.parent_rows, frontier.scores]
+    return pool, [*found, pool.tokens, pool.scores, pool.expanded, pool.topology.ancestors]
+
+
 def check_merge_states(backend: str, device: str) -> float:
     """The largest error over rows of which some saw nothing, on one side or on both."""
     out_a, out_b = random_like(device, (2, 5, 4, 64), (2, 5, 4, 64))
@@ -293,10 +322,12 @@ CHECKS: dict[str, Callable[[str, str], float]] = {
     "exit_mlp": check_exit_mlp,
     "gather_layer_kv": check_gather_layer_kv,
     "kv_commit": check_kv_commit,
+    "grow_tree": check_grow_tree,
     "kv_propagate": check_kv_propagate,
     "linear": check_linear,
     "merge_states": check_merge_states,
     "rms_norm": check_rms_norm,
+    "prune_tree": check_prune_tree,
     "sample": check_sample,
     "screened_exit": check_screened_exit,
     "tree_attention": check_tree_attention,

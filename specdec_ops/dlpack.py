@@ -37,9 +37,13 @@ from .ops.kv import kv_propagate as _kv_propagate
 from .ops.linear import linear as _linear
 from .ops.linear import quantized_weight
 from .ops.linear import rms_norm as _rms_norm
+from .ops.topology import grow_tree as _grow_tree
+from .ops.topology import prune_tree as _prune_tree
 
-_RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confidence, Exit)
-"""What holds several results, each of which becomes an array. (A Topology stays one of tensors: the ops take it.)"""
+_GROWN = (_grow_tree.Frontier, _prune_tree.PrunedTree)
+_RECORDS = (accept.Acceptance, accept_lossy.LongestPath, sample.Children, Confidence, Exit, *_GROWN)
+"""What holds several results, each of which becomes an array. (A Topology stays one of tensors, and so does a
+CandidatePool: the ops take them.)"""
 
 
 def to_torch(value: Any, name: str = "an argument") -> Any:
@@ -74,9 +78,13 @@ def from_torch(tensor: Any, like: Any) -> Any:
     return import_array(tensor)
 
 
-def _shared(op: Callable[..., Any], writes: tuple[str, ...] = ()) -> Callable[..., Any]:
-    """`op` for arrays: the first argument decides the framework of the results. `writes` are inputs that it changes."""
+def _shared(op: Callable[..., Any], writes: tuple[str, ...] = (), like: str = "") -> Callable[..., Any]:
+    """`op` for arrays. `writes` are inputs that it changes.
+
+    The argument `like` decides the framework of the results, by default the first one.
+    """
     parameters = tuple(inspect.signature(op).parameters)
+    decides = like or parameters[0]
 
     @functools.wraps(op)
     def call(*arguments, out=None, **options):
@@ -89,7 +97,7 @@ def _shared(op: Callable[..., Any], writes: tuple[str, ...] = ()) -> Callable[..
             _map(_refuse_read_only, out, "out")
             op(*tensors, *arguments[len(tensors) :], out=_map(to_torch, out, "out"), **options)
             return out
-        like = _first_array(given.get(parameters[0]))
+        like = _first_array(given.get(decides))
         result = op(*tensors, *arguments[len(tensors) :], **options)
         return _map(lambda value, _: from_torch(value, like), result, "")
 
@@ -149,3 +157,5 @@ kv_propagate = _shared(_kv_propagate.kv_propagate, writes=("k_caches", "v_caches
 linear = _shared(_linear.linear)
 rms_norm = _shared(_rms_norm.rms_norm)
 quantize_linear = _shared(quantized_weight.quantize_linear)
+grow_tree = _shared(_grow_tree.grow_tree, like="top_tokens")
+prune_tree = _shared(_prune_tree.prune_tree, like="root_tokens")

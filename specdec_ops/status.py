@@ -51,6 +51,18 @@ class ExitStatus(enum.IntFlag):
     SETTING_INVALID = 4
 
 
+class GrowStatus(enum.IntFlag):
+    """Bits of `CandidatePool.status`, of all levels since level 0. Each of these was no candidate.
+
+    Attributes:
+        LOGPROB_INVALID: a token with a logprob of NaN or +inf.
+        TOKEN_OUT_OF_RANGE: a token below -1, or, with a vocab_map, one that is no entry of the draft's vocabulary.
+    """
+
+    LOGPROB_INVALID = 1
+    TOKEN_OUT_OF_RANGE = 2
+
+
 class TopologyStatus(enum.IntFlag):
     """Bits of `Topology.status`.
 

@@ -32,8 +32,6 @@ enum AcceptStatus : int32_t {
   kSettingInvalid = 32,       // a temperature of NaN or below 0, taken as 0, or a top_p of NaN, taken as off
 };
 
-constexpr int32_t kMaxEos = 8;
-
 // One value for all requests, or one for each.
 template <class T>
 struct PerRequest {

@@ -12,6 +12,8 @@ namespace specdec {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+constexpr int32_t kMaxEos = 8;  // ids of tokens that end a text, of one call
+
 inline int64_t element_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
 // What a call of a CUDA kernel needs of the caller.

@@ -13,6 +13,7 @@ FLOAT_MAX = 3.4028234663852886e38
 """The greatest float32."""
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 INT32_MAX = 2**31 - 1
+MAX_EOS = 8
 _SHORT = 60  # characters of a list that is worth repeating
 _SHORTER_INTS = (torch.int32, torch.uint32)
 
@@ -116,3 +117,17 @@ def as_float32(op: str, name: str, value) -> float:
     if -FLOAT_MAX <= value <= FLOAT_MAX:
         return float(value)
     return math.inf if value > 0 else -math.inf
+
+
+def check_eos(op: str, eos) -> tuple:
+    """The ids that end a sequence, as a tuple."""
+    if eos is None:
+        return ()
+    ids = (eos,) if is_int(eos) else eos
+    if not isinstance(ids, tuple | list) or not all([is_int(token) for token in ids]):
+        how = "; its tolist() has them" if isinstance(eos, torch.Tensor) else ""
+        raise TypeError(argument_error(op, "eos", f"None, an int or up to {MAX_EOS} ints", eos) + how)
+    if len(ids) > MAX_EOS or not all([0 <= token <= INT32_MAX for token in ids]):
+        must = f"None, an int or up to {MAX_EOS} ints, each from 0 to 2**31 - 1"
+        raise ValueError(f"specdec_ops.{op}: eos must be {must}, got {eos}")
+    return tuple(ids)

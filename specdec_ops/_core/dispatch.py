@@ -55,6 +55,10 @@ IMPLEMENTATIONS = {
         "triton": "specdec_ops.triton_kernels.kv.kv_commit:kv_commit",
         "torch": "specdec_ops.ops.kv.reference_kv_commit:kv_commit",
     },
+    "grow_tree": {
+        "triton": "specdec_ops.triton_kernels.topology.grow_tree:grow_tree",
+        "torch": "specdec_ops.ops.topology.reference_grow_tree:grow_tree",
+    },
     "kv_propagate": {
         "triton": "specdec_ops.triton_kernels.kv.kv_propagate:kv_propagate",
         "torch": "specdec_ops.ops.kv.reference_kv_propagate:kv_propagate",
@@ -70,6 +74,10 @@ IMPLEMENTATIONS = {
     "rms_norm": {
         "triton": "specdec_ops.triton_kernels.linear.rms_norm:rms_norm",
         "torch": "specdec_ops.ops.linear.reference_rms_norm:rms_norm",
+    },
+    "prune_tree": {
+        "triton": "specdec_ops.triton_kernels.topology.prune_tree:prune_tree",
+        "torch": "specdec_ops.ops.topology.reference_prune_tree:prune_tree",
     },
     "sample": {
         "triton": "specdec_ops.triton_kernels.acceptance.sample:sample",
@@ -95,6 +103,7 @@ PUBLIC_OPS = {
     **{name: name for name in ("kv_append", "kv_propagate", "linear", "rms_norm")},
     **{name: name for name in ("merge_states", "tree_attention")},
     **{name: name for name in ("gather_layer_kv", "kv_commit")},
+    **{name: name for name in ("grow_tree", "prune_tree")},
 }
 
 _AUTO = {"cpu": ("cpu", "torch"), "cuda": ("cuda", "triton", "torch")}

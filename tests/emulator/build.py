@@ -33,7 +33,9 @@ EMULATOR = ["emulator", "shared_memory", "fiber", "collectives"]
 # calls.
 OPS = {
     "build_topology": "BuildTopologyParams",
+    "grow_tree": "GrowTreeParams",
     "merge_states": "MergeStatesParams",
+    "prune_tree": "PruneTreeParams",
     "tree_attention": "TreeAttentionParams",
     "accept": "AcceptParams",
     "sample": "SampleParams",

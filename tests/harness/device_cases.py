@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from specdec_ops import (
+    CandidatePool,
     GgufWeight,
     HeadBounds,
     QuantizedHead,
@@ -24,10 +25,12 @@ from specdec_ops import (
     exit_mlp,
     gather_layer_kv,
     greedy_accept,
+    grow_tree,
     kv_commit,
     kv_propagate,
     linear,
     merge_states,
+    prune_tree,
     quantize_linear,
     rms_norm,
     sample_children,
@@ -373,6 +376,38 @@ def call_norms(tensors: Tensors, backend: str) -> list[torch.Tensor]:
     return [rms_norm(x, tensors["norm_weight"], residual=x, backend=backend)]
 
 
+LEVELS, WIDTH, BRANCHING = 3, 5, 4
+
+
+def make_levels(seed: int) -> Tensors:
+    """What a draft says level by level, and the roots."""
+    generator = generator_of(seed)
+    levels = {"roots": torch.randint(100, (BATCH,), generator=generator, dtype=torch.int32)}
+    for level in range(LEVELS):
+        logits = torch.randn(BATCH, WIDTH if level else 1, 100, generator=generator)
+        logprobs, tokens = logits.log_softmax(-1).topk(BRANCHING)
+        levels |= {f"logprobs{level}": logprobs, f"tokens{level}": tokens.to(torch.int32)}
+    return levels
+
+
+def call_growing(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    """A round in a pool of its own: every frontier, and all that the pool then holds."""
+    pool = CandidatePool.empty(BATCH, levels=LEVELS, width=WIDTH, branching=BRANCHING, device=tensors["roots"].device)
+    found = []
+    for level in range(LEVELS):
+        top = (tensors[f"tokens{level}"], tensors[f"logprobs{level}"])
+        frontier = grow_tree(pool, *top, level=level, eos=3, backend=backend)
+        found += [frontier.tokens, frontier.parent_rows, frontier.scores]
+    return [*found, pool.tokens, pool.scores, pool.parents, pool.expanded, *fields_of(pool.topology)]
+
+
+def call_pruning(tensors: Tensors, backend: str) -> list[torch.Tensor]:
+    pool = CandidatePool.empty(BATCH, levels=1, width=WIDTH, branching=BRANCHING, device=tensors["roots"].device)
+    grow_tree(pool, tensors["tokens0"], tensors["logprobs0"], level=0, backend=backend)
+    tree = prune_tree(pool, 4, root_tokens=tensors["roots"], backend=backend)
+    return [tree.tokens, tree.pool_ids, tree.expanded, *fields_of(tree.topology)]
+
+
 PRECISE_LOGITS = ("target", "draft")
 PRECISE_PROPAGATION = ("hidden", "norms", "weights", "cosines", "sines")
 CASES = {
@@ -397,6 +432,8 @@ CASES = {
     "kv_propagate": {"": DeviceCase(make_propagation, call_propagation, PRECISE_PROPAGATION)},
     "linear": {"": DeviceCase(make_products, call_products, ("x", "weight", "norm_weight", "residual"))},
     "rms_norm": {"": DeviceCase(make_products, call_norms, ("x", "norm_weight"))},
+    "grow_tree": {"": DeviceCase(make_levels, call_growing)},
+    "prune_tree": {"": DeviceCase(make_levels, call_pruning)},
     "screened_exit": {"": DeviceCase(make_screened_exits, call_screened_exits, EXITS)},
     "merge_states": {"": DeviceCase(make_states, call_merge_states, ("out_a", "out_b"))},
     "tree_attention": {

@@ -15,6 +15,7 @@ import torch
 import specdec_ops
 from specdec_ops import (
     AdaptiveThreshold,
+    CandidatePool,
     LayerCache,
     Topology,
     Tree,
@@ -121,6 +122,32 @@ def _attention() -> dict[str, Call]:
             specdec_ops.build_topology, "build_topology", {"parents": parents, "num_nodes": int32(5, 4)}
         ),
     }
+
+
+def _growing() -> dict[str, Call]:
+    """A pool with one level in it, and what a draft says of the next."""
+    logprobs, tokens = (-random(BATCH, 3, 4).abs()).sort(descending=True)
+    pool = CandidatePool.empty(BATCH, levels=3, width=3, branching=4)
+    specdec_ops.grow_tree(pool, tokens[:, :1], logprobs[:, :1], level=0, backend="torch")
+    grow = {"pool": pool, "top_tokens": tokens.int(), "top_logprobs": logprobs, "level": 1, "width": 2, "eos": 3}
+    grow |= {"vocab_map": VocabMap([4, 1, 7, 3], 9), "active": torch.tensor([True, True])}
+    return {
+        "CandidatePool.empty": Call(_pool_tensors, None, {"batch": BATCH, "levels": 3, "width": 3, "branching": 4}),
+        "grow_tree": Call(_grown, "grow_tree", grow),
+        "prune_tree": Call(
+            specdec_ops.prune_tree, "prune_tree", {"pool": pool, "nodes": 4, "root_tokens": int32(5, 9)}
+        ),
+    }
+
+
+def _pool_tensors(batch, **sizes):
+    return tensors_of(CandidatePool.empty(batch, **sizes))
+
+
+def _grown(pool, **options):
+    """grow_tree into a copy of the pool."""
+    pool = copy.deepcopy(pool)
+    return [*tensors_of(specdec_ops.grow_tree(pool, **options)), *tensors_of(pool)]
 
 
 def _exits() -> dict[str, Call]:
@@ -307,7 +334,7 @@ def _decoded(slots, kv_heads, head_dim, dim, batch, dtype=torch.float32, backend
     return [*results, cache.pending(1)[1].clone(), torch.tensor(cache.lengths, device="cpu")]
 
 
-CALLS = {**_acceptance(), **_attention(), **_exits(), **_others(), **_compat()}
+CALLS = {**_acceptance(), **_attention(), **_growing(), **_exits(), **_others(), **_compat()}
 
 
 def run(name: str, **changes) -> list[torch.Tensor]:

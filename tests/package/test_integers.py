@@ -38,6 +38,9 @@ INTEGERS = {  # of each call: those that are ints there, and those that may be
     "sample_children": ("count", "first_parent", "seeds", "positions", "top_k"),
     "tree_attention": ("context_lens", "query_start", "window", "num_splits"),
     "tree_attention paged": ("context_lens", "query_start", "window", "num_splits"),
+    "CandidatePool.empty": ("batch", "levels", "width", "branching"),
+    "grow_tree": ("level", "width", "eos"),
+    "prune_tree": ("nodes",),
     "exit_confidence": ("top_k",),
     "early_exit": ("top_k",),
     "early_exit bounds": ("top_k",),
@@ -54,6 +57,7 @@ INTEGERS = {  # of each call: those that are ints there, and those that may be
 LISTED = ("ends", "draft_to_target")
 # A result of 2^31 entries is what such a call asks for: its memory is not the test's to take.
 SERVED = {("AdaptiveThreshold", "requests"), ("VocabMap", "vocab"), ("LayerCache", "slots"), ("LayerCache", "batch")}
+SERVED |= {("CandidatePool.empty", "batch")}
 SERVED |= {("LayerCache", name) for name in ("kv_heads", "head_dim", "dim")}
 
 
@@ -131,6 +135,8 @@ SIZES = {  # tensors that may be of any strides: which of their dimensions are s
     "tree_attention paged": {"page_table": (0,), "k_cache": (2,), "query_start": (0,)},
     "merge_states": {"out_a": (0, 1)},
     "build_topology": {"parents": (0, 1), "num_nodes": (0,)},
+    "grow_tree": {"top_tokens": (0, 1, 2), "top_logprobs": (0, 1, 2), "active": (0,)},
+    "prune_tree": {"root_tokens": (0,)},
     "exit_confidence": {"hidden": (0,), "temperature": (0,)},
     "exit_mlp": {"features": (0,)},
     "gather_layer_kv": {"slots": (0,), "requests": (0,), "page_table": (0, 1)},

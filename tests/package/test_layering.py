@@ -33,6 +33,9 @@ MAY_IMPORT = {
     "specdec_ops/_core/": ("numpy", "torch", "specdec_ops._core"),
     "specdec_ops/ops/reference_settings.py": ("torch",),
     "specdec_ops/ops/": ("numpy", "torch", "specdec_ops._core", "specdec_ops.status", "specdec_ops.topology"),
+    "specdec_ops/ops/topology/": (
+        *("torch", "specdec_ops._core", "specdec_ops.status", "specdec_ops.topology", "specdec_ops.vocab_map"),
+    ),
     "specdec_ops/ops/acceptance/": (
         *("numpy", "torch", "specdec_ops._core", "specdec_ops.status", "specdec_ops.topology"),
         *("specdec_ops.vocab_map", "specdec_ops.ops.reference_settings"),

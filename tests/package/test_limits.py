@@ -12,11 +12,16 @@ ROOT = Path(__file__).parents[2]
 
 # Where C++ has a limit, and where Python has it.
 LIMITS = {
-    ("acceptance/params.h", "kMaxEos"): ("specdec_ops.ops.acceptance.checks", "MAX_EOS"),
+    ("common/types.h", "kMaxEos"): ("specdec_ops._core.checks", "MAX_EOS"),
     ("early_exit/params.h", "kMaxTopK"): ("specdec_ops.ops.early_exit.exit_confidence", "MAX_TOP_K"),
     ("early_exit/params.h", "kMaxParts"): ("specdec_ops.ops.early_exit.head_bounds", "MAX_PARTS"),
     ("early_exit/params.h", "kMaxLayers"): ("specdec_ops.ops.early_exit.exit_mlp", "_MAX_LAYERS"),
     ("kv/params.h", "kMaxKvLayers"): ("specdec_ops.ops.kv.contract", "MAX_LAYERS"),
+    ("topology/params.h", "kMaxGrowWidth"): ("specdec_ops.ops.topology.candidate_pool", "MAX_WIDTH"),
+    ("topology/cuda/build_topology.cuh", "kBuildTopologyMaxNodes"): (
+        "specdec_ops.ops.topology.prune_tree",
+        "MAX_PRUNED_NODES",
+    ),
 }
 
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 import specdec_ops
-from specdec_ops import AcceptStatus, ExitStatus, TopologyStatus
+from specdec_ops import AcceptStatus, ExitStatus, GrowStatus, TopologyStatus
 
 ROOT = Path(__file__).parents[2]
 HEADERS = {
     AcceptStatus: "csrc/acceptance/params.h",
     ExitStatus: "csrc/early_exit/params.h",
+    GrowStatus: "csrc/topology/params.h",
     TopologyStatus: "csrc/topology/params.h",
 }
 # The constants of the Triton kernels by the file that has them: what bit each of them is.
@@ -34,6 +35,10 @@ TRITON = {
         "OUT_OF_RANGE": TopologyStatus.PARENT_OUT_OF_RANGE,
         "NOT_BEFORE": TopologyStatus.PARENT_NOT_BEFORE,
         "BAD_COUNT": TopologyStatus.NUM_NODES_OUT_OF_RANGE,
+    },
+    "topology/grow_tree.py": {
+        "LOGPROB_INVALID": GrowStatus.LOGPROB_INVALID,
+        "TOKEN_OUT_OF_RANGE": GrowStatus.TOKEN_OUT_OF_RANGE,
     },
 }
 
@@ -111,4 +116,5 @@ def test_bits_and_integers_mix():
     status = torch.tensor([0, 5, 32], dtype=torch.int32)
     assert (status & AcceptStatus.TARGET_INVALID).dtype == torch.int32
     assert (status & (AcceptStatus.TARGET_INVALID | AcceptStatus.SETTING_INVALID) != 0).tolist() == [False, True, True]
-    assert {specdec_ops.AcceptStatus, specdec_ops.ExitStatus, specdec_ops.TopologyStatus} == set(HEADERS)
+    grown = {specdec_ops.GrowStatus, specdec_ops.TopologyStatus}
+    assert {specdec_ops.AcceptStatus, specdec_ops.ExitStatus, *grown} == set(HEADERS)

@@ -101,6 +101,9 @@ SPECS = [
 EVERYWHERE = os.environ.get("SPECDEC_OPS_ALL_TESTS") == "1"
 PAIRS = [(spec, arch) for spec in SPECS for arch in (ARCHITECTURES if EVERYWHERE else spec.architectures)]
 SMALL_KERNELS = ["merge_splits", "merge_states"]
+# Of grow_tree the rows and branching of a level: EAGLE's, and the most there may be of either.
+LEVELS = {"grow_tree first": (1, 10), "grow_tree": (10, 10), "grow_tree largest": (256, 64)}
+TREES = [*LEVELS, "prune_tree"]
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,15 @@ def test_attention_kernel_fits_the_device(spec, arch, measured):
 def test_merge_kernels_fit_the_device(name, arch, measured):
     use = measured[arch][name]
     assert use["stack"] == 0 and use["local"] == 0 and use["registers"] <= 128, use
+    assert use["shared"] <= SHARED_LIMIT[arch] // 4, use
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+@pytest.mark.parametrize("name", TREES)
+def test_kernels_of_growing_trees_fit_the_device(name, arch, measured):
+    use = measured[arch][name]
+    if "largest" not in name:  # which is 16,384 candidates in one program
+        assert use["stack"] == 0 and use["local"] == 0 and use["registers"] <= 168, use
     assert use["shared"] <= SHARED_LIMIT[arch] // 4, use
 
 
@@ -271,6 +283,31 @@ def compile_small(name, arch):
     return compile_kernel(module.merge_splits_kernel, constants, "*bf16", arch, 4, 3, NUMBERS, ATTENTION_TUPLES)
 
 
+def compile_tree(name, arch):
+    """With everything that adds code."""
+    from specdec_ops.triton_kernels.topology import grow_tree as module
+
+    if name == "prune_tree":
+        from specdec_ops.triton_kernels.topology import prune_tree as module
+
+        constants = {"BLOCK": module._MAX_BLOCK, "BLOCK_NODES": module.BLOCK_NODES, "WORDS": 1}
+        return compile_typed(module.prune_tree_kernel, constants, arch, 8, 3, tree_type, lambda _: False)
+    rows, branching = LEVELS[name]
+    tile, shape = module.tile_of(rows, branching), {"WIDTH": 16 if rows < 16 else 256, "BLOCK": 256}
+    constants = {"FIRST": rows == 1, **tile, **shape}
+    warps = module.warps_of(rows, branching)
+    return compile_typed(module.grow_tree_kernel, constants, arch, warps, 3, tree_type, lambda _: False)
+
+
+def tree_type(name):
+    """The sizes and places of a level are numbers, everything else is a table."""
+    sizes = ("level", "rows", "branching", "width", "size", "nodes", "words", "draft_vocab")
+    if name in sizes or name.startswith(("eos_", "first_parent", "first_candidate", "first_node")):
+        return "i32"
+    others = {"ancestors": "*i64", "active": "*i8", "top_logprobs": "*fp32", "frontier_scores": "*fp32"}
+    return others.get(name, "*fp32" if name == "scores" else "*i32")
+
+
 def compile_accept(spec, arch):
     from specdec_ops.triton_kernels.acceptance import accept, sample
 
@@ -367,6 +404,7 @@ def main(arch):
         str(spec): measure(compile_attention(spec, arch)) for spec, architecture in PAIRS if architecture == arch
     }
     results |= {name: measure(compile_small(name, arch)) for name in SMALL_KERNELS}
+    results |= {name: measure(compile_tree(name, arch)) for name in TREES}
     results |= {str(spec): measure(compile_accept(spec, arch)) for spec in ACCEPT_SPECS if arch in spec.architectures}
     for spec, architecture in EXIT_PAIRS:
         if architecture == arch:

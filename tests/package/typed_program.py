@@ -16,15 +16,19 @@ from specdec_ops import (
     AcceptStatus,
     AdaptiveThreshold,
     AttentionState,
+    CandidatePool,
     Children,
     Confidence,
     Exit,
     ExitStatus,
+    Frontier,
     GgufWeight,
+    GrowStatus,
     HeadBounds,
     LayerCache,
     Linear,
     LongestPath,
+    PrunedTree,
     QuantizedHead,
     QuantizedWeight,
     Topology,
@@ -43,12 +47,14 @@ from specdec_ops import (
     exit_mlp,
     gather_layer_kv,
     greedy_accept,
+    grow_tree,
     kv_commit,
     kv_propagate,
     linear,
     longest_path_accept,
     match_accept,
     merge_states,
+    prune_tree,
     published_trees,
     quantize_head,
     quantize_linear,
@@ -79,6 +85,15 @@ def topologies() -> tuple[Tree, Topology]:
     built = build_topology(topology.parents, topology.num_nodes)
     assert_type(built[:3].truncate(1).position_ids(7), torch.Tensor)
     assert TopologyStatus(int(built.status[0])) is TopologyStatus(0)
+    pool = CandidatePool.empty(BATCH, levels=2, width=3, branching=2)
+    assert_type(pool.topology, Topology)
+    frontier = grow_tree(pool, torch.randint(9, (BATCH, 1, 2)), -torch.rand(BATCH, 1, 2), level=0, eos=(1, 2))
+    assert_type(frontier, Frontier)
+    assert_type(frontier.parent_rows, torch.Tensor)
+    grown = prune_tree(pool, 3, root_tokens=torch.tensor([1, 2]))
+    assert_type(grown, PrunedTree)
+    assert_type(grown.draft_path(torch.zeros(BATCH, 2, dtype=torch.int32)), torch.Tensor)
+    assert GrowStatus(int(pool.status[0])) == 0
     return tree, topology
 
 

@@ -111,6 +111,33 @@ __device__ inline int32_t write_ancestors(const SharedTree& tree, uint64_t* row,
   return exists ? ancestors - 1 : 0;
 }
 
+// Where one request's tables lie.
+struct TreeRows {
+  int32_t* parents;     // [nodes]
+  int32_t* depths;      // [nodes]
+  uint64_t* ancestors;  // [nodes, words]
+  int32_t* first_child;
+  int32_t* next_sibling;
+  int32_t nodes, words;
+};
+
+// Writes a request's tables from the parents in shared memory, which are sound, and the links there, which are -1. All
+// threads of the block call it behind a barrier.
+__device__ inline void write_tables(const SharedTree& tree, const TreeRows& rows, int32_t count) {
+  for (int32_t node = threadIdx.x; node < count; node += blockDim.x) walk_own_group(tree, node);
+  // The last warp has the fewest nodes to walk from.
+  const int32_t lane = int32_t(threadIdx.x) - (int32_t(blockDim.x) - kWarpSize);
+  if (lane >= 0) link_children(tree, rows.next_sibling, count, lane);
+  block_sync();
+  for (int32_t node = threadIdx.x; node < rows.nodes; node += blockDim.x) {
+    const bool exists = node < count;
+    rows.parents[node] = tree.parents[node];
+    rows.first_child[node] = tree.first_child[node + 1];
+    if (!exists) rows.next_sibling[node] = -1;
+    rows.depths[node] = write_ancestors(tree, rows.ancestors + int64_t{node} * rows.words, node, exists, rows.words);
+  }
+}
+
 template <int kThreads>
 __global__ void __launch_bounds__(kThreads) build_topology_kernel(BuildTopologyParams p) {
   const SharedTree tree(p.nodes);
@@ -126,20 +153,10 @@ __global__ void __launch_bounds__(kThreads) build_topology_kernel(BuildTopologyP
   block_sync();
   load_sound_parents(tree, p.parents + first, count, p.nodes);
   block_sync();
-  for (int32_t node = threadIdx.x; node < count; node += blockDim.x) walk_own_group(tree, node);
-  // The last warp has the fewest nodes to walk from.
-  const int32_t lane = int32_t(threadIdx.x) - (int32_t(blockDim.x) - kWarpSize);
-  if (lane >= 0) link_children(tree, p.next_sibling + first, count, lane);
-  block_sync();
-
-  for (int32_t node = threadIdx.x; node < p.nodes; node += blockDim.x) {
-    const int64_t place = first + node;
-    const bool exists = node < count;
-    p.parents_out[place] = tree.parents[node];
-    p.first_child[place] = tree.first_child[node + 1];
-    if (!exists) p.next_sibling[place] = -1;
-    p.depths[place] = write_ancestors(tree, p.ancestors + place * p.words, node, exists, p.words);
-  }
+  write_tables(tree,
+               {p.parents_out + first, p.depths + first, p.ancestors + first * p.words, p.first_child + first,
+                p.next_sibling + first, p.nodes, p.words},
+               count);
   if (threadIdx.x == 0) {
     p.num_nodes_out[request] = count;
     p.status[request] = *tree.status;

@@ -1,4 +1,5 @@
-// The CUDA launcher of build_topology, as the bindings call it. It returns errors, never synchronises and never exits.
+// The CUDA launchers of the topology ops, as the bindings call them. They return errors, never synchronise and never
+// exit.
 #pragma once
 
 #include "common/cuda/launch.h"
@@ -7,5 +8,7 @@
 namespace specdec {
 
 cudaError_t build_topology_cuda(const BuildTopologyParams& params, int device, cudaStream_t stream);
+cudaError_t grow_tree_cuda(const GrowTreeParams& params, int device, cudaStream_t stream);
+cudaError_t prune_tree_cuda(const PruneTreeParams& params, int device, cudaStream_t stream);
 
 }  // namespace specdec

@@ -8,7 +8,7 @@ import warnings
 
 import torch
 
-from specdec_ops._core.checks import argument_error, is_int
+from specdec_ops._core.checks import argument_error, check_eos, is_int
 from specdec_ops._core.library import are_plain, nobody_watches
 from specdec_ops.topology import Topology
 from specdec_ops.vocab_map import VocabMap
@@ -18,7 +18,6 @@ from .checks import (
     check_count,
     check_draft_law,
     check_draft_logits,
-    check_eos,
     check_fraction,
     check_ids,
     check_law,

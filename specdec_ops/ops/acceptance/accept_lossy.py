@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from specdec_ops._core.checks import argument_error
+from specdec_ops._core.checks import argument_error, check_eos
 from specdec_ops.topology import Topology
 from specdec_ops.vocab_map import VocabMap
 
@@ -17,7 +17,6 @@ from .checks import (
     check_count,
     check_draft_law,
     check_draft_logits,
-    check_eos,
     check_fraction,
     check_law,
     check_links,

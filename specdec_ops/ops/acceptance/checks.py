@@ -31,7 +31,6 @@ from specdec_ops.vocab_map import VocabMap
 MAX_NODES = 65_535
 """Noise is keyed by 16 bits of the node."""
 MAX_DRAWS = 65_535
-MAX_EOS = 8
 _NO_TOKEN = -2  # and no padding either
 _LOGIT_DTYPES = (*KERNEL_DTYPES, torch.float64)
 
@@ -181,20 +180,6 @@ def check_noise(op: str, seeds, positions, batch: int, device) -> tuple:
     if not 0 <= positions <= INT32_MAX:
         raise ValueError(argument_error(op, "positions", "an int from 0 to 2**31 - 1", positions))
     return (*seeds, positions, None)
-
-
-def check_eos(op: str, eos) -> tuple:
-    """The ids that end a sequence, as a tuple."""
-    if eos is None:
-        return ()
-    ids = (eos,) if is_int(eos) else eos
-    if not isinstance(ids, tuple | list) or not all([is_int(token) for token in ids]):
-        how = "; its tolist() has them" if isinstance(eos, torch.Tensor) else ""
-        raise TypeError(argument_error(op, "eos", f"None, an int or up to {MAX_EOS} ints", eos) + how)
-    if len(ids) > MAX_EOS or not all([0 <= token <= INT32_MAX for token in ids]):
-        must = f"None, an int or up to {MAX_EOS} ints, each from 0 to 2**31 - 1"
-        raise ValueError(f"specdec_ops.{op}: eos must be {must}, got {eos}")
-    return tuple(ids)
 
 
 def check_count(op: str, name: str, value, low: int, high: int) -> int:

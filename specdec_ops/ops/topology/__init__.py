@@ -1,1 +1,1 @@
-"""The definition of build_topology, whose public side is specdec_ops/topology.py."""
+"""The shape of drafts: build_topology's definition (its public side is specdec_ops/topology.py), and grown trees."""
