@@ -14,10 +14,10 @@ from .decoder import Decoder as Decoder
 from .diagnose import Diagnosis as Diagnosis
 from .engine import Engine as Engine
 from .model import Model as Model
-from .model import Output as Output
-from .model import Rows as Rows
-from .model import Shape as Shape
 from .result import Chunk as Chunk
 from .result import Result as Result
 from .result import Stats as Stats
+from .rows import Output as Output
+from .rows import Rows as Rows
+from .rows import Shape as Shape
 from .sampling import Sampling as Sampling

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from specdec_ops.ops.attention.tree_attention import tree_attention
@@ -12,9 +10,7 @@ from specdec_ops.ops.kv.kv_append import kv_append
 from specdec_ops.ops.kv.kv_commit import kv_commit
 
 from .pages import PagePool
-
-if TYPE_CHECKING:
-    from .model import Rows, Shape
+from .rows import Rows, Shape
 
 
 class Sequence:

@@ -13,7 +13,7 @@ from specdec_ops.ops.linear.rms_norm import rms_norm
 from specdec_ops.rope import Rope
 
 from .cache import Cache
-from .model import Output, Rows, Shape
+from .rows import Output, Rows, Shape
 from .text import Tokenizer
 
 

@@ -5,22 +5,39 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 
-from specdec_ops.drafts.base import Drafted
+from specdec_ops.drafts.base import Draft, Drafted
 from specdec_ops.drafts.model_draft import chains
 from specdec_ops.tree import Tree
 
 from .batch import Batch, Law
-from .cache import Sequence
-from .model import Rows
+from .cache import Cache
+from .cache import Sequence as Pages
+from .model import Model
 from .request import Request
+from .result import Result
+from .rows import Rows
 from .sampling import Sampling
 
-if TYPE_CHECKING:
-    from .engine import Engine, Prompt
+Prompt = str | Sequence[int]
+
+
+class Engine(Protocol):
+    """What a diagnosis asks of the engine."""
+
+    target: Model
+    draft: Draft
+    cache: Cache
+    on_round: Callable[[int, list[int], dict[str, float]], None] | None
+
+    def encode(self, prompt: Prompt) -> list[int]: ...
+
+    def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Result]: ...
+
 
 _CHUNK = 256  # rows of a pass over a text
 
@@ -157,7 +174,7 @@ def _agreement(engine: Engine, texts: list[list[int]], starts: list[int], depth:
 
 def _last_rows(engine: Engine, text: list[int]) -> torch.Tensor:
     """[tokens, dim]: the target's last rows over a text, run alone, in chunks like those of a prompt."""
-    cache, sequence, parts = engine.cache, Sequence(), []
+    cache, sequence, parts = engine.cache, Pages(), []
     if not cache.reserve(sequence, len(text)):
         raise RuntimeError("specdec_ops.Engine: diagnose needs enough pages for a prompt and its answer")
     try:

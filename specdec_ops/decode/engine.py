@@ -24,15 +24,15 @@ from specdec_ops.tree import Tree
 from . import rules
 from .batch import Batch, Law
 from .cache import Cache
-from .diagnose import Diagnosis, diagnose
-from .model import Model, Rows
+from .diagnose import Diagnosis, Prompt, diagnose
+from .model import Model
 from .pace import Pace
 from .request import Request, State
 from .result import Chunk, Result
+from .rows import Rows
 from .sampling import Sampling
 
 _OP = "Engine"
-Prompt = str | Sequence[int]
 
 
 class _NoBar:

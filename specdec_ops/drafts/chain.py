@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from specdec_ops._core.checks import argument_error, is_int
-from specdec_ops.decode.model import Model, Rows
+from specdec_ops.decode.model import Model
+from specdec_ops.decode.rows import Rows
 from specdec_ops.ops.acceptance.sample import sample_children
 from specdec_ops.tree import MAX_NODES, Tree
 

@@ -10,7 +10,7 @@ import torch
 from specdec_ops._core.checks import argument_error
 from specdec_ops.decode.cache import Cache, Sequence
 from specdec_ops.decode.decoder import Attention, Decoder, Layer, Mlp, Norm, Projection
-from specdec_ops.decode.model import Rows
+from specdec_ops.decode.rows import Rows
 from specdec_ops.ops.acceptance.sample import sample_children
 from specdec_ops.ops.linear.gguf_weight import GgufWeight
 from specdec_ops.ops.linear.quantized_weight import QuantizedWeight, quantize_linear

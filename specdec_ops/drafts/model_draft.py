@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from specdec_ops.decode.cache import Cache, Sequence
-from specdec_ops.decode.model import Model, Rows
+from specdec_ops.decode.model import Model
+from specdec_ops.decode.rows import Rows
 from specdec_ops.topology import Topology
 from specdec_ops.tree import Tree
 

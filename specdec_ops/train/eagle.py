@@ -28,7 +28,7 @@ import torch
 from torch.nn import functional
 
 from specdec_ops.decode.decoder import Decoder, Projection
-from specdec_ops.decode.model import Rows
+from specdec_ops.decode.rows import Rows
 from specdec_ops.drafts.eagle import Eagle, parts
 from specdec_ops.ops.linear.linear import linear
 from specdec_ops.tree import Tree

@@ -16,7 +16,9 @@ FAMILIES = ("topology", "attention", "acceptance", "early_exit", "kv", "linear")
 # What a file may import besides the standard library, by the longest key that starts its path: other packages, and
 # what of specdec_ops (or of this repository), by the longest prefix. A folder may import itself.
 OPS = ("specdec_ops.ops", "specdec_ops._core", "specdec_ops.status", "specdec_ops.topology", "specdec_ops.vocab_map")
-PUBLIC = (*OPS, "specdec_ops.tree", "specdec_ops.published_trees", "specdec_ops.layer_cache")
+PUBLIC = (*OPS, "specdec_ops.rope", "specdec_ops.tree", "specdec_ops.published_trees", "specdec_ops.layer_cache")
+# The engine and its drafts know each other's interfaces, and below them what a user of the ops knows.
+SYSTEMS = (*PUBLIC, "specdec_ops.decode", "specdec_ops.drafts")
 MAY_IMPORT = {
     "specdec_ops/__init__.py": PUBLIC,
     "specdec_ops/__main__.py": ("torch", "specdec_ops", "specdec_ops._core"),
@@ -45,6 +47,14 @@ MAY_IMPORT = {
         *("specdec_ops.vocab_map", "specdec_ops.ops.linear"),
     ),
     "specdec_ops/compat/": ("torch", "specdec_ops", *OPS),
+    "specdec_ops/decode/": ("torch", "tqdm", *SYSTEMS),
+    "specdec_ops/decode/__main__.py": ("specdec_ops.integrations.transformers", *SYSTEMS),
+    "specdec_ops/drafts/": ("torch", *SYSTEMS),
+    "specdec_ops/drafts/checkpoint.py": ("torch", "safetensors", *SYSTEMS),
+    "specdec_ops/train/": ("torch", *SYSTEMS),
+    "specdec_ops/train/eagle.py": ("torch", "matplotlib", "specdec_ops.integrations.transformers", *SYSTEMS),
+    "specdec_ops/integrations/__init__.py": (),
+    "specdec_ops/integrations/transformers/": ("torch", "transformers", "gguf", *SYSTEMS),
     "triton_kernels/common/": ("torch", "triton"),
     "triton_kernels/linear/": ("torch", "triton", "specdec_ops.triton_kernels.common"),
     "triton_kernels/": (

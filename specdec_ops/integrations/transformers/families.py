@@ -12,7 +12,7 @@ from collections.abc import Callable
 import torch
 
 from specdec_ops.decode.decoder import Attention, Decoder, Layer, Mlp, Norm, Projection
-from specdec_ops.decode.model import Shape
+from specdec_ops.decode.rows import Shape
 from specdec_ops.rope import Rope
 
 _OP = "integrations.transformers.load"

@@ -8,7 +8,7 @@ import os
 import torch
 
 from specdec_ops.decode.decoder import Attention, Decoder, Layer, Mlp, Norm, Projection
-from specdec_ops.decode.model import Shape
+from specdec_ops.decode.rows import Shape
 from specdec_ops.ops.linear.gguf_weight import BLOCK_BYTES, GgufWeight
 from specdec_ops.rope import Rope
 
