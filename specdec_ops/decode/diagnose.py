@@ -23,6 +23,7 @@ from .result import Result
 from .rows import Rows
 from .sampling import Sampling
 
+_CHUNK = 256  # rows of a pass over a text
 Prompt = str | Sequence[int]
 
 
@@ -37,9 +38,6 @@ class Engine(Protocol):
     def encode(self, prompt: Prompt) -> list[int]: ...
 
     def generate(self, prompts: Sequence[Prompt], sampling: Sampling) -> list[Result]: ...
-
-
-_CHUNK = 256  # rows of a pass over a text
 
 
 @dataclasses.dataclass(frozen=True)

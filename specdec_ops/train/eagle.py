@@ -72,19 +72,19 @@ class Net(torch.nn.Module):
 
     def forward(self, embedded: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """[batch, length, dim] of embeddings [batch, length, dim] and of the features before them, like those."""
-        x = functional.linear(torch.cat((embedded, features), dim=-1), self.fc)
+        x = _product(torch.cat((embedded, features), dim=-1), self.fc)
         x = x + self._attention(functional.rms_norm(x, x.shape[-1:], self.attention_norm, self.sizes["norm_eps"]))
         normed = functional.rms_norm(x, x.shape[-1:], self.mlp_norm, self.sizes["norm_eps"])
-        gate, value = functional.linear(normed, self.up).chunk(2, dim=-1)
-        return x + functional.linear(functional.silu(gate) * value, self.down)
+        gate, value = _product(normed, self.up).chunk(2, dim=-1)
+        return x + _product(functional.silu(gate) * value, self.down)
 
     def _attention(self, x: torch.Tensor) -> torch.Tensor:
         heads, kv_heads = self.sizes["heads"], self.sizes["kv_heads"]
-        qkv = functional.linear(x, self.qkv).unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(1, 2)
+        qkv = _product(x, self.qkv).unflatten(-1, (heads + 2 * kv_heads, -1)).transpose(1, 2)
         q, k, v = qkv.split((heads, kv_heads, kv_heads), dim=1)
         q, k = self._rotated(q), self._rotated(k)
         attended = functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-        return functional.linear(attended.transpose(1, 2).flatten(2), self.out)
+        return _product(attended.transpose(1, 2).flatten(2), self.out)
 
     def _rotated(self, x: torch.Tensor) -> torch.Tensor:
         """[batch, heads, length, head_dim]: pairs are neighbours if interleaved, else half of what is turned apart."""
@@ -103,6 +103,11 @@ class Net(torch.nn.Module):
         weights = {name: getattr(self, name).detach().clone() for name in ("fc", "qkv", "out", "up", "down")}
         norms = {name: getattr(self, name).detach().clone() for name in ("attention_norm", "mlp_norm")}
         return Eagle(*parts(weights, norms, self.sizes, target), hot_vocab, **options)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """In float32, whatever autocast multiplies in: norms, residuals and losses stay exact."""
+    return functional.linear(x, weight, bias).float()
 
 
 def _columns(projection: Projection) -> int:
@@ -133,7 +138,7 @@ class Teacher:
 
     def logits(self, features: torch.Tensor) -> torch.Tensor:
         """[..., entries] of features [..., dim]."""
-        logits, softcap = functional.linear(features, self._head, self._bias), self._target.logit_softcap
+        logits, softcap = _product(features, self._head, self._bias), self._target.logit_softcap
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
     def embed(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -278,6 +283,7 @@ class Trainer:
             net.load_state_dict(saved["net"])
             optimizer.load_state_dict(saved["optimizer"])
             step = saved["step"]
+        narrow = torch.autocast("cpu", dtype=torch.bfloat16, enabled=asked.bfloat16)
         exam, lines = side_by_side(kept, asked.length), []
         start = said = time.perf_counter()
         done_before = self.spent["steps"]
@@ -286,7 +292,7 @@ class Trainer:
             ended = seconds >= budget
             if ended or self.is_out_of_time or time.perf_counter() - said > 10 or step == 0:
                 said = time.perf_counter()
-                with torch.no_grad():
+                with torch.no_grad(), narrow:
                     right = losses(net, teacher, exam, token_weight=asked.token_weight, noise=0.0).agreement.item()
                 if lines:
                     mean = [sum(column) / len(lines) for column in zip(*lines, strict=True)]
@@ -304,7 +310,8 @@ class Trainer:
                 group["lr"] = rate
             chosen = torch.randperm(len(learned), generator=torch.Generator().manual_seed(step))[: asked.batch]
             batch = side_by_side([learned[place] for place in chosen.tolist()], asked.length)
-            found = losses(net, teacher, batch, token_weight=asked.token_weight, noise=asked.noise)
+            with narrow:
+                found = losses(net, teacher, batch, token_weight=asked.token_weight, noise=asked.noise)
             optimizer.zero_grad(set_to_none=True)
             found.loss.backward()
             torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
@@ -341,7 +348,9 @@ def _command(asked: argparse.Namespace) -> str:
     """Without the folders of this machine, and without what changes nothing."""
     words = ["python", "-m", "specdec_ops.train.eagle"]
     for name, value in vars(asked).items():
-        if name != "slice" and value is not None:
+        if value is True:
+            words.append(f"--{name}")
+        elif name != "slice" and value not in (None, False):
             is_path = name in ("target", "out")
             words += [f"--{name.replace('_', '-')}", Path(value).name if is_path else str(value)]
     return shlex.join(words)
@@ -383,6 +392,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate (default: 5e-4)")
     made.add_argument("--token-weight", type=float, default=0.1, help="of the cross-entropy (default: 0.1)")
     made.add_argument("--noise", type=float, default=0.1, help="in standard deviations of a feature (default: 0.1)")
+    made.add_argument("--bfloat16", action="store_true", help="multiply in it: faster where the CPU has it")
     made.add_argument("--save", choices=("int8", "bfloat16", "float32"), default="int8", help="form of the weights")
     return made
 

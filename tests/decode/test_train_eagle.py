@@ -148,7 +148,7 @@ def test_hot_vocabulary():
 
 
 def asked(out, **changes):
-    words = ["--target", "t", "--out", str(out), "--hot-vocab", "30", "--length", "32"]
+    words = ["--target", "t", "--out", str(out), "--hot-vocab", "30", "--length", "32", "--bfloat16"]
     made = train.parser().parse_args(words)
     for name, value in changes.items():
         setattr(made, name, value)
@@ -176,7 +176,9 @@ def test_it_goes_on_where_it_stopped(tmp_path, monkeypatch):
         assert slices < 100
     assert slices > 4 and steps == sorted(steps) and len(set(steps)) == len(steps) > 1
     about = json.loads((tmp_path / "draft.json").read_text())
-    assert about["target"] == "tiny" and about["steps"] > steps[-1] and "python -m" in about["command"]
+    assert (
+        about["target"] == "tiny" and about["steps"] > steps[-1] and about["command"].endswith("--bfloat16 --save int8")
+    )
     assert str(tmp_path.parent) not in about["command"]
     with (tmp_path / "loss.csv").open() as file:
         logged = [int(row["step"]) for row in csv.DictReader(file)]
