@@ -42,33 +42,28 @@ class Net(torch.nn.Module):
     """The draft's layer in float32, for autograd. `draft` makes of it what the engine runs.
 
     Args:
-        target: whose sizes its attention has; its last layer's weights are where it starts.
-        inner: of the MLP; that of the target if None. Another one starts from random weights.
+        target: whose sizes it has.
+        inner: of the MLP; that of the target if None.
     """
 
     def __init__(self, target: Decoder, inner: int | None = None) -> None:
         super().__init__()
-        last, dim = target.layers[-1], target.shape.dim
-        attention = last.attention
-        own = _dense(last.mlp.down, _columns(last.mlp.down)).shape[1]
-        self.inner = own if inner is None else inner
+        attention, dim = target.layers[-1].attention, target.shape.dim
+        inner = _columns(target.layers[-1].mlp.down) if inner is None else inner
         self.sizes = {name: getattr(attention, name) for name in ("heads", "kv_heads", "head_dim", "interleaved")}
         self.sizes["norm_eps"] = 1e-5
         self._rope = attention.rope
+        heads, width = attention.heads + 2 * attention.kv_heads, attention.heads * attention.head_dim
 
-        def start(value: torch.Tensor) -> torch.nn.Parameter:
-            return torch.nn.Parameter(value.float().clone())
+        def start(out: int, columns: int, scale: float = 1.0) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.randn(out, columns) * (scale / columns**0.5))
 
-        self.fc = start(torch.cat((torch.eye(dim), torch.eye(dim)), dim=1) + 0.02 * torch.randn(dim, 2 * dim))
-        width = attention.heads * attention.head_dim
-        self.qkv = start(_dense(attention.qkv, dim))
-        self.out = start(_dense(attention.out, width))
-        gated = isinstance(last.mlp.activation, str) and self.inner == own
-        self.up = start(_dense(last.mlp.up, dim) if gated else torch.randn(2 * self.inner, dim) / dim**0.5)
-        down = _dense(last.mlp.down, own) if gated else torch.randn(dim, self.inner) / self.inner**0.5 / 4
-        self.down = start(down)
-        self.attention_norm = start(last.attention_norm.weight)
-        self.mlp_norm = start(last.mlp_norm.weight)
+        # Embeddings are often a tenth of a feature; both begin with the same say.
+        sizes = (target.embedding.float().std().item(), target.norm.weight.float().square().mean().sqrt().item())
+        self.fc = torch.nn.Parameter(torch.cat([start(dim, dim, 0.7 / size).data for size in sizes], dim=1))
+        self.qkv, self.out = start(heads * attention.head_dim, dim), start(dim, width, 0.5)
+        self.up, self.down = start(2 * inner, dim), start(dim, inner, 0.5)
+        self.attention_norm, self.mlp_norm = (torch.nn.Parameter(torch.ones(dim)) for _ in range(2))
 
     def forward(self, embedded: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
         """[batch, length, dim] of embeddings [batch, length, dim] and of the features before them, like those."""

@@ -10,6 +10,7 @@ from specdec_ops import drafts
 from specdec_ops.decode import Engine, Sampling
 from specdec_ops.decode.decoder import Norm, Projection
 from specdec_ops.ops.linear.quantized_weight import quantize_linear
+from tests.decode import test_engine_law as law
 from tests.decode.test_engine import LENGTH, PROMPTS, TARGET, by_hand, eos_of, samplings
 from tests.harness.tiny_models import DIM, make_decoder
 
@@ -268,6 +269,17 @@ def test_narrow_rows_and_int8_weights(dtype):
     plain = Engine(target).generate(PROMPTS, Sampling(max_tokens=20))
     assert [result.tokens for result in results] == [result.tokens for result in plain]
     assert sum(result.stats.accepted for result in results) > 2 * sum(result.stats.target_calls for result in results)
+
+
+@pytest.mark.parametrize(("rule", "setting"), [("target_only", "plain"), ("recursive", "stop"), ("traversal", "plain")])
+def test_answers_have_the_targets_law(rule, setting):
+    """With rules other than "match", as tests/decode/test_engine_law.py has it for other drafts."""
+    generator = torch.Generator().manual_seed(6)
+    fc = Projection(from_embedding().weight + 0.1 * torch.randn(DIM, 2 * DIM, generator=generator))
+    draft = drafts.Eagle(fc, law.TARGET.layers[0], torch.tensor([2, 0, 3]), levels=2, width=2, branching=2, nodes=4)
+    engine = Engine(law.TARGET, draft, rule, max_batch=128, max_length=32, adapt=False)
+    statistic, limit = law.chi_squared(engine, law.SETTINGS[setting])
+    assert statistic < limit
 
 
 def test_wrong_arguments():
