@@ -7,7 +7,10 @@ import sys
 import time
 
 from specdec_ops.decode import Engine, Sampling
-from specdec_ops.drafts import Chain, Ngram
+from specdec_ops.drafts import Chain, Eagle, Ngram
+from specdec_ops.drafts.checkpoint import is_draft
+
+DRAFTS = "ngram, none, or a folder with a trained draft or with a smaller model (default: ngram)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -15,7 +18,7 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser("python -m specdec_ops.decode", description=__doc__)
     made.add_argument("prompt", help="the text to go on with, or with --chat a question; - reads it from the input")
     made.add_argument("--model", required=True, help="a folder with a Hugging Face model, or a GGUF file")
-    made.add_argument("--draft", default="ngram", help="ngram, none, or a folder with a smaller model (default: ngram)")
+    made.add_argument("--draft", default="ngram", help=DRAFTS)
     made.add_argument("--steps", type=int, default=5, help="tokens that a model drafts (default: 5)")
     made.add_argument("--rule", default="auto", help="the acceptance rule (default: a lossless one for the draft)")
     made.add_argument("--weights", choices=("int8", "bfloat16"), help="quantise the weights of the model")
@@ -38,6 +41,8 @@ def main(arguments: list[str] | None = None) -> int:
         target = load(asked.model, weights=asked.weights)
         if asked.draft in ("ngram", "none"):
             draft = Ngram() if asked.draft == "ngram" else None
+        elif is_draft(asked.draft):
+            draft = Eagle.load(asked.draft, target)
         else:
             draft = Chain(load(asked.draft, weights=asked.weights), asked.steps)
         engine = Engine(target, draft, asked.rule, max_batch=1)

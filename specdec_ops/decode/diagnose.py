@@ -16,12 +16,14 @@ from specdec_ops.tree import Tree
 
 from .batch import Batch, Law
 from .cache import Cache
+from .cache import Sequence as Pages
 from .model import Model
 from .request import Request
 from .result import Result
 from .rows import Rows
 from .sampling import Sampling
 
+_CHUNK = 256  # rows of a pass over a text
 Prompt = str | Sequence[int]
 
 
@@ -150,10 +152,13 @@ def _agreement(engine: Engine, texts: list[list[int]], starts: list[int], depth:
     """How often a tree that is made afresh at a place of a text has its next tokens, down to each depth."""
     hits, places = [0] * depth, 0
     for text, start in zip(texts, starts, strict=True):
+        hidden = _last_rows(engine, text) if engine.draft.wants_hidden else None
         for end in range(start, max(start + 1, len(text) - depth + 1), max(1, (len(text) - start) // 32)):
             request = Request(text[:end], Sampling(), (), None)
             request.sequence.length = end - 1
             engine.draft.start(request)
+            if hidden is not None:
+                engine.draft.see(request, 0, hidden[: end - 1])
             try:
                 batch = Batch([request], engine.cache, Law.of([request], engine.cache.device))
                 found = _depth_of_match(engine.draft.propose(batch), text[end:])
@@ -163,6 +168,23 @@ def _agreement(engine: Engine, texts: list[list[int]], starts: list[int], depth:
             for level in range(min(found, depth)):
                 hits[level] += 1
     return tuple(count / max(places, 1) for count in hits)
+
+
+def _last_rows(engine: Engine, text: list[int]) -> torch.Tensor:
+    """[tokens, dim]: the target's last rows over a text, run alone, in chunks like those of a prompt."""
+    cache, sequence, parts = engine.cache, Pages(), []
+    if not cache.reserve(sequence, len(text)):
+        raise RuntimeError("specdec_ops.Engine: diagnose needs enough pages for a prompt and its answer")
+    try:
+        table = cache.page_table([sequence])
+        for start in range(0, len(text), _CHUNK):
+            tokens = torch.tensor([text[start : start + _CHUNK]], dtype=torch.int32).to(cache.device)
+            length = torch.tensor([start], dtype=torch.int32).to(cache.device)
+            rows = Rows(tokens, chains((tokens.shape[1],), cache.device), length, table)
+            parts.append(engine.target.forward(rows, cache, want=False).hidden)
+    finally:
+        cache.drop(sequence)
+    return torch.cat(parts)
 
 
 def _depth_of_match(drafted: Drafted, following: list[int]) -> int:

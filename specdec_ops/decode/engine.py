@@ -312,7 +312,8 @@ class Engine:
             self._warn_of_loss(pace)
         if self.on_round is not None and drafts:
             spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(times)), strict=True))
-            self.on_round(acceptance.nodes.shape[1] - 1, accepted, spans)
+            depth = acceptance.nodes.shape[1] - 1
+            self.on_round(min(depth, draft.max_depth or depth), accepted, spans)
 
     def _accept(self, draft: Draft | None, batch: Batch, logits: torch.Tensor, drafted: Drafted) -> Acceptance:
         return rules.accept(self.rule, draft, batch, logits, drafted)

@@ -45,6 +45,7 @@ class Draft:
         proposals: how children are chosen, from which the lossless rules follow: "deterministic" (a function of the
             text before them), "distinct" (drawn without replacement) or "repeated" (with).
         max_nodes: of a tree, node 0 included.
+        max_depth: the most levels below node 0, where that is known to be less than max_nodes - 1.
         is_chain: whether its trees are chains.
         wants_hidden: whether `see` is to be called. Prompts then share no pages, since their rows are wanted.
         is_coupled: set by the engine for rule "match": sampled children are then drawn with the target's own noise,
@@ -53,6 +54,7 @@ class Draft:
 
     proposals: Proposals
     max_nodes: int
+    max_depth: int | None = None
     is_chain: bool = False
     wants_hidden: bool = False
     is_coupled: bool = False

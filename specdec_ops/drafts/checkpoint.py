@@ -1,0 +1,90 @@
+"""A saved draft: one folder with `draft.safetensors`, and a `draft.json` that says for which target it is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from specdec_ops.decode.decoder import Decoder
+
+_WEIGHTS, _ABOUT = "draft.safetensors", "draft.json"
+
+
+def _safetensors():
+    try:
+        import safetensors.torch as found
+    except ImportError as error:
+        raise RuntimeError(
+            "specdec_ops.drafts: saved drafts need the package safetensors (pip install specdec_ops[train])"
+        ) from error
+    return found
+
+
+def is_draft(folder: str | os.PathLike) -> bool:
+    """Whether a folder holds a saved draft."""
+    return (Path(folder) / _ABOUT).is_file()
+
+
+def identity(target: Decoder) -> dict:
+    """What tells a target from others, in whatever form its weights are: sizes, and hashes of vocabulary and norm."""
+    shape, tokenizer = target.shape, target.tokenizer
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    words = None if vocabulary is None else json.dumps(sorted(vocabulary().items())).encode()
+    norm = target.norm.weight.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
+    return {
+        "target_layers": shape.layers,
+        "target_dim": shape.dim,
+        "target_vocab": shape.vocab,
+        "tokenizer_sha256": None if words is None else hashlib.sha256(words).hexdigest(),
+        "norm_sha256": hashlib.sha256(norm).hexdigest(),
+    }
+
+
+def save(folder: str | os.PathLike, kind: str, tensors: dict, target: Decoder, about: dict) -> None:
+    """Write a draft. Whoever reads the folder meanwhile sees the old files or the new ones.
+
+    Args:
+        folder: made if there is none.
+        kind: of draft.
+        tensors: by name.
+        target: the model that it was trained for.
+        about: what the JSON says besides.
+    """
+    safetensors, folder = _safetensors(), Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    said = {"draft": kind, "target": os.path.basename(target.name), **identity(target), **about}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    for name, write in (
+        (_WEIGHTS, lambda path: safetensors.save_file(tensors, path)),
+        (_ABOUT, lambda path: path.write_text(json.dumps(said, indent=2) + "\n")),
+    ):
+        write(folder / f"{name}.part")
+        os.replace(folder / f"{name}.part", folder / name)
+
+
+def load(folder: str | os.PathLike, kind: str, target: Decoder) -> tuple[dict[str, torch.Tensor], dict]:
+    """Tensors and JSON of a draft.
+
+    Raises:
+        ValueError: there is no draft of this kind, or it was trained for another target.
+        RuntimeError: the package safetensors is not installed.
+    """
+    path = Path(folder)
+    if not is_draft(path) or not (path / _WEIGHTS).is_file():
+        raise ValueError(f"specdec_ops.drafts: folder must hold a {_WEIGHTS} and a {_ABOUT}, got {str(folder)!r}")
+    about = json.loads((path / _ABOUT).read_text())
+    if about.get("draft") != kind:
+        raise ValueError(f"specdec_ops.drafts: folder must hold a draft of kind {kind}, got {about.get('draft')}")
+    own = identity(target)
+    either = {name for name in own if own[name] is not None and about.get(name) is not None}
+    wrong = sorted(name for name in either if own[name] != about[name])
+    if wrong:
+        raise ValueError(
+            f"specdec_ops.drafts: target must be {about['target']}, for which the draft was trained, got "
+            f"{os.path.basename(target.name)} (of another {', '.join(wrong)})"
+        )
+    return _safetensors().load_file(path / _WEIGHTS), about
