@@ -14,6 +14,7 @@
 #include "acceptance/cpu/entry_points.h"
 #include "acceptance/cpu/row_reader.h"
 #include "acceptance/walk.h"
+#include "common/cpu/thread_pool.h"
 
 namespace specdec::cpu {
 namespace {
@@ -172,7 +173,7 @@ namespace specdec {
 using namespace cpu;
 
 void accept_cpu(const AcceptParams& p, int threads) {
-  threads = std::max(threads, 1);
+  threads = threads_for(double(p.batch) * p.vocab, kTokensPerThread, threads);
   if (p.batch < threads || threads == 1) {
     Workspace workspace(p, threads);
     for (int32_t request = 0; request < p.batch; ++request) accept_one(p, request, workspace);

@@ -10,6 +10,8 @@
 
 namespace specdec::cpu {
 
+constexpr double kTokensPerThread = 1 << 14;  // of a call's rows: below this many another thread does not pay
+
 struct RowSettings {
   float temperature;
   int32_t top_k;

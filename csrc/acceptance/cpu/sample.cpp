@@ -7,6 +7,7 @@
 
 #include "acceptance/cpu/entry_points.h"
 #include "acceptance/cpu/row_reader.h"
+#include "common/cpu/thread_pool.h"
 
 namespace specdec::cpu {
 namespace {
@@ -101,7 +102,7 @@ using namespace cpu;
 
 void sample_cpu(const SampleParams& p, int threads) {
   const int64_t rows = int64_t(p.batch) * p.rows;
-  threads = std::max(threads, 1);
+  threads = threads_for(double(rows) * p.vocab, kTokensPerThread, threads);
   for (int32_t request = 0; request < p.batch; ++request) p.status[request] = setting_status(p.sampling, request);
   const auto sample_row = [&](int64_t place, RowReader& reader, KeptRow& kept) {
     const int32_t request = int32_t(place / p.rows);

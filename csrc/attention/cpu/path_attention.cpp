@@ -14,6 +14,7 @@
 #include "attention/cpu/path_task.h"
 #include "attention/cpu/requests.h"
 #include "common/cpu/isa.h"
+#include "common/cpu/thread_pool.h"
 
 namespace specdec::cpu {
 namespace {
@@ -119,7 +120,7 @@ void add_tasks(Plan& plan, const TreeAttentionParams& p, int b, const Request& r
     }
 }
 
-Plan make_plan(const TreeAttentionParams& p, const PathKernel& kernel, int threads) {
+Plan make_plan(const TreeAttentionParams& p, const PathKernel& kernel, int& threads) {
 #ifdef SPECDEC_X86
   static const bool fetch_ahead = !__builtin_cpu_is("intel");  // see wants_fetch_ahead() of tree_attention.cpp
 #else
@@ -139,7 +140,12 @@ Plan make_plan(const TreeAttentionParams& p, const PathKernel& kernel, int threa
     for (int64_t row = p.offsets[p.batch]; row < p.queries; row++) blank_row(p, 0, row);
 
   int64_t chunks = 0;
-  for (const PathTask& task : plan.tasks) chunks += (task.end_seen + kPathChunk - 1) / kPathChunk;
+  double products = 0;
+  for (const PathTask& task : plan.tasks) {
+    chunks += (task.end_seen + kPathChunk - 1) / kPathChunk;
+    products += 2.0 * task.rows * task.end_seen * p.dim;
+  }
+  threads = threads_for(products, kProductsPerThread, threads);
   const int64_t share = std::max<int64_t>(chunks / (int64_t(4) * threads), 1);
   for (size_t i = 0, next; i < plan.tasks.size(); i = next) {
     const PathTask& task = plan.tasks[i];

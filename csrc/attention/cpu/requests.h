@@ -7,6 +7,8 @@
 
 namespace specdec::cpu {
 
+constexpr double kProductsPerThread = 1 << 17;  // below this many another thread does not pay
+
 struct Request {
   int64_t first_query;     // row of q where the request starts
   int queries;             // rows of q that it has

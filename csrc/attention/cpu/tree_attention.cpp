@@ -19,6 +19,7 @@
 #include "attention/cpu/requests.h"
 #include "attention/cpu/task.h"
 #include "common/cpu/isa.h"
+#include "common/cpu/thread_pool.h"
 
 namespace specdec::cpu {
 namespace {
@@ -255,7 +256,9 @@ void tree_attention_cpu(const TreeAttentionParams& p, int threads) {
   if (p.path_invariant) return path_attention(p, std::max(threads, 1));
   const std::vector<Plan> plans = make_plans(p);
   if (plans.empty()) return;
-  run(plans, largest(plans), std::max(threads, 1));
+  double products = 0;
+  for (const Plan& plan : plans) products += 2.0 * plan.task.rows * plan.task.slots * p.dim;
+  run(plans, largest(plans), threads_for(products, kProductsPerThread, threads));
 }
 
 }  // namespace specdec

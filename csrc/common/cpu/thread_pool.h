@@ -1,6 +1,7 @@
 // The threads that work on one row. A row is cut into chunks whose size does not depend on their number.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #ifdef _OPENMP
@@ -8,6 +9,12 @@
 #endif
 
 namespace specdec::cpu {
+
+// As many of the threads as there is work for. Below `per_thread` of it waking another thread takes longer than it saves,
+// and on a busy machine much longer.
+inline int threads_for(double work, double per_thread, int threads) {
+  return int(std::min<double>(std::max(threads, 1), work / per_thread + 1));
+}
 
 class ThreadPool {
  public:
