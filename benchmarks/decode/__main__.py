@@ -150,8 +150,9 @@ def others(asked, path: Path, units, temperature: float, length: int, eos) -> li
 
 def _run_of(done: dict) -> Run:
     tokens = done["timed"] + 1
-    calls = tokens if done["calls"] is None else done["calls"]
-    return Run([done["tokens"] or [0] * tokens], done["seconds"], done["timed"], calls)
+    return Run(
+        [done["tokens"] or [0] * tokens], done["seconds"], done["timed"], done["calls"] or 0
+    )  # 0: it doesn't say
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,8 +16,8 @@ from .contestants import Contestant, Run, Task, one_row_seconds
 NEAR_TIE = {"float32": 0.01, "blocks": 0.5}
 """By how much less than its best logit the model may like a greedy token.
 
-Sums in another order move logits of SmolLM2, of 15 to 25, by some 1e-4. Blocks are multiplied with rows rounded to
-16 bits.
+Float32 sums in another order differ by far less. Blocks are multiplied with rounded rows; how far that moves logits has
+not been measured, so the second figure is a guess on the wide side.
 """
 RESAMPLES = 2000
 
@@ -201,7 +201,10 @@ def _figures(entry: Entry, entries: list[Entry], chosen: list[int], batch: int) 
     runs = [entry.runs[n] for n in chosen]
     contestant = entry.contestant
     seconds, timed, calls = (sum(getattr(run, what) for run in runs) for what in ("seconds", "timed", "calls"))
-    row = {"tokens": sum(run.tokens for run in runs), "tokens_per_call": sum(r.tokens for r in runs) / calls}
+    row = {
+        "tokens": sum(run.tokens for run in runs),
+        "tokens_per_call": sum(r.tokens for r in runs) / calls if calls else "",
+    }
     row["tokens_per_second"] = timed / seconds if seconds else ""
     plain = runs_of("hugging face") if contestant.role == "hugging face" else runs_of("ours plain", contestant.weights)
     one = one_row_seconds(plain, batch)

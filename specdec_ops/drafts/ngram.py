@@ -20,7 +20,7 @@ _OP = "drafts.Ngram"
 
 _HITS = (0.22, 0.54, 0.63, 0.68, 0.78, 0.85)
 """How often a greedy answer went on as it did after the last 1, 2, ... tokens before: measured with SmolLM2-135M on
-MT-Bench, HumanEval and GSM8K. With temperature 1 it does so half as often, with the same order."""
+MT-Bench, HumanEval and GSM8K, 30 prompts. At temperature 1 it was 0.15, 0.33, 0.43, 0.53, 0.79 and 0.68."""
 _PRICE, _HIGHEST_PRICE = 0.13, 0.7
 _FREE_ROWS = 4
 """A pass over this many rows takes as long as one over one: the weights are read once."""
