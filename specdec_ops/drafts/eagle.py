@@ -59,7 +59,7 @@ class _State(Sequence):
 class Eagle(Draft):
     """EAGLE: a draft of one layer that goes on from the target's last rows, with the trees of EAGLE-2.
 
-    The row of the token at position p is `fc(concat(embedding of the token, feature of position p - 1))` through one
+    The row of the token at position p is fc over its embedding and the feature of position p - 1, through one
     layer, and predicts the feature of position p. A feature is the target's last row after its final norm, so the
     target's own head makes tokens of it. Where the target has run a text its features are true ones; further on they
     are the draft's. Of accepted tokens the draft's keys and values are made anew from the true features, in the same
