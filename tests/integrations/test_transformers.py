@@ -1,5 +1,8 @@
 """Hugging Face models on our ops, against the models' own forward and generate."""
 
+import itertools
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -7,7 +10,7 @@ pytest.importorskip("transformers", reason="an extra: pip install specdec_ops[tr
 
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria, TextStreamer
 
-from specdec_ops import Tree, drafts
+from specdec_ops import Tree, drafts, greedy_accept
 from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
 from specdec_ops.integrations.transformers import TreeView, load, register, tree_decode
@@ -194,6 +197,26 @@ def test_attention_alone_in_the_models_own_loop(name):
     out = model(tokens.long(), position_ids=positions, past_key_values=cache, specdec=TreeView(topology, lengths))
     for node, (row, right) in enumerate(zip(out.logits[0], by_path, strict=True)):
         torch.testing.assert_close(row, right, atol=2e-5, rtol=2e-5, msg=f"node {node}")
+
+
+@torch.no_grad()
+def test_the_loop_by_hand_says_what_generate_says():
+    """The block of docs/decoding.md, as it stands there, with the text's own pairs as the draft."""
+    page = (Path(__file__).parents[2] / "docs" / "decoding.md").read_text()
+    loop = page.partition("## A loop by hand")[2].partition("```text\n")[2].partition("```")[0]
+    model, (ids, _) = make("llama"), prompts()
+    expected = model.generate(ids[:1], do_sample=False, max_new_tokens=30, eos_token_id=None)
+
+    def fill(tokens, tree, text):
+        known = dict(itertools.pairwise(text[0].tolist()))
+        for node in range(1, len(tree)):
+            tokens[0, node] = known.get(int(tokens[0, tree.parents[node]]), node)
+
+    names = {"torch": torch, "Tree": Tree, "register": register, "TreeView": TreeView, "DynamicCache": DynamicCache}
+    names |= {"greedy_accept": greedy_accept, "model": model, "fill": fill}
+    names |= {"prompt": ids[:1], "length": expected.shape[1]}
+    exec(loop, names)
+    assert torch.equal(names["text"][:, : expected.shape[1]], expected)
 
 
 @pytest.mark.parametrize(
