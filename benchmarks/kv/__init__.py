@@ -1,1 +1,5 @@
-"""What new rows, accepted rows, stacked rows of all layers and rows of skipped layers cost."""
+"""What is done to keys and values besides attention.
+
+`kv_append`: new rows. `kv_commit`: accepted rows. `gather_layer_kv`: rows of all layers. `kv_propagate`: those of
+layers that an exit skipped.
+"""

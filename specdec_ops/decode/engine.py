@@ -62,9 +62,11 @@ def _renumbered(chunk: Chunk, place: int) -> Chunk:
 class Engine:
     """Speculative decoding of a target model with a draft; plain decoding without.
 
-        >>> engine = Engine(load("folder"), drafts.Ngram())
-        >>> for result in engine.generate(["The sea is", "Once upon"], Sampling(max_tokens=64)):
-        ...     print(result.text, result.finish_reason, result.stats.tokens_per_call)
+    With the names of `specdec_ops.decode` and `specdec_ops.integrations.transformers`::
+
+        engine = Engine(load("folder"), drafts.Ngram())
+        for result in engine.generate(["The sea is", "Once upon"], Sampling(max_tokens=64)):
+            print(result.text, result.finish_reason, result.stats.tokens_per_call)
 
     A round: prompts are run in chunks, the draft proposes a tree for each request, one pass of the target scores all
     nodes, the rule decides what stays, the cache is committed, and one copy brings tokens to the host. Requests join

@@ -23,7 +23,7 @@ class State(enum.Enum):
 class Request:
     """One prompt, the answer so far, and its pages.
 
-    `text` is the prompt and the answer as ids. Its keys and values are in the first `sequence.length` slots of the
+    `text` is the prompt and the answer as ids. Its keys and values are in the first `Sequence.length` slots of the
     target's cache: in a round all but those of the last token, which is node 0 of the draft's tree.
     """
 

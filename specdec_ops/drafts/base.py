@@ -85,7 +85,7 @@ class Draft:
         raise NotImplementedError
 
     def observe(self, batch: Batch, drafted: Drafted, acceptance: Acceptance, accepted: list[int]) -> None:
-        """What was accepted. The requests' `ids` have it already.
+        """What was accepted. The texts of the requests have it already.
 
         Args:
             batch: of the round.

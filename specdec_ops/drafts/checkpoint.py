@@ -1,4 +1,4 @@
-"""A saved draft: one folder with `draft.safetensors`, and a `draft.json` that says for which target it is."""
+"""A saved draft: one folder with draft.safetensors, and a draft.json that says for which target it is."""
 
 from __future__ import annotations
 

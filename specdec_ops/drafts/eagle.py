@@ -120,7 +120,7 @@ class Eagle(Draft):
         """The draft in a folder that `save` has written.
 
         Args:
-            folder: with a `draft.safetensors` and a `draft.json`.
+            folder: with a draft.safetensors and a draft.json.
             target: the model that it was trained for.
             options: levels, width, branching and nodes.
 
@@ -141,7 +141,7 @@ class Eagle(Draft):
     def save(
         self, folder: str | os.PathLike, target: Decoder, *, weights: str = "int8", about: dict | None = None
     ) -> None:
-        """Write the draft into a folder: `draft.safetensors`, and a `draft.json` that says for which target it is.
+        """Write the draft into a folder: draft.safetensors, and a draft.json that says for which target it is.
 
         Args:
             folder: made if there is none.

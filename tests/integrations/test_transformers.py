@@ -184,12 +184,17 @@ def test_attention_alone_in_the_models_own_loop(name):
     """generate with a padded batch and with a single prompt, and a tree in a loop by hand: no mask, one keyword."""
     model, (ids, mask) = make(name), prompts()
     asked = {"do_sample": False, "max_new_tokens": 15}
-    expected = model.generate(ids, attention_mask=mask, **asked), model.generate(ids[:1], **asked)
+    long = torch.randint(6, VOCAB, (1, 90), generator=torch.Generator().manual_seed(4))
+    expected = [
+        model.generate(ids, attention_mask=mask, **asked),
+        *(model.generate(x, **asked) for x in (ids[:1], long)),
+    ]
     context, tokens = random_tree()
     by_path = [model(text).logits[0, -1] for text in texts_of(tokens, context)]
     model.set_attn_implementation(register())
     assert torch.equal(model.generate(ids, attention_mask=mask, **asked), expected[0])
     assert torch.equal(model.generate(ids[:1], **asked), expected[1])
+    assert torch.equal(model.generate(long, **asked), expected[2])
     lengths, topology = torch.tensor([CONTEXT], dtype=torch.int32), TREE.to("cpu")
     cache = DynamicCache()  # that keeps all slots, also where the model has windows
     model(context, past_key_values=cache)

@@ -38,10 +38,23 @@ FOREIGN = {
         "__dlpack__",
         "d2t",
         "layer_of",
+        "generate",
+        "specdec",
     ),
     *("context", "slot", "new", "position", "exp", "sqrt", "ceil", "tanh", "single", "accumulated", "i"),
 }
-PACKAGES = ("flashinfer", "vllm", "sgl_kernel", "torch", "numpy", "gguf")
+# The systems above the ops: their classes are named without their packages, too.
+SYSTEMS = ("decode", "drafts", "integrations.transformers", "train")
+OFFERED = {
+    **PUBLIC,
+    **{
+        name: thing
+        for system in SYSTEMS
+        for name, thing in vars(importlib.import_module(f"specdec_ops.{system}")).items()
+        if inspect.isclass(thing) or inspect.isfunction(thing)
+    },
+}
+PACKAGES = ("transformers", "flashinfer", "vllm", "sgl_kernel", "torch", "numpy", "gguf")
 
 
 def docstrings(module):
@@ -68,16 +81,19 @@ def parameters_of(thing):
 def members_of(thing):
     """What follows a dot: attributes, and the fields of records."""
     fields = {field.name for field in dataclasses.fields(thing)} if dataclasses.is_dataclass(thing) else set()
-    own = set(re.findall(r"self\.(\w+)", inspect.getsource(thing))) if inspect.isclass(thing) else set()
+    try:
+        own = set(re.findall(r"self\.(\w+)", inspect.getsource(thing))) if inspect.isclass(thing) else set()
+    except OSError:  # made by a function, such as those of a NamedTuple in torch
+        own = set()
     return fields | own | set(dir(thing))
 
 
 def known_words(module):
     """Names that a docstring of this module may use by themselves."""
-    words = {*FOREIGN, *PACKAGES, *dir(builtins), *keyword.kwlist, *PUBLIC, *vars(module), "specdec_ops"}
+    words = {*FOREIGN, *PACKAGES, *dir(builtins), *keyword.kwlist, *OFFERED, *vars(module), "specdec_ops"}
     for name in MODULES if module.__name__.startswith("specdec_ops.compat") else ():
         words |= set(vars(importlib.import_module(name))) if name.startswith("specdec_ops.compat") else set()
-    for thing in (*PUBLIC.values(), *vars(module).values()):
+    for thing in (*OFFERED.values(), *vars(module).values()):
         if inspect.isfunction(thing):
             words |= parameters_of(thing)
         elif inspect.isclass(thing) and thing.__module__.startswith("specdec_ops"):
@@ -95,9 +111,9 @@ def resolved(path, module):
     first, *rest = path.split(".")
     if first in PACKAGES:
         return True
-    thing = specdec_ops if first == "specdec_ops" else PUBLIC.get(first, vars(module).get(first))
+    thing = specdec_ops if first == "specdec_ops" else OFFERED.get(first, vars(module).get(first))
     if thing is None:  # a value, such as `topology.offsets`: some public class has a member of that name
-        classes = [each for each in (*PUBLIC.values(), torch.Tensor) if inspect.isclass(each)]
+        classes = [each for each in (*OFFERED.values(), torch.Tensor) if inspect.isclass(each)]
         return all(any(name in members_of(each) for each in classes) for name in rest)
     for name in rest:
         if inspect.isclass(thing) and name in members_of(thing):

@@ -53,7 +53,7 @@ def tree_decode(
         generation_config: for do_sample, temperature and the padding token.
         draft: from `specdec_ops.drafts`; by default `Ngram()`.
         decoder: of the model, from `load`; made once for each model by default, from its weights as they are then.
-        stream_to: a streamer. (`generate` keeps its own `streamer` from custom loops.) With a batch of one only.
+        stream_to: a streamer. (`generate` keeps its own streamer from custom loops.) With a batch of one only.
         model_kwargs: attention_mask, and a cache that is empty, or of a batch of one: a dynamic or static one
             without sliding layers. It is read, and has the answer's keys and values afterwards.
 

@@ -28,7 +28,7 @@ def load(model, tokenizer=None, *, dtype: torch.dtype | None = None, weights: st
     sliding windows, soft caps, norms of q and k, tied heads and partial rotation as the model has them.
 
     Args:
-        model: a model, e.g. of `AutoModelForCausalLM`; a folder with one; or a GGUF file of a Llama, whose quantised
+        model: a model, e.g. of AutoModelForCausalLM; a folder with one; or a GGUF file of a Llama, whose quantised
             weights are read as they lie there.
         tokenizer: of the model; by default that in the folder or file, if there is one.
         dtype: of rows, keys and values: float32, bfloat16 or float16; by default that of the model's weights.
