@@ -168,7 +168,7 @@ def test_streamers_see_every_token():
     [
         ({"num_beams": 2}, "num_beams must be 1, got 2"),
         ({"return_dict_in_generate": True, "output_scores": True}, "output_scores must be False, got True"),
-        ({"stream_to": object()}, "stream_to must be None with a batch of 3"),
+        ({"stream_to": "a streamer"}, "stream_to must be None with a batch of 3"),
     ],
     ids=str,
 )
