@@ -5,7 +5,7 @@ library, with the target's last rows over them. Then the layer learns, as EAGLE'
 row from the row before it and the token between: SmoothL1 over the rows, and 0.1 times the cross-entropy between what
 the target's head makes of either; noise on the rows that go in. AdamW, with a rate that rises and falls.
 
-The folder OUT gets draft.safetensors and draft.json, which `Eagle.load` reads; `loss.csv` (and `loss.png`
+The folder OUT gets draft.safetensors and draft.json, which `Eagle.load` reads; loss.csv (and loss.png
 where matplotlib is installed); and a folder `work` with texts and the state of training, which nobody needs afterwards.
 The same command goes on where it was interrupted.
 """

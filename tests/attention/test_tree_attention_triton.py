@@ -47,7 +47,7 @@ def make(contexts, trees, *, group=1, kv_heads=1, dim=16, dtype=torch.float32, p
         num_nodes=getattr(topology, "num_nodes", None), offsets=None,
         context_lens=torch.tensor(contexts, dtype=torch.int32, device=DEVICE), page_table=page_table,
         query_starts=None, query_start=0, scale=dim**-0.5, window=0, softcap=0.0, sinks=None,
-        alibi_slopes=None, out_scale=1.0, num_splits=0,
+        alibi_slopes=None, out_scale=1.0, num_splits=0, path_invariant=False,
     )  # fmt: skip
     return arguments | options
 

@@ -226,8 +226,8 @@ def _appends() -> dict[str, Call]:
 
 
 def _appended(k, v, k_cache, v_cache, topology, context_lens, **options):
-    """kv_append into copies of the caches."""
-    copies = [cache.clone() if isinstance(cache, torch.Tensor) else cache for cache in (k_cache, v_cache)]
+    """kv_append into copies of the caches, unless a test marks one."""
+    copies = [copy.deepcopy(cache) if type(cache) is torch.Tensor else cache for cache in (k_cache, v_cache)]
     return [kv_append(k, v, *copies, topology, context_lens, **options), *copies]
 
 

@@ -39,7 +39,6 @@ EXIT = {"exit_confidence_kernel": 4 + 4 + 2 + 3 + 2, "screen_kernel": 6, "rechec
 DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255, "linear_kernel": 255}
 # What moves rows, by 16, 4, 2 and 1 bytes.
 MOVES = ("gather_layer_kv_kernel", "kv_commit_kernel", "kv_copy_pages_kernel")
-DRAFT = {"exit_mlp_kernel": 255, "kv_propagate_kernel": 255}
 APPEND = {"kv_append_kernel": 80}  # three blocks of 256 threads
 # tree_attention has blocks of these packed rows for each of the compiled dims, those of fp8 caches after the others.
 # Twice, for bfloat16 and float16.
