@@ -34,7 +34,7 @@ def linear(
 
     Few rows, up to 64, wait for the weight to come from memory, so 8 rows take about as long as one. Sums are float32,
     rounded once at the end. A quantised weight is multiplied in integers on CPUs with AVX-512 VNNI: rows are rounded to
-    16 bits for it, in pieces of at most 512 elements, by no more than the piece's greatest magnitude over 65,278.
+    16 bits for it, in pieces of at most 640 elements, by no more than the piece's greatest magnitude over 65,278.
 
     **A row's result never depends on how many rows go with it**, to the last bit, nor on what they are, nor on the
     number of threads: so greedy text with drafts is greedy text without. That holds for the backends cpu, triton and
