@@ -128,17 +128,20 @@ def poisoned_memory(monkeypatch):
 
 @pytest.fixture
 def isa(request):
-    """The CPU kernels run on this instruction set."""
+    """The CPU kernels run on this instruction set, and " without vnni" has no dot products of bytes."""
     module, reason = loader.load()
     if module is None:
         pytest.skip(reason)
-    module.set_cpu_isa(request.param)
+    name, _, without = request.param.partition(" without ")
+    module.set_cpu_isa(name)
+    module.allow_cpu_vnni(not without)
     try:
-        if module.cpu_isa() != request.param:
-            pytest.skip(f"this processor (or this build) has no {request.param}")
+        if module.cpu_isa() != name:
+            pytest.skip(f"this processor (or this build) has no {name}")
         yield request.param
     finally:
         module.set_cpu_isa("")
+        module.allow_cpu_vnni(True)
 
 
 @pytest.fixture

@@ -56,6 +56,8 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "cpu_isa", [] { return cpu::isa_name(cpu::current_isa()); },
       "The instruction set that CPU kernels run with here.");
+  m.def("cpu_vnni", &cpu::may_use_vnni, "Whether CPU kernels use AVX-512's dot products of bytes here.");
+  m.def("allow_cpu_vnni", &cpu::allow_vnni, "Withholds them, or gives them back.");
   m.def("set_cpu_isa", &cpu::limit_isa, "Limits the instruction set; an empty name removes the limit.");
   m.def(
       "read_bytes",

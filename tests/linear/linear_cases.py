@@ -6,6 +6,7 @@ import numpy as np
 import torch
 
 from specdec_ops import GgufWeight, QuantizedWeight, quantize_linear
+from specdec_ops._core import loader
 from tests.harness.close import assert_as_good_as_torch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -88,28 +89,36 @@ def exact(x, weight, bias=None, norm_weight=None, norm_eps=1e-6, activation=None
     return torch.from_numpy(result)
 
 
-def rounding_bound(x, weight, bias=None, norm_weight=None, norm_eps=1e-6, activation=None, residual=None) -> float:
-    """What the rounding of float32 sums may come to, and that of rows before quantised weights: one lucky number of
-    PyTorch's must not condemn a right result."""
+def rounds_rows(backend) -> bool:
+    """Whether this backend rounds rows to 16 bits before a quantised weight: integer products of a CPU do."""
+    module, _ = loader.load()
+    return backend in ("cpu", "auto") and module is not None and module.cpu_vnni()
+
+
+def rounding_bound(
+    x, weight, rounded, bias=None, norm_weight=None, norm_eps=1e-6, activation=None, residual=None
+) -> float:
+    """What the rounding of float32 sums may come to, and, if rows are `rounded` before quantised weights, that: one
+    lucky number of PyTorch's must not condemn a right result."""
     y, w = x.cpu().double(), elements(weight)
     if norm_weight is not None:
         scale = 1 / (y.square().mean(dim=1, keepdim=True) + norm_eps).sqrt()
         y = y * scale * norm_weight.cpu().double()
     error = 4 * torch.finfo(torch.float32).eps * (y.abs() @ w.abs().T).max()
-    if isinstance(weight, QuantizedWeight | GgufWeight):  # a CPU's integer products round rows to 16 bits
+    if rounded and isinstance(weight, QuantizedWeight | GgufWeight):
         error += (y.abs().amax(dim=1)[:, None] * w.abs().sum(dim=1)).max() / 65278
     gain = 1 if activation is None else 2 * (y @ w.T).abs().max().clamp_min(1)
     return float(error * gain)
 
 
-def assert_right(got, x, weight, **options) -> None:
-    """As good as plain PyTorch in x's dtype, or as float32 sums, and one rounding."""
+def assert_right(got, x, weight, rounded=False, **options) -> None:
+    """As good as plain PyTorch in x's dtype, or as float32 sums of rows that may be `rounded`, and one rounding."""
     expected, plain = exact(x, weight, **options), in_torch(x, weight, **options)
     try:
         assert_as_good_as_torch(got, expected, plain)
     except AssertionError:
         error, one = (got.cpu().double() - expected).abs(), torch.finfo(got.dtype).eps * expected.abs().max()
-        if not error.max() <= rounding_bound(x, weight, **options) + one:
+        if not error.max() <= rounding_bound(x, weight, rounded, **options) + one:
             raise
 
 

@@ -7,7 +7,7 @@ from specdec_ops import linear
 from tests.linear.linear_cases import COMBINATIONS, DTYPES, make_rows, make_weight, options_of
 
 OP = "linear"
-ISAS = ("generic", "avx2", "avx512", "avx512_bf16")
+ISAS = ("generic", "avx2", "avx512 without vnni", "avx512", "avx512_bf16")
 MANY = 64
 SOME = (1, 2, 3, 5, 8, 9, 16, 17, 33, 63)
 

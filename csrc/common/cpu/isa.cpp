@@ -73,6 +73,8 @@ Isa from_environment() {
   return limited(name && *name ? parse(name, "SPECDEC_OPS_CPU_ISA") : Isa::kAmx);
 }
 
+[[maybe_unused]] bool vnni_is_allowed = true;
+
 Isa& selected() {
   static Isa isa = from_environment();
   return isa;
@@ -87,11 +89,13 @@ bool has_isa(Isa isa) { return limited(isa) == isa; }
 bool may_use_vnni() {
 #ifdef SPECDEC_HAVE_AVX512_VNNI
   static const bool has = __builtin_cpu_supports("avx512vnni");
-  return has && current_isa() >= Isa::kAvx512;
+  return has && vnni_is_allowed && current_isa() >= Isa::kAvx512;
 #else
   return false;
 #endif
 }
+
+void allow_vnni(bool allowed) { vnni_is_allowed = allowed; }
 
 const char* isa_name(Isa isa) { return kNames[static_cast<int>(isa)]; }
 

@@ -22,6 +22,9 @@ bool has_isa(Isa isa);
 // Whether the int8 dot products of AVX-512 may be used: some processors of kAvx512 have them, all later ones do.
 bool may_use_vnni();
 
+// Withholds them, as from a processor without: for tests.
+void allow_vnni(bool allowed);
+
 // "" removes the limit. Throws std::invalid_argument on an unknown name. For tests and benchmarks: not thread-safe.
 void limit_isa(const std::string& name);
 

@@ -7,10 +7,12 @@
 // multiply-add in registers needs few loads (eight rows of the weights times three vectors are 24 of them for 11 loads),
 // and four vectors of sums are reduced at once to four outputs of every row.
 //
-// The dim is cut into pieces, the same for every number of rows. A piece of 32 packed rows stays in the first-level
-// cache, and is multiplied with a number of the tile's rows before the next piece. Sums of a piece begin at zero and are
-// then added to those of the pieces before, which also keeps sums short. Pieces of the weights come from memory, a few
-// rows side by side, each a stream, and those that are next are fetched meanwhile into the second-level cache.
+// The dim is cut into pieces, the same for every number of rows. Sums of a piece begin at zero and are then added to
+// those of the pieces before, which also keeps sums short. Where the packed rows fit in the second-level cache, a few
+// rows of the weights are multiplied to their end, and their sums stay in the first-level cache; else a piece of 32
+// packed rows stays there, and is multiplied with all of the tile's rows before the next piece. Pieces of the weights
+// come from memory, a few rows side by side, each a stream, and those that are next are fetched meanwhile into the
+// second-level cache.
 #pragma once
 
 #include "common/cpu/simd.h"
@@ -25,9 +27,10 @@ constexpr int kChunk = 16;                            // bytes of a row of the w
 constexpr int kSlots = kWidth == 16 ? 8 : 4;          // rows of the weights, likewise: their sums fit the registers
 constexpr int kStreams = 4;                           // with few rows: so many places of memory are read at once
 constexpr int kStreamVectors = kWidth == 16 ? 4 : 3;  // of rows, then
-constexpr int kStreamAhead = 1024;                    // bytes by which they are fetched into the first-level cache
+constexpr int kStreamAhead = 2048;                    // bytes by which they are fetched into the first-level cache
 constexpr int kNearRows = 32;                         // rows of which a piece stays in the first-level cache
 constexpr int kNearVectors = kNearRows / kLaneRows;
+constexpr int64_t kSecondLevel = 256 * 1024;  // bytes of packed rows that stay in that cache beside the weights
 static_assert(kWeightTile % kSlots == 0 && kRowBlock % kNearRows == 0, "");
 
 // How the dim is cut: into equal pieces of at most kPieceDims, whole lines of the weights, but for the last.
@@ -128,8 +131,9 @@ static SPECDEC_INLINE Vec sums_of_four(Vec a, Vec b, Vec c, Vec d) {
 #endif
 }
 
-// The order in which a tile is gone through, kSome of its rows at a time. With few packed rows each of them is read to
-// its end, from streams of neighbouring rows; else a piece of the whole tile comes first.
+// The order in which a tile is gone through, kSome of its rows at a time: with few packed rows from streams of
+// neighbouring rows, else neighbours at once. They are read to their end, or, with many long packed rows, a piece of
+// the whole tile comes first.
 template <class Form, int kSome, bool kStreamed>
 class TileProduct {
  public:
@@ -143,7 +147,8 @@ class TileProduct {
 
   void run() {
     const int vectors = (rows_ + kLaneRows - 1) / kLaneRows, sums = vectors * (kSome * kWidth);
-    const int step = kStreamed ? 1 : places_;
+    const bool to_end = kStreamed || int64_t(bytes_of_rows<Form>(tile_.dim, rows_)) <= kSecondLevel;
+    const int step = to_end ? 1 : places_;
     for (int first = 0; first < places_; first += step) {
       const int end = min_of(first + step, places_);
       for (int piece = 0; piece < pieces_.count; piece++) {
@@ -160,8 +165,10 @@ class TileProduct {
  private:
   static constexpr int kMost = kStreamed ? kStreamVectors : Form::kMaxVectors;
 
-  // The row of a stream at one of its places. In a short tile the last one may be repeated.
-  SPECDEC_INLINE int row_at(int stream, int place) const { return min_of(stream * places_ + place, tile_.count - 1); }
+  // The row of a stream, or of neighbours, at a place. In a short tile the last one may be repeated.
+  SPECDEC_INLINE int row_at(int k, int place) const {
+    return min_of(kStreamed ? k * places_ + place : place * kSome + k, tile_.count - 1);
+  }
 
   // Bytes from rows at a piece to what is multiplied next.
   SPECDEC_INLINE int64_t ahead(int first, int end, int place, int piece) const {
@@ -213,10 +220,15 @@ class TileProduct {
         alignas(64) float of_rows[kLaneRows][4];
         store(of_rows[0],
               sums_of_four(load(kept), load(kept + kWidth), load(kept + 2 * kWidth), load(kept + 3 * kWidth)));
-        for (int n = 0; n < min_of(kLaneRows, rows_ - v * kLaneRows); n++) {
-          float* to = outputs_ + (v * kLaneRows + n) * kWeightTile + k * places_ + place;
-          SPECDEC_UNROLL
-          for (int i = 0; i < 4; i++) to[i * places_] = of_rows[n][i];
+        const int rows = min_of(kLaneRows, rows_ - v * kLaneRows);
+        float* to = outputs_ + v * kLaneRows * kWeightTile + (kStreamed ? k * places_ + place : place * kSome + k);
+        for (int n = 0; n < rows; n++, to += kWeightTile) {
+          if (kStreamed) {
+            SPECDEC_UNROLL
+            for (int i = 0; i < 4; i++) to[i * places_] = of_rows[n][i];
+          } else {
+            __builtin_memcpy(to, of_rows[n], sizeof(of_rows[n]));
+          }
         }
       }
     }

@@ -13,7 +13,7 @@ from .quantized_weight import QuantizedWeight
 from .reference_linear import activated, normed, plain_weight
 
 MAX_FEW_ROWS = 64
-"""With more rows than these, backend="auto" takes PyTorch's product."""
+"""With more rows than these, backend="auto" may take PyTorch's product: `_is_handed_over` says when."""
 _ACTIVATIONS = ("none", "swiglu", "geglu")
 _OP = "linear"
 
@@ -34,13 +34,16 @@ def linear(
 
     Few rows, up to 64, wait for the weight to come from memory, so 8 rows take about as long as one. Sums are float32,
     rounded once at the end. A quantised weight is multiplied in integers on CPUs with AVX-512 VNNI: rows are rounded to
-    16 bits for it, in pieces of at most 512 elements, by no more than the piece's greatest magnitude over 65,278.
+    16 bits for it, in pieces of at most 640 elements, by no more than the piece's greatest magnitude over 65,278.
 
     **A row's result never depends on how many rows go with it**, to the last bit, nor on what they are, nor on the
     number of threads: so greedy text with drafts is greedy text without. That holds for the backends cpu, triton and
-    cuda, each for itself. backend="auto" takes them for up to 64 rows. More rows, those of a prompt, go to PyTorch's
-    product, which promises no such thing and rounds the product to x's dtype before the bias and what
-    follows; a quantised weight is made a plain one for it in each call.
+    cuda, each for itself, with any number of rows. backend="auto" takes them for up to 64 rows, and on CPUs for more,
+    those of a prompt, too, unless x and a plain weight both have 16 bits. Those, and on a GPU all of more than 64 rows,
+    go to PyTorch's product, which promises no such thing and rounds the product to x's dtype before the bias and what
+    follows; a quantised weight is made a plain one for it in each call. Measured on a CPU (AMD Zen 5, two cores, layers
+    of SmolLM2-135M and Llama-3.2-1B) with 65 to 512 rows: float32 is 1.1 to 2.2 times as fast as PyTorch's product,
+    quantised weights 2.7 to 14 times; bfloat16 0.7 to 1.4 times, mostly below 1.
 
     Args:
         x: float32, bfloat16 or float16 `[rows, dim]`, with a contiguous last dimension.
@@ -88,7 +91,7 @@ def linear(
     arguments = contract.LinearArguments(
         x, plain, scales, weight_type, bias, norm_weight, float(norm_eps), activation, residual
     )
-    if rows > MAX_FEW_ROWS and dispatch.is_free(backend):
+    if _is_handed_over(x, plain) and dispatch.is_free(backend):
         return _product_of_many_rows(arguments, out)
     if out is None:
         return contract.linear(arguments, backend).out
@@ -149,6 +152,13 @@ def _check_activation(activation, weight: torch.Tensor) -> int:
         must = f"of an even number of rows with activation={activation!r}"
         raise ValueError(argument_error(_OP, "weight", must, weight))
     return weight.shape[0] // 2
+
+
+def _is_handed_over(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    """Whether PyTorch's product of so many rows is the faster one: on a CPU that of 16 bits alone, as measured."""
+    if x.shape[0] <= MAX_FEW_ROWS:
+        return False
+    return x.device.type != "cpu" or (x.dtype == weight.dtype and x.dtype != torch.float32)
 
 
 def _product_of_many_rows(arguments: contract.LinearArguments, out: torch.Tensor | None) -> torch.Tensor:

@@ -5,7 +5,7 @@
 // ones and adds four products, so the weights take the unsigned side: an int8 with its top bit turned over is w + 128,
 // half a byte is q as it lies, and what is too much, 128 or 8 times the sum of the row's integers, is taken off again
 // in each lane. High bytes are multiplied first, their sums shifted by eight bits, and low bytes added to the same
-// sums. A lane takes at most 128 dims of a piece, so nothing leaves 32 bits.
+// sums. A lane takes at most 160 dims of a piece, so nothing leaves 32 bits.
 //
 // The sums of an int8 piece become float32 once. Those of a block do so too, times the block's scale; a piece of blocks
 // is summed in order, and scaled by the row's scale in the end. Lanes: linear/cpu/row_lanes.h.
@@ -73,7 +73,7 @@ static SPECDEC_INLINE __m512i flipped(__m512i v) { return _mm512_xor_si512(v, _m
 
 // A packed piece: what is too much, the scale, the high bytes, the low bytes.
 struct Int8Form {
-  static constexpr int kPieceDims = 512, kLineDims = 64, kMaxVectors = 3;
+  static constexpr int kPieceDims = 640, kLineDims = 64, kMaxVectors = 3;
   alignas(64) char copy[kSlots][kPieceDims];
 
   static SPECDEC_INLINE int chunks_of(int dims) { return (dims + kChunk - 1) / kChunk; }
