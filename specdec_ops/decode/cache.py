@@ -8,9 +8,9 @@ from specdec_ops._core import alloc
 from specdec_ops._core.checks import KERNEL_DTYPES
 from specdec_ops._core.dispatch import backends
 from specdec_ops._core.library import nobody_watches, recorded
-from specdec_ops.ops.attention.contract import TreeAttentionArguments, TreeAttentionOutputs
+from specdec_ops.ops.attention.contract import TreeAttentionOutputs
 from specdec_ops.ops.attention.tree_attention import tree_attention
-from specdec_ops.ops.kv.contract import KvAppendArguments, KvAppendOutputs
+from specdec_ops.ops.kv.contract import KvAppendOutputs
 from specdec_ops.ops.kv.gather_layer_kv import gather_layer_kv
 from specdec_ops.ops.kv.kv_append import kv_append
 from specdec_ops.ops.kv.kv_commit import kv_commit
@@ -105,7 +105,7 @@ class Cache:
         if again is not None:
             implementation, fixed = again
             outputs = KvAppendOutputs(self.k_caches[layer], self.v_caches[layer], q)
-            implementation(KvAppendArguments(k, v, q, *fixed), outputs)
+            implementation(fixed._replace(k=k, v=v, q=q), outputs)
             return
         with recorded() as calls:
             kv_append(
@@ -123,7 +123,10 @@ class Cache:
                 query_start=rows.query_start,
                 **norms,
             )
-        self._appended = (rows, key, calls[0][0], calls[0][1][3:]) if len(calls) == 1 and not norms else None
+        self._appended = None
+        if len(calls) == 1 and not norms:
+            implementation, arguments, _ = calls[0]
+            self._appended = (rows, key, implementation, arguments._replace(k=None, v=None, q=None))
 
     def attend(
         self,
@@ -141,7 +144,7 @@ class Cache:
         if again is not None:
             implementation, fixed = again
             out = alloc.empty(q.shape, q.dtype, q.device)
-            arguments = TreeAttentionArguments(q, self.k_caches[layer], self.v_caches[layer], *fixed)
+            arguments = fixed._replace(q=q, k_cache=self.k_caches[layer], v_cache=self.v_caches[layer])
             implementation(arguments, TreeAttentionOutputs(out, None))
             return out
         with recorded() as calls:
@@ -159,7 +162,10 @@ class Cache:
                 sinks=sinks,
                 path_invariant=self._is_exact,
             )
-        self._attended = (rows, key, calls[0][0], calls[0][1][3:]) if len(calls) == 1 and sinks is None else None
+        self._attended = None
+        if len(calls) == 1 and sinks is None:
+            implementation, arguments, _ = calls[0]
+            self._attended = (rows, key, implementation, arguments._replace(q=None))
         return out
 
     @staticmethod

@@ -12,7 +12,7 @@ import torch
 from specdec_ops._core import alloc
 from specdec_ops._core.dispatch import backends
 from specdec_ops._core.library import nobody_watches, recorded
-from specdec_ops.ops.linear.contract import LinearArguments, LinearOutputs
+from specdec_ops.ops.linear.contract import LinearOutputs
 from specdec_ops.ops.linear.linear import MAX_FEW_ROWS, linear
 from specdec_ops.ops.linear.rms_norm import rms_norm
 from specdec_ops.rope import Rope
@@ -83,13 +83,14 @@ class Projection:
                 and nobody_watches()
             ):
                 out = alloc.empty((x.shape[0], outputs), dtype, x.device)
-                implementation(LinearArguments(x, *fixed, residual), LinearOutputs(out))
+                implementation(fixed._replace(x=x, residual=residual), LinearOutputs(out))
                 return out
         with recorded() as calls:
             out = self._checked(x, norm, activation, residual)
         if len(calls) == 1 and (norm is None or norm.bias is None):
             implementation, arguments, _ = calls[0]
-            self._first = (norm, activation, x.dtype, x.shape[1], out.shape[1], implementation, arguments[1:-1])
+            fixed = arguments._replace(x=None, residual=None)
+            self._first = (norm, activation, x.dtype, x.shape[1], out.shape[1], implementation, fixed)
         return out
 
     def _checked(self, x, norm: Norm | None, activation, residual) -> torch.Tensor:

@@ -1,7 +1,10 @@
 """What a draft is to the engine: `Draft` and `Drafted`."""
 
+# ruff: noqa: B027 -- hooks do nothing unless a draft has a use for them; propose alone must be written.
+
 from __future__ import annotations
 
+import abc
 import dataclasses
 from typing import TYPE_CHECKING, Literal
 
@@ -38,7 +41,7 @@ class Drafted:
     is_chain: bool = False
 
 
-class Draft:
+class Draft(abc.ABC):
     """Proposes trees of tokens for a batch of requests.
 
     Attributes:
@@ -80,9 +83,9 @@ class Draft:
             hidden: [tokens, dim], of the target's last layer before its final norm.
         """
 
+    @abc.abstractmethod
     def propose(self, batch: Batch) -> Drafted:
         """Trees for the requests of a round."""
-        raise NotImplementedError
 
     def observe(self, batch: Batch, drafted: Drafted, acceptance: Acceptance, accepted: list[int]) -> None:
         """What was accepted. The texts of the requests have it already.

@@ -136,7 +136,8 @@ def prune_tree(arguments, outputs) -> None:
     words = outputs.ancestors.shape[2]
     with on(arguments.scores.device):
         prune_tree_kernel[(batch,)](
-            *arguments[:5], *outputs, size, arguments.nodes, words,
+            arguments.scores, arguments.tokens, arguments.parents, arguments.expanded, arguments.root_tokens,
+            *outputs, size, arguments.nodes, words,
             BLOCK=min(triton.next_power_of_2(size), _MAX_BLOCK), BLOCK_NODES=BLOCK_NODES,
             WORDS=words_per_tile(words), num_warps=8,
         )  # fmt: skip
