@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from specdec_ops.drafts.base import Draft, Drafted
+from specdec_ops.drafts.base import Draft, Drafted, Proposer
 from specdec_ops.drafts.model_draft import chains
 from specdec_ops.tree import Tree
 
@@ -32,6 +32,7 @@ class Engine(Protocol):
 
     target: Model
     draft: Draft
+    proposer: Proposer
     cache: Cache
     on_round: Callable[[int, list[int], dict[str, float]], None] | None
 
@@ -156,14 +157,14 @@ def _agreement(engine: Engine, texts: list[list[int]], starts: list[int], depth:
         for end in range(start, max(start + 1, len(text) - depth + 1), max(1, (len(text) - start) // 32)):
             request = Request(text[:end], Sampling(), (), None)
             request.sequence.length = end - 1
-            engine.draft.start(request)
+            engine.proposer.start(request)
             if hidden is not None:
-                engine.draft.see(request, 0, hidden[: end - 1])
+                engine.proposer.see(request, 0, hidden[: end - 1])
             try:
                 batch = Batch([request], engine.cache, Law.of([request], engine.cache.device))
-                found = _depth_of_match(engine.draft.propose(batch), text[end:])
+                found = _depth_of_match(engine.proposer.propose(batch), text[end:])
             finally:
-                engine.draft.drop(request)
+                engine.proposer.drop(request)
             places += 1
             for level in range(min(found, depth)):
                 hits[level] += 1

@@ -15,7 +15,7 @@ import torch
 
 from specdec_ops._core import alloc
 from specdec_ops._core.checks import argument_error, is_int
-from specdec_ops.drafts.base import Draft, Drafted
+from specdec_ops.drafts.base import Draft, Drafted, Proposer
 from specdec_ops.drafts.model_draft import chains
 from specdec_ops.ops.acceptance.accept import Acceptance
 from specdec_ops.status import AcceptStatus
@@ -79,7 +79,7 @@ class Engine:
 
     Args:
         target: the model, as `specdec_ops.integrations.transformers.load` makes it.
-        draft: from `specdec_ops.drafts`; None decodes plainly.
+        draft: from `specdec_ops.drafts`; None decodes plainly. Other engines may have the same one.
         rule: "auto", or one by name: see `specdec_ops.decode.rules.choose`.
         max_batch: the most requests that run at once.
         max_length: the most tokens of prompt, answer and draft of a request; by default, and at most, what the model
@@ -129,9 +129,10 @@ class Engine:
         self._nodes = 1 if draft is None else draft.max_nodes
         slots = max_length + self._nodes
         self.cache = Cache(target.shape, max_batch * -(-slots // page_size) if pages is None else pages, page_size)
+        self.proposer: Proposer | None = None
         if draft is not None:
-            draft.is_coupled = self.rule == "match"
-            draft.bind(target, max_batch=max_batch, max_length=slots)
+            is_coupled = self.rule == "match"
+            self.proposer = draft.bind(target, max_batch=max_batch, max_length=slots, is_coupled=is_coupled)
         self._longest = min(max_length, self.cache.pool.pages * page_size - self._nodes)  # text of one request
         if self._longest < 2:
             raise ValueError(argument_error(_OP, "pages", f"enough for {self._nodes + 2} slots", pages))
@@ -232,7 +233,7 @@ class Engine:
             request.state = State.RUNNING
             self._running.append(request)
             if self._drafts_for(request):
-                self.draft.start(request)
+                self.proposer.start(request)
 
     def _with_pages(self, group: list[Request], nodes: int) -> list[Request]:
         """Those of the group that have room for their trees; the newest requests give pages up for the others."""
@@ -254,7 +255,7 @@ class Engine:
         self.cache.pool.register(request.ids[: request.sequence.length], request.sequence.pages)
         self.cache.drop(request.sequence)
         if self._drafts_for(request):
-            self.draft.drop(request)
+            self.proposer.drop(request)
 
     def _prefill(self) -> None:
         """One pass over what is missing of texts, in chunks."""
@@ -291,7 +292,7 @@ class Engine:
         times = [time.perf_counter()]
         batch = Batch(requests, self.cache, law)
         if drafts:
-            drafted = draft.propose(batch)
+            drafted = self.proposer.propose(batch)
         else:
             drafted = Drafted(batch.last_tokens[:, None], chains((1,), self._device), is_chain=True)
         times.append(time.perf_counter())
@@ -307,7 +308,7 @@ class Engine:
             self._show(request, hidden[place], acceptance.nodes[place])
         accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
         if drafts:
-            draft.observe(batch, drafted, acceptance, accepted)
+            self.proposer.observe(batch, drafted, acceptance, accepted)
         times.append(time.perf_counter())
         if may_switch:
             pace.record(drafts, times[-1] - times[0], sum(accepted) / len(accepted) + 1)
@@ -347,7 +348,7 @@ class Engine:
         """Hand rows of the target's last layer to a draft that wants them: all, or those of the accepted path."""
         if self._drafts_for(request) and self.draft.wants_hidden:
             hidden = hidden if nodes is None else hidden.index_select(0, nodes[nodes >= 0])
-            self.draft.see(request, request.sequence.length, hidden)
+            self.proposer.see(request, request.sequence.length, hidden)
 
     def _score(self, batch: Batch, drafted: Drafted) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's logits and last rows of all nodes, [batch, nodes, vocab] and [batch, nodes, dim]."""

@@ -1,4 +1,4 @@
-"""What a draft is to the engine: `Draft` and `Drafted`."""
+"""What a draft is to the engine: `Draft`, `Proposer` and `Drafted`."""
 
 # ruff: noqa: B027 -- hooks do nothing unless a draft has a use for them; propose alone must be written.
 
@@ -42,7 +42,10 @@ class Drafted:
 
 
 class Draft(abc.ABC):
-    """Proposes trees of tokens for a batch of requests.
+    """What a user makes: the settings and weights of a draft. What it knows of requests is in the engine's `Proposer`.
+
+    Nothing in it changes while engines use it, so it may be given to any number of them at once, in any threads, for
+    different targets.
 
     Attributes:
         proposals: how children are chosen, from which the lossless rules follow: "deterministic" (a function of the
@@ -50,9 +53,7 @@ class Draft(abc.ABC):
         max_nodes: of a tree, node 0 included.
         max_depth: the most levels below node 0, where that is known to be less than max_nodes - 1.
         is_chain: whether its trees are chains.
-        wants_hidden: whether `see` is to be called. Prompts then share no pages, since their rows are wanted.
-        is_coupled: set by the engine for rule "match": sampled children are then drawn with the target's own noise,
-            so that they are those which the target will draw wherever both agree.
+        wants_hidden: whether `Proposer.see` is to be called. Prompts then share no pages, since their rows are wanted.
     """
 
     proposals: Proposals
@@ -60,16 +61,25 @@ class Draft(abc.ABC):
     max_depth: int | None = None
     is_chain: bool = False
     wants_hidden: bool = False
-    is_coupled: bool = False
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int) -> None:
-        """Once, before the first request: check that the draft fits the target, and allocate.
+    @abc.abstractmethod
+    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> Proposer:
+        """Once for each engine: check that the draft fits the target, and allocate.
 
         Args:
             target: the model that verifies.
             max_batch: the most requests at once.
             max_length: the most slots of a request.
+            is_coupled: whether the rule is "match": sampled children are then to be drawn with the target's own noise,
+                so that they are those which the target will draw wherever both agree.
         """
+
+
+class Proposer(abc.ABC):
+    """A draft at work in one engine: proposes trees of tokens for its requests, and owns its caches.
+
+    `Request.draft_state` belongs to it.
+    """
 
     def start(self, request: Request) -> None:
         """A request joins. It may have an answer already, if it had to wait for pages."""

@@ -1,4 +1,4 @@
-"""`ModelDraft`: what drafts that are models have in common, their cache and how it follows the text."""
+"""`ModelDraft`, `ModelProposer`: what drafts that are models have in common: their cache, and how it follows a text."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from specdec_ops.decode.rows import Rows
 from specdec_ops.topology import Topology
 from specdec_ops.tree import Tree
 
-from .base import Draft, Drafted
+from .base import Draft, Drafted, Proposer
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
@@ -34,23 +34,34 @@ def chains(sizes: tuple[int, ...], device: torch.device) -> Topology:
 class ModelDraft(Draft):
     """A draft that is a language model with the target's tokenizer.
 
-    Its cache holds a request's text but for the tokens that it has not run yet: the last one, and after a round in
-    which everything was accepted also the one before.
+    Attributes:
+        model: the language model.
+        levels_run: levels of a tree below node 0 that the model itself runs, so that its cache has their keys.
     """
+
+    levels_run: int
 
     def __init__(self, model: Model) -> None:
         self.model = model
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int) -> None:
-        """See `Draft.bind`."""
-        if self.model.shape.vocab != target.shape.vocab:
+
+class ModelProposer(Proposer):
+    """The cache of a model that drafts.
+
+    It holds a request's text but for the tokens that the model has not run yet: the last one, and after a round in
+    which everything was accepted also the one before.
+    """
+
+    def __init__(self, draft: ModelDraft, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> None:
+        shape = draft.model.shape
+        if shape.vocab != target.shape.vocab:
             raise ValueError(
                 f"specdec_ops.drafts: the draft must have the target's vocabulary of {target.shape.vocab} tokens, "
-                f"got {self.model.shape.vocab}"
+                f"got {shape.vocab}"
             )
+        self.draft, self.model, self.is_coupled = draft, draft.model, is_coupled
         page_size = 16
-        pages = max_batch * -(-max_length // page_size)
-        self.cache = Cache(self.model.shape, pages, page_size)
+        self.cache = Cache(shape, max_batch * -(-max_length // page_size), page_size)
 
     def start(self, request: Request) -> None:
         """An empty cache."""
@@ -71,7 +82,7 @@ class ModelDraft(Draft):
         requests = batch.requests
         sequences = [request.draft_state for request in requests]
         for request, sequence in zip(requests, sequences, strict=True):
-            if not self.cache.reserve(sequence, len(request.ids) - 1 + self.max_nodes):
+            if not self.cache.reserve(sequence, len(request.ids) - 1 + self.draft.max_nodes):
                 raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
         page_table = self.cache.page_table(sequences)
         while True:
@@ -104,7 +115,5 @@ class ModelDraft(Draft):
             self.cache.commit(acceptance.nodes, contexts, self.cache.page_table(sequences))
         for request, count in zip(batch.requests, accepted, strict=True):
             sequence = request.draft_state
-            sequence.length += min(count, self._levels_run)
+            sequence.length += min(count, self.draft.levels_run)
             sequence.length = min(sequence.length, len(request.ids) - 1)
-
-    _levels_run = 0  # levels below node 0 whose keys and values the draft's cache has

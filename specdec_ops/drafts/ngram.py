@@ -10,10 +10,11 @@ from specdec_ops._core.checks import argument_error, is_int
 from specdec_ops.topology import Topology
 from specdec_ops.tree import MAX_NODES, Tree
 
-from .base import Draft, Drafted
+from .base import Draft, Drafted, Proposer
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
+    from specdec_ops.decode.model import Model
     from specdec_ops.decode.request import Request
 
 _OP = "drafts.Ngram"
@@ -85,16 +86,27 @@ class Ngram(Draft):
                 raise TypeError(argument_error(_OP, name, "an int", value))
             if not low <= value <= high:
                 raise ValueError(argument_error(_OP, name, f"from {low} to {high}", value))
-        self.max_nodes, self._longest, self._shortest, self._branches = nodes, longest, shortest, branches
+        self.max_nodes, self.longest, self.shortest, self.branches = nodes, longest, shortest, branches
         self.is_chain = branches == 1
+
+    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> Proposer:
+        """See `Draft.bind`. Any target will do."""
+        return _Proposer(self, is_coupled)
+
+
+class _Proposer(Proposer):
+    """Keeps an index of each text."""
+
+    def __init__(self, draft: Ngram, is_coupled: bool) -> None:
+        self.draft, self._is_coupled = draft, is_coupled
 
     def start(self, request: Request) -> None:
         """Index the prompt."""
-        request.draft_state = _Index(self._longest)
+        request.draft_state = _Index(self.draft.longest)
 
     def propose(self, batch: Batch) -> Drafted:
         """A tree for each request, of node 0 alone where nothing is known."""
-        together = len(batch) if self.is_coupled else 1
+        together = len(batch) if self._is_coupled else 1
         price, free = min(_PRICE * together, _HIGHEST_PRICE), _FREE_ROWS // together
         grown = [self._grow(request, price, free) for request in batch.requests]
         trees, sizes = [tree for tree, _ in grown], tuple(len(tokens) for _, tokens in grown)
@@ -110,18 +122,18 @@ class Ngram(Draft):
 
     def _grow(self, request: Request, price: float, free: int) -> tuple[Tree, list[int]]:
         """A tree whose nodes are accepted with a chance of at least `price`, but for the first `free` ones."""
-        index, ids = request.draft_state, request.ids
+        index, ids, draft = request.draft_state, request.ids, self.draft
         index.update(ids)
         tokens, parents, child = [ids[-1]], [-1], {}
         left = 1.0  # the chance that none of the root's children so far is accepted
-        for place, length in index.continuations(ids, self._shortest, self._branches):
+        for place, length in index.continuations(ids, draft.shortest, draft.branches):
             node, chance = 0, left
-            for step, token in enumerate(ids[place : place + self.max_nodes - 1]):
+            for step, token in enumerate(ids[place : place + draft.max_nodes - 1]):
                 hit = _HITS[min(length + step, len(_HITS)) - 1]  # what is accepted makes the match longer
                 chance *= hit
                 found = child.get((node, token))
                 if found is None:
-                    if len(tokens) == self.max_nodes or (chance < price and len(tokens) >= free):
+                    if len(tokens) == draft.max_nodes or (chance < price and len(tokens) >= free):
                         break
                     found = child[node, token] = len(tokens)
                     tokens.append(token)
