@@ -53,6 +53,12 @@ class Law:
             all(sampling.temperature == 0 for sampling in asked),
         )
 
+    def part(self, index: torch.Tensor) -> Law:
+        """Of some of the requests, int64 [part]. `is_greedy` stays that of all."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        chosen = {n: v.index_select(0, index) if isinstance(v, torch.Tensor) else v for n, v in fields.items()}
+        return Law(**chosen)
+
     @property
     def filters(self) -> dict:
         """temperature, top_k and top_p."""
@@ -105,9 +111,9 @@ class Batch:
 
     Attributes:
         requests: in the order of all tensors here.
-        context_lens: int32 [batch]: slots in use, which is also the position of node 0.
+        context_lens: int32 [batch]: slots in use, which is also the position of node 0 (and of all roots).
         page_table: int32 [batch, max_pages], of the target's cache.
-        last_tokens: int32 [batch]: node 0.
+        last_tokens: int32 [batch]: node 0 of trees with one root.
         law: the settings of their distributions.
     """
 
@@ -122,6 +128,16 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.requests)
+
+    def part(self, places: list[int]) -> Batch:
+        """Some of the requests."""
+        index = torch.tensor(places).to(self.context_lens.device)
+        part = Batch.__new__(Batch)
+        part.requests = [self.requests[place] for place in places]
+        for name in ("context_lens", "page_table", "last_tokens"):
+            setattr(part, name, getattr(self, name).index_select(0, index))
+        part.law = self.law.part(index)
+        return part
 
     @property
     def noise(self) -> dict:

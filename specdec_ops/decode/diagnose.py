@@ -155,14 +155,20 @@ def _agreement(engine: Engine, texts: list[list[int]], starts: list[int], depth:
     for text, start in zip(texts, starts, strict=True):
         hidden = _last_rows(engine, text) if engine.draft.wants_hidden else None
         for end in range(start, max(start + 1, len(text) - depth + 1), max(1, (len(text) - start) // 32)):
-            request = Request(text[:end], Sampling(), (), None)
-            request.sequence.length = end - 1
+            request, following = Request(text[:end], Sampling(), (), None), text[end:]
+            if engine.draft.target_roots > 1:  # the tree hangs from the next token, as if the target had drawn it alone
+                request.target_roots, request.candidates, following = (
+                    engine.draft.target_roots,
+                    text[end : end + 1],
+                    text[end + 1 :],
+                )
+            request.sequence.length = request.tree_start
             engine.proposer.start(request)
             if hidden is not None:
                 engine.proposer.see(request, 0, hidden[: end - 1])
             try:
                 batch = Batch([request], engine.cache, Law.of([request], engine.cache.device))
-                found = _depth_of_match(engine.proposer.propose(batch), text[end:])
+                found = _depth_of_match(engine.proposer.propose(batch), following)
             finally:
                 engine.proposer.drop(request)
             places += 1

@@ -18,6 +18,7 @@ from specdec_ops._core.checks import argument_error, is_int
 from specdec_ops.drafts.base import Draft, Drafted, Proposer
 from specdec_ops.drafts.model_draft import chains
 from specdec_ops.ops.acceptance.accept import Acceptance
+from specdec_ops.ops.acceptance.sample import sample_tokens
 from specdec_ops.status import AcceptStatus
 from specdec_ops.topology import Topology
 
@@ -127,6 +128,7 @@ class Engine:
         self._adapt, self._paces, self._has_warned = adapt, collections.defaultdict(Pace), False
         self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
+        self._target_roots = 1 if draft is None else draft.target_roots
         slots = max_length + self._nodes
         self.cache = Cache(target.shape, max_batch * -(-slots // page_size) if pages is None else pages, page_size)
         self.proposer: Proposer | None = None
@@ -162,6 +164,8 @@ class Engine:
         if sampling.stop and self.target.tokenizer is None:
             raise ValueError(f"specdec_ops.{_OP}: stop must be empty for a target without a tokenizer")
         request = Request(self.encode(prompt), sampling, self.target.eos, self.target.tokenizer)
+        if self._drafts_for(request):
+            request.target_roots = self._target_roots
         self._requests[request.number] = request
         self._waiting.append(request)
         return request.number
@@ -222,7 +226,7 @@ class Engine:
             shares = not (self._drafts_for(request) and self.draft.wants_hidden)
             sequence.pages = pool.find_prefix(request.ids[:-1]) if shares else []
             sequence.length = len(sequence.pages) * pool.page_size
-            if not self.cache.reserve(sequence, len(request.ids) - 1 + self._nodes):
+            if not self.cache.reserve(sequence, request.tree_start + self._nodes):
                 self.cache.drop(sequence)
                 if not self._running:
                     raise RuntimeError(f"specdec_ops.{_OP}: the cache has too few pages for a request that fitted")
@@ -239,7 +243,7 @@ class Engine:
         """Those of the group that have room for their trees; the newest requests give pages up for the others."""
         for request in group:
             while request.state is State.RUNNING and not self.cache.reserve(
-                request.sequence, len(request.ids) - 1 + nodes
+                request.sequence, request.tree_start + nodes
             ):
                 self._send_back(max(self._running, key=lambda running: running.number))
         return [request for request in group if request.state is State.RUNNING]
@@ -261,7 +265,7 @@ class Engine:
         """One pass over what is missing of texts, in chunks."""
         room, parts = self._prefill_rows, []
         for request in self._running:
-            missing = len(request.ids) - 1 - request.sequence.length
+            missing = request.tree_start - request.sequence.length
             if missing > 0 and room > 0 and request.state is State.RUNNING:
                 parts.append((request, min(missing, room)))
                 room -= parts[-1][1]
@@ -270,12 +274,48 @@ class Engine:
         sequences, sizes = [request.sequence for request, _ in parts], tuple(size for _, size in parts)
         tokens = [request.ids[request.sequence.length :][:size] for request, size in parts]
         rows = self._rows(tokens, sizes, chains(sizes, self._device), sequences)
-        hidden = self.target.forward(rows, self.cache, want=False).hidden
-        for (request, size), row in zip(parts, itertools.accumulate(sizes, initial=0), strict=False):
+        rootless: list[Request] = []  # have no candidates for their next token yet
+        ends: list[int] = []
+        starts = list(itertools.accumulate(sizes, initial=0))
+        for (request, size), end in zip(parts, starts[1:], strict=True):
+            if (
+                request.target_roots > 1
+                and not request.candidates
+                and request.tree_start == request.sequence.length + size
+            ):
+                rootless.append(request)
+                ends.append(end - 1)
+        want = torch.tensor(ends).to(self._device) if ends else False
+        logits, hidden = self.target.forward(rows, self.cache, want=want)
+        for (request, size), row in zip(parts, starts, strict=False):
             self._show(request, hidden[row : row + size])
             request.sequence.length += size
             if request.is_prefilled:
                 self.cache.pool.register(request.ids[:-1], request.sequence.pages)
+        if rootless:
+            self._draw_candidates(rootless, logits)
+
+    def _draw_candidates(self, requests: list[Request], logits: torch.Tensor) -> None:
+        """The first candidates for the next tokens of texts, of the target's logits [batch, vocab] after them.
+
+        They have the noise of plain sampling, which takes the first of them. Those of later rounds the rule draws.
+        """
+        law = self._law(requests)
+        logits = law.without_improbable(logits[:, None])
+        positions = torch.tensor([request.tree_start for request in requests], dtype=torch.int32).to(self._device)
+        drawn = sample_tokens(
+            logits[:, 0], seeds=law.seeds, positions=positions, count=self._target_roots, **law.filters
+        )
+        is_valid = logits.amax(dim=(1, 2)).isfinite()
+        logprobs = None
+        if any(request.sampling.logprobs for request in requests):
+            logprobs = law.logprobs(logits)[:, 0].gather(1, drawn.long().clamp(min=0)).tolist()
+        table = torch.cat((is_valid.int()[:, None], drawn), dim=1).tolist()  # the one copy to the host
+        for place, (request, (sound, *tokens)) in enumerate(zip(requests, table, strict=True)):
+            if sound:
+                request.set_candidates(tokens, None if logprobs is None else logprobs[place])
+            else:
+                request.finish("invalid")
 
     def _rows(self, tokens, sizes, topology: Topology, sequences) -> Rows:
         lengths = torch.tensor([sequence.length for sequence in sequences], dtype=torch.int32).to(self._device)
@@ -288,6 +328,7 @@ class Engine:
         law = self._law(requests)
         pace = self._paces[len(requests)]
         may_switch = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
+        may_switch = may_switch and self._target_roots == 1
         drafts = draft is not None and (not may_switch or pace.wants_draft())
         times = [time.perf_counter()]
         batch = Batch(requests, self.cache, law)
@@ -299,11 +340,12 @@ class Engine:
         logits, hidden = self._score(batch, drafted)
         logits = law.without_improbable(logits)
         times.append(time.perf_counter())
-        acceptance = self._accept(draft, batch, logits, drafted)
+        acceptance, candidates = self._accept(draft, batch, logits, drafted)
         if not drafted.is_chain:
             self.cache.commit(acceptance.nodes, batch.context_lens, batch.page_table)
-        logprobs = self._logprobs(batch, logits, acceptance)
-        table = torch.cat((acceptance.num_accepted[:, None], acceptance.status[:, None], acceptance.tokens), dim=1)
+        logprobs = self._logprobs(batch, logits, acceptance, candidates)
+        columns = [acceptance.num_accepted[:, None], acceptance.status[:, None], acceptance.tokens]
+        table = torch.cat(columns if candidates is None else [*columns, candidates], dim=1)
         for place, request in enumerate(requests):
             self._show(request, hidden[place], acceptance.nodes[place])
         accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
@@ -318,21 +360,28 @@ class Engine:
             depth = acceptance.nodes.shape[1] - 1
             self.on_round(min(depth, draft.max_depth or depth), accepted, spans)
 
-    def _accept(self, draft: Draft | None, batch: Batch, logits: torch.Tensor, drafted: Drafted) -> Acceptance:
+    def _accept(
+        self, draft: Draft | None, batch: Batch, logits: torch.Tensor, drafted: Drafted
+    ) -> tuple[Acceptance, torch.Tensor | None]:
         return rules.accept(self.rule, draft, batch, logits, drafted)
 
     def _take(self, requests: list[Request], table, drafted: Drafted, logprobs) -> list[int]:
-        """Give the requests what a round brought: rows of (accepted, status, tokens). Returns the first."""
+        """Give the requests what a round brought: rows of (accepted, status, tokens, candidates). Returns the first."""
         sizes = drafted.sizes or [drafted.tokens.shape[1]] * len(requests)
         for place, (request, (count, status, *tokens)) in enumerate(zip(requests, table, strict=True)):
             request.stats.target_calls += 1
-            request.stats.drafted += sizes[place] - 1
+            request.stats.drafted += sizes[place] - request.target_roots
             request.stats.accepted += count
             if status & AcceptStatus.TARGET_INVALID:
                 request.finish("invalid")
                 continue
             request.sequence.length += count + 1
-            request.take(tokens[: count + 1], None if logprobs is None else logprobs[place], self._longest)
+            found = None if logprobs is None else logprobs[place]
+            roots = request.target_roots
+            if roots > 1:
+                found = None if found is None else [request.logprob_of_root(tokens[0]), *found]
+                request.set_candidates(tokens[-roots:], None if found is None else found[-roots:])
+            request.take(tokens[: count + 1], found, self._longest)
         return [row[0] for row in table]
 
     def _warn_of_loss(self, pace: Pace) -> None:
@@ -367,14 +416,23 @@ class Engine:
         )
         return tuple(rows.view(*shape, -1) for rows in padded)
 
-    def _logprobs(self, batch: Batch, logits: torch.Tensor, acceptance) -> list[list[float]] | None:
-        """Of the emitted tokens, under the distributions that they were drawn from; None if nobody asks."""
+    def _logprobs(self, batch: Batch, logits: torch.Tensor, acceptance, candidates) -> list[list[float]] | None:
+        """Of the tokens that follow those of the path, under the target's distributions; None if nobody asks.
+
+        Those are the emitted tokens. With candidates the path has its root, which is none of them, and the candidates'
+        come last.
+        """
         if not any(request.sampling.logprobs for request in batch.requests):
             return None
         nodes = acceptance.nodes.long().clamp(min=0)
         path = logits.gather(1, nodes[:, :, None].expand(-1, -1, logits.shape[-1]))
-        tokens = acceptance.tokens.long().clamp(min=0)
-        return batch.law.logprobs(path).gather(2, tokens[:, :, None]).squeeze(2).tolist()
+        laws, tokens = batch.law.logprobs(path), acceptance.tokens.long().clamp(min=0)
+        if candidates is None:
+            return laws.gather(2, tokens[:, :, None]).squeeze(2).tolist()
+        below = laws[:, :-1].gather(2, tokens[:, 1:, None]).squeeze(2)
+        end = acceptance.num_accepted.long()[:, None, None].expand(-1, 1, laws.shape[2])
+        following = laws.gather(1, end).squeeze(1).gather(1, candidates.long().clamp(min=0))
+        return torch.cat((below, following), dim=1).tolist()
 
     def _law(self, requests: list[Request]) -> Law:
         """The settings as tensors, made once for each group of requests."""

@@ -26,6 +26,9 @@ class Request:
     `text` is the prompt and the answer as ids. Its keys and values are in the first `Sequence.length` slots of the
     target's cache: in a round all but those of the last token, which is node 0 of the draft's tree. `draft_state`
     belongs to the proposer of the engine.
+
+    Where the target draws `target_roots` candidates for the next token instead of the token itself, all of the text is
+    in the cache, and `candidates` are the roots of the next tree.
     """
 
     _numbers = itertools.count()
@@ -39,6 +42,9 @@ class Request:
         self.sequence = Sequence()
         self.state = State.WAITING
         self.draft_state: Any = None
+        self.target_roots = 1
+        self.candidates: list[int] = []
+        self.candidate_logprobs: list[float] = []
         self.logprobs: list[float] = []
         self.stats = Stats(prompt_tokens=len(prompt))
         self.finish_reason: str | None = None
@@ -52,8 +58,13 @@ class Request:
 
     @property
     def is_prefilled(self) -> bool:
-        """Whether only the last token is missing in the cache."""
-        return self.sequence.length == len(self.ids) - 1
+        """Whether nothing is missing in the cache but the next tree."""
+        return self.sequence.length == self.tree_start
+
+    @property
+    def tree_start(self) -> int:
+        """Slots before the next tree, which is also the position of its roots."""
+        return len(self.ids) if self.target_roots > 1 else len(self.ids) - 1
 
     def take(self, tokens: list[int], logprobs: list[float] | None, longest: int) -> None:
         """Append the tokens of a round, up to where the text ends.
@@ -79,6 +90,20 @@ class Request:
         self.stats.tokens += len(kept)
         if reason is not None:
             self.finish(reason)
+
+    def set_candidates(self, tokens: list[int], logprobs: list[float] | None) -> None:
+        """What the target has drawn for the next token: the roots of the next tree.
+
+        Args:
+            tokens: in the order drawn, then -1 where fewer were possible.
+            logprobs: of each, or None.
+        """
+        self.candidates = [token for token in tokens if token >= 0]
+        self.candidate_logprobs = [] if logprobs is None else logprobs[: len(self.candidates)]
+
+    def logprob_of_root(self, token: int) -> float:
+        """Of a candidate that was kept."""
+        return self.candidate_logprobs[self.candidates.index(token)]
 
     def finish(self, reason: str) -> None:
         """No more tokens come."""

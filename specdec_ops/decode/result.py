@@ -13,7 +13,7 @@ class Stats:
         target_calls: passes of the target that this request took part in, its prompt's not counted.
         tokens: of the answer.
         drafted: nodes of all drafts, without their roots.
-        accepted: drafted tokens that were accepted, whether or not the answer had room for them.
+        accepted: drafted tokens that were accepted, without roots, whether or not the answer had room for them.
         prompt_tokens: of the prompt.
         cached_prompt_tokens: prompt tokens whose keys and values another request had left behind.
     """

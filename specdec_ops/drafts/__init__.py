@@ -2,7 +2,8 @@
 
 Ngram            continuations of earlier occurrences of the last tokens; needs no model
 Chain            a small model drafts one token after another
-MultiCandidate   a small model drafts a tree of fixed shape
+MultiCandidate   a small model drafts a tree of fixed shape, below one root or below several candidates of the target
+StopBelow, Decision, Stop   when drafting stops before the last level: thresholds, a trained network, one's own
 Eagle            one layer over the target's last rows, trained for it, drafts a tree that grows where it is sure
 Draft, Proposer, Drafted   to write one's own
 """
@@ -14,3 +15,6 @@ from .chain import Chain as Chain
 from .eagle import Eagle as Eagle
 from .multi_candidate import MultiCandidate as MultiCandidate
 from .ngram import Ngram as Ngram
+from .stop import Decision as Decision
+from .stop import Stop as Stop
+from .stop import StopBelow as StopBelow

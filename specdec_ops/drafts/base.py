@@ -26,7 +26,8 @@ class Drafted:
     """The trees of a round.
 
     Attributes:
-        tokens: int32 [batch, nodes], -1 where no node is. Node 0 is the last committed token.
+        tokens: int32 [batch, nodes], -1 where no node is. Node 0 is the last committed token; with several target
+            roots the first nodes are those.
         topology: the trees, of batch 1 or that of tokens.
         draft_logits: [batch, nodes, vocab]: row n is what the children of node n were sampled from. None: children
             were not sampled.
@@ -50,8 +51,10 @@ class Draft(abc.ABC):
     Attributes:
         proposals: how children are chosen, from which the lossless rules follow: "deterministic" (a function of the
             text before them), "distinct" (drawn without replacement) or "repeated" (with).
-        max_nodes: of a tree, node 0 included.
-        max_depth: the most levels below node 0, where that is known to be less than max_nodes - 1.
+        max_nodes: of a tree, its roots included.
+        max_depth: the most levels below the roots, where that is known to be less than max_nodes - 1.
+        target_roots: how many candidates for the next token the target draws, the roots of the next tree: they are
+            `Request.candidates`. 1: the next token itself, which is in the text already when it becomes node 0.
         is_chain: whether its trees are chains.
         wants_hidden: whether `Proposer.see` is to be called. Prompts then share no pages, since their rows are wanted.
     """
@@ -59,6 +62,7 @@ class Draft(abc.ABC):
     proposals: Proposals
     max_nodes: int
     max_depth: int | None = None
+    target_roots: int = 1
     is_chain: bool = False
     wants_hidden: bool = False
 

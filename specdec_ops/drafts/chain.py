@@ -7,6 +7,7 @@ from specdec_ops.decode.model import Model
 from specdec_ops.tree import MAX_NODES
 
 from .fixed_tree import FixedTreeDraft
+from .stop import Stop, check_stop
 
 
 class Chain(FixedTreeDraft):
@@ -14,15 +15,17 @@ class Chain(FixedTreeDraft):
 
     Args:
         model: the draft, with the target's tokenizer.
-        steps: tokens of each draft, from 1.
+        steps: the most tokens of a draft, from 1.
+        stop: from `specdec_ops.drafts`: asked after each token but the last whether to draft another one.
 
     Raises:
-        TypeError, ValueError: steps is no int from 1 on.
+        TypeError, ValueError: steps is no int from 1 on, or stop no Stop.
     """
 
-    def __init__(self, model: Model, steps: int = 5) -> None:
+    def __init__(self, model: Model, steps: int = 5, *, stop: Stop | None = None) -> None:
         if not is_int(steps):
             raise TypeError(argument_error("drafts.Chain", "steps", "an int", steps))
         if not 1 <= steps < MAX_NODES:
             raise ValueError(argument_error("drafts.Chain", "steps", f"from 1 to {MAX_NODES - 1}", steps))
-        super().__init__(model, (1,) * steps)
+        check_stop("drafts.Chain", stop)
+        super().__init__(model, (1,) * steps, stop=stop)

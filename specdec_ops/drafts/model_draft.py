@@ -9,16 +9,15 @@ import torch
 
 from specdec_ops.decode.cache import Cache, Sequence
 from specdec_ops.decode.model import Model
-from specdec_ops.decode.rows import Rows
+from specdec_ops.decode.rows import Output, Rows
 from specdec_ops.topology import Topology
 from specdec_ops.tree import Tree
 
-from .base import Draft, Drafted, Proposer
+from .base import Draft, Proposer
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
     from specdec_ops.decode.request import Request
-    from specdec_ops.ops.acceptance.accept import Acceptance
 
 _CHUNK = 256  # rows of a pass over a prompt
 
@@ -36,10 +35,7 @@ class ModelDraft(Draft):
 
     Attributes:
         model: the language model.
-        levels_run: levels of a tree below node 0 that the model itself runs, so that its cache has their keys.
     """
-
-    levels_run: int
 
     def __init__(self, model: Model) -> None:
         self.model = model
@@ -73,47 +69,54 @@ class ModelProposer(Proposer):
             self.cache.drop(request.draft_state)
             request.draft_state = None
 
-    def catch_up(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def catch_up(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run what the cache does not have yet, node 0 included.
 
         Returns:
-            logits of node 0, [batch, vocab], and the page table of the draft's cache, with room for the tree.
+            logits of node 0, [batch, vocab], its row before the final norm, [batch, dim], and the page table of the
+            draft's cache, with room for the tree.
         """
-        requests = batch.requests
-        sequences = [request.draft_state for request in requests]
-        for request, sequence in zip(requests, sequences, strict=True):
-            if not self.cache.reserve(sequence, len(request.ids) - 1 + self.draft.max_nodes):
-                raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
-        page_table = self.cache.page_table(sequences)
-        while True:
-            pending = [request.ids[s.length :] for request, s in zip(requests, sequences, strict=True)]
-            sizes = tuple(min(len(tokens), _CHUNK) for tokens in pending)
-            is_last = sizes == tuple(map(len, pending))
-            rows = self._rows(pending, sizes, sequences, page_table)
-            ends = torch.tensor(sizes).cumsum(0) - 1 if is_last else False
-            output = self.model.forward(rows, self.cache, want=ends.to(self.cache.device) if is_last else False)
-            for sequence, size in zip(sequences, sizes, strict=True):
-                sequence.length += size
-            if is_last:
-                return output.logits, page_table
-            for request, sequence in zip(requests, sequences, strict=True):
-                sequence.length = min(sequence.length, len(request.ids) - 1)  # who is there already asks again
+        requests, page_table = batch.requests, self._reserve(batch)
+        self._run_chunks(requests, _CHUNK)
+        sizes = tuple(len(request.ids) - request.draft_state.length for request in requests)
+        ends = (torch.tensor(sizes).cumsum(0) - 1).to(self.cache.device)
+        output = self._run_text(requests, sizes, want=ends)
+        return output.logits, output.hidden.index_select(0, ends), page_table
 
-    def _rows(self, pending, sizes, sequences, page_table) -> Rows:
-        device = self.cache.device
-        tokens = [tokens[:size] for tokens, size in zip(pending, sizes, strict=True)]
-        lengths = torch.tensor([sequence.length for sequence in sequences], dtype=torch.int32).to(device)
+    def catch_up_to_last(self, batch: Batch) -> torch.Tensor:
+        """Run what the cache does not have yet, but not the last token. Returns the page table, as `catch_up`."""
+        page_table = self._reserve(batch)
+        self._run_chunks(batch.requests, 1 + _CHUNK)
+        missing = {r: len(r.ids) - 1 - r.draft_state.length for r in batch.requests}
+        behind = [request for request, count in missing.items() if count > 0]
+        if behind:
+            self._run_text(behind, tuple(missing[request] for request in behind), want=False)
+        return page_table
+
+    def _run_chunks(self, requests: list[Request], most: int) -> None:
+        """Run texts in chunks, which are the same whoever is beside them, until at most `most` tokens are left."""
+        for request in requests:
+            while len(request.ids) - request.draft_state.length > most:
+                self._run_text([request], (_CHUNK,), want=False)
+
+    def _reserve(self, batch: Batch) -> torch.Tensor:
+        """The page table of the draft's cache, with room for the tree."""
+        sequences = [request.draft_state for request in batch.requests]
+        for request, sequence in zip(batch.requests, sequences, strict=True):
+            if not self.cache.reserve(sequence, request.tree_start + self.draft.max_nodes):
+                raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
+        return self.cache.page_table(sequences)
+
+    def _run_text(self, requests: list[Request], sizes: tuple[int, ...], want: torch.Tensor | bool) -> Output:
+        """Run the next tokens of texts."""
+        device, states = self.cache.device, [request.draft_state for request in requests]
+        tokens = [r.ids[s.length : s.length + size] for r, s, size in zip(requests, states, sizes, strict=True)]
+        lengths = torch.tensor([state.length for state in states], dtype=torch.int32).to(device)
         if len(set(sizes)) > 1:
             tokens = [token for some in tokens for token in some]
-        return Rows(torch.tensor(tokens, dtype=torch.int32).to(device), chains(sizes, device), lengths, page_table)
-
-    def observe(self, batch: Batch, drafted: Drafted, acceptance: Acceptance, accepted: list[int]) -> None:
-        """Keep what was accepted. Nodes of the last level were never run."""
-        contexts = batch.context_lens
-        if not drafted.is_chain:
-            sequences = [request.draft_state for request in batch.requests]
-            self.cache.commit(acceptance.nodes, contexts, self.cache.page_table(sequences))
-        for request, count in zip(batch.requests, accepted, strict=True):
-            sequence = request.draft_state
-            sequence.length += min(count, self.draft.levels_run)
-            sequence.length = min(sequence.length, len(request.ids) - 1)
+        tokens = torch.tensor(tokens, dtype=torch.int32).to(device)
+        rows = Rows(tokens, chains(sizes, device), lengths, self.cache.page_table(states))
+        output = self.model.forward(rows, self.cache, want=want)
+        for state, size in zip(states, sizes, strict=True):
+            state.length += size
+        return output

@@ -8,8 +8,8 @@ import functools
 import pytest
 
 from specdec_ops.ops.acceptance import reference_rules as rules
-from tests.acceptance.accept_laws import Problem, law_of, outcomes, total_variation
 from tests.acceptance.accept_laws import DraftedTree as Drafted
+from tests.acceptance.accept_laws import Problem, law_of, outcomes, total_variation
 
 EXACT, DIFFERENT = 1e-12, 1e-3
 W1, W2, W3 = [-1, 0, 1], [-1, 0, 0, 1, 2], [-1, 0, 0, 0, 1, 2, 3]

@@ -23,12 +23,15 @@ def _always(text: Text) -> bool:
 class Lu2024:
     """The paper's decoding: the target draws roots, the draft continues each, the longest accepted path stays.
 
+    With one root the root is certain, so it belongs to the text at once, and the first is the last token of a prompt.
+
     Args:
         target: of a text, the target's probabilities of its next token, float64 [vocab].
         draft: the same of the draft.
         roots: W, candidates for the next token that the target draws without replacement.
         branching: children of each node below the roots, level by level; a fork has ones.
         length: of an answer.
+        last: with one root the last token of the prompt, with which the texts of all rows begin; then answers do, too.
         ends: tokens that end it.
         goes_on: of a text, whether the draft's row after it wants to go on. After each level drafting stops if no row
             that the level was drawn from wants to.
@@ -41,6 +44,7 @@ class Lu2024:
     roots: int
     branching: tuple[int, ...]
     length: int
+    last: int | None = None
     ends: frozenset[int] = frozenset()
     goes_on: Callable[[Text], bool] = _always
     mistake: str = ""
@@ -61,9 +65,9 @@ class Lu2024:
     def _sum(self, key) -> dict:
         """Weights of whole answers by a key of (text, rounds)."""
         first = self.first if self.mistake == "first_roots" else self.target
-        states: dict = collections.defaultdict(float)
-        for roots, weight in drawn(first(()), self.roots):
-            states[(), roots] += weight
+        states: dict = {((), (self.last,)): 1.0}
+        if self.last is None:
+            states = {((), roots): weight for roots, weight in drawn(first(()), self.roots)}
         found: dict = collections.defaultdict(float)
         for number in itertools.count(1):
             following: dict = collections.defaultdict(float)
@@ -97,7 +101,10 @@ class Lu2024:
                 after[kept, None] += weight
                 continue
             for candidates, probability in drawn(self._next(text, path, len(path) <= depth), self.roots):
-                after[kept, candidates] += weight * probability
+                state = kept, candidates
+                if self.roots == 1 and self._has_ended((*kept, *candidates)):
+                    state = (*kept, *candidates), None
+                after[state] += weight * probability
         return dict(after)
 
     @functools.cache  # noqa: B019
@@ -147,10 +154,14 @@ class Lu2024:
 
     def _cut(self, text: Text) -> Text:
         ended = next((place for place, token in enumerate(text) if token in self.ends), len(text))
-        return text[: min(self.length, ended + 1)]
+        return text[: min(self._length, ended + 1)]
 
     def _has_ended(self, text: Text) -> bool:
-        return len(text) == self.length or text[-1] in self.ends
+        return len(text) == self._length or text[-1] in self.ends
+
+    @property
+    def _length(self) -> int:
+        return self.length + (self.last is not None)
 
 
 def drawn(law: torch.Tensor, count: int) -> tuple[tuple[Text, float], ...]:
@@ -175,7 +186,7 @@ def plain(target: Row, length: int, ends: frozenset[int] = frozenset()) -> dict[
         for text, weight in states.items():
             for token, probability in enumerate(target(text).tolist()):
                 if probability > 0:
-                    following[*text, token] = weight * probability
+                    following[(*text, token)] = weight * probability
         ended = {text for text in following if len(text) == length or text[-1] in ends}
         law |= {text: following[text] for text in ended}
         states = {text: weight for text, weight in following.items() if text not in ended}

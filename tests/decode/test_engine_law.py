@@ -10,12 +10,14 @@ import torch
 from specdec_ops import drafts
 from specdec_ops.decode import Engine, Sampling
 from tests.decode.test_engine import law_by_hand
+from tests.harness.chi_squared import chi_squared
 from tests.harness.tiny_models import Characters, first_layers, make_decoder
 
 VOCAB, LENGTH, EOS, PROMPT = 4, 3, 3, [0, 1, 2]
 TARGET = dataclasses.replace(make_decoder(11, vocab=VOCAB, sharpness=1.0), tokenizer=Characters())
 DRAFT = make_decoder(12, vocab=VOCAB, sharpness=1.0)
-RUNS, FEWEST = 6000, 5
+RUNS = 6000
+SURE = drafts.StopBelow("probability", 0.55)  # some rows of the draft are, some aren't
 
 CASES = {
     "n-gram, match": (drafts.Ngram, "match"),
@@ -25,6 +27,9 @@ CASES = {
     "chain, match": (lambda: drafts.Chain(DRAFT, 2), "match"),
     "tree, recursive": (lambda: drafts.MultiCandidate(DRAFT, (2, 2)), "recursive"),
     "tree, traversal": (lambda: drafts.MultiCandidate(DRAFT, (3, 1)), "auto"),
+    "chain with a stop, block": (lambda: drafts.Chain(DRAFT, 3, stop=SURE), "auto"),
+    "tree with a stop, recursive": (lambda: drafts.MultiCandidate(DRAFT, (2, 1, 1), stop=SURE), "recursive"),
+    "tree with a stop, traversal": (lambda: drafts.MultiCandidate(DRAFT, (2, 1, 1), stop=SURE), "auto"),
     "tree with repeats, kseq": (lambda: drafts.MultiCandidate(DRAFT, (2, 1), replacement=True), "kseq"),
     "tree with repeats, auto": (lambda: drafts.MultiCandidate(DRAFT, (2, 1), replacement=True), "auto"),
 }
@@ -70,23 +75,11 @@ def logits_after(answer: tuple[int, ...]) -> torch.Tensor:
     return _LOGITS[answer]
 
 
-def chi_squared(engine: Engine, sampling: Sampling) -> tuple[float, float]:
-    """The statistic over answers, and the value that is exceeded once in about 10^5 tests."""
+def chi_squared_of(engine: Engine, sampling: Sampling) -> tuple[float, float]:
+    """See `chi_squared`: of many answers, and the target's law."""
     asked = [dataclasses.replace(sampling, seed=seed) for seed in range(RUNS)]
     counts = collections.Counter(tuple(result.tokens) for result in engine.generate([PROMPT] * RUNS, asked))
-    law = exact_law(sampling)
-    assert all(law.get(answer, 0) > 0 for answer in counts), "an answer that can't be"
-    statistic, rare, rare_expected, freedom = 0.0, 0, 0.0, -1
-    for answer, probability in law.items():
-        if RUNS * probability < FEWEST:
-            rare, rare_expected = rare + counts[answer], rare_expected + RUNS * probability
-            continue
-        statistic += (counts[answer] - RUNS * probability) ** 2 / (RUNS * probability)
-        freedom += 1
-    if rare_expected >= 1:
-        statistic, freedom = statistic + (rare - rare_expected) ** 2 / rare_expected, freedom + 1
-    third = 2 / (9 * freedom)  # Wilson and Hilferty's approximation
-    return statistic, freedom * (1 - third + 4.3 * third**0.5) ** 3
+    return chi_squared(counts, exact_law(sampling))
 
 
 # Filters are tested for each rule by the tests of the ops; here for one draft of each kind.
@@ -98,7 +91,7 @@ PAIRS = [(case, setting) for case in CASES for setting in SETTINGS if setting in
 def test_answers_have_the_targets_law(case, setting):
     make_draft, rule = CASES[case]
     engine = Engine(TARGET, make_draft(), rule, max_batch=128, max_length=32, adapt=False)
-    statistic, limit = chi_squared(engine, SETTINGS[setting])
+    statistic, limit = chi_squared_of(engine, SETTINGS[setting])
     assert statistic < limit
 
 
@@ -112,7 +105,7 @@ def test_a_draft_that_misreports_its_logits_is_found():
         return dataclasses.replace(honest, draft_logits=honest.draft_logits * 0.3)
 
     engine.proposer.propose = sharper
-    statistic, limit = chi_squared(engine, SETTINGS["plain"])
+    statistic, limit = chi_squared_of(engine, SETTINGS["plain"])
     assert statistic > limit
 
 

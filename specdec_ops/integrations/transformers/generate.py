@@ -176,7 +176,9 @@ class _Engine(Engine):
         self._last_pages[request.number] = list(request.sequence.pages)
         super()._release(request)
 
-    def _accept(self, draft: Draft | None, batch: Batch, logits: torch.Tensor, drafted: Drafted) -> Acceptance:
+    def _accept(
+        self, draft: Draft | None, batch: Batch, logits: torch.Tensor, drafted: Drafted
+    ) -> tuple[Acceptance, None]:
         walks = [
             self._walk(request, logits[place], *_children(drafted, place))
             for place, request in enumerate(batch.requests)
@@ -190,7 +192,8 @@ class _Engine(Engine):
         counts = torch.tensor([len(tokens) - 1 for tokens, _ in walks], dtype=torch.int32).to(logits.device)
         tokens, nodes = (table([walk[part] for walk in walks]) for part in (0, 1))
         last = tokens.gather(1, counts.long()[:, None])[:, 0]
-        return Acceptance(tokens, nodes, counts, last, torch.zeros_like(counts), torch.zeros_like(counts).bool())
+        sound = torch.zeros_like(counts)
+        return Acceptance(tokens, nodes, counts, last, sound, sound.bool()), None
 
     def _walk(self, request: Request, logits: torch.Tensor, children: dict) -> tuple[list[int], list[int]]:
         """The tokens of a request's round, and the nodes that they were chosen at."""
