@@ -151,17 +151,14 @@ def _pass_times(engine: Engine, text: list[int]) -> dict[int, float]:
 
 def _agreement(engine: Engine, texts: list[list[int]], starts: list[int], depth: int) -> tuple[float, ...]:
     """How often a tree that is made afresh at a place of a text has its next tokens, down to each depth."""
-    hits, places = [0] * depth, 0
+    hits, places, several = [0] * depth, 0, engine.draft.target_roots > 1
     for text, start in zip(texts, starts, strict=True):
         hidden = _last_rows(engine, text) if engine.draft.wants_hidden else None
-        for end in range(start, max(start + 1, len(text) - depth + 1), max(1, (len(text) - start) // 32)):
+        for end in range(start, max(start + 1, len(text) - depth + 1 - several), max(1, (len(text) - start) // 32)):
             request, following = Request(text[:end], Sampling(), (), None), text[end:]
-            if engine.draft.target_roots > 1:  # the tree hangs from the next token, as if the target had drawn it alone
-                request.target_roots, request.candidates, following = (
-                    engine.draft.target_roots,
-                    text[end : end + 1],
-                    text[end + 1 :],
-                )
+            if several:  # the tree hangs from the next token, as if the target had drawn it alone
+                request.target_roots, request.candidates = engine.draft.target_roots, following[:1]
+                following = following[1:]
             request.sequence.length = request.tree_start
             engine.proposer.start(request)
             if hidden is not None:

@@ -115,8 +115,9 @@ class Decision(Stop):
             raise TypeError(argument_error(op, "threshold", "a number", threshold))
         self.layers = [tuple(layer) for layer in layers]
         self.features, self.threshold = features, float(threshold)
-        inputs = self.layers[0][0].shape[1]
-        exit_mlp(self.layers[0][0].new_zeros((1, inputs)), self.layers, self.threshold)  # checks them
+        first = self.layers[0][0] if self.layers else torch.zeros(1, 1)
+        inputs = first.shape[1]
+        exit_mlp(first.new_zeros((1, inputs)), self.layers, self.threshold)  # checks them
         if features == "confidence" and inputs != FEATURES:
             raise ValueError(argument_error(op, "layers", f"of {FEATURES} inputs for features 'confidence'", inputs))
 

@@ -94,7 +94,7 @@ CASES = {
     "two roots, siblings": Case(2, (2, 1)),
     "two roots, filtered": Case(2, (1, 1), sampling=FILTERED),
     "three roots": Case(3, (1,)),
-    "one root, stop": Case(1, (2, 1, 1), stops=True),
+    "one root, stop": Case(1, (2, 1), stops=True),
     "two roots, stop": Case(2, (1, 1, 1), stops=True),
 }
 
