@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from specdec_ops._core import alloc
+from specdec_ops._core.checks import argument_error
 from specdec_ops._core.dispatch import backends
 from specdec_ops._core.library import nobody_watches, recorded
 from specdec_ops.ops.linear.contract import LinearOutputs
@@ -211,6 +212,19 @@ class Decoder:
     tokenizer: Tokenizer | None = None
     eos: tuple[int, ...] = ()
     name: str = "decoder"
+
+    def first_layers(self, count: int) -> Decoder:
+        """Its leading layers under its final norm and head: a draft that needs no weights of its own.
+
+        Args:
+            count: how many.
+
+        Raises:
+            ValueError: there are not as many.
+        """
+        if not 1 <= count <= len(self.layers):
+            raise ValueError(argument_error("decode.Decoder", "count", f"from 1 to {len(self.layers)}", count))
+        return dataclasses.replace(self, shape=self.shape._replace(layers=count), layers=self.layers[:count])
 
     def embed(self, rows: Rows) -> torch.Tensor:
         """[rows, dim]: what enters layer 0."""

@@ -236,26 +236,31 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     return made
 
 
-def run(program: str, asked: argparse.Namespace, make: Callable[[Decoder, list[Text]], Task]) -> int:
+def load_model(path: str) -> Decoder:
+    """A folder with a Hugging Face model, or a GGUF file."""
+    from specdec_ops.integrations.transformers import load
+
+    return load(path)
+
+
+def run(program: str, asked: argparse.Namespace, make: Callable[[Decoder, list[Text]], Task | None]) -> int:
     """The program of a training.
 
     Args:
         program: the name of its module.
         asked: its command line.
-        make: the task of a target and texts.
+        make: the task of a target and texts; None if the slice has ended before all is there for it.
 
     Returns:
         0 when the draft is made, 3 when a slice has ended before that, 2 after an error.
     """
-    from specdec_ops.integrations.transformers import load
-
     try:
-        trainer = Trainer(load(asked.target), program, asked)
+        trainer = Trainer(load_model(asked.target), program, asked)
         if not trainer.collect():
             is_done = False
         else:
             task = make(trainer.target, trainer.texts())
-            is_done = trainer.train(task)
+            is_done = task is not None and trainer.train(task)
     except (ValueError, TypeError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
