@@ -33,9 +33,9 @@ class FixedTreeDraft(ModelDraft):
         self.max_nodes, self.max_depth, self.levels_run = len(self.tree), len(branching), len(branching) - 1
         self.is_chain = set(branching) == {1}
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> FixedTreeProposer:
+    def bind(self, target: Model, **limits) -> FixedTreeProposer:
         """See `Draft.bind`."""
-        return FixedTreeProposer(self, target, max_batch=max_batch, max_length=max_length, is_coupled=is_coupled)
+        return FixedTreeProposer(self, target, **limits)
 
 
 class FixedTreeProposer(ModelProposer):
