@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from specdec_ops.topology import Topology
+from specdec_ops.vocab_map import VocabMap
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
@@ -37,6 +38,7 @@ class Drafted:
     tokens: torch.Tensor
     topology: Topology
     draft_logits: torch.Tensor | None = None
+    vocab_map: VocabMap | None = None
     sizes: tuple[int, ...] | None = None
     is_chain: bool = False
 

@@ -12,8 +12,10 @@ from specdec_ops.decode.model import Model
 from specdec_ops.decode.rows import Rows, Shape
 from specdec_ops.topology import Topology
 from specdec_ops.tree import Tree
+from specdec_ops.vocab_map import VocabMap
 
 from .base import Draft, Drafted, Proposer
+from .vocabulary import vocab_map_for
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
@@ -51,31 +53,38 @@ class ModelDraft(Draft):
 
     Attributes:
         model: the language model.
+        vocab_map: as the user gave it; see `vocab_map_for`.
         levels_run: levels of a tree below node 0 that the model itself runs, so that its cache has their keys.
     """
 
     levels_run: int
 
-    def __init__(self, model: Model) -> None:
-        self.model, self.max_positions = model, model.shape.max_positions
+    def __init__(self, model: Model, vocab_map: VocabMap | None = None) -> None:
+        self.model, self.vocab_map, self.max_positions = model, vocab_map, model.shape.max_positions
 
 
 class ModelProposer(Proposer):
-    """The cache of a model that drafts.
+    """The cache of a model that drafts, and what its tokens are.
 
-    It holds a request's text but for the tokens that the model has not run yet: the last one, and after a round in
-    which everything was accepted also the one before.
+    The cache holds a request's text but for the tokens that the model has not run yet: the last one, and after a round
+    in which everything was accepted also the one before.
     """
 
     def __init__(self, draft: ModelDraft, target: Model, *, is_coupled: bool, **limits) -> None:
-        shape = draft.model.shape
-        if shape.vocab != target.shape.vocab:
-            raise ValueError(
-                f"specdec_ops.drafts: the draft must have the target's vocabulary of {target.shape.vocab} tokens, "
-                f"got {shape.vocab}"
-            )
+        self.vocab_map = vocab_map_for(draft.model, target, draft.vocab_map)
         self.draft, self.model, self.is_coupled = draft, draft.model, is_coupled
-        self.cache = draft_cache(shape, **limits)
+        self.cache = draft_cache(draft.model.shape, **limits)
+
+    def forward(self, rows: Rows, want: torch.Tensor | bool = True) -> torch.Tensor | None:
+        """Logits [wanted rows, vocab] of rows of target tokens, or [wanted rows, draft_vocab] with a map; or None.
+
+        Tokens that the draft has no entry for are read as its entry 0.
+        """
+        if self.vocab_map is not None:
+            entries = self.vocab_map.target_to_draft[rows.tokens.clamp(min=0).long()]
+            rows = rows._replace(tokens=entries.clamp(min=0))
+        logits = self.model.forward(rows, self.cache, want=want).logits
+        return logits if logits is None or self.vocab_map is None else logits[:, : self.vocab_map.draft_vocab]
 
     def start(self, request: Request) -> None:
         """The pages of the longest beginning of its text that are known, if any."""
@@ -113,13 +122,13 @@ class ModelProposer(Proposer):
             is_last = sizes == tuple(map(len, pending))
             rows = self._rows(pending, sizes, sequences, page_table)
             ends = torch.tensor(sizes).cumsum(0) - 1 if is_last else False
-            output = self.model.forward(rows, self.cache, want=ends.to(self.cache.device) if is_last else False)
+            logits = self.forward(rows, ends.to(self.cache.device) if is_last else False)
             for request, sequence, size in zip(requests, sequences, sizes, strict=True):
                 sequence.length += size
                 if size > 1:
                     self.cache.pool.register(request.ids[: sequence.length], sequence.pages)
             if is_last:
-                return output.logits, page_table
+                return logits, page_table
             for request, sequence in zip(requests, sequences, strict=True):
                 sequence.length = min(sequence.length, len(request.ids) - 1)  # who is there already asks again
 
