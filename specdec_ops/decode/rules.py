@@ -78,17 +78,18 @@ def accept(
     tokens, topology, law = drafted.tokens, drafted.topology, batch.law
     options = {**batch.noise, **law.filters}
     rows = drafted.draft_logits
-    if rule == "longest_path" and draft is not None:
+    if rule == "typical":
+        return typical_accept(logits, tokens, topology, **options), None
+    if rule == "longest_path" and rows is not None:
         return _longest_path(draft, logits, drafted, options)
-    if law.is_greedy and rule not in LOSSY:
+    if law.is_greedy:
         return greedy_accept(logits, tokens, topology), None
     if rule in ("match", "longest_path"):  # a round without a draft is plain sampling
         return match_accept(logits, tokens, topology, **options), None
+    options["vocab_map"] = drafted.vocab_map
     if rule in _CHAIN_RULES:
         rows = None if rows is None else rows[:, :-1]
         return chain_accept(logits, tokens[:, 1:], rows, rule=rule, **options), None
-    if rule == "typical":
-        return typical_accept(logits, tokens, topology, **options), None
     replacement = draft is not None and draft.proposals == "repeated" and rule != "kseq"
     return tree_accept(logits, tokens, topology, rows, rule=rule, replacement=replacement, **options), None
 
@@ -101,6 +102,7 @@ def _longest_path(
     depth = depth if draft.max_depth is None else min(depth, draft.max_depth)
     found = longest_path_accept(
         *(logits, drafted.tokens, drafted.topology, drafted.draft_logits),
+        vocab_map=drafted.vocab_map,
         width=draft.target_roots,
         max_depth=depth,
         **options,

@@ -14,6 +14,7 @@ from specdec_ops.decode.rows import Rows
 from specdec_ops.ops.acceptance.sample import sample_children
 from specdec_ops.topology import Topology
 from specdec_ops.tree import Tree
+from specdec_ops.vocab_map import VocabMap
 
 from .base import Drafted
 from .model_draft import ModelDraft, ModelProposer
@@ -43,17 +44,18 @@ class FixedTreeDraft(ModelDraft):
         replacement: bool = False,
         stop: Stop | None = None,
         stops_together: bool = False,
+        vocab_map: VocabMap | None = None,
     ) -> None:
-        super().__init__(model)
+        super().__init__(model, vocab_map)
         self.tree, self.branching = Tree.from_branching((target_roots, *branching)), branching
         self.target_roots, self.stop, self.stops_together = target_roots, stop, stops_together
         self.proposals = "repeated" if replacement else "distinct"
         self.max_nodes, self.max_depth = len(self.tree), len(branching)
         self.is_chain = target_roots == 1 and set(branching) == {1}
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> FixedTreeProposer:
+    def bind(self, target: Model, **limits) -> FixedTreeProposer:
         """See `Draft.bind`."""
-        return FixedTreeProposer(self, target, max_batch=max_batch, max_length=max_length, is_coupled=is_coupled)
+        return FixedTreeProposer(self, target, **limits)
 
 
 class FixedTreeProposer(ModelProposer):
@@ -64,8 +66,8 @@ class FixedTreeProposer(ModelProposer):
 
     draft: FixedTreeDraft
 
-    def __init__(self, draft: FixedTreeDraft, target: Model, *, is_coupled: bool, **sizes) -> None:
-        super().__init__(draft, target, is_coupled=is_coupled, **sizes)
+    def __init__(self, draft: FixedTreeDraft, target: Model, *, is_coupled: bool, **limits) -> None:
+        super().__init__(draft, target, is_coupled=is_coupled, **limits)
         if draft.stop is not None:
             draft.stop.check(draft.model)
             if draft.stops_together and not is_coupled:
@@ -95,7 +97,7 @@ class FixedTreeProposer(ModelProposer):
             parents = tokens[who, start:stop]
             if level:
                 rows = Rows(parents, self._topology, part.context_lens, page_table[who], query_start=start)
-                logits, hidden = self.model.forward(rows, self.cache)
+                logits, hidden = self.forward(rows)
             logits = logits.view(len(part), stop - start, -1)
             drawn = self._draw(part, logits, count, start, level)
             tokens[who, stop:end] = drawn.where(parents[:, :, None] >= 0, -1).flatten(1)
@@ -134,16 +136,15 @@ class FixedTreeProposer(ModelProposer):
         under_last = torch.cat((batch.last_tokens[:, None], tokens[:, :roots]), dim=1)
         rows = Rows(under_last, self._below_last, batch.context_lens - 1, page_table)
         wanted = torch.arange(under_last.numel()).view(under_last.shape)[:, 1:].reshape(-1).to(tokens.device)
-        output = self.model.forward(rows, self.cache, want=wanted)
+        output = self.forward(rows, wanted)
         return output.logits, output.hidden.index_select(0, wanted), page_table
 
     def _draw(self, batch: Batch, logits: torch.Tensor, count: int, start: int, level: int) -> torch.Tensor:
         """int32 [batch, rows, count]: children of the nodes from `start` on."""
         if self.is_coupled:
-            return batch.draw_as_target(logits, level + 1, count)
-        replacement = self.draft.proposals == "repeated"
-        noise, filters = batch.noise, batch.law.filters
-        return sample_children(logits, count, replacement=replacement, first_parent=start, **noise, **filters).tokens
+            return batch.draw_as_target(logits, level + 1, count, self.vocab_map)
+        options = {"replacement": self.draft.proposals == "repeated", "vocab_map": self.vocab_map}
+        return sample_children(logits, count, first_parent=start, **options, **batch.noise, **batch.law.filters).tokens
 
     def _wants(self, logits: torch.Tensor, hidden: torch.Tensor, parents: torch.Tensor) -> list[bool]:
         """Of each request whether to draft another level: if one of its rows wants to. Waits for the device."""
@@ -169,7 +170,14 @@ class FixedTreeProposer(ModelProposer):
             offsets = torch.tensor([0, *itertools.accumulate(sizes)], dtype=torch.int32).to(tokens.device)
             topology = dataclasses.replace(cut, offsets=offsets)
         draft_logits = None if draft_logits is None else draft_logits[:, :nodes]
-        return Drafted(tokens[:, :nodes].contiguous(), topology, draft_logits, sizes, self.draft.is_chain)
+        return Drafted(
+            tokens[:, :nodes].contiguous(),
+            topology,
+            draft_logits,
+            vocab_map=None if draft_logits is None else self.vocab_map,
+            sizes=sizes,
+            is_chain=self.draft.is_chain,
+        )
 
     def observe(self, batch: Batch, drafted: Drafted, acceptance: Acceptance, accepted: list[int]) -> None:
         """Keep what was accepted. Nodes of a tree's last level were never run."""

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from specdec_ops._core.checks import argument_error, is_int
 from specdec_ops.decode.model import Model
 from specdec_ops.ops.acceptance.checks import MAX_DRAWS
+from specdec_ops.vocab_map import VocabMap
 
 from .fixed_tree import FixedTreeDraft
 from .stop import Stop, check_stop
@@ -36,6 +37,7 @@ class MultiCandidate(FixedTreeDraft):
         stops_together: draft as deep for all requests of a batch as for the one that wants to go deepest, instead of
             asking for each. For rule "match" alone, with which the text does not depend on trees.
         replacement: whether siblings may repeat. Without, more is accepted.
+        vocab_map: as for `Chain`.
 
     Raises:
         TypeError, ValueError: as `Tree.from_branching`; target_roots or stop has a wrong type or is out of range.
@@ -50,6 +52,7 @@ class MultiCandidate(FixedTreeDraft):
         stop: Stop | None = None,
         stops_together: bool = False,
         replacement: bool = False,
+        vocab_map: VocabMap | None = None,
     ) -> None:
         if not is_int(target_roots):
             raise TypeError(argument_error(_OP, "target_roots", "an int", target_roots))
@@ -65,4 +68,5 @@ class MultiCandidate(FixedTreeDraft):
             replacement=replacement,
             stop=stop,
             stops_together=stops_together,
+            vocab_map=vocab_map,
         )

@@ -10,7 +10,7 @@ import torch
 from specdec_ops import drafts
 from specdec_ops.decode import Engine, Sampling
 from tests.decode.test_engine import law_by_hand
-from tests.harness.chi_squared import chi_squared
+from tests.harness.chi_squared import against_law
 from tests.harness.tiny_models import Characters, first_layers, make_decoder
 
 VOCAB, LENGTH, EOS, PROMPT = 4, 3, 3, [0, 1, 2]
@@ -75,11 +75,11 @@ def logits_after(answer: tuple[int, ...]) -> torch.Tensor:
     return _LOGITS[answer]
 
 
-def chi_squared_of(engine: Engine, sampling: Sampling) -> tuple[float, float]:
-    """See `chi_squared`: of many answers, and the target's law."""
+def chi_squared(engine: Engine, sampling: Sampling) -> tuple[float, float]:
+    """See `against_law`: of many answers, and the target's law."""
     asked = [dataclasses.replace(sampling, seed=seed) for seed in range(RUNS)]
     counts = collections.Counter(tuple(result.tokens) for result in engine.generate([PROMPT] * RUNS, asked))
-    return chi_squared(counts, exact_law(sampling))
+    return against_law(counts, exact_law(sampling))
 
 
 # Filters are tested for each rule by the tests of the ops; here for one draft of each kind.
@@ -91,7 +91,7 @@ PAIRS = [(case, setting) for case in CASES for setting in SETTINGS if setting in
 def test_answers_have_the_targets_law(case, setting):
     make_draft, rule = CASES[case]
     engine = Engine(TARGET, make_draft(), rule, max_batch=128, max_length=32, adapt=False)
-    statistic, limit = chi_squared_of(engine, SETTINGS[setting])
+    statistic, limit = chi_squared(engine, SETTINGS[setting])
     assert statistic < limit
 
 
@@ -105,7 +105,7 @@ def test_a_draft_that_misreports_its_logits_is_found():
         return dataclasses.replace(honest, draft_logits=honest.draft_logits * 0.3)
 
     engine.proposer.propose = sharper
-    statistic, limit = chi_squared_of(engine, SETTINGS["plain"])
+    statistic, limit = chi_squared(engine, SETTINGS["plain"])
     assert statistic > limit
 
 

@@ -17,7 +17,7 @@ from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
 from tests.decode.multi_candidate_laws import Lu2024, plain, random_rows, total_variation
 from tests.decode.test_engine import law_by_hand
-from tests.harness.chi_squared import chi_squared
+from tests.harness.chi_squared import against_law
 from tests.harness.tiny_models import make_decoder
 
 VOCAB, LENGTH, EOS, PROMPT, RUNS = 3, 4, 2, [0, 1, 2], 6000
@@ -104,7 +104,7 @@ def test_answers_have_the_enumerated_law(name):
     case = CASES[name]
     law = case.law()
     assert sum(law.values()) == pytest.approx(1)
-    statistic, limit = chi_squared(case.counts, law)
+    statistic, limit = against_law(case.counts, law)
     assert statistic < limit
 
 
@@ -116,7 +116,7 @@ def test_answers_are_as_far_from_the_target_as_enumerated(name):
     shares = {answer: count / RUNS for answer, count in case.counts.items()}
     assert exact > 0.03, "the rule is lossy, and the test has to see it"
     assert total_variation(shares, case.plain()) == pytest.approx(exact, abs=0.5 * (len(case.plain()) / RUNS) ** 0.5)
-    statistic, limit = chi_squared(case.counts, case.plain())
+    statistic, limit = against_law(case.counts, case.plain())
     assert statistic > limit
 
 
@@ -141,7 +141,7 @@ def test_mistakes_have_other_laws(name, mistake):
     case = CASES[name]
     wrong = case.law(mistake)
     assert total_variation(wrong, case.law()) > 0.02
-    statistic, limit = chi_squared(case.counts, wrong)
+    statistic, limit = against_law(case.counts, wrong)
     assert statistic > limit
 
 

@@ -8,7 +8,7 @@ from collections.abc import Hashable, Mapping
 FEWEST = 5  # that have to be expected of an outcome of its own; rarer ones share one
 
 
-def chi_squared(counts: Counter, law: Mapping[Hashable, float]) -> tuple[float, float]:
+def against_law(counts: Counter, law: Mapping[Hashable, float]) -> tuple[float, float]:
     """The statistic over outcomes, and the value that is exceeded once in about 10^5 tests."""
     runs = counts.total()
     assert all(law.get(outcome, 0) > 0 for outcome in counts), "an outcome that can't be"
