@@ -1,41 +1,35 @@
 """Train a draft for `Eagle`: `python -m specdec_ops.train.eagle --target FILE_OR_FOLDER --out FOLDER`.
 
-Texts come first: the target's own answers to questions that it has thought up itself, and excerpts of Python's standard
-library, with the target's last rows over them. Then the layer learns, as EAGLE's does (Li et al., 2024), to tell each
-row from the row before it and the token between: SmoothL1 over the rows, and 0.1 times the cross-entropy between what
-the target's head makes of either; noise on the rows that go in. AdamW, with a rate that rises and falls.
+Texts come first: the target's own answers to questions that it has thought up itself, with the target's last rows over
+them. Then the layer learns, as EAGLE's does (Li et al., 2024), to tell each row from the row before it and the token
+between: SmoothL1 over the rows, and 0.1 times the cross-entropy between what the target's head makes of either; noise
+on the rows that go in. AdamW, with a rate that rises and falls.
 
-The folder OUT gets draft.safetensors and draft.json, which `Eagle.load` reads; loss.csv (and loss.png
-where matplotlib is installed); and a folder `work` with texts and the state of training, which nobody needs afterwards.
-The same command goes on where it was interrupted.
+The folder OUT gets draft.safetensors and draft.json, which `drafts.Eagle.load` reads, and what `trainer` writes.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import importlib.util
-import json
-import math
-import os
-import shlex
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch.nn import functional
 
+from specdec_ops import drafts
 from specdec_ops.decode.decoder import Decoder, Projection
 from specdec_ops.decode.rows import Rows
-from specdec_ops.drafts.eagle import Eagle, parts
+from specdec_ops.drafts.eagle import parts
 from specdec_ops.ops.linear.linear import linear
 from specdec_ops.tree import Tree
 
-from .texts import Text, Writer
+from . import trainer
+from .texts import Text
+from .trainer import Task
 
-COLUMNS = ("step", "seconds", "loss", "rows", "tokens", "agreement", "held_out_agreement")
+PROGRAM = "specdec_ops.train.eagle"
 
 
 class Net(torch.nn.Module):
@@ -93,11 +87,11 @@ class Net(torch.nn.Module):
         turned = torch.stack((a * cosines - b * sines, b * cosines + a * sines), dim=-1 if apart else -2)
         return torch.cat((turned.flatten(-2), rest), dim=-1)
 
-    def draft(self, target: Decoder, hot_vocab: torch.Tensor | None, **options) -> Eagle:
+    def draft(self, target: Decoder, hot_vocab: torch.Tensor | None, **options) -> drafts.Eagle:
         """What it has learned so far, as a draft."""
         weights = {name: getattr(self, name).detach().clone() for name in ("fc", "qkv", "out", "up", "down")}
         norms = {name: getattr(self, name).detach().clone() for name in ("attention_norm", "mlp_norm")}
-        return Eagle(*parts(weights, norms, self.sizes, target), hot_vocab, **options)
+        return drafts.Eagle(*parts(weights, norms, self.sizes, target), hot_vocab, **options)
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -213,201 +207,61 @@ def hottest(texts: list[Text], entries: int, vocab: int) -> torch.Tensor | None:
     return counts.topk(entries).indices.sort().values
 
 
-class Trainer:
-    """Texts, then steps, within a number of minutes, interrupted and taken up again at will.
+class Eagle(Task):
+    """The layer of `drafts.Eagle`.
 
     Args:
         target: the model that the draft is for.
-        out: the folder of the results.
+        texts: of it.
         asked: the command line.
     """
 
-    def __init__(self, target: Decoder, out: Path, asked: argparse.Namespace) -> None:
-        self.target, self.out, self.asked, self.work = target, out, asked, out / "work"
-        self.work.mkdir(parents=True, exist_ok=True)
-        self._progress = self.work / "progress.json"
-        self.spent = json.loads(self._progress.read_text()) if self._progress.exists() else {"texts": 0.0, "steps": 0.0}
-        self._end = time.perf_counter() + (asked.slice or math.inf)
+    columns = Losses._fields
 
-    @property
-    def is_out_of_time(self) -> bool:
-        """Whether this call has to end."""
-        return time.perf_counter() >= self._end
-
-    def _note(self, kind: str, seconds: float) -> None:
-        self.spent[kind] += seconds
-        _write(self._progress, lambda path: path.write_text(json.dumps(self.spent)))
-
-    def collect(self) -> bool:
-        """Make texts until their share of the time is spent. Returns whether it is."""
-        budget, writer = 60 * self.asked.minutes * self.asked.texts_share, None
-        number = len(list(self.work.glob("texts_*.pt")))
-        while self.spent["texts"] < budget:
-            if self.is_out_of_time:
-                return False
-            start = time.perf_counter()
-            writer = writer or Writer(self.target)
-            texts = [tuple(text) for text in writer.group(number)]
-            _write(self.work / f"texts_{number:05d}.pt", lambda path, texts=texts: torch.save(texts, path))
-            number += 1
-            self._note("texts", time.perf_counter() - start)
-            tokens = sum(len(tokens) for tokens, _ in texts)
-            print(f"texts {self.spent['texts']:6.0f} of {budget:.0f} s: group {number}, {tokens} tokens", flush=True)
-        return True
-
-    def texts(self) -> list[Text]:
-        """All that have been made, in order."""
-        return [Text(*text) for path in sorted(self.work.glob("texts_*.pt")) for text in torch.load(path)]
-
-    def train(self) -> bool:
-        """Steps until their share of the time is spent. Returns whether it is."""
-        asked, texts = self.asked, self.texts()
+    def __init__(self, target: Decoder, texts: list[Text], asked: argparse.Namespace) -> None:
+        self.target, self.asked = target, asked
         held_out = max(1, min(16, len(texts) // 10))
-        if len(texts) < 2:
-            raise ValueError("specdec_ops.train.eagle: minutes must be enough for two texts")
-        learned, kept = texts[:-held_out], texts[-held_out:]
-        budget = 60 * asked.minutes * (1 - asked.texts_share)
-        hot_vocab = hottest(texts, asked.hot_vocab, self.target.shape.vocab)
-        teacher = Teacher(self.target, hot_vocab)
+        self._learned, self._tokens = texts[:-held_out], sum(len(text.tokens) for text in texts)
+        self._exam = side_by_side(texts[-held_out:], asked.length)
+        self.hot_vocab = hottest(self._learned, asked.hot_vocab, target.shape.vocab)
+        self._teacher = Teacher(target, self.hot_vocab)
         torch.manual_seed(0)
-        net = Net(self.target, asked.inner)
-        optimizer = torch.optim.AdamW(net.parameters(), lr=asked.rate, betas=(0.9, 0.95), weight_decay=0.01)
-        step, state = 0, self.work / "state.pt"
-        if state.exists():
-            saved = torch.load(state)
-            net.load_state_dict(saved["net"])
-            optimizer.load_state_dict(saved["optimizer"])
-            step = saved["step"]
-        narrow = torch.autocast("cpu", dtype=torch.bfloat16, enabled=asked.bfloat16)
-        exam, lines = side_by_side(kept, asked.length), []
-        start = said = time.perf_counter()
-        done_before = self.spent["steps"]
-        while True:
-            seconds = done_before + time.perf_counter() - start
-            ended = seconds >= budget
-            if ended or self.is_out_of_time or time.perf_counter() - said > 10 or step == 0:
-                said = time.perf_counter()
-                with torch.no_grad(), narrow:
-                    right = losses(net, teacher, exam, token_weight=asked.token_weight, noise=0.0).agreement.item()
-                if lines:
-                    mean = [sum(column) / len(lines) for column in zip(*lines, strict=True)]
-                    self._log([step, round(seconds, 1), *(round(value, 5) for value in (*mean, right))])
-                    lines = []
-                print(
-                    f"steps {seconds:6.0f} of {budget:.0f} s: step {step}, held-out agreement {right:.1%}", flush=True
-                )
-                if ended or self.is_out_of_time:
-                    break
-            rate = (
-                asked.rate * min(1.0, (step + 1) / 30) * (0.05 + 0.95 * math.cos(math.pi / 2 * seconds / budget) ** 2)
-            )
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            chosen = torch.randperm(len(learned), generator=torch.Generator().manual_seed(step))[: asked.batch]
-            batch = side_by_side([learned[place] for place in chosen.tolist()], asked.length)
-            with narrow:
-                found = losses(net, teacher, batch, token_weight=asked.token_weight, noise=asked.noise)
-            optimizer.zero_grad(set_to_none=True)
-            found.loss.backward()
-            torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
-            optimizer.step()
-            step += 1
-            lines.append([value.item() for value in found])
-        saved = {"net": net.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-        _write(state, lambda path: torch.save(saved, path))
-        about = {
-            "command": _command(asked),
-            "steps": step,
-            "text_tokens": sum(len(text.tokens) for text in texts),
-            "held_out_agreement": round(right, 4),
-        }
-        net.draft(self.target, hot_vocab).save(self.out, self.target, weights=asked.save, about=about)
-        self._note("steps", time.perf_counter() - start)
-        return ended
+        self.module = Net(target, asked.inner)
 
-    def _log(self, row: list) -> None:
-        path = self.out / "loss.csv"
-        is_new = not path.exists()
-        with path.open("a", newline="") as file:
-            csv.writer(file).writerows([COLUMNS, row] if is_new else [row])
+    def losses(self, step: int) -> Losses:
+        """See `Task.losses`."""
+        chosen = torch.randperm(len(self._learned))[: self.asked.batch].tolist()
+        batch = side_by_side([self._learned[place] for place in chosen], self.asked.length)
+        return self._losses(batch, self.asked.noise)
 
+    def held_out(self) -> tuple[float]:
+        """See `Task.held_out`."""
+        return (self._losses(self._exam, 0.0).agreement.item(),)
 
-def _write(path: Path, write) -> None:
-    """A file that is whole or not there."""
-    part = path.with_name(f"{path.name}.part")
-    write(part)
-    os.replace(part, path)
+    def _losses(self, batch: Pairs, noise: float) -> Losses:
+        return losses(self.module, self._teacher, batch, token_weight=self.asked.token_weight, noise=noise)
 
-
-def _command(asked: argparse.Namespace) -> str:
-    """Without the folders of this machine, and without what changes nothing."""
-    words = ["python", "-m", "specdec_ops.train.eagle"]
-    for name, value in vars(asked).items():
-        if value is True:
-            words.append(f"--{name}")
-        elif name != "slice" and value not in (None, False):
-            is_path = name in ("target", "out")
-            words += [f"--{name.replace('_', '-')}", Path(value).name if is_path else str(value)]
-    return shlex.join(words)
-
-
-def plot(out: Path) -> None:
-    """The loss curve, if matplotlib is installed."""
-    if importlib.util.find_spec("matplotlib") is None:
-        return
-    from matplotlib.figure import Figure
-
-    with (out / "loss.csv").open(newline="") as file:
-        rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    steps = [row["step"] for row in rows]
-    for name in ("loss", "rows"):
-        axes.plot(steps, [row[name] for row in rows], label=name)
-    axes.set(xlabel="step", ylabel="loss")
-    other = axes.twinx()
-    other.plot(steps, [row["held_out_agreement"] for row in rows], "k--", label="held-out agreement")
-    other.set(ylim=(0, 1), ylabel="held-out agreement")
-    axes.legend(loc="upper right")
-    figure.savefig(out / "loss.png", dpi=120)
+    def save(self, folder: Path, about: dict) -> None:
+        """See `Task.save`."""
+        draft = self.module.draft(self.target, self.hot_vocab)
+        draft.save(folder, self.target, weights=self.asked.save, about=about | {"text_tokens": self._tokens})
 
 
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
-    made = argparse.ArgumentParser("python -m specdec_ops.train.eagle", description="Train a draft for drafts.Eagle.")
-    made.add_argument("--target", required=True, help="a folder with a Hugging Face model, or a GGUF file")
-    made.add_argument("--out", required=True, help="the folder of the draft")
-    made.add_argument("--minutes", type=float, default=20.0, help="of work in all (default: 20)")
-    made.add_argument("--texts-share", type=float, default=0.4, help="of the minutes, for texts (default: 0.4)")
-    made.add_argument("--slice", type=float, help="end after so many seconds; the same command goes on")
+    made = trainer.parser(PROGRAM, "Train a draft for drafts.Eagle.")
     made.add_argument("--hot-vocab", type=int, default=8192, help="tokens that it can draft (default: 8192)")
     made.add_argument("--inner", type=int, help="of its MLP (default: the target's)")
-    made.add_argument("--length", type=int, default=256, help="the most rows of a text (default: 256)")
-    made.add_argument("--batch", type=int, default=4, help="texts of a step (default: 4)")
-    made.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate (default: 5e-4)")
     made.add_argument("--token-weight", type=float, default=0.1, help="of the cross-entropy (default: 0.1)")
     made.add_argument("--noise", type=float, default=0.1, help="in standard deviations of a feature (default: 0.1)")
-    made.add_argument("--bfloat16", action="store_true", help="multiply in it: faster where the CPU has it")
     made.add_argument("--save", choices=("int8", "bfloat16", "float32"), default="int8", help="form of the weights")
     return made
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Returns 0 when the draft is made, 3 when a slice has ended before that."""
-    from specdec_ops.integrations.transformers import load
-
+    """The program. See `trainer.run`."""
     asked = parser().parse_args(arguments)
-    try:
-        trainer = Trainer(load(asked.target), Path(asked.out), asked)
-        if not (trainer.collect() and trainer.train()):
-            print("the slice has ended; the same command goes on", flush=True)
-            return 3
-        plot(trainer.out)
-    except (ValueError, TypeError, RuntimeError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    print(f"the draft is in {trainer.out}: specdec_ops.drafts.Eagle.load({str(trainer.out)!r}, target)")
-    return 0
+    return trainer.run(PROGRAM, asked, lambda target, texts: Eagle(target, texts, asked))
 
 
 if __name__ == "__main__":

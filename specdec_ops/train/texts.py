@@ -1,10 +1,7 @@
-"""Texts to train a draft on, and the target's last rows over them: the target's own answers, and Python's library."""
+"""Texts to train a draft on, and the target's last rows over them: the target's own answers."""
 
 from __future__ import annotations
 
-import sysconfig
-from collections.abc import Iterator
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -15,8 +12,9 @@ from specdec_ops.decode.sampling import Sampling
 from specdec_ops.drafts.base import Draft, Drafted, Proposer
 from specdec_ops.tree import Tree
 
-GROUP = 8  # texts that are made together
-_SOURCE_CHARACTERS = 1200  # of one excerpt
+GROUP = 64  # texts that are made together
+_BATCH = 32  # of them at once
+_QUESTION = 40  # the most tokens that a question gets after its beginning
 
 # Beginnings of what people ask for. The target goes on with them at temperature 1, and then answers itself.
 BEGINNINGS = (
@@ -28,6 +26,11 @@ BEGINNINGS = (
     *("Translate the sentence", "Rewrite the following sentence", "Suggest a name for", "Plan a trip to", "Solve:"),
     *("Write a Python function that", "Write a Python class for", "Fix this code:", "A train leaves", "If I have"),
     *("Pretend you are", "You are a", "I feel", "Can you help me with", "What would happen if", "What should I"),
+    *("Discuss the role of", "Describe the main principles of", "Provide an overview of", "Analyze the", "Argue for"),
+    *("Read the following paragraph and", "Extract the", "Classify", "Given the following", "In which year", "Find"),
+    *("A farmer has", "The sum of", "A company sells", "Write a C program to", "Implement", "Write an SQL query that"),
+    *("Act as a", "Answer as if you were", "Draft a letter to", "Write a speech on", "Write a review of", "Outline"),
+    *("What are some", "What are the benefits of", "What is the best way to", "What is", "Can you explain", "Is it"),
 )
 
 
@@ -84,42 +87,26 @@ class Writer:
     """
 
     def __init__(self, target: Decoder, length: int = 256) -> None:
-        self._target, self._length = target, length
-        self._recorder = Recorder()
-        self._engine = Engine(target, self._recorder, max_batch=GROUP, adapt=False)
+        self._length, self._recorder = length, Recorder()
         self._before, self._after = _around_a_question(target.tokenizer)
-        self._files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"))
+        template = len(target.tokenizer.encode(self._before + self._after))
+        most = min(target.shape.max_positions, template + 2 * _QUESTION + length)
+        self._engine = Engine(target, self._recorder, max_batch=_BATCH, max_length=most, adapt=False)
 
     def group(self, number: int) -> list[Text]:
-        """Answers of the target, or for every second number excerpts of Python's standard library."""
-        kind = self._excerpts if number % 2 else self._answers
-        prompts, asked = kind(number // 2 * GROUP)
-        self._recorder.texts = {}
-        self._engine.generate(prompts, asked)
-        return [text for text in self._recorder.texts.values() if len(text.tokens) > 2]
-
-    def _answers(self, first: int) -> tuple[list[str], list[Sampling]]:
-        numbers = range(first, first + GROUP)
+        """Questions that the target thinks up, and its answers: every second one greedy, the others sampled."""
+        numbers = range(number * GROUP, (number + 1) * GROUP)
         begun = [self._before + BEGINNINGS[number % len(BEGINNINGS)] for number in numbers]
         asked = [
-            Sampling(temperature=1.0, top_p=0.95, max_tokens=40, stop=("\n\n",), seed=number, speculate=False)
+            Sampling(temperature=1.0, top_p=0.95, max_tokens=_QUESTION, stop="\n\n", seed=number, speculate=False)
             for number in numbers
         ]
         ended = self._engine.generate(begun, asked)
         prompts = [start + result.text.rstrip() + self._after for start, result in zip(begun, ended, strict=True)]
-        heat = (0.0, 0.7, 1.0)
-        return prompts, [
-            Sampling(temperature=heat[number % len(heat)], max_tokens=self._length, seed=number) for number in numbers
-        ]
-
-    def _excerpts(self, first: int) -> tuple[list[str], list[Sampling]]:
-        return list(self._cut(range(first, first + GROUP))), [Sampling(max_tokens=1, eos=())] * GROUP
-
-    def _cut(self, numbers: range) -> Iterator[str]:
-        for number in numbers:
-            text = self._files[number % len(self._files)].read_text(errors="replace")
-            start = number // len(self._files) * _SOURCE_CHARACTERS % max(1, len(text) - _SOURCE_CHARACTERS)
-            yield text[start : start + _SOURCE_CHARACTERS] or "\n"
+        asked = [Sampling(temperature=0.7 * (number % 2), max_tokens=self._length, seed=number) for number in numbers]
+        self._recorder.texts = {}
+        self._engine.generate(prompts, asked)
+        return [text for text in self._recorder.texts.values() if len(text.tokens) > 2]
 
 
 def _around_a_question(tokenizer) -> tuple[str, str]:

@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "specdec_ops/drafts/": ("torch", *SYSTEMS),
     "specdec_ops/drafts/checkpoint.py": ("torch", "safetensors", *SYSTEMS),
     "specdec_ops/train/": ("torch", *SYSTEMS),
-    "specdec_ops/train/eagle.py": ("torch", "matplotlib", "specdec_ops.integrations.transformers", *SYSTEMS),
+    "specdec_ops/train/trainer.py": ("torch", "matplotlib", "specdec_ops.integrations.transformers", *SYSTEMS),
     "specdec_ops/integrations/__init__.py": (),
     "specdec_ops/integrations/transformers/": ("torch", "transformers", "gguf", *SYSTEMS),
     "triton_kernels/common/": ("torch", "triton"),
