@@ -4,6 +4,7 @@ Ngram            continuations of earlier occurrences of the last tokens; needs 
 Chain            a small model drafts one token after another
 MultiCandidate   a small model drafts a tree of fixed shape
 Eagle            one layer over the target's last rows, trained for it, drafts a tree that grows where it is sure
+Sorted           the leading layers of one draft are drafts, too; a token leaves where the draft is sure (S2D)
 Draft, Proposer, Drafted   to write one's own
 """
 
@@ -14,3 +15,5 @@ from .chain import Chain as Chain
 from .eagle import Eagle as Eagle
 from .multi_candidate import MultiCandidate as MultiCandidate
 from .ngram import Ngram as Ngram
+from .sorted import Sorted as Sorted
+from .sorted import TreeShape as TreeShape
