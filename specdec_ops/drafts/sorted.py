@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Sequence as Ordered
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -20,9 +21,10 @@ from specdec_ops.ops.topology.prune_tree import MAX_PRUNED_NODES, PrunedTree, pr
 from specdec_ops.tree import MAX_NODES, Tree
 from specdec_ops.vocab_map import VocabMap
 
+from . import checkpoint
 from .base import Draft, Drafted, Proposer
 from .sorted_cache import Part, SortedCache, SortedSequence
-from .weights import dense_weight
+from .weights import dense_weight, from_tensors, to_tensors
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
@@ -138,6 +140,7 @@ class Sorted(Draft):
             raise ValueError(argument_error(_OP, "head", "'int8' or None", head))
         self.model, self.steps, self.tree, self.hot_vocab = model, steps, tree, hot_vocab
         self.is_chain = tree is None
+        self._tokenizer_hash = checkpoint.tokenizer_hash(model.tokenizer)
         if tree is None:
             self.max_nodes, self.max_depth = steps + 1, steps
         else:
@@ -153,6 +156,56 @@ class Sorted(Draft):
         if norm.bias is None:
             self.head_options |= {"norm_weight": norm.weight, "norm_eps": norm.eps}
 
+    @classmethod
+    def load(
+        cls,
+        folder: str | os.PathLike,
+        *,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+        **options,
+    ) -> Sorted:
+        """The draft in a folder that `save` has written. `model` of the result is the small model itself.
+
+        Args:
+            folder: with a draft.safetensors and a draft.json.
+            dtype: of rows, keys and values.
+            device: where it will be.
+            options: as of the class; exits, thresholds and hot_vocab are by default those in the folder.
+
+        Raises:
+            TypeError, ValueError: there is no such draft in the folder, or an option doesn't fit.
+            RuntimeError: the package safetensors is not installed.
+        """
+        tensors, about = checkpoint.load(folder, "sorted", None)
+        model = from_tensors(tensors, about["model"], dtype=dtype, device=torch.device(device))
+        model.name = os.path.basename(os.path.normpath(folder))
+        options = {"exits": about["exits"], "thresholds": about["thresholds"], **options}
+        draft = cls(model, **{"hot_vocab": tensors.get("hot_vocab"), **options})
+        draft._tokenizer_hash = about["tokenizer_sha256"]
+        return draft
+
+    def save(
+        self, folder: str | os.PathLike, target: Decoder, *, weights: str = "int8", about: dict | None = None
+    ) -> None:
+        """Write the draft into a folder: draft.safetensors, and a draft.json that names the target and its tokenizer.
+
+        Args:
+            folder: made if there is none.
+            target: the model that it was made from. Others with its tokenizer can have the draft, too.
+            weights: of the layers: "int8", with a scale for each row, "bfloat16" or "float32".
+            about: what else the JSON shall say, such as the command that trained it.
+
+        Raises:
+            ValueError: weights is none of these, or the model can't be saved.
+            RuntimeError: the package safetensors is not installed.
+        """
+        tensors, said = to_tensors(self.model, weights)
+        if self.hot_vocab is not None:
+            tensors["hot_vocab"] = self.hot_vocab.to(torch.int32)
+        said = {"exits": list(self.exits), "thresholds": list(self.thresholds), "model": said}
+        checkpoint.save(folder, "sorted", tensors, target, said | (about or {}))
+
     def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> SortedProposer:
         """See `Draft.bind`."""
         if self.model.shape.vocab != target.shape.vocab:
@@ -160,6 +213,9 @@ class Sorted(Draft):
                 f"specdec_ops.{_OP}: model must have the target's vocabulary of {target.shape.vocab} tokens, "
                 f"got {self.model.shape.vocab}"
             )
+        of_target = checkpoint.tokenizer_hash(target.tokenizer)
+        if None not in (of_target, self._tokenizer_hash) and of_target != self._tokenizer_hash:
+            raise ValueError(f"specdec_ops.{_OP}: target must have the tokenizer that the draft was trained with")
         return SortedProposer(self, target.eos[:8], max_batch, max_length)
 
     def at_head(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -326,7 +382,7 @@ def _head(model: Decoder, vocab_map: VocabMap | None, form: str | None) -> torch
     """The rows of the hot vocabulary, in a form that the exits take."""
     weight = model.head.weight
     keeps = form is None and isinstance(weight, torch.Tensor)
-    rows = weight if keeps else dense_weight(weight)
+    rows = weight if isinstance(weight, torch.Tensor) else dense_weight(weight)
     if vocab_map is not None:
         rows = rows.index_select(0, vocab_map.draft_to_target.long())
     return rows.contiguous() if keeps else quantize_head(rows)
