@@ -8,6 +8,7 @@ import math
 import torch
 
 from specdec_ops.ops.acceptance.sample import sample_tokens
+from specdec_ops.vocab_map import VocabMap
 
 from .cache import Cache
 from .request import Request
@@ -128,11 +129,20 @@ class Batch:
         """seeds, and positions of node 0: keywords of acceptance and of `sample_children`."""
         return {"seeds": self.law.seeds, "positions": self.context_lens}
 
-    def draw_as_target(self, logits: torch.Tensor, depth: int, count: int) -> torch.Tensor:
+    def draw_as_target(
+        self, logits: torch.Tensor, depth: int, count: int, vocab_map: VocabMap | None = None
+    ) -> torch.Tensor:
         """`count` tokens for each row of logits [batch, rows, vocab], with the noise of the target's own tokens.
 
-        Whatever the target draws at this depth with the same logits is the first of them. int32 [batch, rows, count].
+        Whatever the target draws at this depth with the same logits is the first of them. With a vocab_map the rows are
+        [batch, rows, draft_vocab], and the target's tokens that no entry stands for have a probability of 0.
+
+        Returns:
+            int32 [batch, rows, count]; -1 where there are fewer tokens.
         """
+        if vocab_map is not None:
+            rows = logits.new_full((*logits.shape[:2], vocab_map.vocab), -math.inf)
+            logits = rows.index_copy_(2, vocab_map.draft_to_target.long(), logits)
         batch, rows, vocab = logits.shape
 
         def of_rows(value):

@@ -82,8 +82,8 @@ class Engine:
         draft: from `specdec_ops.drafts`; None decodes plainly. Other engines may have the same one.
         rule: "auto", or one by name: see `specdec_ops.decode.rules.choose`.
         max_batch: the most requests that run at once.
-        max_length: the most tokens of prompt, answer and draft of a request; by default, and at most, what the model
-            has positions for, 4096 at the default.
+        max_length: the most tokens of prompt and answer of a request; by default, and at most, what target and draft
+            have positions for, 4096 at the default.
         pages: of the target's cache; by default enough for max_batch requests of max_length.
         page_size: slots of a page.
         prefill_rows: the most prompt tokens of a pass.
@@ -111,6 +111,8 @@ class Engine:
         if draft is not None and not isinstance(draft, Draft):
             raise TypeError(argument_error(_OP, "draft", "a specdec_ops.drafts.Draft or None", draft))
         most = target.shape.max_positions
+        if draft is not None and draft.max_positions is not None:
+            most = min(most, draft.max_positions)
         max_length = min(most, 4096) if max_length is None else max_length
         for name, value, high in (
             ("max_batch", max_batch, 4096),
@@ -132,7 +134,9 @@ class Engine:
         self.proposer: Proposer | None = None
         if draft is not None:
             is_coupled = self.rule == "match"
-            self.proposer = draft.bind(target, max_batch=max_batch, max_length=slots, is_coupled=is_coupled)
+            room = self.cache.pool.pages * page_size
+            limits = {"max_batch": max_batch, "max_length": min(slots, room), "max_slots": room}
+            self.proposer = draft.bind(target, is_coupled=is_coupled, **limits)
         self._longest = min(max_length, self.cache.pool.pages * page_size - self._nodes)  # text of one request
         if self._longest < 2:
             raise ValueError(argument_error(_OP, "pages", f"enough for {self._nodes + 2} slots", pages))
@@ -238,11 +242,17 @@ class Engine:
     def _with_pages(self, group: list[Request], nodes: int) -> list[Request]:
         """Those of the group that have room for their trees; the newest requests give pages up for the others."""
         for request in group:
-            while request.state is State.RUNNING and not self.cache.reserve(
-                request.sequence, len(request.ids) - 1 + nodes
-            ):
+            while request.state is State.RUNNING and not self._has_room(request, nodes):
+                if len(self._running) == 1:
+                    raise RuntimeError(f"specdec_ops.{_OP}: there are too few pages for a request that fitted")
                 self._send_back(max(self._running, key=lambda running: running.number))
         return [request for request in group if request.state is State.RUNNING]
+
+    def _has_room(self, request: Request, nodes: int) -> bool:
+        """Take what pages the next round of a request needs, of the target's cache and of the draft's."""
+        if not self.cache.reserve(request.sequence, len(request.ids) - 1 + nodes):
+            return False
+        return not self._drafts_for(request) or self.proposer.reserve(request)
 
     def _send_back(self, request: Request) -> None:
         """A running request waits again, before all others; its text so far becomes a part of what is run first."""

@@ -89,7 +89,7 @@ class Ngram(Draft):
         self.max_nodes, self.longest, self.shortest, self.branches = nodes, longest, shortest, branches
         self.is_chain = branches == 1
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> Proposer:
+    def bind(self, target: Model, *, max_batch: int, max_length: int, max_slots: int, is_coupled: bool) -> Proposer:
         """See `Draft.bind`. Any target will do."""
         return _Proposer(self, is_coupled)
 
