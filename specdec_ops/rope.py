@@ -128,6 +128,27 @@ class Rope:
             device=device,
         )
 
+    @classmethod
+    def from_tables(cls, cosines: torch.Tensor, sines: torch.Tensor) -> Rope:
+        """A Rope of tables that are there already, as those of a saved model.
+
+        Args:
+            cosines: float32 `[positions, pairs]`, contiguous.
+            sines: the same.
+
+        Raises:
+            TypeError, ValueError: they are no such tables.
+        """
+        for name, table in (("cosines", cosines), ("sines", sines)):
+            must = "float32 [positions, pairs]"
+            if not isinstance(table, torch.Tensor) or table.dtype != torch.float32:
+                raise TypeError(argument_error("Rope.from_tables", name, must, table))
+            if table.dim() != 2 or table.shape != cosines.shape or not table.is_contiguous():
+                raise ValueError(argument_error("Rope.from_tables", name, f"contiguous {must}", table))
+        made = object.__new__(cls)
+        made._set(cosines, sines)
+        return made
+
     @property
     def positions(self) -> int:
         """How many positions the tables have."""

@@ -5,6 +5,7 @@ Chain            a small model drafts one token after another
 MultiCandidate   a small model drafts a tree of fixed shape, below one root or below several candidates of the target
 StopBelow, Decision, Stop   when drafting stops before the last level: thresholds, a trained network, one's own
 Eagle            one layer over the target's last rows, trained for it, drafts a tree that grows where it is sure
+Sorted           the leading layers of one draft are drafts, too; a token leaves where the draft is sure (S2D)
 Draft, Proposer, Drafted   to write one's own
 """
 
@@ -15,6 +16,8 @@ from .chain import Chain as Chain
 from .eagle import Eagle as Eagle
 from .multi_candidate import MultiCandidate as MultiCandidate
 from .ngram import Ngram as Ngram
+from .sorted import Sorted as Sorted
+from .sorted import TreeShape as TreeShape
 from .stop import Decision as Decision
 from .stop import Stop as Stop
 from .stop import StopBelow as StopBelow

@@ -29,17 +29,23 @@ def is_draft(folder: str | os.PathLike) -> bool:
     return (Path(folder) / _ABOUT).is_file()
 
 
+def tokenizer_hash(tokenizer) -> str | None:
+    """Of its vocabulary; None without one."""
+    vocabulary = getattr(tokenizer, "get_vocab", None)
+    if vocabulary is None:
+        return None
+    return hashlib.sha256(json.dumps(sorted(vocabulary().items())).encode()).hexdigest()
+
+
 def identity(target: Decoder) -> dict:
     """What tells a target from others, in whatever form its weights are: sizes, and hashes of vocabulary and norm."""
-    shape, tokenizer = target.shape, target.tokenizer
-    vocabulary = getattr(tokenizer, "get_vocab", None)
-    words = None if vocabulary is None else json.dumps(sorted(vocabulary().items())).encode()
+    shape = target.shape
     norm = target.norm.weight.detach().to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes()
     return {
         "target_layers": shape.layers,
         "target_dim": shape.dim,
         "target_vocab": shape.vocab,
-        "tokenizer_sha256": None if words is None else hashlib.sha256(words).hexdigest(),
+        "tokenizer_sha256": tokenizer_hash(target.tokenizer),
         "norm_sha256": hashlib.sha256(norm).hexdigest(),
     }
 
@@ -57,7 +63,10 @@ def save(folder: str | os.PathLike, kind: str, tensors: dict, target: Decoder, a
     safetensors, folder = _safetensors(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     said = {"draft": kind, "target": os.path.basename(target.name), **identity(target), **about}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    # Copies: layers may share tensors, which the format does not allow.
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     for name, write in (
         (_WEIGHTS, lambda path: safetensors.save_file(tensors, path)),
         (_ABOUT, lambda path: path.write_text(json.dumps(said, indent=2) + "\n")),
@@ -66,8 +75,13 @@ def save(folder: str | os.PathLike, kind: str, tensors: dict, target: Decoder, a
         os.replace(folder / f"{name}.part", folder / name)
 
 
-def load(folder: str | os.PathLike, kind: str, target: Decoder) -> tuple[dict[str, torch.Tensor], dict]:
+def load(folder: str | os.PathLike, kind: str, target: Decoder | None) -> tuple[dict[str, torch.Tensor], dict]:
     """Tensors and JSON of a draft.
+
+    Args:
+        folder: that `save` has written.
+        kind: of draft.
+        target: for which it must have been trained; None: any.
 
     Raises:
         ValueError: there is no draft of this kind, or it was trained for another target.
@@ -79,7 +93,7 @@ def load(folder: str | os.PathLike, kind: str, target: Decoder) -> tuple[dict[st
     about = json.loads((path / _ABOUT).read_text())
     if about.get("draft") != kind:
         raise ValueError(f"specdec_ops.drafts: folder must hold a draft of kind {kind}, got {about.get('draft')}")
-    own = identity(target)
+    own = {} if target is None else identity(target)
     either = {name for name in own if own[name] is not None and about.get(name) is not None}
     wrong = sorted(name for name in either if own[name] != about[name])
     if wrong:

@@ -194,6 +194,8 @@ def command(program: str, asked: argparse.Namespace) -> str:
         option = f"--{name.replace('_', '-')}"
         if value is True:
             words.append(option)
+        elif isinstance(value, list):
+            words += [option, *map(str, value)]
         elif name != "slice" and value not in (None, False):
             words += [option, Path(value).name if name in ("target", "out", "texts") else str(value)]
     return shlex.join(words)

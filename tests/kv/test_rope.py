@@ -270,3 +270,15 @@ def test_transformers(name):
     # transformers makes angles in float32: at position 100 they are off by 100 * 2^-24 and more.
     torch.testing.assert_close(got, turned[0].transpose(1, 2), rtol=0, atol=1e-4)
     torch.testing.assert_close(caches[0], turned[1].transpose(1, 2), rtol=0, atol=1e-4)
+
+
+def test_tables_that_are_there_already():
+    rope = Rope(1e4, 4, 8)
+    again = Rope.from_tables(rope.cosines, rope.sines)
+    assert again.cosines is rope.cosines and again.sines is rope.sines and (again.pairs, again.positions) == (4, 8)
+    with pytest.raises(TypeError, match=r"cosines must be float32 \[positions, pairs\]"):
+        Rope.from_tables([1.0], rope.sines)
+    with pytest.raises(TypeError, match=r"sines must be float32 \[positions, pairs\]"):
+        Rope.from_tables(rope.cosines, rope.sines.double())
+    with pytest.raises(ValueError, match=r"sines must be contiguous float32 \[positions, pairs\]"):
+        Rope.from_tables(rope.cosines, rope.sines[:4])
