@@ -262,8 +262,9 @@ class MeteredModel:
 def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -> Contestant:
     """Our engine with its other options, plain without a draft."""
     meter, draft_seconds = Meter(), []
+    engine = Engine(MeteredModel(target, meter), draft, max_batch=max_batch, **options)
     if draft is not None:
-        propose = draft.propose
+        propose = engine.proposer.propose
 
         def timed_propose(batch):
             start = time.perf_counter()
@@ -271,8 +272,7 @@ def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -
             draft_seconds.append(time.perf_counter() - start)
             return drafted
 
-        draft.propose = timed_propose
-    engine = Engine(MeteredModel(target, meter), draft, max_batch=max_batch, **options)
+        engine.proposer.propose = timed_propose
 
     def run(task: Task) -> Run:
         numbers = [

@@ -31,6 +31,7 @@ from specdec_ops import drafts
 from specdec_ops.decode.cache import Cache, Sequence
 from specdec_ops.decode.decoder import Decoder
 from specdec_ops.decode.rows import Output, Rows
+from specdec_ops.drafts import checkpoint
 from specdec_ops.drafts.stop import confidence
 from specdec_ops.ops.acceptance.sample import sample_children, sample_tokens
 from specdec_ops.tree import Tree
@@ -227,7 +228,9 @@ def area(scores: torch.Tensor, accepted: torch.Tensor) -> float:
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     made = trainer.parser(PROGRAM, "Train a network for drafts.Decision.")
-    made.add_argument("--draft", help="a folder with the drafting model, or a GGUF file (default: the target)")
+    made.add_argument(
+        "--draft", help="a folder with the model that drafts, or of specdec_ops.train.soft (default: the target)"
+    )
     made.add_argument("--draft-layers", type=int, help="leading layers of it that are the draft (default: all)")
     made.add_argument("--features", choices=tuple(_INNER), default="confidence", help="(default: confidence)")
     made.add_argument("--labels", choices=("soft", "hard"), help="(default: hard for confidence, soft for hidden)")
@@ -259,13 +262,16 @@ def draft_of(target: Decoder, path: str | None, layers: int | None) -> Decoder:
 
     Args:
         target: which it is itself without a path.
-        path: of a model.
+        path: of a model, or of what `specdec_ops.train.soft` has made.
         layers: leading layers, under its final norm and head; None: all.
 
     Raises:
         ValueError: it has fewer layers.
     """
-    model = target if path is None else trainer.load_model(path)
+    if path is not None and checkpoint.is_draft(path):
+        model = drafts.Sorted.load(path).model
+    else:
+        model = target if path is None else trainer.load_model(path)
     return model if layers is None else model.first_layers(layers)
 
 
