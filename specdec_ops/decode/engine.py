@@ -26,7 +26,7 @@ from .batch import Batch, Law
 from .cache import Cache
 from .diagnose import Diagnosis, Prompt, diagnose
 from .model import Model
-from .pace import Pace
+from .pace import Pace, PassTimes
 from .request import Request, State
 from .result import Chunk, Result
 from .rows import Rows
@@ -126,7 +126,9 @@ class Engine:
                 raise ValueError(argument_error(_OP, name, f"from 1 to {high}", value))
         self.target, self.draft, self.rule = target, draft, rules.choose(rule, draft)
         self.max_batch, self.max_length, self._prefill_rows = max_batch, max_length, prefill_rows
-        self._adapt, self._paces, self._has_warned = adapt, collections.defaultdict(Pace), False
+        self._adapt, self._has_warned = adapt, False
+        self._paces: dict[int, Pace] = {}  # both by the number of requests
+        self._times: dict[int, PassTimes] = {}
         self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
         slots = max_length + self._nodes
@@ -296,19 +298,20 @@ class Engine:
 
     def _round(self, requests: list[Request], draft: Draft | None) -> None:
         law = self._law(requests)
-        pace = self._paces[len(requests)]
-        may_switch = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
-        drafts = draft is not None and (not may_switch or pace.wants_draft())
-        times = [time.perf_counter()]
-        batch = Batch(requests, self.cache, law)
+        may_adapt = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
+        times = self._times.setdefault(len(requests), PassTimes(len(requests))) if may_adapt else None
+        pace = self._pace(len(requests)) if may_adapt and not draft.weighs_rows else None
+        drafts = draft is not None and (not may_adapt or (times.are_usable if pace is None else pace.wants_draft()))
+        marks = [time.perf_counter()]
+        batch = Batch(requests, self.cache, law, times.seconds if times is not None and times.are_usable else None)
         if drafts:
             drafted = self.proposer.propose(batch)
         else:
             drafted = Drafted(batch.last_tokens[:, None], chains((1,), self._device), is_chain=True)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         logits, hidden = self._score(batch, drafted)
         logits = law.without_improbable(logits)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         acceptance = self._accept(draft, batch, logits, drafted)
         if not drafted.is_chain:
             self.cache.commit(acceptance.nodes, batch.context_lens, batch.page_table)
@@ -319,12 +322,14 @@ class Engine:
         accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
         if drafts:
             self.proposer.observe(batch, drafted, acceptance, accepted)
-        times.append(time.perf_counter())
-        if may_switch:
-            pace.record(drafts, times[-1] - times[0], sum(accepted) / len(accepted) + 1)
+        marks.append(time.perf_counter())
+        if times is not None:
+            times.add(sum(drafted.sizes or (drafted.tokens.numel(),)), marks[-1] - marks[1])
+        if pace is not None:
+            pace.record(drafts, marks[-1] - marks[0], sum(accepted) / len(accepted) + 1)
             self._warn_of_loss(pace)
         if self.on_round is not None and drafts:
-            spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+            spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
             depth = acceptance.nodes.shape[1] - 1
             self.on_round(min(depth, draft.max_depth or depth), accepted, spans)
 
@@ -344,6 +349,12 @@ class Engine:
             request.sequence.length += count + 1
             request.take(tokens[: count + 1], None if logprobs is None else logprobs[place], self._longest)
         return [row[0] for row in table]
+
+    def _pace(self, requests: int) -> Pace:
+        if requests not in self._paces:
+            nearest = min(self._paces, key=lambda known: abs(known - requests), default=None)
+            self._paces[requests] = Pace(None if nearest is None else self._paces[nearest])
+        return self._paces[requests]
 
     def _warn_of_loss(self, pace: Pace) -> None:
         if not pace.pays and not self._has_warned:
