@@ -160,7 +160,7 @@ def in_process(asked, models: Models, max_batch: int, max_length: int) -> list[C
         found.append(Contestant("economize, prompt lookup", "library", "float32", _never, refuses=lambda *_: reason))
     else:
         found.append(contestants.economize_lookup(model, asked.lookup_tokens))
-    sizes = {"max_batch": max_batch, "max_length": max_length}
+    sizes = {"max_batch": max_batch, "max_length": max_length, "rule": "match"}  # whose sampled texts can be checked
     for weights in ("float32", "blocks"):
         target = models.target(weights)
         found.append(contestants.ours("ours plain", target, None, weights=weights, **sizes))
