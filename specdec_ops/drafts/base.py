@@ -59,6 +59,8 @@ class Draft(abc.ABC):
         target_roots: how many candidates for the next token the target draws, the roots of the next tree: they are
             `Request.candidates`. 1: the next token itself, which is in the text already when it becomes node 0.
         is_chain: whether its trees are chains.
+        weighs_rows: whether it looks at how long passes take (seconds of the batch), and proposes nothing where
+            nothing pays. Of other drafts the engine measures whether they pay, and leaves them out if not.
         wants_hidden: whether `Proposer.see` is to be called. Prompts then share no pages, since their rows are wanted.
     """
 
@@ -68,6 +70,7 @@ class Draft(abc.ABC):
     max_positions: int | None = None
     target_roots: int = 1
     is_chain: bool = False
+    weighs_rows: bool = False
     wants_hidden: bool = False
 
     @abc.abstractmethod
