@@ -5,6 +5,7 @@ The clock starts when every request of a call has its first token, so that promp
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -241,29 +242,28 @@ def without_economize() -> str:
 # Our engine.
 
 
-class MeteredModel:
-    """A model of the engine whose passes with logits are timed."""
+def metered(model, meter: Meter):
+    """The same model of the engine, whose passes with logits are timed."""
+    model = copy.copy(model)
+    forward = model.forward
 
-    def __init__(self, model, meter: Meter) -> None:
-        self._model, self._meter = model, meter
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def forward(self, rows, cache, *, want=True, **options):
-        """See `Model.forward`."""
+    def timed(rows, cache, *, want=True, **options):
         start = time.perf_counter()
-        output = self._model.forward(rows, cache, want=want, **options)
+        output = forward(rows, cache, want=want, **options)
         if want is not False:
-            self._meter.add(time.perf_counter() - start, rows.count)
+            meter.add(time.perf_counter() - start, rows.count)
         return output
+
+    model.forward = timed
+    return model
 
 
 def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -> Contestant:
     """Our engine with its other options, plain without a draft."""
     meter, draft_seconds = Meter(), []
+    engine = Engine(metered(target, meter), draft, max_batch=max_batch, **options)
     if draft is not None:
-        propose = draft.propose
+        propose = engine.proposer.propose
 
         def timed_propose(batch):
             start = time.perf_counter()
@@ -271,8 +271,7 @@ def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -
             draft_seconds.append(time.perf_counter() - start)
             return drafted
 
-        draft.propose = timed_propose
-    engine = Engine(MeteredModel(target, meter), draft, max_batch=max_batch, **options)
+        engine.proposer.propose = timed_propose
 
     def run(task: Task) -> Run:
         numbers = [

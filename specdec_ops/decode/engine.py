@@ -15,7 +15,7 @@ import torch
 
 from specdec_ops._core import alloc
 from specdec_ops._core.checks import argument_error, is_int
-from specdec_ops.drafts.base import Draft, Drafted
+from specdec_ops.drafts.base import Draft, Drafted, Proposer
 from specdec_ops.drafts.model_draft import chains
 from specdec_ops.ops.acceptance.accept import Acceptance
 from specdec_ops.status import AcceptStatus
@@ -26,7 +26,7 @@ from .batch import Batch, Law
 from .cache import Cache
 from .diagnose import Diagnosis, Prompt, diagnose
 from .model import Model
-from .pace import Pace
+from .pace import Pace, PassTimes
 from .request import Request, State
 from .result import Chunk, Result
 from .rows import Rows
@@ -79,11 +79,11 @@ class Engine:
 
     Args:
         target: the model, as `specdec_ops.integrations.transformers.load` makes it.
-        draft: from `specdec_ops.drafts`; None decodes plainly.
+        draft: from `specdec_ops.drafts`; None decodes plainly. Other engines may have the same one.
         rule: "auto", or one by name: see `specdec_ops.decode.rules.choose`.
         max_batch: the most requests that run at once.
-        max_length: the most tokens of prompt, answer and draft of a request; by default, and at most, what the model
-            has positions for, 4096 at the default.
+        max_length: the most tokens of prompt and answer of a request; by default, and at most, what target and draft
+            have positions for, 4096 at the default.
         pages: of the target's cache; by default enough for max_batch requests of max_length.
         page_size: slots of a page.
         prefill_rows: the most prompt tokens of a pass.
@@ -111,6 +111,8 @@ class Engine:
         if draft is not None and not isinstance(draft, Draft):
             raise TypeError(argument_error(_OP, "draft", "a specdec_ops.drafts.Draft or None", draft))
         most = target.shape.max_positions
+        if draft is not None and draft.max_positions is not None:
+            most = min(most, draft.max_positions)
         max_length = min(most, 4096) if max_length is None else max_length
         for name, value, high in (
             ("max_batch", max_batch, 4096),
@@ -124,14 +126,19 @@ class Engine:
                 raise ValueError(argument_error(_OP, name, f"from 1 to {high}", value))
         self.target, self.draft, self.rule = target, draft, rules.choose(rule, draft)
         self.max_batch, self.max_length, self._prefill_rows = max_batch, max_length, prefill_rows
-        self._adapt, self._paces, self._has_warned = adapt, collections.defaultdict(Pace), False
+        self._adapt, self._has_warned = adapt, False
+        self._paces: dict[int, Pace] = {}  # both by the number of requests
+        self._times: dict[int, PassTimes] = {}
         self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
         slots = max_length + self._nodes
         self.cache = Cache(target.shape, max_batch * -(-slots // page_size) if pages is None else pages, page_size)
+        self.proposer: Proposer | None = None
         if draft is not None:
-            draft.is_coupled = self.rule == "match"
-            draft.bind(target, max_batch=max_batch, max_length=slots)
+            is_coupled = self.rule == "match"
+            room = self.cache.pool.pages * page_size
+            limits = {"max_batch": max_batch, "max_length": min(slots, room), "max_slots": room}
+            self.proposer = draft.bind(target, is_coupled=is_coupled, **limits)
         self._longest = min(max_length, self.cache.pool.pages * page_size - self._nodes)  # text of one request
         if self._longest < 2:
             raise ValueError(argument_error(_OP, "pages", f"enough for {self._nodes + 2} slots", pages))
@@ -232,16 +239,22 @@ class Engine:
             request.state = State.RUNNING
             self._running.append(request)
             if self._drafts_for(request):
-                self.draft.start(request)
+                self.proposer.start(request)
 
     def _with_pages(self, group: list[Request], nodes: int) -> list[Request]:
         """Those of the group that have room for their trees; the newest requests give pages up for the others."""
         for request in group:
-            while request.state is State.RUNNING and not self.cache.reserve(
-                request.sequence, len(request.ids) - 1 + nodes
-            ):
+            while request.state is State.RUNNING and not self._has_room(request, nodes):
+                if len(self._running) == 1:
+                    raise RuntimeError(f"specdec_ops.{_OP}: there are too few pages for a request that fitted")
                 self._send_back(max(self._running, key=lambda running: running.number))
         return [request for request in group if request.state is State.RUNNING]
+
+    def _has_room(self, request: Request, nodes: int) -> bool:
+        """Take what pages the next round of a request needs, of the target's cache and of the draft's."""
+        if not self.cache.reserve(request.sequence, len(request.ids) - 1 + nodes):
+            return False
+        return not self._drafts_for(request) or self.proposer.reserve(request)
 
     def _send_back(self, request: Request) -> None:
         """A running request waits again, before all others; its text so far becomes a part of what is run first."""
@@ -254,7 +267,7 @@ class Engine:
         self.cache.pool.register(request.ids[: request.sequence.length], request.sequence.pages)
         self.cache.drop(request.sequence)
         if self._drafts_for(request):
-            self.draft.drop(request)
+            self.proposer.drop(request)
 
     def _prefill(self) -> None:
         """One pass over what is missing of texts, in chunks."""
@@ -285,19 +298,20 @@ class Engine:
 
     def _round(self, requests: list[Request], draft: Draft | None) -> None:
         law = self._law(requests)
-        pace = self._paces[len(requests)]
-        may_switch = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
-        drafts = draft is not None and (not may_switch or pace.wants_draft())
-        times = [time.perf_counter()]
-        batch = Batch(requests, self.cache, law)
+        may_adapt = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
+        times = self._times.setdefault(len(requests), PassTimes(len(requests))) if may_adapt else None
+        pace = self._pace(len(requests)) if may_adapt and not draft.weighs_rows else None
+        drafts = draft is not None and (not may_adapt or (times.are_usable if pace is None else pace.wants_draft()))
+        marks = [time.perf_counter()]
+        batch = Batch(requests, self.cache, law, times.seconds if times is not None and times.are_usable else None)
         if drafts:
-            drafted = draft.propose(batch)
+            drafted = self.proposer.propose(batch)
         else:
             drafted = Drafted(batch.last_tokens[:, None], chains((1,), self._device), is_chain=True)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         logits, hidden = self._score(batch, drafted)
         logits = law.without_improbable(logits)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         acceptance = self._accept(draft, batch, logits, drafted)
         if not drafted.is_chain:
             self.cache.commit(acceptance.nodes, batch.context_lens, batch.page_table)
@@ -307,13 +321,15 @@ class Engine:
             self._show(request, hidden[place], acceptance.nodes[place])
         accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
         if drafts:
-            draft.observe(batch, drafted, acceptance, accepted)
-        times.append(time.perf_counter())
-        if may_switch:
-            pace.record(drafts, times[-1] - times[0], sum(accepted) / len(accepted) + 1)
+            self.proposer.observe(batch, drafted, acceptance, accepted)
+        marks.append(time.perf_counter())
+        if times is not None:
+            times.add(sum(drafted.sizes or (drafted.tokens.numel(),)), marks[-1] - marks[1])
+        if pace is not None:
+            pace.record(drafts, marks[-1] - marks[0], sum(accepted) / len(accepted) + 1)
             self._warn_of_loss(pace)
         if self.on_round is not None and drafts:
-            spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+            spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
             depth = acceptance.nodes.shape[1] - 1
             self.on_round(min(depth, draft.max_depth or depth), accepted, spans)
 
@@ -334,6 +350,12 @@ class Engine:
             request.take(tokens[: count + 1], None if logprobs is None else logprobs[place], self._longest)
         return [row[0] for row in table]
 
+    def _pace(self, requests: int) -> Pace:
+        if requests not in self._paces:
+            nearest = min(self._paces, key=lambda known: abs(known - requests), default=None)
+            self._paces[requests] = Pace(None if nearest is None else self._paces[nearest])
+        return self._paces[requests]
+
     def _warn_of_loss(self, pace: Pace) -> None:
         if not pace.pays and not self._has_warned:
             self._has_warned = True
@@ -347,7 +369,7 @@ class Engine:
         """Hand rows of the target's last layer to a draft that wants them: all, or those of the accepted path."""
         if self._drafts_for(request) and self.draft.wants_hidden:
             hidden = hidden if nodes is None else hidden.index_select(0, nodes[nodes >= 0])
-            self.draft.see(request, request.sequence.length, hidden)
+            self.proposer.see(request, request.sequence.length, hidden)
 
     def _score(self, batch: Batch, drafted: Drafted) -> tuple[torch.Tensor, torch.Tensor]:
         """The target's logits and last rows of all nodes, [batch, nodes, vocab] and [batch, nodes, dim]."""

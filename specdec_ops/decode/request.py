@@ -24,7 +24,8 @@ class Request:
     """One prompt, the answer so far, and its pages.
 
     `text` is the prompt and the answer as ids. Its keys and values are in the first `Sequence.length` slots of the
-    target's cache: in a round all but those of the last token, which is node 0 of the draft's tree.
+    target's cache: in a round all but those of the last token, which is node 0 of the draft's tree. `draft_state`
+    belongs to the proposer of the engine.
     """
 
     _numbers = itertools.count()

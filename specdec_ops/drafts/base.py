@@ -1,4 +1,4 @@
-"""What a draft is to the engine: `Draft` and `Drafted`."""
+"""What a draft is to the engine: `Draft`, `Proposer` and `Drafted`."""
 
 # ruff: noqa: B027 -- hooks do nothing unless a draft has a use for them; propose alone must be written.
 
@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from specdec_ops.topology import Topology
+from specdec_ops.vocab_map import VocabMap
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
@@ -37,42 +38,67 @@ class Drafted:
     tokens: torch.Tensor
     topology: Topology
     draft_logits: torch.Tensor | None = None
+    vocab_map: VocabMap | None = None
     sizes: tuple[int, ...] | None = None
     is_chain: bool = False
 
 
 class Draft(abc.ABC):
-    """Proposes trees of tokens for a batch of requests.
+    """What a user makes: the settings and weights of a draft. What it knows of requests is in the engine's `Proposer`.
+
+    Nothing in it changes while engines use it, so it may be given to any number of them at once, in any threads, for
+    different targets.
 
     Attributes:
         proposals: how children are chosen, from which the lossless rules follow: "deterministic" (a function of the
             text before them), "distinct" (drawn without replacement) or "repeated" (with).
         max_nodes: of a tree, node 0 included.
         max_depth: the most levels below node 0, where that is known to be less than max_nodes - 1.
+        max_positions: the longest text that it can follow; None: any.
         is_chain: whether its trees are chains.
-        wants_hidden: whether `see` is to be called. Prompts then share no pages, since their rows are wanted.
-        is_coupled: set by the engine for rule "match": sampled children are then drawn with the target's own noise,
-            so that they are those which the target will draw wherever both agree.
+        weighs_rows: whether its trees have the nodes that are worth their rows by `Batch.seconds`, none if none is. Of
+            other drafts the engine measures whether they pay, and leaves them out if not.
+        wants_hidden: whether `Proposer.see` is to be called. Prompts then share no pages, since their rows are wanted.
     """
 
     proposals: Proposals
     max_nodes: int
     max_depth: int | None = None
+    max_positions: int | None = None
     is_chain: bool = False
+    weighs_rows: bool = False
     wants_hidden: bool = False
-    is_coupled: bool = False
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int) -> None:
-        """Once, before the first request: check that the draft fits the target, and allocate.
+    @abc.abstractmethod
+    def bind(self, target: Model, *, max_batch: int, max_length: int, max_slots: int, is_coupled: bool) -> Proposer:
+        """Once for each engine: check that the draft fits the target, and allocate.
 
         Args:
             target: the model that verifies.
             max_batch: the most requests at once.
             max_length: the most slots of a request.
+            max_slots: the most slots of all requests together, which is what the target's pages have.
+            is_coupled: whether the rule is "match": sampled children are then to be drawn with the target's own noise,
+                so that they are those which the target will draw wherever both agree.
         """
+
+
+class Proposer(abc.ABC):
+    """A draft at work in one engine: proposes trees of tokens for its requests, and owns its caches.
+
+    What requests have as draft_state belongs to it.
+    """
 
     def start(self, request: Request) -> None:
         """A request joins. It may have an answer already, if it had to wait for pages."""
+
+    def reserve(self, request: Request) -> bool:
+        """Make room for a request's text and its next tree.
+
+        Returns False, and does nothing, if there is none at the moment: then the newest request of the engine gives up
+        what it has and waits. A request that is alone must be served.
+        """
+        return True
 
     def see(self, request: Request, start: int, hidden: torch.Tensor) -> None:
         """The target has run some of a request's tokens, in a prompt or because they were accepted.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from specdec_ops._core.checks import argument_error
-from specdec_ops.decode.cache import Cache, Sequence
+from specdec_ops.decode.cache import Sequence
 from specdec_ops.decode.decoder import Attention, Decoder, Layer, Mlp, Norm, Projection
 from specdec_ops.decode.rows import Rows
 from specdec_ops.ops.acceptance.sample import sample_children
@@ -20,8 +20,8 @@ from specdec_ops.ops.topology.prune_tree import MAX_PRUNED_NODES, prune_tree
 from specdec_ops.vocab_map import VocabMap
 
 from . import checkpoint
-from .base import Draft, Drafted
-from .model_draft import chains
+from .base import Draft, Drafted, Proposer
+from .model_draft import chains, draft_cache
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
@@ -112,8 +112,7 @@ class Eagle(Draft):
         self.levels, self.width, self.branching = levels, width, branching
         self.max_nodes = min(nodes, 1 + branching * (1 + (levels - 1) * width))
         self.max_depth = levels
-        self._run_nodes = 1 + (levels - 1) * width  # nodes of the tree that the draft runs itself
-        self._pools: dict[int, CandidatePool] = {}
+        self.run_nodes = 1 + (levels - 1) * width  # nodes of the tree that the draft runs itself
 
     @classmethod
     def load(cls, folder: str | os.PathLike, target: Decoder, **options) -> Eagle:
@@ -176,25 +175,31 @@ class Eagle(Draft):
         sizes = {name: getattr(attention, name) for name in names} | {"norm_eps": self.layer.mlp_norm.eps}
         checkpoint.save(folder, "eagle", tensors, target, sizes | (about or {}))
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int) -> None:
-        """See `Draft.bind`."""
+    def bind(self, target: Model, *, is_coupled: bool, **limits) -> EagleProposer:
+        """See `Draft.bind`. Its proposals are the likeliest ones with any rule."""
+        return EagleProposer(self, target, **limits)
+
+
+class EagleProposer(Proposer):
+    """The layer's cache, and the target's rows that it goes on from."""
+
+    def __init__(self, draft: Eagle, target: Model, **limits) -> None:
         if not isinstance(target, Decoder):
             raise TypeError(argument_error(_OP, "target", "a specdec_ops.decode.Decoder", target))
-        shape, attention = target.shape, self.layer.attention
-        sizes = _sizes(self.fc.weight)
+        shape, attention = target.shape, draft.layer.attention
+        sizes = _sizes(draft.fc.weight)
         if sizes != (shape.dim, 2 * shape.dim):
             raise ValueError(
                 f"specdec_ops.{_OP}: fc must be [{shape.dim}, {2 * shape.dim}] for a target of dim {shape.dim}, "
                 f"got {list(sizes)}"
             )
-        self._target, self._head, self._vocab_map = target, target.head, None
-        if self.hot_vocab is not None:
-            self._vocab_map = VocabMap(self.hot_vocab.to(shape.device), shape.vocab)
+        self.draft, self._target, self._head, self._vocab_map = draft, target, target.head, None
+        if draft.hot_vocab is not None:
+            self._vocab_map = VocabMap(draft.hot_vocab.to(shape.device), shape.vocab)
             self._head = _rows_of(target.head, self._vocab_map.draft_to_target)
-        page_size = 16
-        pages = max_batch * -(-(max_length + self._run_nodes) // page_size)
         own = shape._replace(layers=1, kv_heads=attention.kv_heads, head_dim=attention.head_dim)
-        self.cache = Cache(own, pages, page_size)
+        self.cache = draft_cache(own, draft.run_nodes, **limits)
+        self._pools: dict[int, CandidatePool] = {}
 
     def start(self, request: Request) -> None:
         """An empty cache, and the feature of the first token, which follows nothing."""
@@ -204,6 +209,10 @@ class Eagle(Draft):
     def see(self, request: Request, start: int, hidden: torch.Tensor) -> None:
         """Keep the features: each belongs to the token after it."""
         request.draft_state.features.append(self._target.norm(hidden))
+
+    def reserve(self, request: Request) -> bool:
+        """See `Proposer.reserve`."""
+        return self.cache.reserve(request.draft_state, len(request.ids) - 1 + self.draft.run_nodes)
 
     def drop(self, request: Request) -> None:
         """Give its pages back."""
@@ -217,19 +226,19 @@ class Eagle(Draft):
         pool = self._pools.get(size)
         if pool is None:
             pool = CandidatePool.empty(
-                size, levels=self.levels, width=self.width, branching=self.branching, device=device
+                size, levels=self.draft.levels, width=self.draft.width, branching=self.draft.branching, device=device
             )
             self._pools[size] = pool
         hidden, page_table = self._catch_up(batch)
         hidden = hidden[:, None]
-        for level in range(self.levels):
+        for level in range(self.draft.levels):
             logits = self._logits(hidden.flatten(0, 1)).view(size, hidden.shape[1], -1)
             top = sample_children(
-                logits, self.branching, seeds=0, positions=0, temperature=0.0, vocab_map=self._vocab_map
+                logits, self.draft.branching, seeds=0, positions=0, temperature=0.0, vocab_map=self._vocab_map
             )
             eos = self._target.eos[:8] or None
             frontier = grow_tree(pool, top.tokens, top.logprobs, level=level, eos=eos)
-            if level + 1 < self.levels:
+            if level + 1 < self.draft.levels:
                 places = frontier.parent_rows.clamp(min=0).long()[:, :, None].expand(-1, -1, hidden.shape[-1])
                 rows = Rows(
                     frontier.tokens,
@@ -238,8 +247,8 @@ class Eagle(Draft):
                     page_table,
                     query_start=pool.query_start(level + 1),
                 )
-                hidden = self._run(rows, hidden.gather(1, places).flatten(0, 1)).view(size, self.width, -1)
-        tree = prune_tree(pool, self.max_nodes, root_tokens=batch.last_tokens)
+                hidden = self._run(rows, hidden.gather(1, places).flatten(0, 1)).view(size, self.draft.width, -1)
+        tree = prune_tree(pool, self.draft.max_nodes, root_tokens=batch.last_tokens)
         return Drafted(tree.tokens, tree.topology)
 
     def _catch_up(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -251,9 +260,8 @@ class Eagle(Draft):
             the draft's row of node 0, [batch, dim], and the page table with room for the tree.
         """
         requests, states = batch.requests, [request.draft_state for request in batch.requests]
-        for request, state in zip(requests, states, strict=True):
-            if not self.cache.reserve(state, len(request.ids) - 1 + self._run_nodes):
-                raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
+        if not all(map(self.reserve, requests)):
+            raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
         for request, state in zip(requests, states, strict=True):
             while len(request.ids) - state.length > _CHUNK:  # a prompt; chunks are the same whoever is beside it
                 self._run_text([request], (_CHUNK,), self.cache.page_table([state]))
@@ -278,7 +286,9 @@ class Eagle(Draft):
 
     def _run(self, rows: Rows, features: torch.Tensor) -> torch.Tensor:
         """[rows, dim]: through fc and the layer."""
-        return self.layer(self.fc(torch.cat((self._target.embed(rows), features), dim=-1)), 0, rows, self.cache)
+        return self.draft.layer(
+            self.draft.fc(torch.cat((self._target.embed(rows), features), dim=-1)), 0, rows, self.cache
+        )
 
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
         logits, softcap = self._head(features), self._target.logit_softcap

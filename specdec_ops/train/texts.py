@@ -9,7 +9,7 @@ import torch
 from specdec_ops.decode.decoder import Decoder
 from specdec_ops.decode.engine import Engine
 from specdec_ops.decode.sampling import Sampling
-from specdec_ops.drafts.base import Draft, Drafted
+from specdec_ops.drafts.base import Draft, Drafted, Proposer
 from specdec_ops.tree import Tree
 
 GROUP = 64  # texts that are made together
@@ -43,8 +43,8 @@ class Text(NamedTuple):
     """float16 [length - 1, dim]: the target's last rows after its final norm, but for that of the last token"""
 
 
-class Recorder(Draft):
-    """Drafts nothing, and keeps the target's last rows of texts that have ended in `texts`."""
+class Recorder(Draft, Proposer):
+    """Drafts nothing, and keeps the target's last rows of texts that have ended in `texts`. For one engine."""
 
     proposals = "deterministic"
     wants_hidden = True
@@ -53,9 +53,10 @@ class Recorder(Draft):
     def __init__(self) -> None:
         self.texts: dict[int, Text] = {}
 
-    def bind(self, target: Decoder, *, max_batch: int, max_length: int) -> None:
+    def bind(self, target: Decoder, **_) -> Recorder:
         """See `Draft.bind`."""
         self._target, self._root = target, Tree.chain(1).to(target.shape.device)
+        return self
 
     def start(self, request) -> None:
         """Nothing is known yet."""

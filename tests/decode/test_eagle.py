@@ -65,7 +65,7 @@ def test_text_is_that_of_plain_decoding(name, expected):
     results = engine.generate(PROMPTS, asked)
     assert [result.tokens for result in results] == texts
     assert engine.is_idle and engine.cache.pool.free == engine.cache.pool.pages
-    assert engine.draft.cache.pool.free == engine.draft.cache.pool.pages
+    assert engine.proposer.cache.pool.free == engine.proposer.cache.pool.pages
     assert sum(result.stats.accepted for result in results) > 0, "the draft is meant to be right now and then"
 
 
@@ -198,10 +198,11 @@ def test_misplaced_features_are_found():
     target, basis = successor_target()
     fc = Projection(torch.cat((torch.zeros(DIM, DIM), basis[CYCLE].T @ basis), dim=1))
     draft = drafts.Eagle(fc, target.layers[0], levels=2, width=1, branching=1, nodes=3)
-    draft.start = lambda request: (drafts.Eagle.start(draft, request), request.draft_state.features.append(
-        torch.zeros(1, DIM)))  # fmt: skip
+    engine = Engine(target, draft, adapt=False)
+    start = engine.proposer.start
+    engine.proposer.start = lambda request: (start(request), request.draft_state.features.append(torch.zeros(1, DIM)))
     prompt = [0, CYCLE[0], CYCLE[CYCLE[0]]]
-    result = Engine(target, draft, adapt=False).generate([prompt], Sampling(max_tokens=8))[0]
+    result = engine.generate([prompt], Sampling(max_tokens=8))[0]
     assert result.stats.accepted == 0 and result.stats.target_calls == 8
 
 
@@ -300,7 +301,7 @@ def test_wrong_arguments():
 
 
 def test_rows_that_were_never_seen_are_an_error():
-    draft = noisy()
-    draft.see = lambda *_: None
+    engine = Engine(TARGET, noisy(), adapt=False)
+    engine.proposer.see = lambda *_: None
     with pytest.raises(RuntimeError, match="the target's rows of 2 tokens must have been seen, got 1"):
-        Engine(TARGET, draft, adapt=False).generate([[3, 4]], Sampling(max_tokens=4))
+        engine.generate([[3, 4]], Sampling(max_tokens=4))

@@ -224,7 +224,7 @@ def test_cancelled_requests_give_their_pages_back():
     chunks = engine.step()
     assert {chunk.request: chunk.result.finish_reason for chunk in chunks} == dict.fromkeys(numbers, "cancelled")
     assert engine.is_idle and engine.cache.pool.free == engine.cache.pool.pages
-    assert engine.draft.cache.pool.free == engine.draft.cache.pool.pages
+    assert engine.proposer.cache.pool.free == engine.proposer.cache.pool.pages
     engine.cancel(numbers[0])  # twice is no error
 
 
@@ -270,7 +270,7 @@ def test_losing_drafts_are_left_out_and_said_once(monkeypatch):
     engine = Engine(TARGET, drafts.Chain(make_decoder(5), 2), rule="match")
     now = [0.0]
     monkeypatch.setattr("specdec_ops.decode.engine.time.perf_counter", lambda: now[0])
-    propose, score = engine.draft.propose, engine._score
+    propose, score = engine.proposer.propose, engine._score
 
     def slow(batch):
         now[0] += 9
@@ -280,7 +280,7 @@ def test_losing_drafts_are_left_out_and_said_once(monkeypatch):
         now[0] += 1
         return score(batch, drafted)
 
-    engine.draft.propose, engine._score = slow, scored
+    engine.proposer.propose, engine._score = slow, scored
     with pytest.warns(UserWarning, match=r"decodes at 0\.\d\dx the speed of plain decoding") as warned:
         result = engine.generate([[3, 4]], Sampling(max_tokens=100))[0]
     assert len(warned) == 1
@@ -301,14 +301,13 @@ def test_diagnosis_tells_a_draft_that_agrees_from_one_that_does_not():
 
 def test_diagnosis_shows_a_draft_whose_cache_does_not_follow():
     """Afresh it agrees, in the engine it does not: that is wiring."""
-    draft = drafts.Chain(TARGET, 3)
-    draft.observe = lambda *_: None  # accepted tokens count as missing, and are run again: correct, but slow
+    engine = Engine(TARGET, drafts.Chain(TARGET, 3))
 
     def forgets(batch, drafted, acceptance, accepted):
         for request in batch.requests:
             request.draft_state.length = len(request.ids) - 1  # as if all of it were in the cache
 
-    draft.observe = forgets
-    diagnosis = Engine(TARGET, draft).diagnose(PROMPTS[:2], max_tokens=20)
+    engine.proposer.observe = forgets
+    diagnosis = engine.diagnose(PROMPTS[:2], max_tokens=60)
     assert diagnosis.agreement[0] == 1.0
     assert diagnosis.accepted[0] < 1.0

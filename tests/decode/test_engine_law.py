@@ -104,15 +104,14 @@ def test_answers_have_the_targets_law(case, setting):
 
 def test_a_draft_that_misreports_its_logits_is_found():
     """What the test is worth: a chain that is drawn from sharper logits than it says."""
-    draft = drafts.Chain(DRAFT, 2)
-    propose = draft.propose
+    engine = Engine(TARGET, drafts.Chain(DRAFT, 2), "token", max_batch=128, max_length=32, adapt=False)
+    propose = engine.proposer.propose
 
     def sharper(batch):
         honest = propose(batch)
         return dataclasses.replace(honest, draft_logits=honest.draft_logits * 0.3)
 
-    draft.propose = sharper
-    engine = Engine(TARGET, draft, "token", max_batch=128, max_length=32, adapt=False)
+    engine.proposer.propose = sharper
     statistic, limit = chi_squared(engine, SETTINGS["plain"])
     assert statistic > limit
 

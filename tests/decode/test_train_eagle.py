@@ -69,15 +69,14 @@ def test_the_network_is_the_draft(seed, interleaved):
     target.layers[-1].attention.interleaved = interleaved
     net = restless(target)
     (text,) = recorded(target, [list(range(30))], 6, seed=3)
-    draft = net.draft(target, None, levels=3, width=1, branching=1)
-    rows, run = [], draft._run
+    engine = Engine(target, net.draft(target, None, levels=3, width=1, branching=1), adapt=False)
+    rows, run = [], engine.proposer._run
 
     def noted(text_rows, features):
         rows.append((text_rows.tokens.flatten().clone(), run(text_rows, features)))
         return rows[-1][1]
 
-    draft._run = noted
-    engine = Engine(target, draft, adapt=False)
+    engine.proposer._run = noted
     for length in (1, 2, 17, 35):
         rows.clear()
         engine.generate([text.tokens[:length].tolist()], Sampling(max_tokens=2))
