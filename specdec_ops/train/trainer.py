@@ -25,7 +25,8 @@ from specdec_ops.decode.decoder import Decoder
 
 from .texts import Text, Writer
 
-_SAY = 10.0  # seconds between two lines of progress
+_SAY = 10.0  # seconds between two lines of progress, at least, and
+_CHECKS = 0.05  # the most of the time that goes into looking at texts that are held out
 _WARM_UP = 30  # steps until the rate is at its height
 _LOWEST = 0.05  # of the highest rate, at the end
 
@@ -42,6 +43,9 @@ class Task(abc.ABC):
     module: torch.nn.Module
     columns: tuple[str, ...] = ("loss",)
     checks: tuple[str, ...] = ("held_out_agreement",)
+
+    def start(self) -> None:  # noqa: B027 -- most have nothing to do here
+        """Before the first step of all, and not when training is taken up again."""
 
     @abc.abstractmethod
     def losses(self, step: int) -> Sequence[torch.Tensor]:
@@ -125,17 +129,22 @@ class Trainer:
             task.module.load_state_dict(saved["module"])
             optimizer.load_state_dict(saved["optimizer"])
             step = saved["step"]
+        else:
+            task.start()
         budget, before = 60 * asked.minutes * (1 - asked.texts_share), _seconds(clock)
         narrow = torch.autocast("cpu", dtype=torch.bfloat16, enabled=asked.bfloat16)
         lines: list[list[float]] = []
         start = said = time.perf_counter()
+        pause = _SAY
         while True:
             seconds = before + time.perf_counter() - start
             ends = seconds >= budget or self.is_out_of_time
-            if ends or time.perf_counter() - said > _SAY or step == 0:
+            if ends or time.perf_counter() - said > pause or step == 0:
+                asked_at = time.perf_counter()
                 with torch.no_grad(), narrow:
                     found = list(task.held_out())
                 said = time.perf_counter()
+                pause = max(_SAY, (said - asked_at) / _CHECKS)
                 if lines:
                     means = [sum(column) / len(lines) for column in zip(*lines, strict=True)]
                     self._log(task, [step, round(seconds, 1), *(round(value, 5) for value in (*means, *found))])

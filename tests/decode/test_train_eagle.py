@@ -14,7 +14,7 @@ from specdec_ops.ops.linear.quantized_weight import quantize_linear
 from specdec_ops.train import eagle as train
 from specdec_ops.train import trainer
 from specdec_ops.train.texts import Recorder, Text, Writer
-from tests.harness.tiny_models import Characters, make_decoder
+from tests.harness.tiny_models import DIM, Characters, make_decoder
 
 
 class AnyCharacters(Characters):
@@ -48,31 +48,51 @@ def test_recorded_rows_are_those_of_one_pass():
         assert torch.allclose(text.features.float(), whole.features[:21].float(), atol=5e-3)
 
 
+def restless(target, inner: int | None = None) -> train.Net:
+    """A network whose attention and MLP add something, as those of a new one do not."""
+    torch.manual_seed(0)
+    net = train.Net(target, inner)
+    for weight in (net.out, net.down):
+        torch.nn.init.normal_(weight, std=0.5 * weight.shape[1] ** -0.5)
+    return net
+
+
+def side_by_side(teacher: train.Teacher, texts: list[Text], longest: int = 99, first: int = 0) -> train.Pairs:
+    return train.side_by_side(texts, [teacher.law(text.features.float()) for text in texts], longest, first)
+
+
 @pytest.mark.parametrize("interleaved", [False, True])
 @pytest.mark.parametrize("seed", [1, 2])
 def test_the_network_is_the_draft(seed, interleaved):
-    """The row that the engine's draft makes of node 0 is the network's last one."""
+    """The engine's draft goes on by itself for three levels: its rows are those of the network's first three passes."""
     target = make_decoder(seed)
     target.layers[-1].attention.interleaved = interleaved
-    torch.manual_seed(0)
-    net = train.Net(target)
+    net = restless(target)
     (text,) = recorded(target, [list(range(30))], 6, seed=3)
-    pairs = train.side_by_side([text], 99)
-    with torch.no_grad():
-        want = net(train.Teacher(target, None).embed(pairs.tokens), pairs.before)[0]
-    engine = Engine(target, net.draft(target, None, levels=1), adapt=False)
-    seen, catch_up = {}, engine.proposer._catch_up
+    engine = Engine(target, net.draft(target, None, levels=3, width=1, branching=1), adapt=False)
+    rows, run = [], engine.proposer._run
 
-    def noted(batch):
-        found = catch_up(batch)
-        seen[len(batch.requests[0].ids)] = found[0][0]
-        return found
+    def noted(text_rows, features):
+        rows.append((text_rows.tokens.flatten().clone(), run(text_rows, features)))
+        return rows[-1][1]
 
-    engine.proposer._catch_up = noted
-    tokens = text.tokens.tolist()
+    engine.proposer._run = noted
     for length in (1, 2, 17, 35):
-        engine.generate([tokens[:length]], Sampling(max_tokens=1))
-        assert torch.allclose(seen[length], want[length - 1], atol=2e-3, rtol=1e-2)
+        rows.clear()
+        engine.generate([text.tokens[:length].tolist()], Sampling(max_tokens=2))
+        drafted = [tokens.item() for tokens, _ in rows[1:3]]
+        tokens = torch.tensor([[*text.tokens[:length].tolist(), *drafted]], dtype=torch.int32)
+        features = torch.zeros(1, length + 2, DIM)
+        features[0, 1:length] = text.features[: length - 1].float()  # behind them are rows that nobody may look at
+        features[0, length:] = 7.0
+        earlier = []
+        with torch.no_grad():
+            embedded = train.Teacher(target, None).embed(tokens)
+            for level in range(3):
+                want, own = net(embedded, features, earlier)
+                earlier.append(own)
+                assert torch.allclose(rows[level][1][-1], want[0, length - 1 + level], atol=2e-3, rtol=1e-2)
+                features = torch.nn.functional.pad(want, (0, 0, 1, 0))[:, :-1]
 
 
 def test_it_learns():
@@ -81,7 +101,7 @@ def test_it_learns():
     torch.manual_seed(0)
     net, teacher = train.Net(TARGET), train.Teacher(TARGET, None)
     optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3)
-    pairs = train.side_by_side(texts, 64)
+    pairs = side_by_side(teacher, texts, 64)
 
     def rate() -> float:
         engine = Engine(TARGET, net.draft(TARGET, None, levels=3, width=2, branching=2, nodes=6), adapt=False)
@@ -90,52 +110,117 @@ def test_it_learns():
 
     before = rate()
     for _ in range(300):
-        found = train.losses(net, teacher, pairs, token_weight=0.1, noise=0.1)
+        found = train.losses(net, teacher, pairs, row_weight=1.0, noise=0.1, passes=2)
         optimizer.zero_grad()
         found.loss.backward()
         optimizer.step()
-    assert found.agreement > 0.85
+    assert found.agreement.shape == (2,) and found.agreement[0] > 0.85
     assert rate() > max(2.5, before + 0.5)
 
 
 def test_losses_by_hand():
     """One text of three rows, its loss from the formulas; padding beside it counts for nothing."""
-    text, longer = (Text(torch.arange(n + 1, dtype=torch.int32), torch.randn(n, 32).half()) for n in (3, 5))
-    torch.manual_seed(0)
-    net, teacher = train.Net(TARGET), train.Teacher(TARGET, torch.arange(10))
+    text, longer = (Text(torch.arange(n + 1, dtype=torch.int32), torch.randn(n, DIM).half()) for n in (3, 5))
+    net, teacher = restless(TARGET), train.Teacher(TARGET, torch.arange(10))
+
+    def of(texts: list[Text], first: int = 0) -> train.Losses:
+        return train.losses(net, teacher, side_by_side(teacher, texts, 9, first), row_weight=0.3, noise=0.0)
+
     with torch.no_grad():
-        found = train.losses(net, teacher, train.side_by_side([text], 9), token_weight=0.3, noise=0.0)
-        both = train.losses(net, teacher, train.side_by_side([text, longer], 9), token_weight=0.3, noise=0.0)
-        other = train.losses(net, teacher, train.side_by_side([longer], 9), token_weight=0.3, noise=0.0)
-        before = torch.cat((torch.zeros(1, 32), text.features[:2].float()))
-        guess = net(TARGET.embedding[:3][None], before[None])[0]
-    rows, tokens = 0.0, 0.0
+        found, both, other, later = of([text]), of([text, longer]), of([longer]), of([text], 1)
+        before = torch.cat((torch.zeros(1, DIM), text.features[:2].float()))
+        guess = net(TARGET.embedding[:3][None], before[None])[0][0]
+    rows, tokens = [], []
     for got, want in zip(guess.tolist(), text.features.tolist(), strict=True):
         gaps = [abs(a - b) for a, b in zip(got, want, strict=True)]
-        rows += sum(gap * gap / 2 if gap < 1 else gap - 0.5 for gap in gaps) / 32 / 3
+        rows.append(sum(gap * gap / 2 if gap < 1 else gap - 0.5 for gap in gaps) / DIM)
         heads = [[sum(w * x for w, x in zip(line, row, strict=True)) for line in TARGET.head.weight[:10].tolist()]
                  for row in (got, want)]  # fmt: skip
         logs = [[logit - max(logits) - math.log(sum(math.exp(other - max(logits)) for other in logits))
                  for logit in logits] for logits in heads]  # fmt: skip
-        tokens -= sum(math.exp(want) * got for got, want in zip(*logs, strict=True)) / 3
-    assert found.rows.item() == pytest.approx(rows, rel=1e-4)
-    assert found.tokens.item() == pytest.approx(tokens, rel=1e-4)
-    assert found.loss.item() == pytest.approx(rows + 0.3 * tokens, rel=1e-4)
+        tokens.append(-sum(math.exp(want) * got for got, want in zip(*logs, strict=True)))
+    assert found.rows.item() == pytest.approx(sum(rows) / 3, rel=1e-4)
+    assert found.tokens.item() == pytest.approx(sum(tokens) / 3, rel=1e-4)
+    assert found.loss.item() == pytest.approx((0.3 * sum(rows) + sum(tokens)) / 3, rel=1e-4)
     assert both.loss.item() == pytest.approx((3 * found.loss.item() + 5 * other.loss.item()) / 8, rel=1e-4)
+    assert later.loss.item() == pytest.approx((0.3 * sum(rows[1:]) + sum(tokens[1:])) / 2, rel=1e-4)
+
+
+def test_later_passes_go_on_from_their_own_rows():
+    """Each pass by itself, from its definition, and its share of the loss."""
+    texts = recorded(TARGET, PROMPTS[:3], 10)
+    net, teacher = restless(TARGET), train.Teacher(TARGET, None)
+    pairs, features, earlier, total = side_by_side(teacher, texts, first=1), None, [], 0.0
+    with torch.no_grad():
+        found = train.losses(net, teacher, pairs, row_weight=0.3, noise=0.0, passes=3)
+        for number in range(3):
+            features = pairs.before if number == 0 else torch.nn.functional.pad(made, (0, 0, 1, 0))[:, :-1]  # noqa: F821
+            made, own = net(teacher.embed(pairs.tokens), features, earlier)
+            earlier.append(own)
+            counts = pairs.counts.clone()
+            counts[:, :number] = False
+            wanted = teacher.logits(pairs.features[counts]).softmax(-1)
+            assert wanted.topk(min(train.CHOICES, 40)).values.sum(-1).min() > 0.97
+            cross = -(wanted * teacher.logits(made[counts]).log_softmax(-1)).sum(-1).mean()
+            rows = torch.nn.functional.smooth_l1_loss(made[counts], pairs.features[counts])
+            total += train.DECAY**number * (cross + 0.3 * rows)
+    assert found.loss.item() == pytest.approx(total.item(), rel=2e-2)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("biased", [False, True], ids=["no bias", "bias"])
+def test_cross_entropy_and_its_gradient(softcap, biased, monkeypatch):
+    """Made some rows at a time, against autograd over all logits."""
+    monkeypatch.setattr(train, "_ROWS", 3)
+    generator = torch.Generator().manual_seed(5)
+    head = dataclasses.replace(TARGET.head, bias=torch.randn(40, generator=generator) if biased else None)
+    teacher = train.Teacher(dataclasses.replace(TARGET, head=head, logit_softcap=softcap), torch.arange(3, 37))
+    rows = torch.randn(8, DIM, generator=generator, requires_grad=True)
+    law = teacher.law(torch.randn(8, DIM, generator=generator))
+    loss, agreement = teacher.cross_entropy(rows, law)
+    (3 * loss).backward()
+    again = rows.detach().clone().requires_grad_()
+    logits = teacher.logits(again)
+    want = -(logits.log_softmax(-1).gather(1, law.entries) * law.shares).sum(-1).mean()
+    (3 * want).backward()
+    assert torch.allclose(loss, want, rtol=1e-5)
+    assert torch.allclose(rows.grad, again.grad, atol=1e-5)
+    assert agreement == (logits.argmax(-1) == law.entries[:, 0]).float().mean()
+
+
+def test_the_rows_that_all_texts_begin_with_do_not_count():
+    texts = [Text(torch.tensor([7, 8, *rest], dtype=torch.int32), torch.zeros(1 + len(rest), 4)) for rest in
+             ([1, 2, 3], [1, 4, 3], [1, 2, 5, 6])]  # fmt: skip
+    assert train.common_prefix(texts) == 3
+    assert train.common_prefix(texts[:1]) == 0
+    laws = [train.Law(torch.arange(len(text.features))[:, None], torch.ones(len(text.features), 1)) for text in texts]
+    pairs = train.side_by_side(texts, laws, 4, 3)
+    assert pairs.counts.tolist() == [[False, False, False, True]] * 3 and pairs.law.entries.tolist() == [[3]] * 3
+
+
+def test_an_epoch_has_every_text_once(tmp_path):
+    texts = recorded(TARGET, [[token] * (1 + token % 7) for token in range(1, 40)], 9, eos=())
+    task = train.Eagle(TARGET, texts, asked(tmp_path, batch=4))
+    epochs = [[task._batch(step) for step in range(epoch * 9, epoch * 9 + 9)] for epoch in range(2)]
+    for epoch in epochs:
+        places = [place for batch in epoch for place in batch]
+        assert len(places) == len(set(places)) == 36
+        assert {len(batch) for batch in epoch} == {4}
+    assert epochs[0] != epochs[1]
 
 
 def test_noise_moves_features_and_not_what_is_learned():
     texts = recorded(TARGET, PROMPTS[:3], 10)
-    pairs = train.side_by_side(texts, 99)
-    seen = []
+    teacher, seen = train.Teacher(TARGET, None), []
+    pairs = side_by_side(teacher, texts)
 
     class Spy(torch.nn.Module):
-        def forward(self, embedded, features):
+        def forward(self, embedded, features, earlier):
             seen.append(features)
-            return pairs.features
+            return pairs.features, None
 
-    found = train.losses(Spy(), train.Teacher(TARGET, None), pairs, token_weight=0.1, noise=0.2)
-    moved, scale = seen[0] - pairs.before, pairs.features[pairs.there].std()
+    found = train.losses(Spy(), teacher, pairs, row_weight=0.1, noise=0.2)
+    moved, scale = seen[0] - pairs.before, pairs.features[pairs.counts].std()
     assert found.rows == 0 and found.agreement == 1
     assert 0.15 * scale < moved.abs().max() <= 0.2 * scale
     assert not moved[:, 0].any(), "what stands before a text is zeros, also in training"
