@@ -112,18 +112,16 @@ class SortedCache:
     Args:
         model: the draft.
         exits: the layer counts after which tokens may leave.
-        pages: of the pool that all requests share.
-        page_size: slots of a page.
+        pages: of all layers up to the last exit.
 
     Attributes:
         pages: the keys and values.
         layer_rows: rows times layers that have been run, prompts included.
     """
 
-    def __init__(self, model: Decoder, exits: tuple[int, ...], pages: int, page_size: int = 16) -> None:
-        self._model = model
+    def __init__(self, model: Decoder, exits: tuple[int, ...], pages: Cache) -> None:
+        self._model, self.pages = model, pages
         self._layers = list(itertools.pairwise((0, *exits)))
-        self.pages = Cache(model.shape._replace(layers=exits[-1]), pages, page_size)
         self.layer_rows = 0
 
     @property
