@@ -15,6 +15,7 @@ from collections.abc import Callable
 import torch
 
 from specdec_ops.decode import Engine, Sampling
+from specdec_ops.drafts import Proposer
 
 Prompts = list[list[int]]
 
@@ -68,6 +69,7 @@ class Contestant:
     run: does a task.
     equals_plain: whether its sampled text has to be that of our plain loop at the same seed.
     refuses: why it can't do a cell, of batch and temperature, or "".
+    proposer: of our engine, if it has a draft.
     """
 
     name: str
@@ -76,6 +78,7 @@ class Contestant:
     run: Callable[[Task], Run]
     equals_plain: bool = False
     refuses: Callable[[int, float], str] = lambda batch, temperature: ""
+    proposer: Proposer | None = None
 
 
 class Meter:
@@ -262,8 +265,9 @@ class MeteredModel:
 def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -> Contestant:
     """Our engine with its other options, plain without a draft."""
     meter, draft_seconds = Meter(), []
+    engine = Engine(MeteredModel(target, meter), draft, max_batch=max_batch, **options)
     if draft is not None:
-        propose = draft.propose
+        propose = engine.proposer.propose
 
         def timed_propose(batch):
             start = time.perf_counter()
@@ -271,8 +275,7 @@ def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -
             draft_seconds.append(time.perf_counter() - start)
             return drafted
 
-        draft.propose = timed_propose
-    engine = Engine(MeteredModel(target, meter), draft, max_batch=max_batch, **options)
+        engine.proposer.propose = timed_propose
 
     def run(task: Task) -> Run:
         numbers = [
@@ -304,7 +307,7 @@ def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -
         )
 
     role = "ours plain" if draft is None else "ours"
-    return Contestant(name, role, weights, run, equals_plain=engine.rule == "match")
+    return Contestant(name, role, weights, run, equals_plain=engine.rule == "match", proposer=engine.proposer)
 
 
 def one_row_seconds(runs: list[Run], batch: int) -> float | None:

@@ -71,11 +71,15 @@ class ExitCounts:
         left: of each exit: drafted tokens that left there, or levels of trees.
         layer_rows: rows times layers, those of prompts and of catch-ups included.
         head_rows: rows that the head has judged.
+        layer_passes: layers that were run, each over some rows at once: what costs time while rows are few.
+        head_passes: how often the head was run.
     """
 
     left: list[int]
     layer_rows: int = 0
     head_rows: int = 0
+    layer_passes: int = 0
+    head_passes: int = 0
 
 
 class Sorted(Draft):
@@ -270,7 +274,7 @@ class SortedProposer(Proposer):
         part = Part(sequences, self.cache.pages.page_table(sequences))
         newest = self.cache.read(sequences, [request.ids for request in batch.requests], part.page_table)
         drafted = self._chains(batch, part, newest) if self.draft.tree is None else self._trees(batch, part, newest)
-        self.counts.layer_rows = self.cache.layer_rows
+        self.counts.layer_rows, self.counts.layer_passes = self.cache.layer_rows, self.cache.layer_passes
         return drafted
 
     def _chains(self, batch: Batch, part: Part, newest: torch.Tensor) -> Drafted:
@@ -322,6 +326,7 @@ class SortedProposer(Proposer):
                 newest = self.cache.deeper(group, part.only(there), width)
             hidden = draft.at_head(newest)
             self.counts.head_rows += len(hidden)
+            self.counts.head_passes += 1
             if group == last:
                 found, leaves = exit_confidence(hidden, draft.head, top_k=branching, **options), [True] * len(there)
             else:

@@ -117,12 +117,13 @@ class SortedCache:
     Attributes:
         pages: the keys and values.
         layer_rows: rows times layers that have been run, prompts included.
+        layer_passes: layers that have been run, whatever the number of rows.
     """
 
     def __init__(self, model: Decoder, exits: tuple[int, ...], pages: Cache) -> None:
         self._model, self.pages = model, pages
         self._layers = list(itertools.pairwise((0, *exits)))
-        self.layer_rows = 0
+        self.layer_rows = self.layer_passes = 0
 
     @property
     def device(self) -> torch.device:
@@ -175,6 +176,7 @@ class SortedCache:
         layers = self._layers[group]
         hidden = self._model.forward(rows, self.pages, layers=layers, hidden=hidden, want=False).hidden
         self.layer_rows += len(hidden) * (layers[1] - layers[0])
+        self.layer_passes += layers[1] - layers[0]
         has_next = group + 1 < len(self._layers)
         for sequence, part in zip(sequences, hidden.split(list(sizes)), strict=True):
             sequence.lengths[group] += len(part)

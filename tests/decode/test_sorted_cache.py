@@ -126,7 +126,8 @@ def test_no_layer_runs_what_no_exit_asks_for():
     assert counts.layer_rows == expected
     assert per_layer[0] > per_layer[1] > per_layer[2] > 0
     judged = counts.left[0] + 2 * counts.left[1] + 3 * counts.left[2]
-    assert counts.head_rows == judged, "every token asks each exit up to its own once"
+    assert counts.layer_passes == sum(EXITS[group] - (0, *EXITS)[group] for group, *_ in ran)
+    assert counts.head_passes == counts.head_rows == judged, "every token asks each exit up to its own once"
 
 
 def test_rows_are_those_of_a_layer_cache():
