@@ -1,6 +1,6 @@
 """Early exit of a sorted draft: how deep its tokens go, what they cost and what they lose, as thresholds move.
 
-The draft of sorted_draft.py (trained first if it isn't in the cache) reads on in text that it has not seen, and guesses
+The draft of toy_draft.py (trained first if it isn't in the cache) reads on in text that it has not seen, and guesses
 each next byte: once along the text itself, as under a target that writes it, and once along its own greedy words, which
 repeat themselves and so are easier. A token leaves at the first exit whose probability reaches the threshold
 (`early_exit`); the layers behind that exit catch up when a later token needs them (`LayerCache`). Each setting is
@@ -24,9 +24,9 @@ import torch
 from specdec_ops import LayerCache, early_exit, exit_confidence
 
 if __package__:
-    from examples import sorted_draft
+    from examples import toy_draft
 else:
-    import sorted_draft
+    import toy_draft
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 SAME = 1e-4  # logits this near to the highest are equal: two ways of summing float32 may differ in which one is first
@@ -64,7 +64,7 @@ class Line:
     """Median over prompts of 1 - time / time of the full depth."""
 
 
-def run_group(model: sorted_draft.SortedDraft, cache: LayerCache, group: int, decoded: Decoded) -> torch.Tensor:
+def run_group(model: toy_draft.SortedDraft, cache: LayerCache, group: int, decoded: Decoded) -> torch.Tensor:
     """The layers up to the next exit, over all rows that wait for them; the newest rows."""
     run = cache.run(group)
     hidden = run.hidden
@@ -78,7 +78,7 @@ def run_group(model: sorted_draft.SortedDraft, cache: LayerCache, group: int, de
 
 @torch.inference_mode()
 def decode(
-    model: sorted_draft.SortedDraft,
+    model: toy_draft.SortedDraft,
     prompt: torch.Tensor,
     text: torch.Tensor,
     threshold: float | None,
@@ -119,14 +119,14 @@ def decode(
 
 
 @torch.inference_mode()
-def agreeing(model: sorted_draft.SortedDraft, prompt: torch.Tensor, text: torch.Tensor, tokens: list[int]) -> int:
+def agreeing(model: toy_draft.SortedDraft, prompt: torch.Tensor, text: torch.Tensor, tokens: list[int]) -> int:
     """How many guesses along `text` the full depth would have made, by one pass over all of it without a cache."""
     guesses = torch.tensor(tokens)
     logits = model(torch.cat([prompt, text])[None, :-1])[-1][0, len(prompt) - 1 :]
     return int((logits.gather(1, guesses[:, None])[:, 0] >= logits.max(1).values - SAME).sum())
 
 
-def measure(model: sorted_draft.SortedDraft, texts: torch.Tensor, own: bool, thresholds=THRESHOLDS) -> list[Line]:
+def measure(model: toy_draft.SortedDraft, texts: torch.Tensor, own: bool, thresholds=THRESHOLDS) -> list[Line]:
     """Every threshold on every text [texts, rows], in turn with the full depth, which is the first line."""
     contestants = (None, *thresholds)
     first = texts.shape[1] // 4
@@ -204,20 +204,20 @@ def main(arguments: list[str] | None = None) -> dict[str, list[Line]]:
     parser.add_argument("--texts", type=int, help="pieces of held-out text (12; 3 with --quick)")
     parser.add_argument("--plot", type=Path, help="where to write the plot (beside the weights)")
     given = parser.parse_args(arguments)
-    settings = sorted_draft.QUICK if given.quick else sorted_draft.Settings()
+    settings = toy_draft.QUICK if given.quick else toy_draft.Settings()
     if given.quick:
         torch.set_num_threads(1)  # too small for two
-    model, history = sorted_draft.load(settings, retrain=given.retrain)
+    model, history = toy_draft.load(settings, retrain=given.retrain)
     torch.set_num_threads(1)  # one row of 256 numbers is over before a second thread has started
     print(f"training loss {history[0]:.2f} -> {statistics.mean(history[-20:]):.2f} nats per byte, mean of the exits")
     generator = torch.Generator().manual_seed(2)
     count = given.texts or (3 if given.quick else 12)
-    texts = sorted_draft.windows(sorted_draft.corpus()[1], count, settings.context, generator)
+    texts = toy_draft.windows(toy_draft.corpus()[1], count, settings.context, generator)
     tables = {}
     for title, own in (("along the text", False), ("along its own words", True)):
         tables[title] = measure(model, texts, own)
         show(title, tables[title])
-    plot(tables["along the text"], given.plot or sorted_draft.cache_file(settings).with_suffix(".png"))
+    plot(tables["along the text"], given.plot or toy_draft.cache_file(settings).with_suffix(".png"))
     return tables
 
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 import torch
 
 from specdec_ops.decode import Engine, Sampling
+from specdec_ops.drafts import Proposer
 
 Prompts = list[list[int]]
 
@@ -71,6 +72,7 @@ class Contestant:
     run: does a task.
     equals_plain: whether its sampled text has to be that of our plain loop at the same seed.
     refuses: why it can't do a cell, of batch and temperature, or "".
+    proposer: of our engine, if it has a draft.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Contestant:
     run: Callable[[Task], Run]
     equals_plain: bool = False
     refuses: Callable[[int, float], str] = lambda batch, temperature: ""
+    proposer: Proposer | None = None
 
 
 class Meter:
@@ -320,7 +323,7 @@ def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -
         )
 
     role = "ours plain" if draft is None else "ours"
-    return Contestant(name, role, weights, run, equals_plain=engine.rule == "match")
+    return Contestant(name, role, weights, run, equals_plain=engine.rule == "match", proposer=engine.proposer)
 
 
 def one_row_seconds(runs: list[Run], batch: int) -> float | None:

@@ -23,6 +23,7 @@ from specdec_ops.vocab_map import VocabMap
 
 from . import checkpoint
 from .base import Draft, Drafted, Proposer
+from .model_draft import draft_cache
 from .sorted_cache import Part, SortedCache, SortedSequence
 from .weights import dense_weight, from_tensors, to_tensors
 
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from specdec_ops.ops.acceptance.accept import Acceptance
 
 _OP = "drafts.Sorted"
-_PAGE_SIZE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,11 +71,15 @@ class ExitCounts:
         left: of each exit: drafted tokens that left there, or levels of trees.
         layer_rows: rows times layers, those of prompts and of catch-ups included.
         head_rows: rows that the head has judged.
+        layer_passes: layers that were run, each over some rows at once: what costs time while rows are few.
+        head_passes: how often the head was run.
     """
 
     left: list[int]
     layer_rows: int = 0
     head_rows: int = 0
+    layer_passes: int = 0
+    head_passes: int = 0
 
 
 class Sorted(Draft):
@@ -139,6 +143,7 @@ class Sorted(Draft):
         if head not in (None, "int8"):
             raise ValueError(argument_error(_OP, "head", "'int8' or None", head))
         self.model, self.steps, self.tree, self.hot_vocab = model, steps, tree, hot_vocab
+        self.max_positions = model.shape.max_positions
         self.is_chain = tree is None
         self._tokenizer_hash = checkpoint.tokenizer_hash(model.tokenizer)
         if tree is None:
@@ -206,8 +211,8 @@ class Sorted(Draft):
         said = {"exits": list(self.exits), "thresholds": list(self.thresholds), "model": said}
         checkpoint.save(folder, "sorted", tensors, target, said | (about or {}))
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> SortedProposer:
-        """See `Draft.bind`."""
+    def bind(self, target: Model, *, is_coupled: bool, **limits) -> SortedProposer:
+        """See `Draft.bind`. Its proposals are the likeliest ones with any rule."""
         if self.model.shape.vocab != target.shape.vocab:
             raise ValueError(
                 f"specdec_ops.{_OP}: model must have the target's vocabulary of {target.shape.vocab} tokens, "
@@ -216,7 +221,7 @@ class Sorted(Draft):
         of_target = checkpoint.tokenizer_hash(target.tokenizer)
         if None not in (of_target, self._tokenizer_hash) and of_target != self._tokenizer_hash:
             raise ValueError(f"specdec_ops.{_OP}: target must have the tokenizer that the draft was trained with")
-        return SortedProposer(self, target.eos[:8], max_batch, max_length)
+        return SortedProposer(self, target.eos[:8], **limits)
 
     def at_head(self, hidden: torch.Tensor) -> torch.Tensor:
         """Rows [rows, dim] as the head's op takes them."""
@@ -238,11 +243,11 @@ class SortedProposer(Proposer):
         counts: what drafts have cost so far.
     """
 
-    def __init__(self, draft: Sorted, eos: tuple[int, ...], max_batch: int, max_length: int) -> None:
+    def __init__(self, draft: Sorted, eos: tuple[int, ...], **limits) -> None:
         self.draft, self._eos = draft, eos or None
         self._run_nodes = draft.steps if draft.tree is None else draft.tree.run_nodes
-        pages = max_batch * -(-(max_length + self._run_nodes) // _PAGE_SIZE)
-        self.cache = SortedCache(draft.model, draft.exits, pages, _PAGE_SIZE)
+        shape = draft.model.shape._replace(layers=draft.exits[-1])
+        self.cache = SortedCache(draft.model, draft.exits, draft_cache(shape, self._run_nodes, **limits))
         self.counts = ExitCounts([0] * len(draft.exits))
         self._pools: dict[int, CandidatePool] = {}
         self._drafted: tuple[Part, PrunedTree | None] | None = None
@@ -250,6 +255,10 @@ class SortedProposer(Proposer):
     def start(self, request: Request) -> None:
         """An empty cache."""
         request.draft_state = SortedSequence(len(self.draft.exits))
+
+    def reserve(self, request: Request) -> bool:
+        """See `Proposer.reserve`."""
+        return self.cache.pages.reserve(request.draft_state, len(request.ids) - 1 + self._run_nodes)
 
     def drop(self, request: Request) -> None:
         """Give its pages back."""
@@ -260,13 +269,12 @@ class SortedProposer(Proposer):
     def propose(self, batch: Batch) -> Drafted:
         """A chain for each request, or a tree."""
         sequences = [request.draft_state for request in batch.requests]
-        for request, sequence in zip(batch.requests, sequences, strict=True):
-            if not self.cache.pages.reserve(sequence, len(request.ids) - 1 + self._run_nodes):
-                raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
+        if not all(map(self.reserve, batch.requests)):
+            raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
         part = Part(sequences, self.cache.pages.page_table(sequences))
         newest = self.cache.read(sequences, [request.ids for request in batch.requests], part.page_table)
         drafted = self._chains(batch, part, newest) if self.draft.tree is None else self._trees(batch, part, newest)
-        self.counts.layer_rows = self.cache.layer_rows
+        self.counts.layer_rows, self.counts.layer_passes = self.cache.layer_rows, self.cache.layer_passes
         return drafted
 
     def _chains(self, batch: Batch, part: Part, newest: torch.Tensor) -> Drafted:
@@ -318,6 +326,7 @@ class SortedProposer(Proposer):
                 newest = self.cache.deeper(group, part.only(there), width)
             hidden = draft.at_head(newest)
             self.counts.head_rows += len(hidden)
+            self.counts.head_passes += 1
             if group == last:
                 found, leaves = exit_confidence(hidden, draft.head, top_k=branching, **options), [True] * len(there)
             else:

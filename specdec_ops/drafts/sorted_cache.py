@@ -112,19 +112,18 @@ class SortedCache:
     Args:
         model: the draft.
         exits: the layer counts after which tokens may leave.
-        pages: of the pool that all requests share.
-        page_size: slots of a page.
+        pages: of all layers up to the last exit.
 
     Attributes:
         pages: the keys and values.
         layer_rows: rows times layers that have been run, prompts included.
+        layer_passes: layers that have been run, whatever the number of rows.
     """
 
-    def __init__(self, model: Decoder, exits: tuple[int, ...], pages: int, page_size: int = 16) -> None:
-        self._model = model
+    def __init__(self, model: Decoder, exits: tuple[int, ...], pages: Cache) -> None:
+        self._model, self.pages = model, pages
         self._layers = list(itertools.pairwise((0, *exits)))
-        self.pages = Cache(model.shape._replace(layers=exits[-1]), pages, page_size)
-        self.layer_rows = 0
+        self.layer_rows = self.layer_passes = 0
 
     @property
     def device(self) -> torch.device:
@@ -177,6 +176,7 @@ class SortedCache:
         layers = self._layers[group]
         hidden = self._model.forward(rows, self.pages, layers=layers, hidden=hidden, want=False).hidden
         self.layer_rows += len(hidden) * (layers[1] - layers[0])
+        self.layer_passes += layers[1] - layers[0]
         has_next = group + 1 < len(self._layers)
         for sequence, part in zip(sequences, hidden.split(list(sizes)), strict=True):
             sequence.lengths[group] += len(part)

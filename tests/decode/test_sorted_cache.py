@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from specdec_ops import LayerCache, drafts
-from specdec_ops.decode import Engine, Sampling
+from specdec_ops.decode import Cache, Engine, Sampling
 from specdec_ops.drafts import TreeShape
 from specdec_ops.drafts.sorted_cache import Part, SortedCache, SortedSequence
 from tests.decode.test_engine import PROMPTS, samplings
@@ -14,9 +14,13 @@ from tests.decode.test_sorted import EXITS, MIXED, MODEL, SHAPE, TARGET, draft, 
 from tests.harness.tiny_models import HEAD_DIM, KV_HEADS
 
 
+def made_cache(exits: tuple[int, ...], pages: int, page_size: int) -> SortedCache:
+    return SortedCache(MODEL, exits, Cache(MODEL.shape._replace(layers=exits[-1]), pages, page_size))
+
+
 def kv_from_scratch(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values [layers, len(ids), kv_heads, head_dim] of the draft, in a cache with one page."""
-    cache = SortedCache(MODEL, (EXITS[-1],), 1, page_size=512)
+    cache = made_cache((EXITS[-1],), 1, 512)
     own = SortedSequence(1)
     cache.pages.reserve(own, len(ids))
     table = cache.pages.page_table([own])
@@ -122,13 +126,14 @@ def test_no_layer_runs_what_no_exit_asks_for():
     assert counts.layer_rows == expected
     assert per_layer[0] > per_layer[1] > per_layer[2] > 0
     judged = counts.left[0] + 2 * counts.left[1] + 3 * counts.left[2]
-    assert counts.head_rows == judged, "every token asks each exit up to its own once"
+    assert counts.layer_passes == sum(EXITS[group] - (0, *EXITS)[group] for group, *_ in ran)
+    assert counts.head_passes == counts.head_rows == judged, "every token asks each exit up to its own once"
 
 
 def test_rows_are_those_of_a_layer_cache():
     """The same steps through `specdec_ops.LayerCache`, which has no pages: the same lengths and the same rows."""
     own, flat = SortedSequence(3), LayerCache(EXITS, 64, KV_HEADS, HEAD_DIM, MODEL.shape.dim)
-    cache = SortedCache(MODEL, EXITS, 16, page_size=4)
+    cache = made_cache(EXITS, 16, 4)
     cache.pages.reserve(own, 40)
     part = Part([own], cache.pages.page_table([own]))
     rng, ids = random.Random(5), [1, 2, 3, 4, 5]
@@ -219,7 +224,7 @@ def test_wrong_bookkeeping_is_found(name, wrong, tree, monkeypatch):
 def test_the_authors_case_exactly_one_rejected_token(exits):
     """A token leaves early and is the one that is rejected: its row must not enter the deeper layers."""
     own = SortedSequence(len(exits))
-    cache = SortedCache(MODEL, exits, 8, page_size=8)
+    cache = made_cache(exits, 8, 8)
     cache.pages.reserve(own, 20)
     part = Part([own], cache.pages.page_table([own]))
     ids = [3, 1, 4, 1, 5]
