@@ -38,6 +38,7 @@ class Request:
         self.prompt_length = len(prompt)
         self.sequence = Sequence()
         self.state = State.WAITING
+        self.is_paused = False
         self.draft_state: Any = None
         self.logprobs: list[float] = []
         self.stats = Stats(prompt_tokens=len(prompt))

@@ -43,15 +43,20 @@ class FixedTreeProposer(ModelProposer):
 
     draft: FixedTreeDraft
 
+    def __init__(self, draft: FixedTreeDraft, target: Model, **options) -> None:
+        super().__init__(draft, target, **options)
+        self._trees: dict[int, Tree] = {len(draft.branching): draft.tree}  # by their levels
+
     def propose(self, batch: Batch) -> Drafted:
         """A tree for each request, of one shape. The model runs each level but the last in one pass."""
-        draft, levels = self.draft, self.draft.tree.levels.tolist()
-        topology = draft.tree.to(self.cache.device)
-        tokens = batch.last_tokens.new_full((len(batch), draft.max_nodes), -1)
+        draft, branching = self.draft, self.draft.branching[: self.levels]
+        tree = self._tree(len(branching))
+        levels, topology, self.levels_run = tree.levels.tolist(), tree.to(self.cache.device), len(branching) - 1
+        tokens = batch.last_tokens.new_full((len(batch), len(tree)), -1)
         tokens[:, 0] = batch.last_tokens
         logits, page_table = self.catch_up(batch)
-        draft_logits = None if self.is_coupled else logits.new_zeros(len(batch), draft.max_nodes, logits.shape[-1])
-        for level, count in enumerate(draft.branching):
+        draft_logits = None if self.is_coupled else logits.new_zeros(len(batch), len(tree), logits.shape[-1])
+        for level, count in enumerate(branching):
             start, stop, end = levels[level : level + 3]
             if level:
                 rows = Rows(tokens[:, start:stop], topology, batch.context_lens, page_table, query_start=start)
@@ -61,6 +66,11 @@ class FixedTreeProposer(ModelProposer):
                 draft_logits[:, start:stop] = logits
             tokens[:, stop:end] = self._draw(batch, logits, count, start, level).flatten(1)
         return Drafted(tokens, topology, draft_logits, is_chain=draft.is_chain)
+
+    def _tree(self, levels: int) -> Tree:
+        if levels not in self._trees:
+            self._trees[levels] = self.draft.tree.truncate(levels)
+        return self._trees[levels]
 
     def _draw(self, batch: Batch, logits: torch.Tensor, count: int, start: int, level: int) -> torch.Tensor:
         """int32 [batch, rows, count]: children of the nodes from `start` on."""

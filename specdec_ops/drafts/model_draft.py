@@ -60,6 +60,7 @@ class ModelProposer(Proposer):
                 f"got {shape.vocab}"
             )
         self.draft, self.model, self.is_coupled = draft, draft.model, is_coupled
+        self.levels_run = draft.levels_run
         page_size = 16
         self.cache = Cache(shape, max_batch * -(-max_length // page_size), page_size)
 
@@ -72,6 +73,10 @@ class ModelProposer(Proposer):
         if request.draft_state is not None:
             self.cache.drop(request.draft_state)
             request.draft_state = None
+
+    def retract(self, request: Request, length: int) -> None:
+        """Forget the keys and values of what comes after."""
+        request.draft_state.length = min(request.draft_state.length, length)
 
     def catch_up(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run what the cache does not have yet, node 0 included.
@@ -115,5 +120,5 @@ class ModelProposer(Proposer):
             self.cache.commit(acceptance.nodes, contexts, self.cache.page_table(sequences))
         for request, count in zip(batch.requests, accepted, strict=True):
             sequence = request.draft_state
-            sequence.length += min(count, self.draft.levels_run)
+            sequence.length += min(count, self.levels_run)
             sequence.length = min(sequence.length, len(request.ids) - 1)
