@@ -180,10 +180,43 @@ class Engine:
         if request is not None:
             request.finish("cancelled")
 
+    def pause(self, number: int) -> None:
+        """Let a request take part in no round until `resume`; its prompt is run all the same.
+
+        It keeps its pages while nobody needs them. Then it gives them up, and its text is run again when it resumes.
+        """
+        request = self._requests.get(number)
+        if request is not None:
+            request.is_paused = True
+
+    def resume(self, number: int) -> None:
+        """Let a paused request go on."""
+        request = self._requests.get(number)
+        if request is None or not request.is_paused:
+            return
+        request.is_paused = False
+        if request.state is State.WAITING and request not in self._waiting:
+            self._waiting.append(request)
+
+    @property
+    def longest_text(self) -> int:
+        """The most tokens of a prompt and its answer."""
+        return self._longest
+
     @property
     def is_idle(self) -> bool:
         """Whether no request waits or runs."""
         return not self._requests
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether a step has anything to do. It has not while all requests are paused."""
+        return bool(self._waiting) or any(
+            request.state is State.FINISHED
+            or not request.is_paused
+            or (request.state is State.RUNNING and not request.is_prefilled)
+            for request in self._requests.values()
+        )
 
     # One step.
 
@@ -191,7 +224,8 @@ class Engine:
         """One round. Returns what is new: a piece for each request that has got on, with its result if it ends."""
         self._admit()
         self._prefill()
-        ready = [request for request in self._running if request.is_prefilled and request.state is State.RUNNING]
+        running = [r for r in self._running if r.state is State.RUNNING and not r.is_paused]
+        ready = [request for request in running if request.is_prefilled]
         for speculate in (True, False):
             group = [request for request in ready if self._drafts_for(request) is speculate]
             group = self._with_pages(group, self._nodes if speculate else 1)
@@ -204,35 +238,55 @@ class Engine:
 
     def _admit(self) -> None:
         """Waiting requests get pages for their text, in their order, while there are any."""
-        while self._waiting and len(self._running) < self.max_batch:
+        while self._waiting:
             request = self._waiting[0]
-            if request.state is not State.WAITING:
-                self._waiting.popleft()
-                continue
-            sequence, pool = request.sequence, self.cache.pool
-            shares = not (self._drafts_for(request) and self.draft.wants_hidden)
-            sequence.pages = pool.find_prefix(request.ids[:-1]) if shares else []
-            sequence.length = len(sequence.pages) * pool.page_size
-            if not self.cache.reserve(sequence, request.tree_start + self._nodes):
+            if request.state is State.WAITING:
+                if self._find_room(request):
+                    self._join(request)
+                elif not request.is_paused:
+                    return
+            self._waiting.popleft()  # one that is paused and found no room comes back when it resumes
+
+    def _find_room(self, request: Request) -> bool:
+        """Pages for the text of a waiting request and a tree, of those that hold the beginning of it already if any."""
+        sequence, pool = request.sequence, self.cache.pool
+        while len(self._running) >= self.max_batch:
+            if not self._push_out_paused(request):
+                return False
+        shares = not (self._drafts_for(request) and self.draft.wants_hidden)
+        sequence.pages = pool.find_prefix(request.ids[:-1]) if shares else []
+        sequence.length = len(sequence.pages) * pool.page_size
+        while not self.cache.reserve(sequence, request.tree_start + self._nodes):
+            if not self._push_out_paused(request):
                 self.cache.drop(sequence)
                 if not self._running:
                     raise RuntimeError(f"specdec_ops.{_OP}: the cache has too few pages for a request that fitted")
-                return
-            if request.stats.target_calls == 0:
-                request.stats.cached_prompt_tokens = sequence.length
-            self._waiting.popleft()
-            request.state = State.RUNNING
-            self._running.append(request)
-            if self._drafts_for(request):
-                self.proposer.start(request)
+                return False
+        return True
+
+    def _push_out_paused(self, request: Request) -> bool:
+        """The newest paused request gives its pages up for one that is not paused. Returns whether there was any."""
+        paused = [running for running in self._running if running.is_paused]
+        if request.is_paused or not paused:
+            return False
+        self._send_back(max(paused, key=lambda running: running.number))
+        return True
+
+    def _join(self, request: Request) -> None:
+        if request.stats.target_calls == 0:
+            request.stats.cached_prompt_tokens = request.sequence.length
+        request.state = State.RUNNING
+        self._running.append(request)
+        if self._drafts_for(request):
+            self.proposer.start(request)
 
     def _with_pages(self, group: list[Request], nodes: int) -> list[Request]:
-        """Those of the group that have room for their trees; the newest requests give pages up for the others."""
+        """Those of the group that have room for their trees; paused and new requests give pages up for the others."""
         for request in group:
             while request.state is State.RUNNING and not self._has_room(request, nodes):
                 if len(self._running) == 1:
                     raise RuntimeError(f"specdec_ops.{_OP}: there are too few pages for a request that fitted")
-                self._send_back(max(self._running, key=lambda running: running.number))
+                self._send_back(max(self._running, key=lambda running: (running.is_paused, running.number)))
         return [request for request in group if request.state is State.RUNNING]
 
     def _has_room(self, request: Request, nodes: int) -> bool:
@@ -242,10 +296,14 @@ class Engine:
         return not self._drafts_for(request) or self.proposer.reserve(request)
 
     def _send_back(self, request: Request) -> None:
-        """A running request waits again, before all others; its text so far becomes a part of what is run first."""
+        """A running request waits again, before all others; its text so far becomes a part of what is run first.
+
+        One that is paused is in no queue until it resumes.
+        """
         self._release(request)
         request.state = State.WAITING
-        self._waiting.appendleft(request)
+        if not request.is_paused:
+            self._waiting.appendleft(request)
 
     def _release(self, request: Request) -> None:
         self._running.remove(request)

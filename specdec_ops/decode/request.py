@@ -41,6 +41,7 @@ class Request:
         self.prompt_length = len(prompt)
         self.sequence = Sequence()
         self.state = State.WAITING
+        self.is_paused = False
         self.draft_state: Any = None
         self.target_roots = 1
         self.candidates: list[int] = []

@@ -91,7 +91,13 @@ class Proposer(abc.ABC):
     """A draft at work in one engine: proposes trees of tokens for its requests, and owns its caches.
 
     What requests have as draft_state belongs to it.
+
+    Attributes:
+        levels: the most levels of the next trees below node 0, for drafts that each level costs time; None: as many as
+            the draft has. Who waits long for each round wants more of them (`specdec_ops.remote`).
     """
+
+    levels: int | None = None
 
     def start(self, request: Request) -> None:
         """A request joins. It may have an answer already, if it had to wait for pages."""
@@ -126,6 +132,14 @@ class Proposer(abc.ABC):
             acceptance: of the target.
             accepted: num_accepted of each request, on the host.
         """
+
+    def retract(self, request: Request, length: int) -> None:
+        """Only the first `length` tokens of the text it knows still hold, and what it has drafted does not.
+
+        The engine itself never takes a token back. By default it begins anew with the text.
+        """
+        self.drop(request)
+        self.start(request)
 
     def drop(self, request: Request) -> None:
         """A request leaves, or has to wait."""

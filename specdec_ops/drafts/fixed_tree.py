@@ -91,8 +91,9 @@ class FixedTreeProposer(ModelProposer):
         tokens = batch.last_tokens.new_full((len(batch), draft.max_nodes), -1)
         logits, hidden, page_table = self._run_roots(batch, tokens)
         draft_logits = None if self.is_coupled else self._room(len(batch), logits)
-        depths, part, who = [draft.max_depth] * len(batch), batch, slice(None)  # who: the places of the part
-        for level, count in enumerate(draft.branching):
+        most = draft.max_depth if self.levels is None else min(self.levels, draft.max_depth)
+        depths, part, who = [most] * len(batch), batch, slice(None)  # who: the places of the part
+        for level, count in enumerate(draft.branching[:most]):
             start, stop, end = levels[level : level + 3]
             parents = tokens[who, start:stop]
             if level:
@@ -103,13 +104,13 @@ class FixedTreeProposer(ModelProposer):
             tokens[who, stop:end] = drawn.where(parents[:, :, None] >= 0, -1).flatten(1)
             if draft_logits is not None:
                 draft_logits[who, start:stop] = logits
-            if draft.stop is None or level + 1 == draft.max_depth:
+            if draft.stop is None or level + 1 == most:
                 continue
             wants = self._wants(logits, hidden, parents)
             if not all(wants):
                 places = who if isinstance(who, list) else list(range(len(batch)))
                 for place, wanted in zip(places, wants, strict=True):
-                    depths[place] = draft.max_depth if wanted else level + 1
+                    depths[place] = most if wanted else level + 1
                 who = [place for place, wanted in zip(places, wants, strict=True) if wanted]
                 if not who:
                     break

@@ -103,6 +103,12 @@ class ModelProposer(Proposer):
             self.cache.drop(sequence)
             request.draft_state = None
 
+    def retract(self, request: Request, length: int) -> None:
+        """Forget the keys and values of what comes after. Pages that are known for a text are not written again."""
+        request.draft_state.length = min(request.draft_state.length, length)
+        self.drop(request)
+        self.start(request)
+
     def catch_up(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Run what the cache does not have yet, node 0 included.
 
