@@ -13,10 +13,11 @@ from ._core.checks import INT32_MAX, argument_error, as_int32, device_error, is_
 from ._layer_checks import OP as _OP
 from ._layer_checks import ascending, check_heads, check_options, check_rows, counts_of, index_of, items_of
 from ._layer_state import State, kept
+from ._layer_tables import Tables
 from .ops.attention.tree_attention import tree_attention
-from .topology import Topology, build_topology
+from .ops.kv.kv_commit import kv_commit
+from .topology import Topology
 
-_MAX_CHAINS = 64
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
@@ -107,7 +108,7 @@ class LayerCache:
         batch: requests. They append, run and exit independently of each other.
         dtype: of hidden rows, K and V: float32, bfloat16, float16 or float64.
         device: where everything lies.
-        backend: of tree_attention and build_topology.
+        backend: of tree_attention, build_topology and kv_commit.
 
     Raises:
         TypeError: an argument has a wrong type.
@@ -153,15 +154,9 @@ class LayerCache:
             self.k_caches = alloc.empty(shape, dtype, device)
             self.v_caches = alloc.empty(shape, dtype, device)
             self._hidden = alloc.empty((self.groups, batch * slots, dim), dtype, device)
-            # The parent slot of every tree node. Slots outside of trees have the slot before as their parent.
-            self._parents = alloc.empty((batch, slots), torch.int32, device)
-        self.device = self._hidden.device  # with its index, as tensors have it
+            self.device = self._hidden.device  # with its index, as tensors have it
+            self._tables = Tables(batch, slots, self.device, backend)
         self._state = State.empty(self.exits, slots, batch)
-        self._chains: dict[tuple[int, ...], Topology] = {}
-
-    def __getstate__(self) -> dict:
-        """For copies and pickles: everything but the topologies that can be made again."""
-        return {**self.__dict__, "_chains": {}}
 
     # ---- what there is
 
@@ -221,22 +216,10 @@ class LayerCache:
             if parents.device != self.device:
                 raise ValueError(device_error(_OP, "parents", self.device, parents))
         state = self._state.append(counts, tree=parents is not None)
-        self._hidden[0].index_copy_(0, self._slot_ids(state.newest, counts), rows)
+        self._hidden[0].index_copy_(0, self._tables.slot_ids(state.newest, counts), rows)
         if parents is not None:
-            self._write_parents(state, counts, parents)
+            self._tables.write_parents(state.contexts, state.newest, counts, parents)
         self._state = state
-
-    def _write_parents(self, state: State, counts: Sequence[int], parents: torch.Tensor) -> None:
-        """The parent slots of a new level of trees. What is no earlier node becomes the context's last slot."""
-        first = 0
-        for request, (start, count) in enumerate(zip(state.newest, counts, strict=True)):
-            if count:
-                context, given = state.contexts[request], parents[first : first + count]
-                node_ids = torch.arange(start - context, start - context + count, dtype=torch.int32, device=self.device)
-                earlier = (given >= 0) & (given < node_ids)
-                level = self._parents[request, start : start + count]
-                torch.add(torch.where(earlier, given, -1), context, out=level)
-            first += count
 
     def run(self, group: int, *, requests: Sequence[bool] | None = None, most: int | None = None) -> Run:
         """Take the rows that are pending at the entry of a group of layers, the newest included.
@@ -262,19 +245,21 @@ class LayerCache:
         contexts = [start if c is None else c for c, start in zip(self._state.contexts, starts, strict=True)]
         bases = [min(start, context) for start, context in zip(starts, contexts, strict=True)]
         nodes = tuple(stop - base for stop, base in zip(stops, bases, strict=True))
-        context_lens = self._int32(bases)
-        topology = self._topology(nodes, bases)
+        context_lens = self._tables.int32(bases)
+        topology = self._tables.topology(nodes, bases, self._state.contexts)
         firsts = [start - base for start, base in zip(starts, bases, strict=True)]
-        slots = self._slot_ids(starts, counts)
+        slots = self._tables.slot_ids(starts, counts)
         room = topology.nodes
-        node_ids = self._ranges([r * room + f if topology.batch > 1 else f for r, f in enumerate(firsts)], counts)
-        positions = topology.depths.reshape(-1)[node_ids] + self._spread(bases, counts)
+        node_ids = self._tables.ranges(
+            [r * room + f if topology.batch > 1 else f for r, f in enumerate(firsts)], counts
+        )
+        positions = topology.depths.reshape(-1)[node_ids] + self._tables.spread(bases, counts)
         if self.batch == 1:
             hidden, query_start = self._hidden[group, starts[0] : stops[0]], firsts[0]
         else:
             offsets = [sum(counts[:request]) for request in range(self.batch + 1)]
-            topology = dataclasses.replace(topology, offsets=self._int32(offsets))
-            hidden, query_start = self._hidden[group].index_select(0, slots), self._int32(firsts)
+            topology = dataclasses.replace(topology, offsets=self._tables.int32(offsets))
+            hidden, query_start = self._hidden[group].index_select(0, slots), self._tables.int32(firsts)
         run = Run(group, counts, hidden, positions, slots, topology, context_lens, query_start)
         self._state = self._state.open(run)
         return run
@@ -347,7 +332,7 @@ class LayerCache:
         if self.batch == 1:
             newest = hidden[firsts[0] : firsts[0] + counts[0]]
         else:
-            newest = hidden.index_select(0, self._ranges(firsts, counts))
+            newest = hidden.index_select(0, self._tables.ranges(firsts, counts))
         if run.group + 1 < self.groups:
             self._hidden[run.group + 1].index_copy_(0, run.slots, hidden)
         self._state = state
@@ -396,105 +381,53 @@ class LayerCache:
             for path in items_of("nodes", must, nodes)
         ]
         old, state = self._state, self._state.commit(paths)
-        moves = []
         for request, path in enumerate(paths):
             if path:
                 self._check_path(request, path)
-                moves += self._moves(old, request, path)
-        for target, rows in moves:  # all that can fail, or needs memory, is done
+        moves = [move for boundary in range(self.groups) for move in self._hidden_moves(old, boundary, paths)]
+        commits = [self._accepted(old, group, paths) for group in range(self.groups)]
+        # All that needs memory is done, and a backend that does not serve these caches would not have attended.
+        for group, nodes in enumerate(commits):
+            if nodes is not None:
+                layers = slice(self.layers(group).start, self.layers(group).stop)
+                kv_commit(self.k_caches[layers], self.v_caches[layers], *nodes, backend=self.backend)
+        for target, rows in moves:
             target.copy_(rows)
         self._state = state
+
+    def _accepted(self, old: State, group: int, paths: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """(nodes, context_lens) of what a group has K and V of; None if all of it is in place."""
+        nodes = [
+            path[: kept(path, context or 0, length)]
+            for path, context, length in zip(paths, old.contexts, old.lengths[group + 1], strict=True)
+        ]
+        if all(path == list(range(len(path))) for path in nodes):
+            return None
+        steps = max(map(len, nodes))
+        table = [path + [-1] * (steps - len(path)) for path in nodes]
+        return self._tables.int32(table), self._tables.int32([context or 0 for context in old.contexts])
 
     def _check_path(self, request: int, path: list[int]) -> None:
         if self.device.type != "cpu":
             return
         context = self._state.contexts[request]
-        parents = [parent - context for parent in self._parents[request, context : context + path[-1] + 1].tolist()]
+        parents = [
+            parent - context for parent in self._tables.parents[request, context : context + path[-1] + 1].tolist()
+        ]
         if any(parents[child] != node for node, child in zip([-1, *path], path, strict=False)):
             must = f"a path, each node a child of the one before it, in a tree with parents {parents}"
             raise ValueError(f"specdec_ops.{_OP}: nodes[{request}] must be {must}, got {path}")
 
-    def _moves(self, old: State, request: int, path: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-        """(where to, a copy of the rows) for each table that has accepted nodes out of place."""
-        context, moves = old.contexts[request], []
-        moved = next((rank for rank, node in enumerate(path) if rank != node), len(path))  # a leading part is in place
-        if moved == len(path):
-            return moves
-        path_slots = torch.tensor([context + node for node in path[moved:]], dtype=torch.int64, device="cpu")
-        if self.device.type == "cuda":
-            path_slots = path_slots.pin_memory().to(self.device, non_blocking=True)
-        for boundary, row in enumerate(old.lengths):
-            count = kept(path, context, row[request]) - moved
-            if count > 0:
-                source, target = path_slots[:count], slice(context + moved, context + moved + count)
-                if boundary < self.groups:
-                    hidden = self._hidden[boundary].view(self.batch, self.slots, self.dim)[request]
-                    moves.append((hidden[target], hidden[source]))
-                if boundary > 0:
-                    layers = self.layers(boundary - 1)
-                    for caches in (self.k_caches, self.v_caches):
-                        group = caches[layers.start : layers.stop, request]
-                        moves.append((group[:, target], group[:, source]))
+    def _hidden_moves(
+        self, old: State, boundary: int, paths: list[list[int]]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """(where to, a copy of the rows) of each request whose hidden rows at a boundary are accepted out of place."""
+        moves = []
+        hidden = self._hidden[boundary].view(self.batch, self.slots, self.dim)
+        for request, path in enumerate(paths):
+            context = old.contexts[request] or 0
+            nodes = path[: kept(path, context, old.lengths[boundary][request])]
+            if nodes != list(range(len(nodes))):
+                rows = self._tables.int32([context + node for node in nodes])
+                moves.append((hidden[request, context : context + len(nodes)], hidden[request].index_select(0, rows)))
         return moves
-
-    # ---- tables
-
-    def _topology(self, nodes: tuple[int, ...], bases: Sequence[int]) -> Topology:
-        """The topology of `nodes[b]` slots from `bases[b]` on. Chains of known sizes are made once."""
-        chain = all(context is None for context in self._state.contexts)
-        if chain and nodes in self._chains:
-            return self._chains[nodes]
-        room = max(1, *nodes)
-        if chain:
-            parents = torch.arange(-1, room - 1, dtype=torch.int32, device=self.device).expand(self.batch, room)
-        else:
-            parents = self._tree_parents(room, bases)
-        topology = build_topology(parents, self._int32(nodes), backend=self.backend)
-        if chain:
-            if len(self._chains) >= _MAX_CHAINS:
-                self._chains.clear()
-            self._chains[nodes] = topology
-        return topology
-
-    def _tree_parents(self, room: int, bases: Sequence[int]) -> torch.Tensor:
-        """int32 [batch, room]: the parent of each slot from `bases[b]` on, as a node from there on."""
-        base = self._int32(bases).unsqueeze(1)
-        columns = base + torch.arange(room, dtype=torch.int32, device=self.device)
-        parents = self._parents.gather(1, columns.clamp(max=self.slots - 1).long()) - base
-        if tuple(bases) == self._state.contexts:
-            return parents
-        contexts = [self.slots if context is None else context for context in self._state.contexts]
-        before_tree = columns < self._int32(contexts).unsqueeze(1)
-        return torch.where(before_tree, columns - base - 1, parents)
-
-    def _int32(self, values: Sequence[int]) -> torch.Tensor:
-        """int32 on the device without waiting: filled there, or copied from pinned memory."""
-        if len(set(values)) == 1:
-            return torch.full((len(values),), values[0], dtype=torch.int32, device=self.device)
-        table = torch.tensor(values, dtype=torch.int32, device="cpu")
-        return table.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else table
-
-    def _ranges(self, starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-        """int64: `counts[b]` numbers from `starts[b]` on, for each request."""
-        parts = [
-            torch.arange(start, start + count, device=self.device)
-            for start, count in zip(starts, counts, strict=True)
-            if count or self.batch == 1
-        ]
-        if not parts:
-            return torch.arange(0, device=self.device)
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    def _slot_ids(self, starts: Sequence[int], counts: Sequence[int]) -> torch.Tensor:
-        return self._ranges([request * self.slots + start for request, start in enumerate(starts)], counts)
-
-    def _spread(self, values: Sequence[int], counts: Sequence[int]) -> torch.Tensor | int:
-        """A value per request as a value per row."""
-        if self.batch == 1:
-            return values[0]
-        return torch.cat(
-            [
-                torch.full((count,), value, dtype=torch.int32, device=self.device)
-                for value, count in zip(values, counts, strict=True)
-            ]
-        )

@@ -31,7 +31,7 @@ void bind_linear(py::module_& m) {
   bind_op(m, "linear", linear_cpu);
   bind_op(m, "rms_norm", rms_norm_cpu);
 #ifdef SPECDEC_WITH_CUDA
-  bind_cuda<LinearParams, LinearParams>(m, "linear", nullptr, linear_cuda);
+  bind_cuda<LinearParams>(m, "linear", linear_scratch, linear_cuda);
   bind_cuda<RmsNormParams, RmsNormParams>(m, "rms_norm", nullptr, rms_norm_cuda);
 #endif
 }

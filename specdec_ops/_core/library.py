@@ -53,24 +53,104 @@ def are_plain(values: typing.Iterable) -> bool:
     return _PLAIN.issuperset(map(type, values))
 
 
+class _Call(typing.NamedTuple):
+    """What a call came down to."""
+
+    implementation: Callable
+    arguments: tuple
+    outputs: tuple
+    make_outputs: Callable | None
+    what: dict
+    """options for make_outputs"""
+
+
 class _Recording(threading.local):
-    calls: list | None = None
+    calls: list[_Call] | None = None
 
 
 _recording = _Recording()
 
 
-@contextlib.contextmanager
-def recorded() -> typing.Iterator[list[tuple[Callable, tuple, tuple]]]:
-    """Collects what the calls of this thread come down to: (implementation, checked arguments, outputs) of each.
+class FirstCall:
+    """The first of several calls of an op that differ in some tensors alone, for callers that make such calls often.
 
-    For callers that repeat a call with other tensors of the same shapes, and need it checked and resolved only once.
+    It is checked and resolved as any call, and kept; later ones run what it came down to::
+
+        first = FirstCall(("q", "k_cache", "v_cache"))
+        outputs = first.again(same, key, (q, k_cache, v_cache))
+        if outputs is None:
+            with first.kept(same, key, (q, k_cache, v_cache)):
+                out = tree_attention(q, k_cache, v_cache, ...)
+
+    `same` is one object and compared by identity, `key` by equality. The two must tell apart all calls that would be
+    checked or resolved differently: so the key has types, dtypes, shapes and strides of the tensors that are replaced.
+    A call is kept if it goes straight to one implementation, with those tensors as they are.
     """
-    before, _recording.calls = _recording.calls, []
-    try:
-        yield _recording.calls
-    finally:
-        _recording.calls = before
+
+    __slots__ = ("_call", "_inputs", "_key", "_names", "_same", "_written")
+
+    def __init__(self, inputs: tuple[str, ...], written: tuple[str, ...] | None = None) -> None:
+        """Of the contract's arguments `inputs` are replaced, and all its outputs, if `written` has their names."""
+        self._names = inputs, written
+        self._call: _Call | None = None
+
+    def again(self, same: object, key: tuple, inputs: tuple, written: tuple = ()) -> tuple | None:
+        """Repeat the call that was kept.
+
+        Args:
+            same: what is the same object in all calls.
+            key: what is equal in all calls.
+            inputs: what takes the place of the first call's, in the order of their names.
+            written: likewise of outputs that are written to. Without their names outputs are made.
+
+        Returns:
+            The outputs; None if another call was kept or none, or if someone watches.
+        """
+        call = self._call
+        if (
+            call is None
+            or self._same is not same
+            or self._key != key
+            or torch.is_grad_enabled()
+            or not nobody_watches()
+        ):
+            return None
+        arguments = _replaced(call.arguments, self._inputs, inputs)
+        if self._written is None:
+            outputs = call.make_outputs(arguments, alloc.empty, **call.what)
+        else:
+            outputs = _replaced(call.outputs, self._written, written)
+        call.implementation(arguments, outputs)
+        return outputs
+
+    @contextlib.contextmanager
+    def kept(self, same: object, key: tuple, inputs: tuple) -> typing.Iterator[None]:
+        """Keeps the call that is made within."""
+        before, _recording.calls, self._call = _recording.calls, [], None
+        try:
+            yield
+            calls = _recording.calls
+        finally:
+            _recording.calls = before
+        if len(calls) != 1:
+            return
+        (call,), (names, written) = calls, self._names
+        if all([getattr(call.arguments, name) is value for name, value in zip(names, inputs, strict=True)]):
+            # Tensors need not live on.
+            arguments = call.arguments._replace(**dict.fromkeys(names))
+            outputs = call.outputs._make([None] * len(call.outputs))
+            self._call = call._replace(arguments=arguments, outputs=outputs)
+            self._inputs = [arguments._fields.index(name) for name in names]
+            self._written = None if written is None else [outputs._fields.index(name) for name in written]
+            self._same, self._key = same, key
+
+
+def _replaced(fields: tuple, places: list[int], values: tuple) -> tuple:
+    """`_replace` of a named tuple, whose fields' places are known: it takes a third of the time."""
+    listed = list(fields)
+    for place, value in zip(places, values):  # noqa: B905
+        listed[place] = value
+    return tuple.__new__(type(fields), listed)
 
 
 def _fake_empty(shape, dtype, device):
@@ -130,7 +210,10 @@ class Operator:
         self.name = name
         self._arguments, self._outputs = arguments, outputs
         fields, written = typing.get_type_hints(arguments), typing.get_type_hints(outputs)
-        self._lists = [name for name, kind in {**fields, **written}.items() if kind == list[torch.Tensor]]
+        self._argument_lists, self._output_lists = (
+            [place for place, kind in enumerate(kinds.values()) if kind == list[torch.Tensor]]
+            for kinds in (fields, written)
+        )
         self._first_tensor = next(place for place, kind in enumerate(fields.values()) if kind is torch.Tensor)
         self._decided_by = decided_by
         self._answers, self._pieces = answers, pieces
@@ -176,7 +259,7 @@ class Operator:
         if self.bypass_dispatcher(arguments, out):
             if out is None:
                 out = self._make_outputs(arguments, alloc.empty, **what)
-            self._run(arguments, backend, out)
+            self._run(arguments, backend, out, what)
         elif self._make_outputs is None:
             self._operator(*arguments, *out, backend)
         elif out is None:
@@ -192,14 +275,17 @@ class Operator:
         """Whether this call may go straight to an implementation: nobody watches, and it hides nothing."""
         if not nobody_watches() or not are_plain(arguments) or not (out is None or are_plain(out)):
             return False
-        return not self._lists or all([are_plain(values) for values in self._lists_of(arguments, out)])
+        for place in self._argument_lists:
+            if not are_plain(arguments[place]):
+                return False
+        if out is not None:
+            for place in self._output_lists:
+                if not are_plain(out[place]):
+                    return False
+        return True
 
-    def _lists_of(self, arguments: tuple, out: tuple | None) -> list:
-        """The lists of tensors of a call."""
-        parts = (arguments,) if out is None else (arguments, out)
-        return [getattr(part, name) for part in parts for name in self._lists if hasattr(part, name)]
-
-    def _run(self, arguments: tuple, backend: str, outputs: tuple) -> None:
+    def _run(self, arguments: tuple, backend: str, outputs: tuple, what: dict | None = None) -> None:
+        """With `what` where nothing is hidden, and the call may be kept."""
         if self._decided_by is None:
             implementation = dispatch.resolve(self.name, backend, arguments[self._first_tensor])
         else:
@@ -207,8 +293,8 @@ class Operator:
         if self._answers is not None and self._answers(arguments, outputs):
             return
         if self._pieces is None:
-            if _recording.calls is not None:
-                _recording.calls.append((implementation, arguments, outputs))
+            if _recording.calls is not None and what is not None:
+                _recording.calls.append(_Call(implementation, arguments, outputs, self._make_outputs, what))
             implementation(arguments, outputs)
         else:
             for piece in self._pieces(arguments, outputs):

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from specdec_ops._core import alloc
 from specdec_ops._core.checks import KERNEL_DTYPES
 from specdec_ops._core.dispatch import backends
-from specdec_ops._core.library import nobody_watches, recorded
-from specdec_ops.ops.attention.contract import TreeAttentionOutputs
+from specdec_ops._core.library import FirstCall
 from specdec_ops.ops.attention.tree_attention import tree_attention
-from specdec_ops.ops.kv.contract import KvAppendOutputs
 from specdec_ops.ops.kv.gather_layer_kv import gather_layer_kv
 from specdec_ops.ops.kv.kv_append import kv_append
 from specdec_ops.ops.kv.kv_commit import kv_commit
@@ -26,8 +23,8 @@ def _has_exact_attention(shape: Shape, dtype: torch.dtype) -> bool:
     return sound and shape.device.type == "cpu" and backends("tree_attention", "cpu")["cpu"] is None
 
 
-def _form(rows: torch.Tensor) -> tuple:
-    return type(rows), rows.dtype, rows.shape, rows.stride()
+def _form(rows: torch.Tensor | None) -> tuple:
+    return () if rows is None else (type(rows), rows.dtype, rows.shape, rows.stride())
 
 
 class Sequence:
@@ -63,8 +60,11 @@ class Cache:
         self.pool = PagePool(pages, page_size)
         self.device = shape.device
         self._is_exact = _has_exact_attention(shape, dtype)
-        self._appended: tuple | None = None  # of the last pass: its rows, the form of a call, and what that came to
-        self._attended: tuple | None = None
+        # Of the last pass. Its layers have rows and caches of one form, so only the first one's calls are checked.
+        self._first_append = FirstCall(
+            ("k", "v", "q", "q_norm_weight", "k_norm_weight"), ("k_cache", "v_cache", "q_out")
+        )
+        self._first_attend = FirstCall(("q", "k_cache", "v_cache", "sinks"))
 
     def reserve(self, sequence: Sequence, slots: int) -> bool:
         """Give a request pages for `slots` slots. Returns False, and gives none, if there are not enough."""
@@ -97,22 +97,23 @@ class Cache:
         v: torch.Tensor,
         rope: Rope | None = None,
         interleaved: bool = False,
-        **norms,
+        *,
+        q_norm_weight: torch.Tensor | None = None,
+        k_norm_weight: torch.Tensor | None = None,
+        norm_eps: float = 1e-6,
     ) -> None:
         """Write the keys and values of the rows; rotate them and q, in place. See `kv_append`."""
-        key = (id(rope), interleaved, *_form(q), *_form(k))
-        again = self._again(self._appended, rows, key) if not norms else None
-        if again is not None:
-            implementation, fixed = again
-            outputs = KvAppendOutputs(self.k_caches[layer], self.v_caches[layer], q)
-            implementation(fixed._replace(k=k, v=v, q=q), outputs)
+        inputs = (k, v, q, q_norm_weight, k_norm_weight)
+        key = (rope, interleaved, norm_eps, *_form(q), *_form(k), _form(q_norm_weight), _form(k_norm_weight))
+        k_cache, v_cache = self.k_caches[layer], self.v_caches[layer]
+        if self._first_append.again(rows, key, inputs, (k_cache, v_cache, q)) is not None:
             return
-        with recorded() as calls:
+        with self._first_append.kept(rows, key, inputs):
             kv_append(
                 k,
                 v,
-                self.k_caches[layer],
-                self.v_caches[layer],
+                k_cache,
+                v_cache,
                 rows.topology,
                 rows.context_lens,
                 q=q,
@@ -121,12 +122,10 @@ class Cache:
                 interleaved=interleaved,
                 page_table=rows.page_table,
                 query_start=rows.query_start,
-                **norms,
+                q_norm_weight=q_norm_weight,
+                k_norm_weight=k_norm_weight,
+                norm_eps=norm_eps,
             )
-        self._appended = None
-        if len(calls) == 1 and not norms:
-            implementation, arguments, _ = calls[0]
-            self._appended = (rows, key, implementation, arguments._replace(k=None, v=None, q=None))
 
     def attend(
         self,
@@ -139,19 +138,17 @@ class Cache:
         sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attention of the rows over the text so far and their own tree. See `tree_attention`."""
-        key = (scale, window, softcap, *_form(q))
-        again = self._again(self._attended, rows, key) if sinks is None else None
-        if again is not None:
-            implementation, fixed = again
-            out = alloc.empty(q.shape, q.dtype, q.device)
-            arguments = fixed._replace(q=q, k_cache=self.k_caches[layer], v_cache=self.v_caches[layer])
-            implementation(arguments, TreeAttentionOutputs(out, None))
-            return out
-        with recorded() as calls:
-            out = tree_attention(
+        key = (scale, window, softcap, *_form(q), _form(sinks))
+        k_cache, v_cache = self.k_caches[layer], self.v_caches[layer]
+        inputs = (q, k_cache, v_cache, sinks)
+        outputs = self._first_attend.again(rows, key, inputs)
+        if outputs is not None:
+            return outputs.out
+        with self._first_attend.kept(rows, key, inputs):
+            return tree_attention(
                 q,
-                self.k_caches[layer],
-                self.v_caches[layer],
+                k_cache,
+                v_cache,
                 rows.topology,
                 rows.context_lens,
                 page_table=rows.page_table,
@@ -162,21 +159,6 @@ class Cache:
                 sinks=sinks,
                 path_invariant=self._is_exact,
             )
-        self._attended = None
-        if len(calls) == 1 and sinks is None:
-            implementation, arguments, _ = calls[0]
-            self._attended = (rows, key, implementation, arguments._replace(q=None))
-        return out
-
-    @staticmethod
-    def _again(first: tuple | None, rows: Rows, key: tuple) -> tuple | None:
-        """What a call of the pass has come down to, if this one differs in its layer alone.
-
-        The layers of a pass have rows and caches of one form, so only the first of them is checked and resolved.
-        """
-        if first is None or first[0] is not rows or first[1] != key or torch.is_grad_enabled() or not nobody_watches():
-            return None
-        return first[2:]
 
     def commit(self, nodes: torch.Tensor, context_lens: torch.Tensor, page_table: torch.Tensor) -> None:
         """Move the accepted nodes to the slots after the context, in all layers. See `kv_commit`."""

@@ -12,8 +12,7 @@ import torch
 from specdec_ops._core import alloc
 from specdec_ops._core.checks import argument_error
 from specdec_ops._core.dispatch import backends
-from specdec_ops._core.library import nobody_watches, recorded
-from specdec_ops.ops.linear.contract import LinearOutputs
+from specdec_ops._core.library import FirstCall
 from specdec_ops.ops.linear.linear import MAX_FEW_ROWS, linear
 from specdec_ops.ops.linear.rms_norm import rms_norm
 from specdec_ops.rope import Rope
@@ -59,7 +58,7 @@ class Projection:
 
     weight: object
     bias: torch.Tensor | None = None
-    _first: tuple | None = dataclasses.field(default=None, init=False, repr=False)
+    _first: FirstCall = dataclasses.field(default_factory=lambda: FirstCall(("x", "residual")), init=False, repr=False)
 
     def __call__(
         self,
@@ -69,30 +68,16 @@ class Projection:
         residual: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """`norm(x) @ weight.T + bias`, with an activation or a residual of `linear`."""
-        if self._first is not None:
-            first_norm, first_activation, dtype, dim, outputs, implementation, fixed = self._first
-            if (
-                norm is first_norm
-                and activation == first_activation
-                and type(x) is torch.Tensor
-                and x.dtype is dtype
-                and x.shape[1] == dim
-                and 0 < x.shape[0] <= MAX_FEW_ROWS
-                and x.is_contiguous()
-                and (residual is None or residual.is_contiguous())
-                and not torch.is_grad_enabled()
-                and nobody_watches()
-            ):
-                out = alloc.empty((x.shape[0], outputs), dtype, x.device)
-                implementation(fixed._replace(x=x, residual=residual), LinearOutputs(out))
-                return out
-        with recorded() as calls:
-            out = self._checked(x, norm, activation, residual)
-        if len(calls) == 1 and (norm is None or norm.bias is None):
-            implementation, arguments, _ = calls[0]
-            fixed = arguments._replace(x=None, residual=None)
-            self._first = (norm, activation, x.dtype, x.shape[1], out.shape[1], implementation, fixed)
-        return out
+        rows, dim = x.shape
+        is_few = 0 < rows <= MAX_FEW_ROWS
+        if not (is_few and x.is_contiguous() and (residual is None or residual.is_contiguous())):
+            return self._checked(x, norm, activation, residual)
+        key, inputs = (activation, type(x), x.dtype, dim, residual is None), (x, residual)
+        outputs = self._first.again(norm, key, inputs)
+        if outputs is not None:
+            return outputs.out
+        with self._first.kept(norm, key, inputs):
+            return self._checked(x, norm, activation, residual)
 
     def _checked(self, x, norm: Norm | None, activation, residual) -> torch.Tensor:
         options = {"activation": activation, "residual": residual}

@@ -51,7 +51,10 @@ OPS = {
     "rms_norm": "RmsNormParams",
 }
 # Ops whose OP_scratch says how much a call needs.
-SCRATCH = ("tree_attention", "accept", "sample", "exit_confidence", "bounded_exit", "screened_exit", "exit_mlp")
+SCRATCH = (
+    *("tree_attention", "accept", "sample", "exit_confidence", "bounded_exit", "screened_exit", "exit_mlp"),
+    *("linear",),
+)
 CALLS = {"bounded_exit": "exit_confidence", "screened_exit": "exit_confidence"}
 
 

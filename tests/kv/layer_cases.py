@@ -96,7 +96,7 @@ def shown(cache: LayerCache) -> tuple[tuple, list[torch.Tensor]]:
             for caches in (cache.k_caches, cache.v_caches):
                 tensors.append(caches[layers.start : layers.stop, request, :length])
         if state.contexts[request] is not None:
-            tensors.append(cache._parents[request, state.contexts[request] : state.lengths[0][request]])
+            tensors.append(cache._tables.parents[request, state.contexts[request] : state.lengths[0][request]])
     if state.run is not None:
         tensors.append(state.run.hidden)
     return state, [tensor.clone() for tensor in tensors]

@@ -225,7 +225,7 @@ class Calls(RuleBasedStateMachine):
     def go_on_with_a_copy(self, pickled):
         old = self.cache
         self.cache = pickle.loads(pickle.dumps(old)) if pickled else copy.deepcopy(old)
-        for tensor in (old.k_caches, old.v_caches, old._hidden, old._parents):
+        for tensor in (old.k_caches, old.v_caches, old._hidden, old._tables.parents):
             tensor.fill_(-77)
         if old.open_run is not None:
             self.strangers.append(old.open_run)

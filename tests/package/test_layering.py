@@ -31,7 +31,10 @@ MAY_IMPORT = {
     "specdec_ops/dlpack.py": ("numpy", "torch", *PUBLIC),
     "specdec_ops/_layer_checks.py": ("torch", "specdec_ops._core"),
     "specdec_ops/_layer_state.py": ("specdec_ops._core", "specdec_ops._layer_checks"),
-    "specdec_ops/layer_cache.py": ("torch", *OPS, "specdec_ops._layer_checks", "specdec_ops._layer_state"),
+    "specdec_ops/_layer_tables.py": ("torch", "specdec_ops._core", "specdec_ops.topology"),
+    "specdec_ops/layer_cache.py": (
+        *("torch", *OPS, "specdec_ops._layer_checks", "specdec_ops._layer_state", "specdec_ops._layer_tables"),
+    ),
     "specdec_ops/_core/loader.py": ("specdec_ops._C",),
     "specdec_ops/_core/": ("numpy", "torch", "specdec_ops._core"),
     "specdec_ops/ops/reference_settings.py": ("torch",),

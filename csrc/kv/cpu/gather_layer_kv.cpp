@@ -1,5 +1,7 @@
 // Gathers K and V of all layers into rows on the CPU. A task is a tile of rows: it goes through the layers, and in each
-// through its rows, so that slots which follow one another are read in the order in which they lie.
+// through its rows, so that slots which follow one another are read in the order in which they lie. While a row is
+// copied, the lines of the one after it are asked for: a row is a few short pieces, at whose ends the processor's own
+// prefetching starts anew, and in pages the next one lies anywhere.
 //
 // Bytes: every slot asked for is read once, every row written once. A result that caches can't hold is written past
 // them: an ordinary store would first read from memory what it is about to overwrite, half as much again.
@@ -20,7 +22,9 @@ using namespace cpu;
 
 namespace {
 
-constexpr int32_t kTileRows = 8;
+constexpr int32_t kMaxTileRows = 32;          // more would leave threads without a tile, and read no faster
+constexpr int32_t kTilesPerThread = 4;        // at least, where there are rows for them
+constexpr int64_t kLine = 64;                 // bytes of a cache line
 constexpr int64_t kBytesPerThread = 1 << 17;  // below this many another thread does not pay
 constexpr double kPastCaches = 8 << 20;       // bytes of a result from which it is written past the caches
 
@@ -49,18 +53,54 @@ void finish_writes() {
 #endif
 }
 
+// Where a row of a layer is read. nullptr: nowhere.
+struct Source {
+  const char *k, *v;
+};
+
+Source source_of(const GatherLayerKvParams& p, const KvCacheLayer& l, int32_t row) {
+  const int32_t request = p.requests ? p.requests[row] : 0;
+  if (request < 0 || request >= p.batch) return {nullptr, nullptr};
+  const KvCachePlace place = cache_place(l, request, p.slots[row]);
+  if (place.first < 0) return {nullptr, nullptr};
+  return {static_cast<const char*>(l.k_cache) + place.first * l.k_stride_first + place.slot * l.k_stride_slot,
+          static_cast<const char*>(l.v_cache) + place.first * l.v_stride_first + place.slot * l.v_stride_slot};
+}
+
+void prefetch(const char* from, int64_t bytes) {
+  for (int64_t at = 0; at < bytes; at += kLine) __builtin_prefetch(from + at);
+}
+
+// Writes a row of a layer, and asks for the one that comes next.
 template <class Copy>
-void gather_row(const KvCacheLayer& l, KvCachePlace place, char* out, const Copy& copy) {
+void gather_row(const KvCacheLayer& l, Source from, const KvCacheLayer& next_layer, Source next, char* out,
+                const Copy& copy) {
   const int64_t head_bytes = int64_t(l.k_bytes) + l.v_bytes;
-  if (place.first < 0) {
-    std::memset(out, 0, head_bytes * l.kv_heads);
-    return;
-  }
-  const char* k = static_cast<const char*>(l.k_cache) + place.first * l.k_stride_first + place.slot * l.k_stride_slot;
-  const char* v = static_cast<const char*>(l.v_cache) + place.first * l.v_stride_first + place.slot * l.v_stride_slot;
+  if (from.k == nullptr) std::memset(out, 0, head_bytes * l.kv_heads);
   for (int32_t head = 0; head < l.kv_heads; ++head, out += head_bytes) {
-    copy(out, k + head * l.k_stride_head, l.k_bytes);
-    copy(out + l.k_bytes, v + head * l.v_stride_head, l.v_bytes);
+    if (next.k != nullptr) {
+      prefetch(next.k + head * next_layer.k_stride_head, l.k_bytes);
+      prefetch(next.v + head * next_layer.v_stride_head, l.v_bytes);
+    }
+    if (from.k == nullptr) continue;
+    copy(out, from.k + head * l.k_stride_head, l.k_bytes);
+    copy(out + l.k_bytes, from.v + head * l.v_stride_head, l.v_bytes);
+  }
+}
+
+// Rows [begin, end) of all layers.
+template <class Copy>
+void gather_tile(const GatherLayerKvParams& p, int64_t width, int32_t begin, int32_t end, const Copy& copy) {
+  Source from = source_of(p, p.layers[0], begin);
+  for (int32_t at = 0; at < p.count; ++at) {
+    for (int32_t row = begin; row < end; ++row) {
+      const bool is_last = row + 1 == end;
+      const KvCacheLayer& next_layer = p.layers[is_last && at + 1 < p.count ? at + 1 : at];
+      const Source next = source_of(p, next_layer, is_last ? begin : row + 1);
+      char* const out = static_cast<char*>(p.out) + row * p.out_stride_row + at * width;
+      gather_row(p.layers[at], from, next_layer, next, out, copy);
+      from = next;
+    }
   }
 }
 
@@ -73,19 +113,14 @@ void gather_layer_kv_cpu(const GatherLayerKvParams& p, int threads) {
   const ThreadPool pool(int(std::max(1.0, std::min<double>(threads, bytes / kBytesPerThread))));
   const uintptr_t parts = uintptr_t(first.k_bytes) | uintptr_t(first.v_bytes);
   const uintptr_t out = reinterpret_cast<uintptr_t>(p.out) | uintptr_t(p.out_stride_row);
-  const bool past_caches = bytes >= kPastCaches && parts % 64 == 0 && out % 16 == 0;
-  pool.deal((p.rows + kTileRows - 1) / kTileRows, [&](int64_t tile) {
-    const int32_t begin = int32_t(tile) * kTileRows, end = std::min(p.rows, begin + kTileRows);
-    for (int32_t at = 0; at < p.count; ++at) {
-      for (int32_t row = begin; row < end; ++row) {
-        const int32_t request = p.requests ? p.requests[row] : 0;
-        KvCachePlace place = {-1, 0};
-        if (request >= 0 && request < p.batch) place = cache_place(p.layers[at], request, p.slots[row]);
-        char* const to = static_cast<char*>(p.out) + row * p.out_stride_row + at * width;
-        past_caches ? gather_row(p.layers[at], place, to, copy_past_caches) : gather_row(p.layers[at], place, to, copy);
-      }
-    }
-    if (past_caches) finish_writes();
+  const bool past_caches = bytes >= kPastCaches && parts % kLine == 0 && out % 16 == 0;
+  const int32_t tiles = pool.threads() * kTilesPerThread;
+  const int32_t tile_rows = std::min(kMaxTileRows, (p.rows + tiles - 1) / tiles);
+  pool.deal((p.rows + tile_rows - 1) / tile_rows, [&](int64_t tile) {
+    const int32_t begin = int32_t(tile) * tile_rows, end = std::min(p.rows, begin + tile_rows);
+    if (!past_caches) return gather_tile(p, width, begin, end, copy);
+    gather_tile(p, width, begin, end, copy_past_caches);
+    finish_writes();
   });
 }
 

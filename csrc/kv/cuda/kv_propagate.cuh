@@ -24,10 +24,11 @@
 
 #include "common/cuda/device.cuh"
 #include "kv/params.h"
+#include "linear/cuda/row_tiles.cuh"
 
 namespace specdec::cuda {
 
-constexpr int kKvThreads = 256, kKvWarps = kKvThreads / kWarpSize;
+constexpr int kKvThreads = 256;
 constexpr int kKvChannels = 32;  // rows of a weight, in a block
 constexpr int kKvParts = 4;      // of a tile's columns
 constexpr int kKvPieces = 16;    // of 16 bytes, in a row of a tile
@@ -38,11 +39,13 @@ constexpr int kKvBlocks = 256;   // layers are cut into groups until there are s
 template <class T_, int kRows_>
 struct KvShape {
   using T = T_;
-  static constexpr int kRows = kRows_;
+  static constexpr int kThreads = kKvThreads, kRows = kRows_, kParts = kKvParts, kPieces = kKvPieces;
   static constexpr bool kMatrix = sizeof(T) == 2;
   static constexpr int kPiece = 16 / int(sizeof(T));
-  static constexpr int kColumns = kKvPieces * kPiece;
+  static constexpr int kColumns = kPieces * kPiece;
   static constexpr int kPitch = kColumns + kPiece;  // eight rows of an ldmatrix lie in different banks
+  static constexpr int kRowPitch = kPitch;
+  static constexpr int kGroups = kRows / 8;  // of a thread's sums, four in each
   static constexpr int kStages = kRows > 32 ? 4 : 5;
   static constexpr int kRowPieces = (kRows * kKvPieces + kKvThreads - 1) / kKvThreads;  // of a thread
   static constexpr int kOutPitch = kRows + 1;
@@ -197,119 +200,47 @@ struct KvFetcher {
   }
 };
 
-// Makes y of a tile: hidden rows, normalised. What a thread has of them is under way while the tile two before is
-// multiplied, unless hidden's rows don't start and end at multiples of 16 bytes.
+// Tiles of the hidden rows, layer after layer. What a thread has of them is under way while the tile two before is
+// multiplied.
 template <class Shape>
 struct KvRows {
-  using T = typename Shape::T;
-  using Piece = Pack<T, Shape::kPiece>;
-  Piece x[Shape::kRowPieces];
-  float norm[Shape::kPiece];
-  KvStep next, loaded;
-  int32_t column;  // of the thread in the tile
+  RowTile<Shape> tile;
+  BlockRows rows;
+  KvStep next;
 
-  __device__ __forceinline__ explicit KvRows(const KvBlock& block)
-      : next{block.first_layer, 0}, loaded(next), column(int(threadIdx.x) % kKvPieces * Shape::kPiece) {}
-
-  __device__ __forceinline__ static int row_of(int i) { return (int(threadIdx.x) + i * kKvThreads) / kKvPieces; }
-
-  __device__ __forceinline__ static const T* hidden(const KvLaunch& launch, int32_t row) {
-    return static_cast<const T*>(launch.call.hidden) + row * launch.call.hidden_stride_row;
+  __device__ __forceinline__ KvRows(const KvLaunch& launch, const KvBlock& block) : next{block.first_layer, 0} {
+    const KvPropagateParams& p = launch.call;
+    const auto* hidden = static_cast<const typename Shape::T*>(p.hidden) + block.first_row * p.hidden_stride_row;
+    rows = {hidden, p.hidden_stride_row, block.rows, p.dim, launch.hidden_aligned};
   }
 
   // The next tile. Whether there was one.
-  __device__ __forceinline__ bool load(const KvLaunch& launch, const KvBlock& block) {
-    const KvPropagateParams& p = launch.call;
-    if (next.layer >= p.count) return false;
-    loaded = next;
+  __device__ __forceinline__ bool load(const KvLaunch& launch) {
+    if (next.layer >= launch.call.count) return false;
+    const KvLayer& layer = launch.call.layers[next.layer];
+    tile.load(rows, {layer.norm_weight, layer.norm_dtype}, next.begin);
     next.template advance<Shape>(launch);
-    const int32_t begin = loaded.begin + column;
-#pragma unroll
-    for (int i = 0; i < Shape::kRowPieces; ++i) {
-      x[i] = {};
-      if (!launch.hidden_aligned || row_of(i) >= block.rows || begin >= p.dim) continue;
-      x[i] = *reinterpret_cast<const Piece*>(hidden(launch, block.first_row + row_of(i)) + begin);
-    }
-    const KvLayer& layer = p.layers[loaded.layer];
-#pragma unroll
-    for (int e = 0; e < Shape::kPiece; ++e) {
-      norm[e] = 1.0f;
-      if (layer.norm_weight == nullptr || begin + e >= p.dim) continue;
-      norm[e] = layer.norm_dtype == DType::kFloat32 ? static_cast<const float*>(layer.norm_weight)[begin + e]
-                                                    : to_float(static_cast<const T*>(layer.norm_weight)[begin + e]);
-    }
     return true;
   }
 
-  // What was loaded, as y in shared memory.
-  __device__ __forceinline__ void store(T* y, const KvShared<Shape>& shared, const KvLaunch& launch,
-                                        const KvBlock& block) {
-    if (launch.hidden_aligned) {
-#pragma unroll
-      for (int i = 0; i < Shape::kRowPieces; ++i) {
-        if (row_of(i) >= Shape::kRows) continue;
-        const float inverse_norm = shared.inverse_norms[row_of(i)];
-        Piece piece;
-#pragma unroll
-        for (int e = 0; e < Shape::kPiece; ++e) {
-          piece.element[e] = from_float<T>(to_float(x[i].element[e]) * inverse_norm * norm[e]);
-        }
-        *reinterpret_cast<Piece*>(y + row_of(i) * Shape::kPitch + column) = piece;
-      }
-    } else {
-#pragma unroll 1
-      for (int row = row_of(0); row < Shape::kRows; row += kKvThreads / kKvPieces) {
-        const T* from = hidden(launch, block.first_row + row) + loaded.begin + column;
-        const int32_t count = row < block.rows ? launch.call.dim - loaded.begin - column : 0;
-#pragma unroll
-        for (int e = 0; e < Shape::kPiece; ++e) {
-          const float value = e < count ? to_float(from[e]) : 0.0f;
-          y[row * Shape::kPitch + column + e] = from_float<T>(value * shared.inverse_norms[row] * norm[e]);
-        }
-      }
-    }
+  __device__ __forceinline__ void store(typename Shape::T* y, const KvShared<Shape>& shared) {
+    tile.store(y, shared.inverse_norms, rows);
   }
 };
 
-// Places and norms of the block's rows: a warp to a row. Without a norm its inverse is 1.
+// Where the block's rows go.
 template <class Shape>
-__device__ __forceinline__ void describe_rows(const KvShared<Shape>& shared, const KvLaunch& launch,
-                                              const KvBlock& block) {
-  using Rows = KvRows<Shape>;
-  const KvPropagateParams& p = launch.call;
-  const int lane = threadIdx.x % kWarpSize;
-  const bool normalise = p.layers[0].norm_weight != nullptr;
-  for (int row = threadIdx.x / kWarpSize; row < Shape::kRows; row += kKvWarps) {
-    float sum = 0.0f;
-    const bool exists = row < block.rows;
-    const typename Shape::T* from = Rows::hidden(launch, block.first_row + (exists ? row : 0));
-    const int32_t end = exists && normalise ? p.dim : 0;
-#pragma unroll 8
-    for (int32_t begin = lane * Shape::kPiece; begin < end; begin += kWarpSize * Shape::kPiece) {
-      if (launch.hidden_aligned) {
-        const auto piece = *reinterpret_cast<const typename Rows::Piece*>(from + begin);
-#pragma unroll
-        for (int e = 0; e < Shape::kPiece; ++e) sum += to_float(piece.element[e]) * to_float(piece.element[e]);
-      } else {
-#pragma unroll 1
-        for (int e = 0; e < min(Shape::kPiece, end - begin); ++e)
-          sum += to_float(from[begin + e]) * to_float(from[begin + e]);
-      }
-    }
-#pragma unroll
-    for (int bit = kWarpSize / 2; bit > 0; bit /= 2) sum += warp_shuffle_xor(sum, bit);
-    if (lane == 0) {
-      shared.inverse_norms[row] = normalise ? 1.0f / sqrtf(sum / float(p.dim) + p.norm_eps) : 1.0f;
-      shared.places[row] = {-1, 0};
-      if (exists) shared.places[row] = kv_place(p, block.first_row + row);
-    }
+__device__ __forceinline__ void find_places(const KvShared<Shape>& shared, const KvLaunch& launch,
+                                            const KvBlock& block) {
+  for (int row = threadIdx.x; row < Shape::kRows; row += kKvThreads) {
+    shared.places[row] = row < block.rows ? kv_place(launch.call, block.first_row + row) : KvPlace{-1, 0};
   }
 }
 
 // A thread's sums: of a quarter of the columns, for 32 * kRows results that 64 threads share.
 template <class Shape>
 struct KvSums {
-  float sum[Shape::kRows / 8][4] = {};
+  float sum[Shape::kGroups][4] = {};
 
   // The results that sum[j][e] belongs to.
   __device__ __forceinline__ static int channel_of(int e) {
@@ -331,7 +262,7 @@ struct KvSums {
         ldmatrix_x4(a[step], weights + (warp % 2 * 16 + lane % 16) * Shape::kPitch + first + step * 16 + lane / 16 * 8);
       }
 #pragma unroll
-      for (int j = 0; j < Shape::kRows / 8; ++j) {
+      for (int j = 0; j < Shape::kGroups; ++j) {
         uint32_t b[4];
         ldmatrix_x4(b, y + (j * 8 + lane % 8) * Shape::kPitch + first + lane / 8 * 8);
         mma_m16n8k16<typename Shape::T>(sum[j], a[0], b[0], b[1]);
@@ -354,23 +285,9 @@ struct KvSums {
 
   // out = the sums of all four parts, in their order. All threads of the block. Starts from zero again.
   __device__ __forceinline__ void join(const KvShared<Shape>& shared) {
-    const int own = threadIdx.x / kWarpSize / 2;
-#pragma unroll 1
-    for (int part = 0; part < kKvParts; ++part) {
-      if (part == own) {
+    sum_parts<Shape>(shared.out, *this, true);
 #pragma unroll
-        for (int j = 0; j < Shape::kRows / 8; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& out = shared.out[channel_of(e) * Shape::kOutPitch + row_of(j, e)];
-            out = part == 0 ? sum[j][e] : out + sum[j][e];
-          }
-        }
-      }
-      block_sync();
-    }
-#pragma unroll
-    for (int j = 0; j < Shape::kRows / 8; ++j) {
+    for (int j = 0; j < Shape::kGroups; ++j) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) sum[j][e] = 0.0f;
     }
@@ -402,7 +319,8 @@ __device__ __forceinline__ void store_results(const KvShared<Shape>& shared, con
       const int64_t angle = int64_t(block.first_row + row) * p.pairs + at.position / 2;
       value = value * p.cosines[angle] + (second ? other : -other) * p.sines[angle];
     }
-    cache[place.first * stride_batch + place.slot * stride_slot + own] = from_float<T>(value);
+    const T rounded = from_float<T>(value);
+    cache[place.first * stride_batch + place.slot * stride_slot + own] = rounded;
   }
 }
 
@@ -414,12 +332,14 @@ __global__ void __launch_bounds__(kKvThreads, Shape::kBlocks) kv_propagate_kerne
   KvFetcher<Shape> weights(launch, block);
 #pragma unroll 1
   for (int i = 0; i < Shape::kStages - 1; ++i) weights.fetch(shared, launch, block.is_v);
-  KvRows<Shape> rows(block);
-  rows.load(launch, block);
-  describe_rows(shared, launch, block);
+  KvRows<Shape> rows(launch, block);
+  rows.load(launch);
+  find_places(shared, launch, block);
+  find_inverse_norms<Shape>(shared.inverse_norms, rows.rows, launch.call.layers[0].norm_weight != nullptr,
+                            launch.call.norm_eps);
   block_sync();
-  rows.store(shared.y, shared, launch, block);
-  bool more = rows.load(launch, block);
+  rows.store(shared.y, shared);
+  bool more = rows.load(launch);
   KvSums<Shape> sums;
   KvStep at = {block.first_layer, 0};
   int32_t stage = 0, half = 0;  // of y
@@ -428,8 +348,8 @@ __global__ void __launch_bounds__(kKvThreads, Shape::kBlocks) kv_propagate_kerne
     cp_async_wait<Shape::kStages - 2>();
     block_sync();  // the tile and y are complete, and nobody is still at those before them
     weights.fetch(shared, launch, block.is_v);
-    if (more) rows.store(shared.y + (half ^ 1) * kRowTile, shared, launch, block);
-    more = rows.load(launch, block);
+    if (more) rows.store(shared.y + (half ^ 1) * kRowTile, shared);
+    more = rows.load(launch);
     sums.multiply(shared.stages + stage * kTile, shared.y + half * kRowTile);
     half ^= 1;
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;

@@ -15,10 +15,20 @@ namespace specdec {
 
 using namespace cuda;
 
-cudaError_t linear_cuda(const LinearParams& p, int device, cudaStream_t stream) {
+CallScratch linear_scratch(const LinearLaunch& arguments) {
+  LinearLaunch launch = arguments;
+  lay_out(launch);
+  if (launch.splits == 1) return {};
+  const int64_t results = int64_t(launch.row_blocks) * linear_output_blocks(launch.call);
+  const int64_t floats = results * launch.splits * kLinearChannels * launch.row_block;
+  return {floats * int64_t(sizeof(float)), results};
+}
+
+cudaError_t linear_cuda(const LinearLaunch& arguments, int device, cudaStream_t stream) {
+  const LinearParams& p = arguments.call;
   if (p.rows == 0 || p.outputs == 0) return cudaSuccess;
-  LinearLaunch launch{};
-  launch.call = p;
+  LinearLaunch launch = arguments;
+  lay_out(launch);
   launch.row_bytes = weight_row_bytes(p.weight_type, p.dim);
   launch.block_bytes = int32_t(weight_row_bytes(p.weight_type, kBlockElements));
   const uintptr_t weight = reinterpret_cast<uintptr_t>(p.weight) | uintptr_t(launch.row_bytes);

@@ -18,19 +18,24 @@
 // Bytes: the weight once, which is the roof. Through the L2 cache besides: x once per block for the norm's statistics,
 // while the first tiles are under way, and then once per block, rows / 32 times the weight's bytes. More rows than a
 // block takes are further blocks, its neighbours, which read the weight from the L2 cache again. With 4,096 outputs
-// there are 128 blocks with 24 to 32 KB under way in each; a layer with far fewer outputs leaves multiprocessors idle.
+// there are 128 blocks with 24 to 32 KB under way in each.
 //
-// How a row's sums are made depends on the dim and the types alone, not on how many rows there are, nor on which of the
-// two sizes of a block they are in.
+// A layer of fewer outputs has its columns cut, so that there are up to 256 blocks: parts of at least four tiles, which
+// is what a block has under way at once, so that cutting finer would make no more bytes come at a time. Each leaves its
+// sums in scratch, and the last block to arrive sums them in the order of the columns. That is 2 KB for 16 rows, written
+// once and read once, and 8 KB for 64, against 32 KB of weights or more.
+//
+// How a row's sums are made, the parts included, depends on the weight's shape and the types alone, not on how many rows
+// there are, nor on which of the two sizes of a block they are in.
 #pragma once
 
-#include "common/cuda/device.cuh"
-#include "linear/params.h"
+#include "common/cuda/last_block.cuh"
+#include "linear/cuda/linear_launch.h"
+#include "linear/cuda/row_tiles.cuh"
 
 namespace specdec::cuda {
 
-constexpr int kLinearThreads = 256, kLinearWarps = kLinearThreads / kWarpSize;
-constexpr int kLinearChannels = 32;                                    // rows of the weight, in a block
+constexpr int kLinearThreads = 256;
 constexpr int kLinearParts = 4;                                        // of a tile's columns
 constexpr int kLinearThreadsOfRow = kLinearThreads / kLinearChannels;  // that copy a row of the weight
 
@@ -39,10 +44,10 @@ template <class T_, bool kQuantised_, int kRows_>
 struct LinearShape {
   using T = T_;
   static constexpr bool kQuantised = kQuantised_;
-  static constexpr int kRows = kRows_;
+  static constexpr int kThreads = kLinearThreads, kRows = kRows_, kParts = kLinearParts;
   static constexpr bool kMatrix = sizeof(T) == 2;
-  static constexpr int kPiece = 16 / int(sizeof(T));       // elements of x that are loaded at once
-  static constexpr int kColumns = kQuantised ? 256 : 128;  // so that every type's tile is a multiple of 16 bytes
+  static constexpr int kPiece = 16 / int(sizeof(T));  // elements of x that are loaded at once
+  static constexpr int kColumns = linear_tile_columns(kQuantised);
   static constexpr int kBlocks32 = kColumns / kBlockElements / kLinearParts;  // blocks of 32 columns of a warp
   // Bytes from one row of a tile to the next, so that what eight lanes read lies in different banks.
   static constexpr int kPitch = kQuantised ? 288 : kColumns * int(sizeof(T)) + 64;
@@ -56,26 +61,27 @@ struct LinearShape {
   static constexpr int kBlocksAtOnce = kRows > 16 || (kQuantised && !kMatrix) ? 1 : 2;  // on a multiprocessor, at least
 };
 
-// A launch: the call and what the host derives from it.
-struct LinearLaunch {
-  LinearParams call;
-  int64_t row_bytes;    // of the weight
-  int32_t row_blocks;   // of x
-  int32_t block_bytes;  // of 32 columns of the weight
-  int32_t unit;         // bytes that are copied at once: 16, 4 or 1, a divisor of where every row of the weight begins
-  bool x_aligned;       // rows start and end at multiples of 16 bytes
-};
-
 // What a block works on.
 struct LinearBlock {
   int32_t first_row, rows, first_output;
+  int32_t first_tile, end_tile;  // of the columns
+  int32_t split, place;          // which part of the columns; which of the results, in scratch and among the counters
 
   template <class Shape>
   __device__ __forceinline__ static LinearBlock of(const LinearLaunch& launch) {
     const LinearParams& p = launch.call;
-    const int32_t rest = int32_t(blockIdx.x) % launch.row_blocks, tile = int32_t(blockIdx.x) / launch.row_blocks;
-    const int32_t outputs = p.activation == Activation::kNone ? kLinearChannels : kLinearChannels / 2;
-    return {rest * Shape::kRows, min(Shape::kRows, p.rows - rest * Shape::kRows), tile * outputs};
+    int32_t rest = int32_t(blockIdx.x);
+    LinearBlock block;
+    block.split = rest % launch.splits;
+    block.place = rest / launch.splits;
+    rest = block.place % launch.row_blocks;
+    block.first_row = rest * Shape::kRows;
+    block.rows = min(Shape::kRows, p.rows - block.first_row);
+    block.first_output = block.place / launch.row_blocks * linear_outputs_of_block(p);
+    const int32_t tiles = (p.dim + Shape::kColumns - 1) / Shape::kColumns;
+    block.first_tile = int32_t(int64_t(tiles) * block.split / launch.splits);
+    block.end_tile = int32_t(int64_t(tiles) * (block.split + 1) / launch.splits);
+    return block;
   }
 
   // The row of the weight that one of the block's 32 is, or -1.
@@ -117,9 +123,10 @@ struct LinearFetcher {
 
   __device__ __forceinline__ LinearFetcher(const LinearLaunch& launch, const LinearBlock& block) {
     const int64_t at = block.weight_row(launch.call, int(threadIdx.x) / kLinearThreadsOfRow);
-    row = static_cast<const unsigned char*>(launch.call.weight) + (at < 0 ? 0 : at * launch.row_bytes);
-    left = at < 0 ? 0 : launch.row_bytes;
     tile_bytes = Shape::kColumns / kBlockElements * launch.block_bytes;
+    const int64_t begin = int64_t(block.first_tile) * tile_bytes, end = int64_t(block.end_tile) * tile_bytes;
+    row = static_cast<const unsigned char*>(launch.call.weight) + (at < 0 ? 0 : at * launch.row_bytes + begin);
+    left = at < 0 ? 0 : min(end, launch.row_bytes) - begin;
   }
 
   // The next tile; behind the last one nothing.
@@ -147,103 +154,6 @@ struct LinearFetcher {
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
   }
 };
-
-// Makes y of a tile: rows of x, normalised. What a thread has of them is under way while the tile before is
-// multiplied, unless x's rows don't start and end at multiples of 16 bytes.
-template <class Shape>
-struct LinearRows {
-  using T = typename Shape::T;
-  using Piece = Pack<T, Shape::kPiece>;
-  Piece x[Shape::kRowPieces];
-  float norm[Shape::kPiece];
-  int32_t begin;  // column of what was loaded
-
-  __device__ __forceinline__ static int row_of(int i) {
-    return (int(threadIdx.x) + i * kLinearThreads) / Shape::kPieces;
-  }
-  __device__ __forceinline__ static int column() { return int(threadIdx.x) % Shape::kPieces * Shape::kPiece; }
-
-  __device__ __forceinline__ static const T* row(const LinearLaunch& launch, int32_t row) {
-    return static_cast<const T*>(launch.call.x) + row * launch.call.x_stride_row;
-  }
-
-  __device__ __forceinline__ void load(const LinearLaunch& launch, const LinearBlock& block, int32_t tile) {
-    const LinearParams& p = launch.call;
-    begin = tile * Shape::kColumns + column();
-#pragma unroll
-    for (int i = 0; i < Shape::kRowPieces; ++i) {
-      x[i] = {};
-      if (!launch.x_aligned || row_of(i) >= block.rows || begin >= p.dim) continue;
-      x[i] = *reinterpret_cast<const Piece*>(row(launch, block.first_row + row_of(i)) + begin);
-    }
-#pragma unroll
-    for (int e = 0; e < Shape::kPiece; ++e) {
-      norm[e] = 1.0f;
-      if (p.norm_weight == nullptr || begin + e >= p.dim) continue;
-      norm[e] = p.norm_dtype == DType::kFloat32 ? static_cast<const float*>(p.norm_weight)[begin + e]
-                                                : to_float(static_cast<const T*>(p.norm_weight)[begin + e]);
-    }
-  }
-
-  // What was loaded, as y in shared memory: 0 beyond the rows and beyond dim.
-  __device__ __forceinline__ void store(T* y, const LinearShared<Shape>& shared, const LinearLaunch& launch,
-                                        const LinearBlock& block) {
-    if (launch.x_aligned) {
-#pragma unroll
-      for (int i = 0; i < Shape::kRowPieces; ++i) {
-        const float inverse_norm = shared.inverse_norms[row_of(i)];
-        Piece piece;
-#pragma unroll
-        for (int e = 0; e < Shape::kPiece; ++e) {
-          piece.element[e] = from_float<T>(to_float(x[i].element[e]) * inverse_norm * norm[e]);
-        }
-        *reinterpret_cast<Piece*>(y + row_of(i) * Shape::kRowPitch + column()) = piece;
-      }
-    } else {
-#pragma unroll 1
-      for (int i = 0; i < Shape::kRowPieces; ++i) {
-        const T* from = row(launch, block.first_row + row_of(i)) + begin;
-        const int32_t count = row_of(i) < block.rows ? launch.call.dim - begin : 0;
-        const float inverse_norm = shared.inverse_norms[row_of(i)];
-#pragma unroll
-        for (int e = 0; e < Shape::kPiece; ++e) {
-          const float value = e < count ? to_float(from[e]) : 0.0f;
-          y[row_of(i) * Shape::kRowPitch + column() + e] = from_float<T>(value * inverse_norm * norm[e]);
-        }
-      }
-    }
-  }
-};
-
-// 1 / root of the mean square of each row: a warp to a row. Without a norm it is 1.
-template <class Shape>
-__device__ __forceinline__ void find_norms(const LinearShared<Shape>& shared, const LinearLaunch& launch,
-                                           const LinearBlock& block) {
-  using Rows = LinearRows<Shape>;
-  const LinearParams& p = launch.call;
-  const int lane = threadIdx.x % kWarpSize;
-  for (int row = threadIdx.x / kWarpSize; row < Shape::kRows; row += kLinearWarps) {
-    const bool normalise = p.norm_weight != nullptr && row < block.rows;
-    const typename Shape::T* from = Rows::row(launch, block.first_row + (normalise ? row : 0));
-    const int32_t end = normalise ? p.dim : 0;
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int32_t begin = lane * Shape::kPiece; begin < end; begin += kWarpSize * Shape::kPiece) {
-      if (launch.x_aligned) {
-        const auto piece = *reinterpret_cast<const typename Rows::Piece*>(from + begin);
-#pragma unroll
-        for (int e = 0; e < Shape::kPiece; ++e) sum += to_float(piece.element[e]) * to_float(piece.element[e]);
-      } else {
-#pragma unroll 1
-        for (int e = 0; e < min(Shape::kPiece, end - begin); ++e)
-          sum += to_float(from[begin + e]) * to_float(from[begin + e]);
-      }
-    }
-#pragma unroll
-    for (int bit = kWarpSize / 2; bit > 0; bit /= 2) sum += warp_shuffle_xor(sum, bit);
-    if (lane == 0) shared.inverse_norms[row] = normalise ? 1.0f / sqrtf(sum / float(p.dim) + p.norm_eps) : 1.0f;
-  }
-}
 
 // How a lane's eight weights of a block of 32 become numbers: (byte ^ flip) - zero, times the block's scale, plus its
 // minimum. Bytes become floats as the last bits of 2^23.
@@ -413,7 +323,6 @@ struct LinearSums {
 
   // out = the sums of all parts, in their order. All threads of the block.
   __device__ __forceinline__ void join(const LinearShared<Shape>& shared) {
-    const int own = int(threadIdx.x) / kWarpSize / 2;
     if constexpr (!Shape::kMatrix) {
 #pragma unroll
       for (int j = 0; j < Shape::kGroups; ++j) {
@@ -424,22 +333,34 @@ struct LinearSums {
         }
       }
     }
-#pragma unroll 1
-    for (int part = 0; part < kLinearParts; ++part) {
-      if (part == own && (Shape::kMatrix || threadIdx.x % 4 == 0)) {
-#pragma unroll
-        for (int j = 0; j < Shape::kGroups; ++j) {
-#pragma unroll
-          for (int e = 0; e < 4; ++e) {
-            float& out = shared.out[channel_of(e) * Shape::kOutPitch + row_of(j, e)];
-            out = part == 0 ? sum[j][e] : out + sum[j][e];
-          }
-        }
-      }
-      block_sync();
-    }
+    sum_parts<Shape>(shared.out, *this, Shape::kMatrix || threadIdx.x % 4 == 0);
   }
 };
+
+// Sums what the blocks have that share these results, in the order of their columns. Whether this block has the sums
+// then, in shared memory: the last one to arrive. Rows that are padding are not written.
+template <class Shape>
+__device__ __forceinline__ bool join_splits(const LinearShared<Shape>& shared, const LinearLaunch& launch,
+                                            const LinearBlock& block) {
+  const int64_t size = int64_t(kLinearChannels) * Shape::kRows;  // of a block's sums
+  float* const first = reinterpret_cast<float*>(launch.scratch) + int64_t(block.place) * launch.splits * size;
+  const int channel = int(threadIdx.x) % kLinearChannels;
+  constexpr int kRowStep = kLinearThreads / kLinearChannels;
+  for (int row = int(threadIdx.x) / kLinearChannels; row < block.rows; row += kRowStep) {
+    first[block.split * size + row * kLinearChannels + channel] = shared.out[channel * Shape::kOutPitch + row];
+  }
+  const BlockTeam team{int32_t(threadIdx.x), kLinearThreads};
+  if (!arrives_last(team, launch.counters + block.place, launch.splits)) return false;
+  for (int row = int(threadIdx.x) / kLinearChannels; row < block.rows; row += kRowStep) {
+    const float* part = first + row * kLinearChannels + channel;
+    float sum = *part;
+#pragma unroll 4
+    for (int32_t split = 1; split < launch.splits; ++split) sum += part[split * size];
+    shared.out[channel * Shape::kOutPitch + row] = sum;
+  }
+  block_sync();
+  return true;
+}
 
 // What stands in the way of a row's sum: the scale of an int8 row, and its bias.
 template <class T>
@@ -488,29 +409,34 @@ __global__ void __launch_bounds__(kLinearThreads, Shape::kBlocksAtOnce) linear_k
   const LinearBlock block = LinearBlock::of<Shape>(launch);
   const LinearShared<Shape> shared;
   constexpr int kRowTile = Shape::kRows * Shape::kRowPitch;
-  const int32_t tiles = (launch.call.dim + Shape::kColumns - 1) / Shape::kColumns;
+  const LinearParams& p = launch.call;
+  const auto* x = static_cast<const typename Shape::T*>(p.x) + block.first_row * p.x_stride_row;
+  const BlockRows rows{x, p.x_stride_row, block.rows, p.dim, launch.x_aligned};
+  const NormWeight norm{p.norm_weight, p.norm_dtype};
   LinearFetcher<Shape> weights(launch, block);
 #pragma unroll 1
   for (int i = 0; i < Shape::kStages - 1; ++i) weights.fetch(shared, launch);
-  LinearRows<Shape> rows;
-  rows.load(launch, block, 0);
-  find_norms(shared, launch, block);
+  RowTile<Shape> tile;
+  tile.load(rows, norm, block.first_tile * Shape::kColumns);
+  find_inverse_norms<Shape>(shared.inverse_norms, rows, p.norm_weight != nullptr, p.norm_eps);
   block_sync();
   LinearSums<Shape> sums;
-  int32_t stage = 0;
+  int32_t stage = 0, half = 0;  // of y
 #pragma unroll 1
-  for (int32_t tile = 0; tile < tiles; ++tile) {
-    typename Shape::T* y = shared.y + tile % 2 * kRowTile;  // that of the tile before is still multiplied
-    rows.store(y, shared, launch, block);
+  for (int32_t at = block.first_tile; at < block.end_tile; ++at) {
+    typename Shape::T* y = shared.y + half * kRowTile;  // that of the tile before is still multiplied
+    tile.store(y, shared.inverse_norms, rows);
     cp_async_wait<Shape::kStages - 2>();
     block_sync();  // the tile and y are complete, and nobody is still at the tile before
     weights.fetch(shared, launch);
-    if (tile + 1 < tiles) rows.load(launch, block, tile + 1);
+    if (at + 1 < block.end_tile) tile.load(rows, norm, (at + 1) * Shape::kColumns);
     sums.multiply(shared.stages + stage * Shape::kTile, y, launch, block);
     stage = stage + 1 == Shape::kStages ? 0 : stage + 1;
+    half ^= 1;
   }
   cp_async_wait<0>();
   sums.join(shared);
+  if (launch.splits > 1 && !join_splits(shared, launch, block)) return;
   store_outputs(shared, launch, block);
 }
 
@@ -518,10 +444,8 @@ template <class Shape>
 cudaError_t launch_linear(LinearLaunch& linear, int device, cudaStream_t stream) {
   static_assert(LinearShared<Shape>::bytes() <= 98 * 1024, "what every device since 8.0 grants a block that asks");
   static_assert(Shape::kPitch % 16 == 0 && Shape::kRows * Shape::kPieces % kLinearThreads == 0);
-  const LinearParams& p = linear.call;
-  const int32_t outputs = p.activation == Activation::kNone ? kLinearChannels : kLinearChannels / 2;
-  linear.row_blocks = (p.rows + Shape::kRows - 1) / Shape::kRows;
-  const int64_t blocks = int64_t(linear.row_blocks) * ((p.outputs + outputs - 1) / outputs);
+  static_assert(Shape::kColumns == linear_tile_columns(Shape::kQuantised));
+  const int64_t blocks = int64_t(linear.row_blocks) * linear_output_blocks(linear.call) * linear.splits;
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;
   return launch(linear_kernel<Shape>, dim3(unsigned(blocks)), dim3(kLinearThreads), LinearShared<Shape>::bytes(),
                 device, stream, linear);
@@ -530,16 +454,16 @@ cudaError_t launch_linear(LinearLaunch& linear, int device, cudaStream_t stream)
 // Instantiated in linear/cuda/instantiations.
 template <class T>
 cudaError_t linear(LinearLaunch& linear, int device, cudaStream_t stream) {
-  const bool quantised = linear.call.weight_type >= WeightType::kInt8;
+  const bool quantised = is_quantised(linear.call);
   if constexpr (sizeof(T) == 4) {
-    if (quantised) return launch_linear<LinearShape<T, true, 16>>(linear, device, stream);
-    return launch_linear<LinearShape<T, false, 16>>(linear, device, stream);
-  } else if (linear.call.rows <= 16) {
-    if (quantised) return launch_linear<LinearShape<T, true, 16>>(linear, device, stream);
-    return launch_linear<LinearShape<T, false, 16>>(linear, device, stream);
+    if (quantised) return launch_linear<LinearShape<T, true, kLinearFewRows>>(linear, device, stream);
+    return launch_linear<LinearShape<T, false, kLinearFewRows>>(linear, device, stream);
+  } else if (linear.row_block == kLinearFewRows) {
+    if (quantised) return launch_linear<LinearShape<T, true, kLinearFewRows>>(linear, device, stream);
+    return launch_linear<LinearShape<T, false, kLinearFewRows>>(linear, device, stream);
   } else {
-    if (quantised) return launch_linear<LinearShape<T, true, 32>>(linear, device, stream);
-    return launch_linear<LinearShape<T, false, 64>>(linear, device, stream);
+    if (quantised) return launch_linear<LinearShape<T, true, kLinearQuantisedRows>>(linear, device, stream);
+    return launch_linear<LinearShape<T, false, kLinearMoreRows>>(linear, device, stream);
   }
 }
 

@@ -86,33 +86,20 @@ def _check_pairs(op: str, k_caches, v_caches, stacked: bool, table_of, device, b
         ):
             continue
         names = ("k_caches", "v_caches") if stacked else (f"k_caches[{index}]", f"v_caches[{index}]")
-        _check_cache(op, names[0], k, device, stacked, dense)
-        if not _like(v, k):
-            _check_cache(op, names[1], v, device, stacked, dense)
-            if v.shape[:-1] != k.shape[:-1]:
-                raise ValueError(argument_error(op, names[1], f"like {names[0]} {list(k.shape)} but for its dim", v))
+        shape = _check_cache(op, names[0], k, device, stacked, dense)
+        v_shape = _check_cache(op, names[1], v, device, stacked, dense)
+        if v_shape != shape and v_shape[:-1] != shape[:-1]:
+            raise ValueError(argument_error(op, names[1], f"like {names[0]} {list(shape)} but for its dim", v))
         if dense:
-            requests = k.shape[1] if stacked else k.shape[0]
+            requests = shape[1] if stacked else shape[0]
             if batch is not None and requests != batch:
                 raise ValueError(argument_error(op, names[0], f"{_DENSE} with a batch of {batch}", k))
             batch = requests
-        if index == 0:
-            like = dense, k.shape, k.stride(), k.dtype, v.shape, v.stride(), v.dtype
-        else:
+        if index > 0:
             alike = False
+        elif len(k_caches) > 1:
+            like = dense, shape, k.stride(), k.dtype, v_shape, v.stride(), v.dtype
     return batch, alike
-
-
-def _like(other, cache: torch.Tensor) -> bool:
-    """Whether all that was checked of a cache is so of another one."""
-    return (
-        isinstance(other, torch.Tensor)
-        and other.shape == cache.shape
-        and other.stride() == cache.stride()
-        and other.dtype == cache.dtype
-        and other.device == cache.device
-        and other.requires_grad == cache.requires_grad
-    )
 
 
 def _as_list(op: str, name: str, caches) -> list:
@@ -125,9 +112,10 @@ def _as_list(op: str, name: str, caches) -> list:
     return list(caches)
 
 
-def _check_cache(op: str, name: str, cache, device, stacked: bool, dense: bool) -> None:
+def _check_cache(op: str, name: str, cache, device, stacked: bool, dense: bool) -> torch.Size:
+    """Check one cache, and return its shape."""
     layout = _LAYOUTS[stacked, dense]
-    if not isinstance(cache, torch.Tensor) or cache.dtype.itemsize not in _ITEM_BYTES:
+    if not isinstance(cache, torch.Tensor) or cache.itemsize not in _ITEM_BYTES:
         must = f"one of the {_TENSORS} {layout} of a dtype of 1, 2, 4 or 8 bytes"
         raise TypeError(argument_error(op, name, must, cache))
     shape = cache.shape
@@ -139,10 +127,11 @@ def _check_cache(op: str, name: str, cache, device, stacked: bool, dense: bool) 
         raise ValueError(argument_error(op, name, f"{layout} with heads", cache))
     if cache.stride(-1) != 1 and shape[-1] > 1:
         raise ValueError(strides_error(op, name, "contiguous in its last dimension", cache))
-    if not 0 < cache.numel() <= _FEW and max(*shape, shape[-1] * cache.dtype.itemsize) > INT32_MAX:
+    if not 0 < cache.numel() <= _FEW and max(*shape, shape[-1] * cache.itemsize) > INT32_MAX:
         raise ValueError(argument_error(op, name, "of sizes below 2**31", cache))
     if cache.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(grad_error(op))
+    return shape
 
 
 def _check_tables(op: str, page_table, layers: int, device) -> tuple[list[torch.Tensor], list[int], int | None]:
@@ -175,7 +164,7 @@ def check_int32(op: str, name: str, layout: str, value, device, dims: int) -> to
     """A contiguous int32 tensor of so many dimensions; int64 is converted."""
     if not isinstance(value, torch.Tensor) or value.dtype != torch.int32:
         value = as_int32(op, name, layout, value)
-    if value.dim() != dims or max(value.shape) > INT32_MAX:
+    if value.dim() != dims or (not 0 < value.numel() <= INT32_MAX and max(value.shape) > INT32_MAX):
         must = f"int32 or int64 {layout}" + (" of sizes below 2**31" if value.dim() == dims else "")
         raise ValueError(argument_error(op, name, must, value))
     if value.device != device:

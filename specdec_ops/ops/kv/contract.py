@@ -1,6 +1,6 @@
 """The contracts of the KV ops: what their implementations take and write."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -8,7 +8,7 @@ import torch
 from specdec_ops._core.library import Operator
 
 MAX_LAYERS = 32
-"""Of a call of an implementation: what the parameters of a launch have room for (kMostKvLayers)."""
+"""Of a call of an implementation: what the parameters of a launch have room for (kMaxKvLayers)."""
 
 
 class KvAppendArguments(NamedTuple):
@@ -121,13 +121,16 @@ class KvPropagateOutputs(NamedTuple):
     """like k_caches"""
 
 
-def _pieces(
-    arguments: KvPropagateArguments, outputs: KvPropagateOutputs
-) -> Iterator[tuple[KvPropagateArguments, KvPropagateOutputs]]:
-    """As many calls as it takes for each to have at most MAX_LAYERS."""
-    for start in range(0, len(outputs.k_caches), MAX_LAYERS):
-        layers = slice(start, start + MAX_LAYERS)
-        yield (
+def _pieces_of(count: int, arguments, outputs, piece: Callable[[slice], tuple]) -> Iterable[tuple]:
+    """As many calls as it takes for each to have at most MAX_LAYERS of `count`; `piece` makes that of some layers."""
+    if count <= MAX_LAYERS:
+        return ((arguments, outputs),)
+    return map(piece, (slice(start, start + MAX_LAYERS) for start in range(0, count, MAX_LAYERS)))
+
+
+def _propagate_pieces(arguments: KvPropagateArguments, outputs: KvPropagateOutputs) -> Iterable[tuple]:
+    def piece(layers: slice) -> tuple:
+        return (
             arguments._replace(
                 norm_weights=arguments.norm_weights[layers],
                 k_weights=arguments.k_weights[layers],
@@ -136,6 +139,8 @@ def _pieces(
             KvPropagateOutputs(outputs.k_caches[layers], outputs.v_caches[layers]),
         )
 
+    return _pieces_of(len(outputs.k_caches), arguments, outputs, piece)
+
 
 kv_propagate = Operator(
     "kv_propagate",
@@ -143,7 +148,7 @@ kv_propagate = Operator(
     KvPropagateOutputs,
     None,
     answers=lambda arguments, outputs: arguments.hidden.shape[0] == 0,
-    pieces=_pieces,
+    pieces=_propagate_pieces,
 )
 
 
@@ -191,18 +196,11 @@ def _layers(part: tuple, layers: slice) -> dict[str, list[torch.Tensor]]:
     return {name: caches[layers] for name, caches in both.items()}
 
 
-def _commit_pieces(arguments: KvCommitArguments, outputs: KvCommitOutputs):
-    """As many calls as it takes for each to have at most MAX_LAYERS."""
-    count = layers_of(outputs)
-    if count <= MAX_LAYERS:
-        yield arguments, outputs
-        return
-    for start in range(0, count, MAX_LAYERS):
-        layers = slice(start, start + MAX_LAYERS)
-        yield (
-            arguments._replace(table_of=arguments.table_of[layers]),
-            outputs._replace(**_layers(outputs, layers)),
-        )
+def _commit_pieces(arguments: KvCommitArguments, outputs: KvCommitOutputs) -> Iterable[tuple]:
+    def piece(layers: slice) -> tuple:
+        return arguments._replace(table_of=arguments.table_of[layers]), outputs._replace(**_layers(outputs, layers))
+
+    return _pieces_of(layers_of(outputs), arguments, outputs, piece)
 
 
 def _nothing_to_commit(arguments: KvCommitArguments, outputs: KvCommitOutputs) -> bool:
@@ -244,17 +242,14 @@ def _make_rows(arguments: GatherLayerKvArguments, empty) -> GatherLayerKvOutputs
     return GatherLayerKvOutputs(empty((arguments.slots.shape[0], layers_of(arguments), width), k.dtype, k.device))
 
 
-def _gather_pieces(arguments: GatherLayerKvArguments, outputs: GatherLayerKvOutputs):
-    count = layers_of(arguments)
-    if count <= MAX_LAYERS:
-        yield arguments, outputs
-        return
-    for start in range(0, count, MAX_LAYERS):
-        layers = slice(start, start + MAX_LAYERS)
-        yield (
+def _gather_pieces(arguments: GatherLayerKvArguments, outputs: GatherLayerKvOutputs) -> Iterable[tuple]:
+    def piece(layers: slice) -> tuple:
+        return (
             arguments._replace(table_of=arguments.table_of[layers], **_layers(arguments, layers)),
             GatherLayerKvOutputs(outputs.out[:, layers]),
         )
+
+    return _pieces_of(layers_of(arguments), arguments, outputs, piece)
 
 
 gather_layer_kv = Operator(

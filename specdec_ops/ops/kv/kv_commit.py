@@ -90,12 +90,13 @@ def kv_commit(
 
 def _check_lengths(value, batch: int, device) -> torch.Tensor:
     """One for each request, int32 [batch]."""
-    if is_int(value):
+    if isinstance(value, torch.Tensor):
+        if value.dim() == 0:
+            value = value.expand(batch)
+    elif is_int(value):
         if not 0 <= value <= INT32_MAX:
             raise ValueError(argument_error(_OP, "context_lens", "from 0 to 2**31 - 1", value))
         return torch.full((batch,), value, dtype=torch.int32, device=device)
-    if isinstance(value, torch.Tensor) and value.dim() == 0:
-        value = value.expand(batch)
     value = check_int32(_OP, "context_lens", "[batch] or an int", value, device, 1)
     if value.shape[0] != batch:
         raise ValueError(argument_error(_OP, "context_lens", f"int32 or int64 [{batch}] or an int", value))
