@@ -80,6 +80,35 @@ def grad_error(op: str) -> str:
     )
 
 
+def check_field(
+    owner: str, name: str, value, dtype: torch.dtype, shape: tuple, like: torch.Tensor | None = None
+) -> None:
+    """Check a tensor that an object holds, once, when the object is made: ops rely on it.
+
+    Args:
+        owner: the class.
+        name: the field.
+        value: what it is given.
+        dtype: what it must be of.
+        shape: its sizes; a string stands for any size, and names it.
+        like: a tensor of the device that it must be on; None: any.
+
+    Raises:
+        TypeError: it is no tensor of this dtype.
+        ValueError: it has another shape, is not contiguous, or lies elsewhere.
+    """
+    if not isinstance(value, torch.Tensor) or value.dtype != dtype:
+        raise TypeError(argument_error(owner, name, f"{describe_dtype(dtype)} [{', '.join(map(str, shape))}]", value))
+    if value.dim() != len(shape) or any(
+        [not isinstance(size, str) and size != own for size, own in zip(shape, value.shape, strict=True)]
+    ):
+        raise ValueError(argument_error(owner, name, f"{describe_dtype(dtype)} [{', '.join(map(str, shape))}]", value))
+    if not value.is_contiguous():
+        raise ValueError(strides_error(owner, name, "contiguous", value))
+    if like is not None and value.device != like.device:
+        raise ValueError(device_error(owner, name, like.device, value))
+
+
 def is_int(value) -> bool:
     """True for an int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)
