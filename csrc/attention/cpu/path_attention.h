@@ -432,12 +432,12 @@ class PathAttention {
     for (int i = end; i < last; i++) s[i] = -__builtin_inff();
     Vec top = nothing;
     for (int i = first; i < last; i += kWidth) top = maximum(load(s + i), top);
-    const float most = max_of(greatest(top * scale), kNoMaximum);
+    const float most = max_of(greatest(rounded_product(top, scale)), kNoMaximum);
     const Vec minus_most = splat(-most);
     Vec sum[2] = {splat(0.0f), splat(0.0f)};
     for (int i = first; i < last; i += 2 * kWidth) {
-      const Vec a = Arithmetic::weigh(fma(load(s + i), scale, minus_most));
-      const Vec b = Arithmetic::weigh(fma(load(s + i + kWidth), scale, minus_most));
+      const Vec a = Arithmetic::weigh(rounded_product(load(s + i), scale) + minus_most);
+      const Vec b = Arithmetic::weigh(rounded_product(load(s + i + kWidth), scale) + minus_most);
       sum[0] = sum[0] + a;
       sum[1] = sum[1] + b;
       Arithmetic::store_weights(s, i, s, a, b);
