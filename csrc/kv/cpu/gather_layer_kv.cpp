@@ -78,9 +78,9 @@ void gather_layer_kv_cpu(const GatherLayerKvParams& p, int threads) {
     const int32_t begin = int32_t(tile) * kTileRows, end = std::min(p.rows, begin + kTileRows);
     for (int32_t at = 0; at < p.count; ++at) {
       for (int32_t row = begin; row < end; ++row) {
-        const int32_t request = p.requests ? p.requests[row] : 0;
+        const int32_t request = p.requests ? read_once(p.requests + row) : 0;
         KvCachePlace place = {-1, 0};
-        if (request >= 0 && request < p.batch) place = cache_place(p.layers[at], request, p.slots[row]);
+        if (request >= 0 && request < p.batch) place = cache_place(p.layers[at], request, read_once(p.slots + row));
         char* const to = static_cast<char*>(p.out) + row * p.out_stride_row + at * width;
         past_caches ? gather_row(p.layers[at], place, to, copy_past_caches) : gather_row(p.layers[at], place, to, copy);
       }
