@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ._core import alloc
-from ._core.checks import INT32_MAX, argument_error, as_int32, check_field, device_error, is_int, strides_error
+from ._core.checks import INT32_MAX, argument_error, as_int32, check_field, device_error, is_int, overlap, strides_error
+from ._core.library import nobody_watches
 from .ops.topology import contract
 from .tree import MAX_NODES, Tree
 
@@ -265,8 +266,6 @@ def _written(out: Topology, parents: torch.Tensor) -> contract.BuildTopologyOutp
     """The tensors of `out` that build_topology writes."""
     if not isinstance(out, Topology):
         raise TypeError(argument_error("build_topology", "out", "a Topology", out))
-    if out.parents is parents:
-        raise ValueError("specdec_ops.build_topology: out.parents must not be parents itself")
     batch, nodes = parents.shape
     table, row = (batch, nodes), (batch,)
     sets = (batch, nodes, max(1, (nodes + 63) // 64))
@@ -279,4 +278,6 @@ def _written(out: Topology, parents: torch.Tensor) -> contract.BuildTopologyOutp
             raise ValueError(strides_error("build_topology", f"out.{name}", must, tensor))
         if tensor.device != parents.device:
             raise ValueError(device_error("build_topology", f"out.{name}", parents.device, tensor))
+        if parents.is_contiguous() and nobody_watches() and overlap(tensor, parents):
+            raise ValueError(f"specdec_ops.build_topology: out.{name} must not share memory with parents")
     return tensors
