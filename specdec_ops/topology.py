@@ -9,7 +9,8 @@ import numpy as np
 import torch
 
 from ._core import alloc
-from ._core.checks import INT32_MAX, argument_error, as_int32, device_error, is_int, strides_error
+from ._core.checks import INT32_MAX, argument_error, as_int32, check_field, device_error, is_int, overlap, strides_error
+from ._core.library import nobody_watches
 from .ops.topology import contract
 from .tree import MAX_NODES, Tree
 
@@ -25,7 +26,8 @@ class Topology:
     By convention node 0 of a tree with one root is the last committed token. Node i of request b keeps its K and V in
     slot `context_lens[b] + i`, and its position is `context_lens[b] + depths[b, i]`.
 
-    A plain class of tensors: torch.compile traces through it, and nothing in it waits for the device.
+    A plain class of tensors: torch.compile traces through it, and nothing in it waits for the device. Dtypes, shapes,
+    strides and devices are checked when one is made, also by `dataclasses.replace`; ops rely on it.
 
     Attributes:
         parents: int32 `[batch or 1, nodes]`: an earlier node, or -1 for a root.
@@ -34,7 +36,7 @@ class Topology:
             or the node.
         first_child: int32 `[batch or 1, nodes]`: the lowest child, or -1.
         next_sibling: int32 `[batch or 1, nodes]`: the next higher node with the same parent, or -1. Roots are siblings.
-        num_nodes: int32 `[batch or 1]`: how many leading nodes exist.
+        num_nodes: int32 `[batch or 1]`: how many leading nodes exist; also of each request where one tree serves all.
         status: int32 `[batch or 1]`: 0 for a sound tree, else `TopologyStatus` bits.
         offsets: int32 `[batch + 1]`, or None: the first row of every request in packed queries [tokens, heads, dim].
     """
@@ -47,6 +49,21 @@ class Topology:
     num_nodes: torch.Tensor
     status: torch.Tensor
     offsets: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        check_field("Topology", "parents", self.parents, torch.int32, ("batch", "nodes"))
+        batch, nodes = self.parents.shape
+        words = max(1, (nodes + 63) // 64)
+        for name in ("depths", "first_child", "next_sibling"):
+            check_field("Topology", name, getattr(self, name), torch.int32, (batch, nodes), self.parents)
+        check_field("Topology", "ancestors", self.ancestors, torch.int64, (batch, nodes, words), self.parents)
+        for name in ("num_nodes", "status"):  # one tree may be cut to a size for each request
+            sizes = ("batch",) if batch == 1 else (batch,)
+            check_field("Topology", name, getattr(self, name), torch.int32, sizes, self.parents)
+        if self.offsets is not None:
+            check_field("Topology", "offsets", self.offsets, torch.int32, ("batch + 1",), self.parents)
+            if self.offsets.shape[0] < 1 or (batch != 1 and self.offsets.shape[0] != batch + 1):
+                raise ValueError(argument_error("Topology", "offsets", f"int32 [{batch + 1}]", self.offsets))
 
     @classmethod
     def from_trees(
@@ -249,8 +266,6 @@ def _written(out: Topology, parents: torch.Tensor) -> contract.BuildTopologyOutp
     """The tensors of `out` that build_topology writes."""
     if not isinstance(out, Topology):
         raise TypeError(argument_error("build_topology", "out", "a Topology", out))
-    if out.parents is parents:
-        raise ValueError("specdec_ops.build_topology: out.parents must not be parents itself")
     batch, nodes = parents.shape
     table, row = (batch, nodes), (batch,)
     sets = (batch, nodes, max(1, (nodes + 63) // 64))
@@ -263,4 +278,6 @@ def _written(out: Topology, parents: torch.Tensor) -> contract.BuildTopologyOutp
             raise ValueError(strides_error("build_topology", f"out.{name}", must, tensor))
         if tensor.device != parents.device:
             raise ValueError(device_error("build_topology", f"out.{name}", parents.device, tensor))
+        if parents.is_contiguous() and nobody_watches() and overlap(tensor, parents):
+            raise ValueError(f"specdec_ops.build_topology: out.{name} must not share memory with parents")
     return tensors

@@ -64,7 +64,8 @@ class VocabMap:
             raise ValueError(
                 f"specdec_ops.VocabMap: draft_to_target must be of different ids, got {len(ids.unique())} of {len(ids)}"
             )
-        self._set(ids.to(torch.int32).contiguous(), inverse)
+        # A copy: what the caller does with its own tensor or array afterwards must not move tokens.
+        self._set(ids.to(torch.int32, copy=True).contiguous(), inverse)
 
     @property
     def vocab(self) -> int:

@@ -124,7 +124,7 @@ class WalkBase {
  public:
   SPECDEC_WALK WalkBase(const AcceptParams& params, int32_t request, Rows& rows, const WalkScratch& scratch)
       : p(params), rows(rows), scratch(scratch), request(request) {
-    const int32_t asked = p.num_nodes[request * p.num_nodes_stride_batch];
+    const int32_t asked = read_once(p.num_nodes + request * p.num_nodes_stride_batch);
     num_nodes = asked < 1 ? 1 : asked > p.nodes ? p.nodes : asked;
     if (asked != num_nodes) status |= kTreeInvalid;
     seed = value_of(p.seed, request);
@@ -155,13 +155,13 @@ class WalkBase {
   }
   SPECDEC_WALK int32_t first_child(int32_t node) {
     if (!p.first_child) return node + 1 < num_nodes ? node + 1 : -1;
-    return link(p.first_child[request * p.links_stride_batch + node], node);
+    return link(read_once(p.first_child + request * p.links_stride_batch + node), node);
   }
   SPECDEC_WALK int32_t next_sibling(int32_t node) {
-    return p.first_child ? link(p.next_sibling[request * p.links_stride_batch + node], node) : -1;
+    return p.first_child ? link(read_once(p.next_sibling + request * p.links_stride_batch + node), node) : -1;
   }
   SPECDEC_WALK int32_t token_of(int32_t node) const {
-    return p.draft_tokens[request * p.draft_tokens_stride_batch + node - p.first_token_node];
+    return read_once(p.draft_tokens + request * p.draft_tokens_stride_batch + node - p.first_token_node);
   }
   // -1 pads the children of a node: it ends them.
   SPECDEC_WALK int32_t unless_padding(int32_t node) const { return node >= 0 && token_of(node) != -1 ? node : -1; }

@@ -14,6 +14,22 @@ enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
 constexpr int32_t kMaxEos = 8;  // ids of tokens that end a text, of one call
 
+// A number that another thread may be writing while a call runs, against the rules. It is read once: what was checked
+// is what is used, so that such a caller gets nonsense and no wild read.
+template <class T>
+#ifdef __CUDACC__
+__host__ __device__ __forceinline__
+#else
+inline
+#endif
+    T read_once(const T* at) {
+#ifdef __CUDA_ARCH__
+  return *at;  // compilers for devices keep what they have read in a register
+#else
+  return *static_cast<const volatile T*>(at);
+#endif
+}
+
 inline int64_t element_bytes(DType type) { return type == DType::kFloat32 ? 4 : 2; }
 
 // What a call of a CUDA kernel needs of the caller.

@@ -41,7 +41,7 @@ SPECDEC_HOST_DEVICE AppendRow find_append_row(const KvAppendParams& p, int64_t r
     request = request_by_offsets(p.offsets, p.batch, row);
     within = request < 0 ? 0 : row - p.offsets[request];
   } else if (p.requests != nullptr) {
-    request = p.requests[row];
+    request = read_once(p.requests + row);
   }
   const bool known = request >= 0 && request < p.batch;
   int64_t node = 0, depth = 0, context = 0;
@@ -53,27 +53,27 @@ SPECDEC_HOST_DEVICE AppendRow find_append_row(const KvAppendParams& p, int64_t r
     if (p.depths != nullptr) {
       const int64_t tree = p.topology_batch > 1 ? request : 0;
       if (node >= p.nodes || node >= p.num_nodes[tree] || (p.offsets != nullptr && within >= p.nodes)) return found;
-      depth = p.depths[tree * p.nodes + node];
+      depth = read_once(p.depths + tree * p.nodes + node);
     }
     if (p.context_lens != nullptr) {
-      context = p.context_lens[request];
+      context = read_once(p.context_lens + request);
       if (context < 0) return found;
     }
   }
   if (p.cosines != nullptr) {
-    const int64_t position = p.positions != nullptr ? p.positions[row] : context + depth;
+    const int64_t position = p.positions != nullptr ? read_once(p.positions + row) : context + depth;
     if (position < 0 || position >= p.table_positions) return found;
     found.position = position;
   } else {
     found.position = 0;
   }
-  const int64_t slot = p.slots != nullptr ? p.slots[row] : context + node;
+  const int64_t slot = p.slots != nullptr ? read_once(p.slots + row) : context + node;
   if (!known || slot < 0 || slot >= p.slots_each) return found;
   if (p.page_table == nullptr) {
     found.first = int32_t(request), found.slot = int32_t(slot);
     return found;
   }
-  const int32_t page = p.page_table[request * (p.slots_each / p.page_size) + slot / p.page_size];
+  const int32_t page = read_once(p.page_table + request * (p.slots_each / p.page_size) + slot / p.page_size);
   if (page < 0 || page >= p.pages) return found;
   found.first = page, found.slot = int32_t(slot % p.page_size);
   return found;

@@ -30,7 +30,7 @@ SPECDEC_KV KvCachePlace cache_place(const KvCacheLayer& layer, int32_t request, 
     return slot >= 0 && slot < layer.page_size ? KvCachePlace{request, int32_t(slot)} : KvCachePlace{-1, 0};
   if (slot < 0 || slot >= int64_t(layer.max_pages) * layer.page_size) return {-1, 0};
   const uint32_t size = uint32_t(layer.page_size), column = uint32_t(slot) / size;
-  const int32_t page = layer.page_table[int64_t(request) * layer.max_pages + column];
+  const int32_t page = read_once(layer.page_table + int64_t(request) * layer.max_pages + column);
   if (page < 0 || page >= layer.first) return {-1, 0};
   return {page, int32_t(uint32_t(slot) - column * size)};
 }
@@ -53,7 +53,7 @@ class KvPath {
   // The next move. False at the end of the path.
   SPECDEC_KV bool next(KvMove& move) {
     while (rank_ < end_) {
-      const int32_t rank = rank_++, node = nodes_[rank];
+      const int32_t rank = rank_++, node = read_once(nodes_ + rank);
       if (node <= last_) break;
       last_ = node;
       if (node == rank) continue;

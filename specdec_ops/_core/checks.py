@@ -80,6 +80,60 @@ def grad_error(op: str) -> str:
     )
 
 
+def check_field(
+    owner: str, name: str, value, dtype: torch.dtype, shape: tuple, like: torch.Tensor | None = None
+) -> None:
+    """Check a tensor that an object holds, once, when the object is made: ops rely on it.
+
+    Args:
+        owner: the class.
+        name: the field.
+        value: what it is given.
+        dtype: what it must be of.
+        shape: its sizes; a string stands for any size, and names it.
+        like: a tensor of the device that it must be on; None: any.
+
+    Raises:
+        TypeError: it is no tensor of this dtype.
+        ValueError: it has another shape, is not contiguous, or lies elsewhere.
+    """
+    if not isinstance(value, torch.Tensor) or value.dtype != dtype:
+        raise TypeError(argument_error(owner, name, f"{describe_dtype(dtype)} [{', '.join(map(str, shape))}]", value))
+    if value.dim() != len(shape) or any(
+        [not isinstance(size, str) and size != own for size, own in zip(shape, value.shape, strict=True)]
+    ):
+        raise ValueError(argument_error(owner, name, f"{describe_dtype(dtype)} [{', '.join(map(str, shape))}]", value))
+    if not value.is_contiguous():
+        raise ValueError(strides_error(owner, name, "contiguous", value))
+    if like is not None and value.device != like.device:
+        raise ValueError(device_error(owner, name, like.device, value))
+
+
+def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether two contiguous tensors have memory in common."""
+    start_a, start_b = a.data_ptr(), b.data_ptr()
+    return start_a < start_b + b.nbytes and start_b < start_a + a.nbytes
+
+
+def check_apart(op: str, written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> None:
+    """Refuse contiguous outputs that share memory with one another, or with inputs that they are not themselves.
+
+    Args:
+        op: the op.
+        written: what it writes, by the names of the arguments.
+        read: what it reads while it writes.
+    """
+    names = list(written)
+    for place, name in enumerate(names):
+        for other in names[place + 1 :]:
+            if overlap(written[name], written[other]):
+                raise ValueError(f"specdec_ops.{op}: {name} must not share memory with {other}")
+        for other, value in read.items():
+            same = written[name].data_ptr() == value.data_ptr() and written[name].shape == value.shape
+            if not same and overlap(written[name], value):
+                raise ValueError(f"specdec_ops.{op}: {name} must be {other} or share no memory with it")
+
+
 def is_int(value) -> bool:
     """True for an int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from specdec_ops import Acceptance, build_topology, greedy_accept
+from specdec_ops._core.checks import INT32_MAX
 
 
 def siblings(first_child: torch.Tensor, next_sibling: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -112,6 +113,7 @@ def write(op: str, room: int, walk: Acceptance, tokens, final, slots, predicts, 
         raise ValueError(f"specdec_ops.{op}: retrive_index must be from 0 to {room - 1}, got {got}")
     after = torch.cat([tokens.gather(1, path[:, 1:]), final[:, None]], dim=1)
     after = torch.where(columns < count, after, final[:, None])
+    after = after.clamp(-1, INT32_MAX)  # an id that int32 can't hold must not become another token
     predicts.scatter_(0, path_slots.flatten(), after.flatten().to(predicts.dtype))
     accept_index.copy_(torch.where(columns <= count, path_slots, accept_index.long()))
     accept_token_num.copy_(walk.num_accepted)

@@ -42,7 +42,7 @@ from typing import Any, TypeVar
 import torch
 
 from specdec_ops import chain_accept, sample_tokens
-from specdec_ops._core.checks import argument_error
+from specdec_ops._core.checks import INT32_MAX, argument_error
 
 from ._chains import coins, masses
 
@@ -125,7 +125,7 @@ def rejection_sample(
     _check(draft_token_ids, num_draft_tokens, max_spec_len, cu_num_draft_tokens, draft_probs, target_logits)
     _check_rates(synthetic_mode, synthetic_conditional_rates, max(num_draft_tokens, default=0))
     batch, device = len(num_draft_tokens), target_logits.device
-    bonus = bonus_token_ids.reshape(batch).to(device, torch.int32)
+    bonus = _ids(bonus_token_ids.reshape(batch).to(device))
     ends = cu_num_draft_tokens.to(device, torch.int64)
     counts = torch.diff(ends, prepend=ends.new_zeros(1))
     if target_logits.shape[0] == 0:
@@ -139,6 +139,13 @@ def rejection_sample(
     accepted, out = _accept_at_rates(*given, synthetic_conditional_rates) if synthetic_mode else _accept(*given)
     everything = (accepted == counts)[:, None] & (steps == counts[:, None])
     return torch.where(everything, bonus[:, None], out)
+
+
+def _ids(tokens: torch.Tensor) -> torch.Tensor:
+    """Token ids as int32. One that int32 can't hold must not become another token: it becomes a placeholder."""
+    if tokens.dtype == torch.int64:
+        tokens = torch.where((tokens < 0) | (tokens > INT32_MAX), PLACEHOLDER_TOKEN_ID, tokens)
+    return tokens.to(torch.int32)
 
 
 def _padded(draft_token_ids, ends, counts, steps) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,7 +197,7 @@ def _accept_at_rates(target_logits, draft_probs, tokens, rows, sampling_metadata
     replaced = sample_tokens(drawn, seeds=seeds, positions=0, temperature=temperature)
 
     columns = torch.arange(steps + 1, device=device)
-    out = torch.nn.functional.pad(tokens, (0, 1)).int()
+    out = torch.nn.functional.pad(_ids(tokens), (0, 1))
     out = torch.where(columns == accepted[:, None], replaced[:, None], out)
     return accepted, torch.where(columns <= accepted[:, None], out, PLACEHOLDER_TOKEN_ID)
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from specdec_ops._core import alloc
 from specdec_ops._core.checks import argument_error
 from specdec_ops._core.dispatch import backends
 from specdec_ops._core.library import FirstCall

@@ -122,3 +122,18 @@ def test_float64_runs_on_the_definition():
     merged = merge_states(out_a.double(), lse_a, out_b.double(), lse_b)
     exact, _ = weighted_average(out_a, lse_a, out_b, lse_b, torch.float64)
     torch.testing.assert_close(merged.out, exact, rtol=1e-14, atol=1e-14)
+
+
+def test_outputs_that_overlap_are_refused():
+    """In place is legal, a row further is not: later rows would be read after they are written."""
+    state = torch.randn(9, 2, 64), torch.randn(9, 2)
+    (out_a, lse_a), other = (part[:8] for part in state), (torch.randn(8, 2, 64), torch.randn(8, 2))
+    expected = merge_states(out_a, lse_a, *other)
+    with pytest.raises(ValueError, match=r"merge_states: out\.out must be out_a or share no memory with it"):
+        merge_states(out_a, lse_a, *other, out=AttentionState(state[0][1:], torch.empty(8, 2)))
+    with pytest.raises(ValueError, match=r"merge_states: out\.lse must be lse_b or share no memory with it"):
+        merge_states(*other, out_a, lse_a, out=AttentionState(torch.empty(8, 2, 64), state[1][1:]))
+    with pytest.raises(ValueError, match=r"merge_states: out\.out must not share memory with out\.lse"):
+        merge_states(out_a, lse_a, *other, out=AttentionState(other[0], other[0].view(-1)[:16].view(8, 2)))
+    in_place = merge_states(out_a, lse_a, *other, out=AttentionState(out_a, lse_a))
+    assert torch.equal(in_place.out, expected.out) and torch.equal(in_place.lse, expected.lse)

@@ -120,6 +120,7 @@ def strided(tensor):
         ({"out": Q.half()}, TypeError, "out must be float32 [2, 3, 4, 64], got float16 [2, 3, 4, 64]"),
         ({"out": Q[:, :2]}, ValueError, "out must be float32 [2, 3, 4, 64], got float32 [2, 2, 4, 64]"),
         ({"out": strided(Q)}, ValueError, "out must be contiguous in its last dimension"),
+        ({"out": Q[:1].clone().expand(2, -1, -1, -1)}, ValueError, "its last dimension, and not expanded, got float32"),
         (
             {"out": torch.empty_like(Q), "return_lse": True},
             TypeError,

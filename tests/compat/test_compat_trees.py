@@ -415,3 +415,13 @@ def test_errors_name_the_argument():
             sgl_kernel.tree_speculative_sampling_target_only(*given, **{name: torch.tensor(0.5)})
     with pytest.raises(ValueError, match=r"target_probs must be \[2, 3, vocab\], got float32 \[2, 4\]"):
         sgl_kernel.tree_speculative_sampling_target_only(*given[:-1], torch.zeros(2, 4))
+
+
+def test_tokens_beyond_int32_are_no_other_tokens():
+    """2**32 + 5 must not be written as token 5."""
+    predicts, accept_index, count = (torch.zeros(size, dtype=torch.int32) for size in ((3,), (1, 3), (1,)))
+    tokens = torch.tensor([[7, 2**32 + 5, 9]])
+    slots, children = torch.arange(3)[None], torch.tensor([[1, 2, -1]])
+    choices = torch.tensor([[2**32 + 5, 9, 3]])
+    verify_tree_greedy(predicts, accept_index, count, tokens, slots, children, torch.full((1, 3), -1), choices)
+    assert predicts.tolist() == [2**31 - 1, 9, 3] and count.tolist() == [2]

@@ -292,3 +292,9 @@ def test_synthetic_mode_errors():
         ValueError, match=r"synthetic_conditional_rates must be \[steps\], of at least 3, got float32 \[2\]"
     ):
         call(*given, synthetic_mode=True, synthetic_conditional_rates=torch.ones(2))
+
+
+def test_a_bonus_token_beyond_int32_is_no_other_token():
+    """2**32 + 5 must not be token 5; what is no token is a placeholder."""
+    out = verify([[1], [1]], rows_choosing([1, 1]), [2**32 + 5, 4], metadata(2, all_greedy=True))
+    assert out == [[1, -1], [1, 4]]

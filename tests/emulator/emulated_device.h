@@ -90,6 +90,10 @@ inline void widen_int8(uint32_t four, uint32_t& first, uint32_t& second) {
 inline float negative_infinity() { return -INFINITY; }
 inline int popcount(uint64_t bits) { return __builtin_popcountll(bits); }
 inline int lowest_bit(uint32_t bits) { return __builtin_ffs(int(bits)) - 1; }
+inline float rounded_product(float a, float b) {
+  const volatile float product = a * b;
+  return product;
+}
 inline float fast_exp2(float x) {
   const float y = std::exp2(x);
   return y < 0x1p-126f ? 0.0f : y;

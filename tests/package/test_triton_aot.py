@@ -356,7 +356,7 @@ def compile_typed(kernel, constants, arch, warps, stages, type_of, is_aligned, t
                 aligned[path] = [["tt.divisibility", 16]]
         signature[argument] = tuple(types) if members else types[0]
     source = ASTSource(kernel, signature, found, aligned)
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": "tree_attention" not in kernel.__module__}
     return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
 
 

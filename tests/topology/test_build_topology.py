@@ -253,8 +253,11 @@ def test_errors(error, arguments, options, message):
 
 def test_out_must_not_be_the_input():
     topology = Tree.chain(3).to()
-    with pytest.raises(ValueError, match=r"out\.parents must not be parents itself"):
+    with pytest.raises(ValueError, match=r"out\.parents must not share memory with parents"):
         build_topology(topology.parents, out=topology)
+    within = topology.ancestors.view(-1).view(torch.int32)[1:4].view(1, 3)
+    with pytest.raises(ValueError, match=r"out\.ancestors must not share memory with parents"):
+        build_topology(within, out=topology)
 
 
 def test_a_compiled_graph_holds_topologies():

@@ -130,7 +130,9 @@ def tree_attention(arguments, outputs) -> None:
     dim0, dim1 = split_dim(dim, shape.rows)
     num_nodes_stride = batch_stride(num_nodes)
     nodes, words, node_stride = (0, 0, 0) if ancestors is None else (*ancestors.shape[1:], ancestors.stride(1))
-    common = dict(SPLIT_SLOTS=shape.split_slots, BLOCK_N=shape.slots, WINDOW=window > 0, enable_fp_fusion=True)
+    # Scores are rounded before the maximum, which is one of them, is taken away: one fma for both would give the
+    # greatest score of a row another exponent than 0, and with scores of 1e9 an infinite weight or none.
+    common = dict(SPLIT_SLOTS=shape.split_slots, BLOCK_N=shape.slots, WINDOW=window > 0, enable_fp_fusion=False)
     with on(q.device):
         for first in range(0, batch, requests):
             count = min(requests, batch - first)

@@ -67,8 +67,8 @@ class CpuRows {
     return draft_proposal(distribution, row, token).probability;
   }
   Proposal draft_proposal(const TokenDistribution& distribution, int32_t row, int32_t token) const {
-    const int32_t id = p.target_to_draft ? p.target_to_draft[token] : token;
-    if (id < 0) return {0.0f, false};
+    const int32_t id = p.target_to_draft ? read_once(p.target_to_draft + token) : token;
+    if (id < 0 || id >= p.draft_vocab) return {0.0f, false};
     if (distribution.one_hot) return {id == distribution.argmax ? 1.0f : 0.0f, id == distribution.argmax};
     const float z = logit_at(draft_row(row), p.draft_dtype, id);
     if (!is_kept(distribution, z, id)) return {0.0f, false};
@@ -131,11 +131,13 @@ class CpuRows {
   }
 
   DistributionRow distribution_row_of_target(int32_t node, const TokenDistribution& distribution) const {
-    return kept(w.kept_target, node).distribution_row(target_row(node), p.target_dtype, nullptr, distribution, 1.0f);
+    return kept(w.kept_target, node)
+        .distribution_row(target_row(node), p.target_dtype, nullptr, p.vocab, distribution, 1.0f);
   }
   DistributionRow distribution_row_of_draft(const Term& term) const {
     return kept(w.kept_draft, term.row)
-        .distribution_row(draft_row(term.row), p.draft_dtype, p.target_to_draft, term.distribution, term.factor);
+        .distribution_row(draft_row(term.row), p.draft_dtype, p.target_to_draft, p.draft_vocab, term.distribution,
+                          term.factor);
   }
   WeightPass pass_of(const Weights& weights, const NoiseKey* noise) {
     WeightPass pass{};

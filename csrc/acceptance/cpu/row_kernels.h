@@ -40,12 +40,13 @@ struct Cut {
 
 constexpr int kThresholds = 7;
 
-// A row as a distribution. With `map`, entry map[x] is token x's, and none if that is -1. Where its scan has kept
+// A row as a distribution. With `map`, entry map[x] is token x's, and none if that is not below `entries`. Where its scan has kept
 // `weights`, the probability of entry x is weights[x] * scales[x / kSumBlock]; zeros follow to a multiple of kGroup.
 struct DistributionRow {
   const void* row;
   DType dtype;
   const int32_t* map;
+  int32_t entries;
   TokenDistribution distribution;
   float factor;
   const float* weights;

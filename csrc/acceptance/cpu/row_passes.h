@@ -269,8 +269,8 @@ template <class Storage>
 static void fill_mapped(const DistributionRow& from, int64_t token, int count, float* out) {
   const TokenDistribution& distribution = from.distribution;
   for (int i = 0; i < kGroup; i++) {
-    const int32_t id = i < count ? from.map[token + i] : -1;
-    const float z = id < 0 ? minus_infinity() : load_one<Storage>(from.row, id);
+    const int32_t id = i < count ? read_once(from.map + token + i) : -1;
+    const float z = id < 0 || id >= from.entries ? minus_infinity() : load_one<Storage>(from.row, id);
     out[i] =
         z > distribution.cut || (z == distribution.cut && id >= 0 && id <= distribution.cut_id) ? z : minus_infinity();
   }

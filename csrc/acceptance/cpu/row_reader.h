@@ -29,10 +29,10 @@ struct KeptRow {
   float max, inverse_sum;  // of the distribution that the weights are of: a walk may state a row's distribution anew
   std::unique_ptr<float[]> weights, scales;  // of every entry, and of every kSumBlock of them: see DistributionRow
 
-  DistributionRow distribution_row(const void* of, DType dtype, const int32_t* map,
+  DistributionRow distribution_row(const void* of, DType dtype, const int32_t* map, int32_t entries,
                                    const TokenDistribution& distribution, float factor) const {
     const bool has = row == of && !map && distribution.max == max && distribution.inverse_sum == inverse_sum;
-    return {of, dtype, map, distribution, factor, has ? weights.get() : nullptr, has ? scales.get() : nullptr};
+    return {of, dtype, map, entries, distribution, factor, has ? weights.get() : nullptr, has ? scales.get() : nullptr};
   }
 };
 

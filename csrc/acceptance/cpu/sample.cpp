@@ -66,7 +66,7 @@ class RowSampler {
     }
     if (distribution.one_hot) return reader.top_logits(logits, p.dtype, p.vocab, p.count, tokens);
     WeightPass pass{};
-    pass.target = kept.distribution_row(logits, p.dtype, nullptr, distribution, 1.0f);
+    pass.target = kept.distribution_row(logits, p.dtype, nullptr, p.vocab, distribution, 1.0f);
     pass.noise = noise(0);
     if (!p.replacement && p.count > 1) return reader.draw_top(pass, p.vocab, p.count, tokens);
     for (int32_t i = 0; i < p.count; ++i) {

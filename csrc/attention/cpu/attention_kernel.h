@@ -276,7 +276,7 @@ class AttentionKernel {
       if (i < from || i >= to) continue;
       for (int j = 0; j < kVecs; j++) {
         const Vec s = load(buffers.scores + ((i - from) * kVecs + j) * kWidth), top = load(max_ + row + j * kWidth);
-        store(weights + j * kWidth, exp2(fma(s, splat(exponent_scale_), splat(0.0f) - top)));
+        store(weights + j * kWidth, exp2(rounded_product(s, splat(exponent_scale_)) - top));
       }
       for (int r = 0; r < min_of(kVecs * kWidth, task_.rows - row); r++) {
         if (!rows_see_.sees(row + r, slot)) continue;

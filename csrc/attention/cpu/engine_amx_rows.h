@@ -94,7 +94,7 @@ struct AmxRowsEngine {
       Vec w[16];
       SPECDEC_UNROLL
       for (int k = 0; k < 16; k++) {
-        w[k] = exp2_bf16(fma(load(s + (i + k) * kWidth), scale, minus_max[0]));
+        w[k] = exp2_bf16(rounded_product(load(s + (i + k) * kWidth), scale) + minus_max[0]);
         sum[0] = sum[0] + w[k];
       }
       transpose(w);

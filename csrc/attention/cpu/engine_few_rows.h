@@ -102,7 +102,7 @@ struct FewRowsEngine {
   template <int kVecs>
   static void weigh(const float* s, int slots, Vec scale, const Vec (&minus_max)[kVecs], float* p, Vec (&sum)[kVecs]) {
     for (int i = 0; i < slots; i++) {
-      const Vec weight = exp2(fma(load(s + i * kWidth), scale, minus_max[0]));
+      const Vec weight = exp2(rounded_product(load(s + i * kWidth), scale) + minus_max[0]);
       sum[0] = sum[0] + weight;
       store(p + i * kWidth, weight);
     }

@@ -137,7 +137,7 @@ struct FmaEngine {
   static void weigh(const float* s, int slots, Vec scale, const Vec (&minus_max)[kVecs], float* p, Vec (&sum)[kVecs]) {
     for (int i = 0; i < slots; i++) SPECDEC_UNROLL
     for (int j = 0; j < kVecs; j++) {
-      const Vec weight = exp2(fma(load(s + (i * kVecs + j) * kWidth), scale, minus_max[j]));
+      const Vec weight = exp2(rounded_product(load(s + (i * kVecs + j) * kWidth), scale) + minus_max[j]);
       sum[j] = sum[j] + weight;
       store(p + (i * kVecs + j) * kWidth, weight);
     }
@@ -155,8 +155,8 @@ static SPECDEC_INLINE void weigh_pairs(const float* s, int slots, Vec scale, con
   for (int i = 0; i < slots; i += 2) SPECDEC_UNROLL
   for (int j = 0; j < kVecs; j++) {
     const float* at = s + (i * kVecs + j) * kWidth;
-    const Vec first = exp2_bf16(fma(load(at), scale, minus_max[j]));
-    const Vec second = exp2_bf16(fma(load(at + kVecs * kWidth), scale, minus_max[j]));
+    const Vec first = exp2_bf16(rounded_product(load(at), scale) + minus_max[j]);
+    const Vec second = exp2_bf16(rounded_product(load(at + kVecs * kWidth), scale) + minus_max[j]);
     sum[j] = sum[j] + (first + second);
     const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
     _mm512_storeu_si512(p + (i / 2 * kVecs + j) * kWidth, _mm512_permutexvar_epi16(interleave, both));

@@ -137,7 +137,7 @@ Plan make_plan(const TreeAttentionParams& p, const PathKernel& kernel, int& thre
     add_tasks(plan, p, b, r, fetch_ahead);
   }
   if (p.offsets && p.batch > 0)
-    for (int64_t row = p.offsets[p.batch]; row < p.queries; row++) blank_row(p, 0, row);
+    for (int64_t row = std::max(read_once(p.offsets + p.batch), 0); row < p.queries; row++) blank_row(p, 0, row);
 
   int64_t chunks = 0;
   double products = 0;

@@ -232,7 +232,9 @@ class PathAttention {
       for (int i = 0; i < count;) {
         const int page = (slot + i) / p.page_size, in_page = (slot + i) % p.page_size;
         const int run = min_of(count - i, p.page_size - in_page);
-        for (int n = 0; n < run; n++, i++) places.at[i] = table[page] * batch_stride + (in_page + n) * slot_stride;
+        const int found = read_once(table + page);  // all these have been looked at: another one is a racing writer's
+        const int64_t first = found >= 0 && found < p.pages ? found : 0;
+        for (int n = 0; n < run; n++, i++) places.at[i] = first * batch_stride + (in_page + n) * slot_stride;
       }
     }
   }
@@ -248,7 +250,7 @@ class PathAttention {
     int64_t slot = position < task.context_len ? position : path.slots[position - task.context_len];
     int64_t first = task.request;
     if (p.page_table) {
-      first = p.page_table[task.request * p.page_table_stride + slot / p.page_size];
+      first = read_once(p.page_table + task.request * p.page_table_stride + slot / p.page_size);
       slot %= p.page_size;
       if (first < 0 || first >= p.pages) return kZeros;
     }
@@ -432,12 +434,12 @@ class PathAttention {
     for (int i = end; i < last; i++) s[i] = -__builtin_inff();
     Vec top = nothing;
     for (int i = first; i < last; i += kWidth) top = maximum(load(s + i), top);
-    const float most = max_of(greatest(top * scale), kNoMaximum);
+    const float most = max_of(greatest(rounded_product(top, scale)), kNoMaximum);
     const Vec minus_most = splat(-most);
     Vec sum[2] = {splat(0.0f), splat(0.0f)};
     for (int i = first; i < last; i += 2 * kWidth) {
-      const Vec a = Arithmetic::weigh(fma(load(s + i), scale, minus_most));
-      const Vec b = Arithmetic::weigh(fma(load(s + i + kWidth), scale, minus_most));
+      const Vec a = Arithmetic::weigh(rounded_product(load(s + i), scale) + minus_most);
+      const Vec b = Arithmetic::weigh(rounded_product(load(s + i + kWidth), scale) + minus_most);
       sum[0] = sum[0] + a;
       sum[1] = sum[1] + b;
       Arithmetic::store_weights(s, i, s, a, b);

@@ -42,7 +42,7 @@ int first_seen(const TreeAttentionParams& p, int b, const Request& r) {
 void check_pages(const TreeAttentionParams& p, int b, const Request& r) {
   const int first = first_seen(p, b, r);
   for (int page = first / p.page_size; int64_t(page) * p.page_size < r.slots; page++) {
-    const int id = p.page_table[b * p.page_table_stride + page];
+    const int id = read_once(p.page_table + b * p.page_table_stride + page);
     if (id >= 0 && id < p.pages) continue;
     const int begin = std::max(page * p.page_size, first);
     const int end = int(std::min(int64_t(page + 1) * p.page_size, int64_t(r.slots)));
@@ -55,7 +55,7 @@ void check_pages(const TreeAttentionParams& p, int b, const Request& r) {
 
 // Packed rows of a request, and whether their numbers make sense.
 void read_offsets(const TreeAttentionParams& p, int b, Request& r) {
-  const int begin = p.offsets[b], end = p.offsets[b + 1];
+  const int begin = read_once(p.offsets + b), end = read_once(p.offsets + b + 1);
   if (end < begin || begin < 0 || end > p.queries || (b == 0 && begin != 0))
     refuse("topology.offsets must rise from 0 to at most " + std::to_string(p.queries) + " rows, got " +
            std::to_string(begin) + " and " + std::to_string(end) + " at [" + std::to_string(b) + "]");
@@ -70,15 +70,15 @@ Request read_request(const TreeAttentionParams& p, int b) {
   r.queries = p.queries;
   if (p.offsets) read_offsets(p, b, r);
   const std::string which = "[" + std::to_string(b) + "]";
-  r.context_len = p.context_lens[b];
+  r.context_len = read_once(p.context_lens + b);
   if (r.context_len < 0) refuse("context_lens" + which + " must not be negative, got " + std::to_string(r.context_len));
   int64_t slots = r.context_len;
   r.end_row = r.queries;
   if (p.ancestors) {
     constexpr int64_t kFar = 1 << 30;  // further out there are no nodes; lengths below may add up without overflow
-    const int64_t first_node = int64_t(p.query_start) + (p.query_starts ? p.query_starts[b] : 0);
+    const int64_t first_node = int64_t(p.query_start) + (p.query_starts ? read_once(p.query_starts + b) : 0);
     r.first_node = int(std::clamp(first_node, -kFar, kFar));
-    const int nodes = std::clamp(p.num_nodes[p.topology_batch == 1 ? 0 : b], 0, p.nodes);
+    const int nodes = std::clamp(read_once(p.num_nodes + (p.topology_batch == 1 ? 0 : b)), 0, p.nodes);
     if (p.offsets) r.end_row = std::min(r.end_row, p.nodes);
     r.first_row = std::clamp(-r.first_node, 0, r.end_row);
     r.end_row = std::clamp(nodes - r.first_node, r.first_row, r.end_row);

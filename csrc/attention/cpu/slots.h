@@ -70,7 +70,7 @@ class TaskSlots {
 
   Place place_of(int slot) const {
     if (!p_.page_table) return {task_.request, slot, true};
-    const int page = p_.page_table[task_.request * p_.page_table_stride + slot / p_.page_size];
+    const int page = read_once(p_.page_table + task_.request * p_.page_table_stride + slot / p_.page_size);
     return {page, slot % p_.page_size, page >= 0 && page < p_.pages};
   }
 

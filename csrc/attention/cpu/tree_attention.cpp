@@ -120,7 +120,7 @@ std::vector<Plan> make_plans(const TreeAttentionParams& p) {
       }
   }
   if (p.offsets && p.batch > 0)
-    for (int64_t row = p.offsets[p.batch]; row < p.queries; row++) blank_row(p, 0, row);
+    for (int64_t row = std::max(read_once(p.offsets + p.batch), 0); row < p.queries; row++) blank_row(p, 0, row);
   return plans;
 }
 

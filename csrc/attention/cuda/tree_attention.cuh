@@ -205,7 +205,7 @@ __device__ __forceinline__ uint32_t adjust_scores(float (&scores)[Shape::kSlots 
   for (int j = 0; j < Shape::kSlots / 8; ++j) {
 #pragma unroll
     for (int e = 0; e < 4; ++e) {
-      scores[j][e] *= scale;
+      scores[j][e] = rounded_product(scores[j][e], scale);  // the greatest less the maximum is exactly 0
       if (capped) scores[j][e] = soft_tanh(scores[j][e]) * cap;
     }
   }

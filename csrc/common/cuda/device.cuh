@@ -144,6 +144,9 @@ __device__ __forceinline__ float negative_infinity() { return -__int_as_float(0x
 __device__ __forceinline__ int popcount(uint64_t bits) { return __popcll(bits); }
 __device__ __forceinline__ int lowest_bit(uint32_t bits) { return __ffs(bits) - 1; }  // -1 for none
 
+// A product that is rounded before anything is added to it: the compiler would make one fma of the two.
+__device__ __forceinline__ float rounded_product(float a, float b) { return __fmul_rn(a, b); }
+
 // 2^x to about 2 ulp; subnormal results are 0.
 __device__ __forceinline__ float fast_exp2(float x) {
   float y;

@@ -59,9 +59,9 @@ struct Source {
 };
 
 Source source_of(const GatherLayerKvParams& p, const KvCacheLayer& l, int32_t row) {
-  const int32_t request = p.requests ? p.requests[row] : 0;
+  const int32_t request = p.requests ? read_once(p.requests + row) : 0;
   if (request < 0 || request >= p.batch) return {nullptr, nullptr};
-  const KvCachePlace place = cache_place(l, request, p.slots[row]);
+  const KvCachePlace place = cache_place(l, request, read_once(p.slots + row));
   if (place.first < 0) return {nullptr, nullptr};
   return {static_cast<const char*>(l.k_cache) + place.first * l.k_stride_first + place.slot * l.k_stride_slot,
           static_cast<const char*>(l.v_cache) + place.first * l.v_stride_first + place.slot * l.v_stride_slot};

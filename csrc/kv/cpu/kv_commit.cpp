@@ -52,7 +52,7 @@ void copy_pages(const KvCommitParams& p, const KvCacheLayer& layer) {
   for (const bool is_v : {false, true}) {
     const Plane plane(layer, is_v);
     for (int32_t i = 0; i < p.copy_count; ++i) {
-      const int32_t source = p.copies[2 * i], target = p.copies[2 * i + 1];
+      const int32_t source = read_once(p.copies + 2 * i), target = read_once(p.copies + 2 * i + 1);
       if (source < 0 || source >= layer.first || target < 0 || target >= layer.first) continue;
       for (int32_t slot = 0; slot < layer.page_size; ++slot) plane.move({source, slot}, {target, slot});
     }

@@ -27,13 +27,13 @@ struct Place {
 std::vector<Place> find_places(const KvPropagateParams& p) {
   std::vector<Place> places;
   for (int row = 0; row < p.rows; row++) {
-    const int request = p.requests ? p.requests[row] : 0, slot = p.slots[row];
+    const int request = p.requests ? read_once(p.requests + row) : 0, slot = read_once(p.slots + row);
     if (request < 0 || request >= p.batch || slot < 0 || slot >= p.slots_each) continue;
     if (!p.page_table) {
       places.push_back({row, request, slot});
       continue;
     }
-    const int page = p.page_table[request * (p.slots_each / p.page_size) + slot / p.page_size];
+    const int page = read_once(p.page_table + request * (p.slots_each / p.page_size) + slot / p.page_size);
     if (page >= 0 && page < p.pages) places.push_back({row, page, slot % p.page_size});
   }
   return places;

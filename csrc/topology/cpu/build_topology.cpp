@@ -29,13 +29,13 @@ void build_topology_cpu(const BuildTopologyParams& p, int threads) {
 #pragma omp parallel for num_threads(pool) schedule(static) if (pool > 1)
   for (int32_t request = 0; request < p.batch; ++request) {
     const int64_t row = int64_t{request} * p.nodes;
-    const int32_t count = std::clamp(p.num_nodes[request], 0, p.nodes);
+    const int32_t asked = read_once(p.num_nodes + request), count = std::clamp(asked, 0, p.nodes);
     int32_t* parents = p.parents_out + row;
     const int32_t status = sound_parents(p.parents + row, parents, count, p.nodes);
     depths_and_ancestors(parents, p.depths + row, p.ancestors + row * p.words, count, p.nodes, p.words);
     links(parents, p.first_child + row, p.next_sibling + row, count, p.nodes);
     p.num_nodes_out[request] = count;
-    p.status[request] = status | (count != p.num_nodes[request] ? kNumNodesOutOfRange : 0);
+    p.status[request] = status | (count != asked ? kNumNodesOutOfRange : 0);
   }
 }
 

@@ -17,7 +17,7 @@ namespace specdec::cpu {
 inline int32_t sound_parents(const int32_t* parents, int32_t* parents_out, int32_t count, int32_t nodes) {
   int32_t status = 0;
   for (int32_t node = 0; node < count; ++node) {
-    const int32_t parent = parents[node];
+    const int32_t parent = read_once(parents + node);
     const bool out_of_range = parent < -1 || parent >= count;
     const bool not_before = !out_of_range && parent >= node;
     status |= out_of_range ? kParentOutOfRange : 0;

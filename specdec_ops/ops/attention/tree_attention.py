@@ -413,8 +413,10 @@ def check_like(op: str, name: str, value, like, shape, dtype=None, contiguous: b
     if contiguous:
         if not value.is_contiguous():
             raise ValueError(strides_error(op, name, "contiguous", value))
-    elif value.stride(-1) != 1 and shape[-1] > 1:
-        raise ValueError(strides_error(op, name, "contiguous in its last dimension", value))
+    elif (value.stride(-1) != 1 and shape[-1] > 1) or any(
+        [stride == 0 and size > 1 for stride, size in zip(value.stride(), shape, strict=True)]
+    ):
+        raise ValueError(strides_error(op, name, "contiguous in its last dimension, and not expanded", value))
 
 
 def check_no_grad(op: str, *inputs: torch.Tensor) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from specdec_ops._core.checks import KERNEL_DTYPES, argument_error, is_int
+from specdec_ops._core.checks import INT32_MAX, KERNEL_DTYPES, argument_error, check_field, is_int
 from specdec_ops._core.shield import shielded_maker
 
 from .quantized_head import QuantizedHead, up
@@ -29,6 +29,15 @@ class HeadBounds:
 
     ends: tuple[int, ...]
     norms_after: torch.Tensor
+
+    def __post_init__(self) -> None:
+        ends = self.ends
+        if not isinstance(ends, tuple) or not all([is_int(end) for end in ends]):
+            raise TypeError(argument_error("HeadBounds", "ends", "a tuple of ints", ends))
+        rises = all([low < high for low, high in zip((0, *ends), ends)])  # noqa: B905 (one is longer)
+        if not 1 <= len(ends) <= MAX_PARTS or not rises or ends[-1] > INT32_MAX:
+            raise ValueError(argument_error("HeadBounds", "ends", f"ascending, 1 to {MAX_PARTS} of them", ends))
+        check_field("HeadBounds", "norms_after", self.norms_after, torch.float32, (len(ends),))
 
     def to(self, device: torch.device | str | int) -> HeadBounds:
         """The same on another device."""

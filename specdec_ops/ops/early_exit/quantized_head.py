@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from specdec_ops._core.checks import check_field
 from specdec_ops._core.shield import shielded_maker
 from specdec_ops.ops.linear.quantized_weight import QuantizedWeight, check_weight, empty_values, quantized_pieces
 
@@ -32,6 +33,11 @@ class QuantizedHead(QuantizedWeight):
     error_norms: torch.Tensor
     norms: torch.Tensor
     error_gain: torch.Tensor
+
+    def __post_init__(self) -> None:
+        QuantizedWeight.__post_init__(self)  # super() would look for the class that slots=True has replaced
+        for name, size in (("error_norms", self.vocab), ("norms", self.vocab), ("error_gain", 1)):
+            check_field("QuantizedHead", name, getattr(self, name), torch.float32, (size,), self.values)
 
     @property
     def vocab(self) -> int:

@@ -102,26 +102,15 @@ def linear(
 def _parts(weight, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, str]:
     """The weight's elements or blocks, its scales, and the name of its type."""
     dim = x.shape[1]
-    if isinstance(weight, GgufWeight):
+    if isinstance(weight, GgufWeight | QuantizedWeight):  # whose parts have been checked against each other
         if weight.dim != dim:
             raise ValueError(
                 f"specdec_ops.{_OP}: weight must be [outputs, {dim}], got [{weight.outputs}, {weight.dim}]"
             )
-        parts, what = (weight.blocks, None, weight.weight_type), "weight.blocks"
-    elif isinstance(weight, QuantizedWeight):
-        parts, what = (weight.values, weight.scales, "int8"), "weight.values"
-        for name, value, dtype, shape in (
-            ("weight.values", weight.values, torch.int8, (weight.values.shape[0], dim)),
-            ("weight.scales", weight.scales, torch.float32, weight.values.shape[:1]),
-        ):
-            if value.dtype != dtype:
-                raise TypeError(argument_error(_OP, name, f"{describe_dtype(dtype)} {list(shape)}", value))
-            if value.shape != shape:
-                raise ValueError(argument_error(_OP, name, f"{describe_dtype(dtype)} {list(shape)}", value))
-            if value.device != x.device:
-                raise ValueError(device_error(_OP, name, x.device, value))
-            if not value.is_contiguous():
-                raise ValueError(strides_error(_OP, name, "contiguous", value))
+        if isinstance(weight, GgufWeight):
+            parts, what = (weight.blocks, None, weight.weight_type), "weight.blocks"
+        else:
+            parts, what = (weight.values, weight.scales, "int8"), "weight.values"
     else:
         allowed = (x.dtype, torch.bfloat16, torch.float16) if x.dtype == torch.float32 else (x.dtype,)
         names = " or ".join(map(describe_dtype, allowed))

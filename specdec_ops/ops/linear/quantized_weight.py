@@ -9,7 +9,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from specdec_ops._core.checks import KERNEL_DTYPES, argument_error
+from specdec_ops._core.checks import KERNEL_DTYPES, argument_error, check_field
 from specdec_ops._core.shield import shielded_maker
 
 _Kind = TypeVar("_Kind", bound="QuantizedWeight")
@@ -29,6 +29,11 @@ class QuantizedWeight:
 
     values: torch.Tensor
     scales: torch.Tensor
+
+    def __post_init__(self) -> None:
+        owner = type(self).__name__
+        check_field(owner, "values", self.values, torch.int8, ("outputs", "dim"))
+        check_field(owner, "scales", self.scales, torch.float32, self.values.shape[:1], self.values)
 
     @property
     def outputs(self) -> int:
