@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import itertools
 import time
@@ -26,31 +25,14 @@ from .batch import Batch, Law
 from .cache import Cache
 from .diagnose import Diagnosis, Prompt, diagnose
 from .model import Model
-from .pace import Pace, PassTimes
+from .pace import Adaptation
+from .progress import bar
 from .request import Request, State
 from .result import Chunk, Result
 from .rows import Rows
 from .sampling import Sampling
 
 _OP = "Engine"
-
-
-class _NoBar:
-    def update(self, count: int) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _bar(total: int, wanted: bool):
-    if not wanted:
-        yield _NoBar()
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise RuntimeError(f"specdec_ops.{_OP}: progress=True needs the package tqdm (pip install tqdm)") from error
-    with tqdm(total=total, unit="prompt") as bar:
-        yield bar
 
 
 def _renumbered(chunk: Chunk, place: int) -> Chunk:
@@ -127,8 +109,7 @@ class Engine:
         self.target, self.draft, self.rule = target, draft, rules.choose(rule, draft)
         self.max_batch, self.max_length, self._prefill_rows = max_batch, max_length, prefill_rows
         self._adapt, self._has_warned = adapt, False
-        self._paces: dict[int, Pace] = {}  # both by the number of requests
-        self._times: dict[int, PassTimes] = {}
+        self._adaptation = Adaptation(draft is not None and draft.weighs_rows)
         self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
         slots = max_length + self._nodes
@@ -299,11 +280,10 @@ class Engine:
     def _round(self, requests: list[Request], draft: Draft | None) -> None:
         law = self._law(requests)
         may_adapt = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
-        times = self._times.setdefault(len(requests), PassTimes(len(requests))) if may_adapt else None
-        pace = self._pace(len(requests)) if may_adapt and not draft.weighs_rows else None
-        drafts = draft is not None and (not may_adapt or (times.are_usable if pace is None else pace.wants_draft()))
+        adaptation = self._adaptation if may_adapt else None
+        drafts = draft is not None and (adaptation is None or adaptation.wants_draft(len(requests)))
         marks = [time.perf_counter()]
-        batch = Batch(requests, self.cache, law, times.seconds if times is not None and times.are_usable else None)
+        batch = Batch(requests, self.cache, law, adaptation and adaptation.seconds_of_rows(len(requests)))
         if drafts:
             drafted = self.proposer.propose(batch)
         else:
@@ -323,11 +303,10 @@ class Engine:
         if drafts:
             self.proposer.observe(batch, drafted, acceptance, accepted)
         marks.append(time.perf_counter())
-        if times is not None:
-            times.add(sum(drafted.sizes or (drafted.tokens.numel(),)), marks[-1] - marks[1])
-        if pace is not None:
-            pace.record(drafts, marks[-1] - marks[0], sum(accepted) / len(accepted) + 1)
-            self._warn_of_loss(pace)
+        if adaptation is not None:
+            rows, given = sum(drafted.sizes or (drafted.tokens.numel(),)), sum(accepted) / len(accepted) + 1
+            adaptation.record(len(requests), drafts, rows, marks[1] - marks[0], marks[-1] - marks[1], given)
+            self._warn_of_loss(adaptation.loss)
         if self.on_round is not None and drafts:
             spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
             depth = acceptance.nodes.shape[1] - 1
@@ -350,17 +329,11 @@ class Engine:
             request.take(tokens[: count + 1], None if logprobs is None else logprobs[place], self._longest)
         return [row[0] for row in table]
 
-    def _pace(self, requests: int) -> Pace:
-        if requests not in self._paces:
-            nearest = min(self._paces, key=lambda known: abs(known - requests), default=None)
-            self._paces[requests] = Pace(None if nearest is None else self._paces[nearest])
-        return self._paces[requests]
-
-    def _warn_of_loss(self, pace: Pace) -> None:
-        if not pace.pays and not self._has_warned:
+    def _warn_of_loss(self, speedup: float | None) -> None:
+        if speedup is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"specdec_ops.{_OP}: this draft decodes at {pace.speedup:.2f}x the speed of plain decoding here, so it "
+                f"specdec_ops.{_OP}: this draft decodes at {speedup:.2f}x the speed of plain decoding here, so it "
                 "is left out and tried again now and then; Engine.diagnose() tells why",
                 stacklevel=4,
             )
@@ -438,11 +411,11 @@ class Engine:
         """
         results: dict[int, Result] = {}
         prompts = self._prompts(prompts)
-        with _bar(len(prompts), progress) as bar:
+        with bar(len(prompts), progress) as shown:
             for chunk in self.stream(prompts, sampling):
                 if chunk.result is not None:
                     results[chunk.request] = chunk.result
-                    bar.update(1)
+                    shown.update(1)
         return [results[place] for place in range(len(prompts))]
 
     def stream(

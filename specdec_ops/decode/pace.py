@@ -1,9 +1,10 @@
-"""How long rounds take, and whether drafts pay: `PassTimes` and `Pace`."""
+"""How long rounds take, and whether drafts pay: `PassTimes`, `Pace`, and `Adaptation` of an engine."""
 
 from __future__ import annotations
 
 import bisect
 import math
+from collections.abc import Callable
 
 _MEMORY, _MEMORY_OF_TOKENS = 0.95, 0.985  # weights of the past in running means: tokens differ much from round to round
 _FIRST = 3  # the shortest of the first rounds counts: the very first also makes what later ones have
@@ -170,3 +171,54 @@ class Pace:
     def pays(self) -> bool:
         """Whether drafts are used, but for tries of one that did not pay."""
         return self._pays
+
+
+class Adaptation:
+    """What an engine has learned of its rounds, by the number of their requests.
+
+    Args:
+        weighs_rows: whether the draft decides itself, by how long passes take; see `Draft`.
+    """
+
+    def __init__(self, weighs_rows: bool) -> None:
+        self._weighs_rows = weighs_rows
+        self._times: dict[int, PassTimes] = {}
+        self._paces: dict[int, Pace] = {}
+        self.loss: float | None = None  # the speed-up of a draft that the last round has judged to lose
+
+    def _times_of(self, requests: int) -> PassTimes:
+        return self._times.setdefault(requests, PassTimes(requests))
+
+    def _pace_of(self, requests: int) -> Pace:
+        if requests not in self._paces:
+            nearest = min(self._paces, key=lambda known: abs(known - requests), default=None)
+            self._paces[requests] = Pace(None if nearest is None else self._paces[nearest])
+        return self._paces[requests]
+
+    def wants_draft(self, requests: int) -> bool:
+        """Whether the next round should draft."""
+        if self._weighs_rows:
+            return self._times_of(requests).are_usable
+        return self._pace_of(requests).wants_draft()
+
+    def seconds_of_rows(self, requests: int) -> Callable[[int], float] | None:
+        """What a round takes without its draft, by the rows of its pass; None: not known."""
+        times = self._times_of(requests)
+        return times.seconds if times.are_usable else None
+
+    def record(self, requests: int, drafted: bool, rows: int, draft_seconds: float, seconds: float, tokens: float):
+        """A round is over.
+
+        Args:
+            requests: of the round.
+            drafted: whether the draft was asked.
+            rows: of its pass.
+            draft_seconds: what the draft took.
+            seconds: what the rest took.
+            tokens: that it gave, per request.
+        """
+        self._times_of(requests).add(rows, seconds)
+        if not self._weighs_rows:
+            pace = self._pace_of(requests)
+            pace.record(drafted, draft_seconds + seconds, tokens)
+            self.loss = None if pace.pays else pace.speedup

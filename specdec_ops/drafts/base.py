@@ -56,8 +56,8 @@ class Draft(abc.ABC):
         max_depth: the most levels below node 0, where that is known to be less than max_nodes - 1.
         max_positions: the longest text that it can follow; None: any.
         is_chain: whether its trees are chains.
-        weighs_rows: whether its trees have the nodes that are worth their rows by `Batch.seconds`, none if none is. Of
-            other drafts the engine measures whether they pay, and leaves them out if not.
+        weighs_rows: whether it looks at how long passes take (seconds of the batch), and proposes nothing where
+            nothing pays. Of other drafts the engine measures whether they pay, and leaves them out if not.
         wants_hidden: whether `Proposer.see` is to be called. Prompts then share no pages, since their rows are wanted.
     """
 

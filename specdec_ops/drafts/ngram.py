@@ -183,7 +183,10 @@ class _Proposer(Proposer):
 
     def propose(self, batch: Batch) -> Drafted:
         """A tree for each request, of node 0 alone where nothing is known or worth its row."""
-        grown = [self._grow(request, learns=batch.seconds is not None) for request in batch.requests]
+        least, count = _LEAST, len(batch)
+        if batch.seconds is not None:  # half of what a node has to promise if rows cost the same throughout
+            least = max(_LEAST, (batch.seconds(2 * count) / batch.seconds(count) - 1) / 2)
+        grown = [self._grow(request, least, learns=batch.seconds is not None) for request in batch.requests]
         chosen = [_likely(tree) for tree in grown] if batch.seconds is None else _worthwhile(grown, batch.seconds)
         sizes = tuple(map(len, chosen))
         width, device = max(sizes), batch.context_lens.device
@@ -199,8 +202,8 @@ class _Proposer(Proposer):
             is_chain=all(tree.depth == len(tree) - 1 for tree in trees),
         )
 
-    def _grow(self, request: Request, learns: bool) -> _Grown:
-        """All continuations, but for those that are next to impossible."""
+    def _grow(self, request: Request, least: float, learns: bool) -> _Grown:
+        """All continuations, but for nodes with less than the least chance."""
         state, ids, draft = request.draft_state, request.ids, self.draft
         hits = state.chances.expected
         if learns:
@@ -222,7 +225,7 @@ class _Proposer(Proposer):
                 if found is None:
                     kind = bisect.bisect(_LENGTHS, length + step) - 1  # what is accepted makes the match longer
                     chance = grown.chances[node] * grown.left[node] * hits[kind]
-                    if chance < _LEAST or len(grown.tokens) == draft.max_nodes:
+                    if chance < least or len(grown.tokens) == draft.max_nodes:
                         break
                     found = grown.add(node, token, hits[kind], kind)
                 node = found

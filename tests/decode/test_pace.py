@@ -162,7 +162,7 @@ def test_texts_do_not_depend_on_what_rounds_take(temperature, monkeypatch):
         monkeypatch.setattr("specdec_ops.decode.engine.time.perf_counter", lambda now=now: next(now))
         for draft in (drafts.Ngram(), drafts.Chain(TARGET, 2)):
             engine = Engine(TARGET, draft, "match", max_batch=3)
-            monkeypatch.setattr(engine, "_warn_of_loss", lambda pace: None)
+            monkeypatch.setattr(engine, "_warn_of_loss", lambda speedup: None)
             assert [result.tokens for result in engine.generate(PROMPTS, asked)] == texts
 
 
