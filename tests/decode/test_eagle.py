@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from specdec_ops import drafts
-from specdec_ops.decode import Engine, Sampling
+from specdec_ops.decode import Engine, Sampling, pace
 from specdec_ops.decode.decoder import Norm, Projection
+from specdec_ops.drafts import eagle
 from specdec_ops.ops.linear.quantized_weight import quantize_linear
 from tests.decode import test_engine_law as law
 from tests.decode.test_engine import LENGTH, PROMPTS, TARGET, by_hand, eos_of, samplings
@@ -272,3 +273,39 @@ def test_rows_that_were_never_seen_are_an_error():
     engine.proposer.see = lambda *_: None
     with pytest.raises(RuntimeError, match="the target's rows of 2 tokens must have been seen, got 1"):
         engine.generate([[3, 4]], Sampling(max_tokens=4))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1e6], ids=["free rows", "dear rows", "rows past price"])
+def test_trees_have_the_nodes_that_are_worth_their_rows(slope, batch, expected, monkeypatch):
+    """With times of passes that the test makes up. Texts are the same whatever is left out."""
+    asked, texts = expected
+    monkeypatch.setattr(
+        pace.Adaptation, "seconds_of_rows", lambda self, requests: lambda rows: 1e3 * (1 + slope * rows)
+    )
+    monkeypatch.setattr(pace.Adaptation, "wants_draft", lambda self, requests: True)
+    engine = Engine(TARGET, noisy_eagle(TARGET, hot=False, levels=3, width=3, branching=4, nodes=9), max_batch=batch)
+    sizes, propose = set(), engine.proposer.propose
+
+    def noted(requests):
+        drafted = propose(requests)
+        sizes.add(drafted.tokens.shape[1])
+        return drafted
+
+    engine.proposer.propose = noted
+    assert [result.tokens for result in engine.generate(PROMPTS, asked)] == texts
+    assert {0.0: sizes == {9}, 0.2: min(sizes) < 9 and max(sizes) > 2, 1e6: sizes == {2}}[slope], sizes
+
+
+def test_levels_end_when_what_would_go_on_is_unlikely():
+    scores = torch.tensor([[0.6, 0.1, 0.1], [0.2, 0.0, 0.0]]).log()
+    assert eagle._is_worth_a_level(scores, cost=0.99, spent=4.0)  # half a token expected, 2 requests, 4 seconds
+    assert not eagle._is_worth_a_level(scores, cost=1.01, spent=4.0)
+
+
+def test_nodes_by_hand():
+    scores = torch.tensor([[0.5, 0.1, 0.3, 0.01]]).log()
+    tokens = {2: 1.5, 3: 1.8, 4: 1.9, 5: 1.91}
+    for price, most in ((0.0, 9), (0.0, 4), (0.2, 9), (0.3, 9), (3.0, 9)):
+        best = max((nodes for nodes in tokens if nodes <= most), key=lambda n: tokens[n] / (3.0 + price * n))
+        assert eagle._worthwhile(scores, most, lambda rows: 2.0 + price * rows, 1.0) == best  # noqa: B023
