@@ -27,7 +27,7 @@ from specdec_ops.integrations.transformers import load
 
 from . import contestants, measure, other_engines, prompts, results
 from .contestants import Contestant, Run
-from .demo import hugging_face, model_file
+from .demo import EAGLE, hugging_face, model_file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,9 +110,7 @@ def assistant(name: str, models: Models):
 
 
 def eagle(asked, models: Models, weights: str) -> list[tuple[str, Callable]]:
-    """A trained layer, given by --eagle."""
-    if asked.eagle is None:
-        return []
+    """A trained layer, see --eagle."""
     return [("ours, EAGLE", lambda: drafts.Eagle.load(asked.eagle, models.target(weights)))]
 
 
@@ -141,7 +139,9 @@ def parser() -> argparse.ArgumentParser:
         "first layers, not trained for it), or blocks (of the GGUF file, for float32; bfloat16 for Hugging Face)",
     )
     made.add_argument("--steps", type=int, default=5, help="tokens that the smaller model drafts (default: 5)")
-    made.add_argument("--eagle", help="a folder with a trained EAGLE layer")
+    made.add_argument(
+        "--eagle", default=str(EAGLE), help="a folder with a trained EAGLE layer (default: that of the demo)"
+    )
     made.add_argument("--lookup-tokens", type=int, default=4, help="that the peers' prompt lookups draft (default: 4)")
     made.add_argument("--only", help="only contestants with this in their name, and the plain ones")
     made.add_argument("--no-others", action="store_true", help="leave llama.cpp and OpenVINO out")

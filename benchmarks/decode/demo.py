@@ -29,6 +29,7 @@ REPETITIVE = (
     "    return width * height\n"
 )
 ROUNDS = 3
+EAGLE = Path(__file__).parent / "checkpoints" / "smollm2-135m-instruct-eagle"
 
 
 def model_file() -> Path:
@@ -111,8 +112,10 @@ def main() -> int:
         for name, target, draft in (
             ("our plain loop, float32", plain, None),
             ("our loop with n-grams, float32", plain, drafts.Ngram()),
+            ("our loop with EAGLE's layer, float32", plain, drafts.Eagle.load(EAGLE, plain)),
             ("our plain loop, the file's 4-bit blocks", packed, None),
             ("our loop with n-grams, the file's 4-bit blocks", packed, drafts.Ngram()),
+            ("our loop with EAGLE's layer, the file's 4-bit blocks", packed, drafts.Eagle.load(EAGLE, packed)),
         ):
             rate, ours = tokens_a_second(of_engine(target, draft, ids), length)
             note = f"; {first_difference(model, ids, ours, theirs)}"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 
 _OP = "drafts.Eagle"
 _CHUNK = 256  # rows of a pass over a prompt
+_CHANCE = 0.5  # that the best child of a path is right, to guess before the level has been run
 _WEIGHTS = ("fc", "qkv", "out", "up", "down")
 
 
@@ -66,7 +69,9 @@ class Eagle(Draft):
     pass as those of the next round's root. (The first token of a text has a feature of zeros; EAGLE leaves it out.)
 
     Trees grow level by level: of each level the `width` likeliest paths are gone on with, with `branching` tokens each,
-    and the best `nodes - 1` of all are judged by the target.
+    and the best `nodes - 1` of all are judged by the target. On a CPU, an engine that adapts, and so knows what rows
+    of a pass cost, gets smaller trees where they give more tokens per second: levels end when what would go on is
+    too unlikely, and nodes stay out that are worth less than their rows.
 
     Made by `Eagle.load` from what `python -m specdec_ops.train.eagle` has trained for a target, or from weights:
 
@@ -75,10 +80,10 @@ class Eagle(Draft):
         layer: of rows [rows, dim]. It may have other heads and another inner size than the target's layers.
         hot_vocab: int32 or int64 [entries]: the ids that it proposes, for which alone the head is multiplied. None: all
             of the target's.
-        levels: passes of the draft in a round, so also the depth of its trees, 1 to 64.
+        levels: the most passes of the draft in a round, so also the depth of its trees, 1 to 64.
         width: nodes that a level expands, 1 to 256.
         branching: children of each of them, 1 to 64.
-        nodes: of a tree that the target judges, its root included, 2 to 1024.
+        nodes: the most of a tree that the target judges, its root included, 2 to 1024.
 
     Raises:
         TypeError, ValueError: an argument has a wrong type or is out of range.
@@ -197,6 +202,8 @@ class EagleProposer(Proposer):
         if draft.hot_vocab is not None:
             self._vocab_map = VocabMap(draft.hot_vocab.to(shape.device), shape.vocab)
             self._head = _rows_of(target.head, self._vocab_map.draft_to_target)
+            if isinstance(draft.fc.weight, QuantizedWeight):  # then the copy need not be more exact than the draft
+                self._head = _in_int8(self._head)
         own = shape._replace(layers=1, kv_heads=attention.kv_heads, head_dim=attention.head_dim)
         self.cache = draft_cache(own, draft.run_nodes, **limits)
         self._pools: dict[int, CandidatePool] = {}
@@ -220,6 +227,7 @@ class EagleProposer(Proposer):
             self.cache.drop(request.draft_state)
             request.draft_state = None
 
+    @torch.inference_mode()
     def propose(self, batch: Batch) -> Drafted:
         """A tree for each request, of the paths that the draft thinks most likely."""
         size, device = len(batch), self.cache.device
@@ -229,6 +237,8 @@ class EagleProposer(Proposer):
                 size, levels=self.draft.levels, width=self.draft.width, branching=self.draft.branching, device=device
             )
             self._pools[size] = pool
+        began = time.perf_counter()
+        seconds = batch.seconds if device.type == "cpu" else None  # elsewhere a look at the pool would wait for it
         hidden, page_table = self._catch_up(batch)
         hidden = hidden[:, None]
         for level in range(self.draft.levels):
@@ -238,17 +248,25 @@ class EagleProposer(Proposer):
             )
             eos = self._target.eos[:8] or None
             frontier = grow_tree(pool, top.tokens, top.logprobs, level=level, eos=eos)
-            if level + 1 < self.draft.levels:
-                places = frontier.parent_rows.clamp(min=0).long()[:, :, None].expand(-1, -1, hidden.shape[-1])
-                rows = Rows(
-                    frontier.tokens,
-                    pool.topology,
-                    batch.context_lens,
-                    page_table,
-                    query_start=pool.query_start(level + 1),
-                )
-                hidden = self._run(rows, hidden.gather(1, places).flatten(0, 1)).view(size, self.draft.width, -1)
-        tree = prune_tree(pool, self.draft.max_nodes, root_tokens=batch.last_tokens)
+            if level + 1 == self.draft.levels:
+                break
+            if seconds is not None:
+                spent = time.perf_counter() - began
+                if not _is_worth_a_level(frontier.scores, spent / (level + 1), spent + seconds(size)):
+                    break
+            places = frontier.parent_rows.clamp(min=0).long()[:, :, None].expand(-1, -1, hidden.shape[-1])
+            rows = Rows(
+                frontier.tokens,
+                pool.topology,
+                batch.context_lens,
+                page_table,
+                query_start=pool.query_start(level + 1),
+            )
+            hidden = self._run(rows, hidden.gather(1, places).flatten(0, 1)).view(size, self.draft.width, -1)
+        nodes = self.draft.max_nodes
+        if seconds is not None:
+            nodes = _worthwhile(pool.scores, nodes, seconds, time.perf_counter() - began)
+        tree = prune_tree(pool, nodes, root_tokens=batch.last_tokens)
         return Drafted(tree.tokens, tree.topology)
 
     def _catch_up(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -293,6 +311,34 @@ class EagleProposer(Proposer):
     def _logits(self, features: torch.Tensor) -> torch.Tensor:
         logits, softcap = self._head(features), self._target.logit_softcap
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def _is_worth_a_level(scores: torch.Tensor, cost: float, spent: float) -> bool:
+    """Whether one more level brings more tokens per second than a round that ends here would.
+
+    Args:
+        scores: [batch, width] of the paths that would go on.
+        cost: seconds of a level.
+        spent: seconds of the round without it.
+    """
+    tokens = _CHANCE * scores.exp().sum().item()
+    return tokens * spent > len(scores) * cost
+
+
+def _worthwhile(scores: torch.Tensor, most: int, seconds: Callable[[int], float], spent: float) -> int:
+    """The number of nodes with which trees give most tokens per second: 2 to `most`, the root included.
+
+    Args:
+        scores: [batch, candidates]: logs of the chances that the draft gives its paths.
+        most: nodes of a tree.
+        seconds: of a round, by the rows of its pass.
+        spent: seconds of the draft.
+    """
+    size = len(scores)
+    chances = scores.topk(min(most - 1, scores.shape[1]), dim=1).values.exp().sum(0)
+    tokens = (size + chances.cumsum(0)).tolist()
+    rates = [gain / (spent + seconds(size * (2 + place))) for place, gain in enumerate(tokens)]
+    return 2 + max(range(len(rates)), key=rates.__getitem__)
 
 
 def parts(weights: dict, norms: dict, sizes: dict, target: Decoder) -> tuple[Projection, Layer]:
@@ -340,3 +386,9 @@ def _rows_of(head: Projection, ids: torch.Tensor) -> Projection:
     else:
         weight = weight.index_select(0, ids)
     return Projection(weight, None if head.bias is None else head.bias.index_select(0, ids))
+
+
+def _in_int8(head: Projection) -> Projection:
+    """The same in int8 with a scale per row, whose products are the fastest."""
+    weight = head.weight.dequantize() if isinstance(head.weight, GgufWeight) else head.weight
+    return head if isinstance(weight, QuantizedWeight) else Projection(quantize_linear(weight), head.bias)

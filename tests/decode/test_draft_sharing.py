@@ -7,9 +7,8 @@ import torch
 
 from specdec_ops import Tree, drafts
 from specdec_ops.decode import Engine, Sampling
-from tests.decode.test_eagle import noisy
 from tests.decode.test_engine import DRAFT, LENGTH, PROMPTS, TARGET, by_hand, samplings
-from tests.harness.tiny_models import make_decoder
+from tests.harness.tiny_models import make_decoder, noisy_eagle
 
 OTHER = make_decoder(7)
 DRAFTS = {
@@ -17,7 +16,7 @@ DRAFTS = {
     "chain": lambda: drafts.Chain(DRAFT, 3),
     "tree": lambda: drafts.MultiCandidate(DRAFT, (3, 2, 1)),
     "tree with repeats": lambda: drafts.MultiCandidate(DRAFT, (2, 2), replacement=True),
-    "eagle": lambda: noisy(levels=3, width=3, branching=4, nodes=9),
+    "eagle": lambda: noisy_eagle(TARGET, levels=3, width=3, branching=4, nodes=9),
 }
 ASKED = samplings(0.9)
 

@@ -7,17 +7,13 @@ import pytest
 import torch
 
 from specdec_ops import drafts
-from specdec_ops.decode import Engine, Sampling
+from specdec_ops.decode import Engine, Sampling, pace
 from specdec_ops.decode.decoder import Norm, Projection
+from specdec_ops.drafts import eagle
 from specdec_ops.ops.linear.quantized_weight import quantize_linear
 from tests.decode import test_engine_law as law
 from tests.decode.test_engine import LENGTH, PROMPTS, TARGET, by_hand, eos_of, samplings
-from tests.harness.tiny_models import DIM, make_decoder
-
-
-def from_embedding(dim: int = DIM) -> Projection:
-    """An fc that passes the embedding on and leaves the feature out."""
-    return Projection(torch.cat((torch.eye(dim), torch.zeros(dim, dim)), dim=1))
+from tests.harness.tiny_models import DIM, from_embedding, make_decoder, noisy_eagle
 
 
 def flat(norm: Norm) -> Norm:
@@ -34,20 +30,12 @@ def copy_of(target, **options) -> drafts.Eagle:
     return drafts.Eagle(from_embedding(), target.layers[0], **options)
 
 
-def noisy(seed: int = 0, hot: bool = True, **options) -> drafts.Eagle:
-    """A draft for TARGET that is right now and then, and that looks at its features."""
-    generator = torch.Generator().manual_seed(seed)
-    fc = from_embedding().weight + 0.1 * torch.randn(DIM, 2 * DIM, generator=generator)
-    hot_vocab = torch.randperm(40, generator=generator)[:25] if hot else None
-    return drafts.Eagle(Projection(fc), TARGET.layers[0], hot_vocab, **options)
-
-
 DRAFTS = {
-    "tree": lambda: noisy(levels=3, width=3, branching=4, nodes=9),
-    "all tokens": lambda: noisy(hot=False, levels=4, width=2, branching=2, nodes=6),
-    "chain": lambda: noisy(levels=3, width=1, branching=1, nodes=4),
-    "one level": lambda: noisy(levels=1, branching=5, nodes=4),
-    "wide": lambda: noisy(hot=False, levels=2, width=64, branching=40, nodes=200),
+    "tree": lambda: noisy_eagle(TARGET, levels=3, width=3, branching=4, nodes=9),
+    "all tokens": lambda: noisy_eagle(TARGET, hot=False, levels=4, width=2, branching=2, nodes=6),
+    "chain": lambda: noisy_eagle(TARGET, levels=3, width=1, branching=1, nodes=4),
+    "one level": lambda: noisy_eagle(TARGET, levels=1, branching=5, nodes=4),
+    "wide": lambda: noisy_eagle(TARGET, hot=False, levels=2, width=64, branching=40, nodes=200),
 }
 
 
@@ -79,26 +67,6 @@ def test_nothing_follows_an_eos(name, expected):
     for result, text, end in zip(results, texts, ends, strict=True):
         assert result.tokens == text[: text.index(end) + 1]
         assert result.finish_reason == "eos"
-
-
-@pytest.mark.parametrize("max_tokens", [1, 2, 7])
-def test_max_tokens_is_never_overshot(max_tokens, expected):
-    asked, texts = expected
-    asked = [dataclasses.replace(sampling, max_tokens=max_tokens) for sampling in asked]
-    results = Engine(TARGET, DRAFTS["tree"](), adapt=False).generate(PROMPTS, asked)
-    assert [result.tokens for result in results] == [text[:max_tokens] for text in texts]
-
-
-def test_few_pages_lose_nothing(expected):
-    """A request that has to wait starts anew with the draft, which then sees its whole text again."""
-    asked, texts = expected
-    draft = DRAFTS["tree"]()
-    slots = max(map(len, PROMPTS)) + LENGTH + draft.max_nodes
-    engine = Engine(TARGET, draft, pages=slots // 4 + 3, page_size=4, adapt=False)
-    sent_back = []
-    engine._send_back = lambda request, send=engine._send_back: (sent_back.append(request), send(request))
-    assert [result.tokens for result in engine.generate(PROMPTS, asked)] == texts
-    assert sent_back, "the test wants pages to run out"
 
 
 def accepted_by_request(results) -> list[tuple[int, int]]:
@@ -301,7 +269,43 @@ def test_wrong_arguments():
 
 
 def test_rows_that_were_never_seen_are_an_error():
-    engine = Engine(TARGET, noisy(), adapt=False)
+    engine = Engine(TARGET, noisy_eagle(TARGET), adapt=False)
     engine.proposer.see = lambda *_: None
     with pytest.raises(RuntimeError, match="the target's rows of 2 tokens must have been seen, got 1"):
         engine.generate([[3, 4]], Sampling(max_tokens=4))
+
+
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("slope", [0.0, 0.2, 1e6], ids=["free rows", "dear rows", "rows past price"])
+def test_trees_have_the_nodes_that_are_worth_their_rows(slope, batch, expected, monkeypatch):
+    """With times of passes that the test makes up. Texts are the same whatever is left out."""
+    asked, texts = expected
+    monkeypatch.setattr(
+        pace.Adaptation, "seconds_of_rows", lambda self, requests: lambda rows: 1e3 * (1 + slope * rows)
+    )
+    monkeypatch.setattr(pace.Adaptation, "wants_draft", lambda self, requests: True)
+    engine = Engine(TARGET, noisy_eagle(TARGET, hot=False, levels=3, width=3, branching=4, nodes=9), max_batch=batch)
+    sizes, propose = set(), engine.proposer.propose
+
+    def noted(requests):
+        drafted = propose(requests)
+        sizes.add(drafted.tokens.shape[1])
+        return drafted
+
+    engine.proposer.propose = noted
+    assert [result.tokens for result in engine.generate(PROMPTS, asked)] == texts
+    assert {0.0: sizes == {9}, 0.2: min(sizes) < 9 and max(sizes) > 2, 1e6: sizes == {2}}[slope], sizes
+
+
+def test_levels_end_when_what_would_go_on_is_unlikely():
+    scores = torch.tensor([[0.6, 0.1, 0.1], [0.2, 0.0, 0.0]]).log()
+    assert eagle._is_worth_a_level(scores, cost=0.99, spent=4.0)  # half a token expected, 2 requests, 4 seconds
+    assert not eagle._is_worth_a_level(scores, cost=1.01, spent=4.0)
+
+
+def test_nodes_by_hand():
+    scores = torch.tensor([[0.5, 0.1, 0.3, 0.01]]).log()
+    tokens = {2: 1.5, 3: 1.8, 4: 1.9, 5: 1.91}
+    for price, most in ((0.0, 9), (0.0, 4), (0.2, 9), (0.3, 9), (3.0, 9)):
+        best = max((nodes for nodes in tokens if nodes <= most), key=lambda n: tokens[n] / (3.0 + price * n))
+        assert eagle._worthwhile(scores, most, lambda rows: 2.0 + price * rows, 1.0) == best  # noqa: B023

@@ -11,7 +11,7 @@ import torch
 from specdec_ops import Tree, drafts, sample_tokens
 from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
-from tests.harness.tiny_models import Characters, first_layers, make_decoder
+from tests.harness.tiny_models import Characters, first_layers, make_decoder, noisy_eagle
 
 TARGET = make_decoder(1)
 DRAFT = first_layers(TARGET, 1)
@@ -27,6 +27,7 @@ DRAFTS = {
     "own chain": lambda: drafts.Chain(TARGET, 3),
     "tree": lambda: drafts.MultiCandidate(DRAFT, (3, 2, 1)),
     "tree with repeats": lambda: drafts.MultiCandidate(DRAFT, (2, 2), replacement=True),
+    "eagle": lambda: noisy_eagle(TARGET, levels=3, width=3, branching=4, nodes=9),
 }
 
 
@@ -93,7 +94,7 @@ def test_a_request_does_not_depend_on_the_others(expected):
     assert [results[place].tokens for place in range(len(PROMPTS))] == [result.tokens for result in alone]
 
 
-@pytest.mark.parametrize("name", ["n-gram tree", "chain", "tree"])
+@pytest.mark.parametrize("name", ["n-gram tree", "chain", "tree", "eagle"])
 def test_few_pages_lose_nothing(name, expected):
     """Requests that have to give their pages back go on where they were."""
     asked, texts = expected
@@ -141,7 +142,7 @@ def test_nothing_follows_an_eos(name, expected):
         assert result.finish_reason == "eos"
 
 
-@pytest.mark.parametrize("name", ["plain", "own chain", "tree"])
+@pytest.mark.parametrize("name", ["plain", "own chain", "tree", "eagle"])
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
 def test_max_tokens_is_never_overshot(name, max_tokens, expected):
     asked, texts = expected

@@ -1,9 +1,10 @@
-"""Decoders of a few thousand random weights, and a tokenizer of single characters."""
+"""Decoders of a few thousand random weights, drafts for them, and a tokenizer of single characters."""
 
 import dataclasses
 
 import torch
 
+from specdec_ops import drafts
 from specdec_ops.decode import Decoder, Shape
 from specdec_ops.decode.decoder import Attention, Layer, Mlp, Norm, Projection
 from specdec_ops.rope import Rope
@@ -48,6 +49,19 @@ def first_layers(decoder: Decoder, count: int) -> Decoder:
     """A draft that agrees with its target now and then: the target's leading layers, with its norm and head."""
     shape = decoder.shape._replace(layers=count)
     return dataclasses.replace(decoder, shape=shape, layers=decoder.layers[:count])
+
+
+def from_embedding(dim: int = DIM) -> Projection:
+    """An fc of Eagle that passes the embedding on and leaves the feature out."""
+    return Projection(torch.cat((torch.eye(dim), torch.zeros(dim, dim)), dim=1))
+
+
+def noisy_eagle(target: Decoder, hot: bool = True, **options) -> drafts.Eagle:
+    """A draft for a target that is right now and then, and that looks at its features."""
+    generator = torch.Generator().manual_seed(0)
+    fc = from_embedding().weight + 0.1 * torch.randn(DIM, 2 * DIM, generator=generator)
+    hot_vocab = torch.randperm(40, generator=generator)[:25] if hot else None
+    return drafts.Eagle(Projection(fc), target.layers[0], hot_vocab, **options)
 
 
 class Characters:
