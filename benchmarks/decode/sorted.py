@@ -2,9 +2,9 @@
 
 `python -m benchmarks.decode --system sorted --sorted FOLDER --single FOLDER --tuned FOLDER` wants what
 `specdec_ops.train.soft` and `benchmarks.decode.fine_tune` have written. The targets are SmolLM2-135M-Instruct in
-float32, the fine-tuned one in float32, and the 4-bit blocks of its GGUF file, which make a pass of the target cheap.
-Each seed has prompts of its own; contestants take turns on each prompt, and their ratios are paired by prompt. The
-draft of all engines of a target is one object, as is the tree's of all thresholds' forms.
+float32, a fine-tuned one in float32, int8, and the 4-bit blocks of its GGUF file: the fewer bytes a pass of the target
+reads, the more a draft has to save. Each seed has prompts of its own; contestants take turns on each prompt, and their
+ratios are paired by prompt. All drafts share the weights of one model.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ PAPER = {
     "tree, first exit": (1.99, 1.95, None),
     "tree, S2D .5 .5 0": (2.00, 1.93, None),
 }
+TARGETS = ("base", "tuned", "int8", "blocks")
 COLUMNS = (
     *("target", "seed", "contestant", "problem", "requests", "tokens", "calls", "drafted", "tokens_per_call"),
     *("layer_rows", "layer_passes", "head_passes", "left_first", "left_second", "left_last"),
@@ -97,6 +98,8 @@ def targets_of(asked) -> Iterator[tuple[str, Decoder]]:
     for name in asked.target:
         if name == "base":
             yield "base, float32", load(hugging_face(path), blocks.tokenizer)
+        elif name == "int8":
+            yield "base, int8", load(hugging_face(path), blocks.tokenizer, weights="int8")
         elif name == "tuned":
             yield "fine-tuned, float32", load(asked.tuned)
         else:
@@ -317,7 +320,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--sorted", required=True, help="a folder of specdec_ops.train.soft")
     made.add_argument("--single", help="one with a single exit, after as many layers")
     made.add_argument("--tuned", help="a folder of benchmarks.decode.fine_tune")
-    made.add_argument("--target", nargs="+", choices=("base", "tuned", "blocks"), default=["base", "tuned", "blocks"])
+    made.add_argument("--target", nargs="+", choices=TARGETS, default=list(TARGETS))
     made.add_argument("--seed", type=int, nargs="+", default=[0, 1, 2])
     made.add_argument("--count", type=int, default=2, help="prompts of each set for each seed (default: 2)")
     made.add_argument("--tokens", type=int, default=64, help="the most tokens of an answer (default: 64)")
