@@ -20,8 +20,9 @@ class Pacing:
     A round waits for the line (r) and for the target (t), and spends d on each of k levels, but for the share h of
     rounds whose draft was made during the wait before. If a drafted token is accepted with chance a wherever those
     before it were, a round gives 1 + a + ... + a^k tokens. So k is the one with most tokens a second, which are
-    (1 + a + ... + a^k) / (r + t + k d (1 - h)). The longer the line, the longer the drafts. All five are running means of what was measured: r is the time from
-    sending a tree to having its result, without what the server says it took, which is t.
+    (1 + a + ... + a^k) / (r + t + k d (1 - h)). The longer the line, the longer the drafts. All five are running means
+    of what was measured: r is the time from sending a tree to having its result, without what the server says it took,
+    which is t.
 
     A draft is made ahead while the wait is expected to be at least as long as the draft takes: it then costs nothing
     but work, also if its guess turns out wrong.
