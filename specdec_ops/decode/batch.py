@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
 from specdec_ops.ops.acceptance.sample import sample_tokens
+from specdec_ops.vocab_map import VocabMap
 
 from .cache import Cache
 from .request import Request
@@ -109,9 +111,14 @@ class Batch:
         page_table: int32 [batch, max_pages], of the target's cache.
         last_tokens: int32 [batch]: node 0.
         law: the settings of their distributions.
+        seconds: how long a round takes, its draft apart, by the rows of its pass. None: not known, or none of the
+            draft's business, since with the rule the tree has a part in what is drawn.
     """
 
-    def __init__(self, requests: list[Request], cache: Cache, law: Law) -> None:
+    def __init__(
+        self, requests: list[Request], cache: Cache, law: Law, seconds: Callable[[int], float] | None = None
+    ) -> None:
+        self.seconds = seconds
         device = cache.device
         self.requests = requests
         lengths = [request.sequence.length for request in requests]
@@ -128,11 +135,20 @@ class Batch:
         """seeds, and positions of node 0: keywords of acceptance and of `sample_children`."""
         return {"seeds": self.law.seeds, "positions": self.context_lens}
 
-    def draw_as_target(self, logits: torch.Tensor, depth: int, count: int) -> torch.Tensor:
+    def draw_as_target(
+        self, logits: torch.Tensor, depth: int, count: int, vocab_map: VocabMap | None = None
+    ) -> torch.Tensor:
         """`count` tokens for each row of logits [batch, rows, vocab], with the noise of the target's own tokens.
 
-        Whatever the target draws at this depth with the same logits is the first of them. int32 [batch, rows, count].
+        Whatever the target draws at this depth with the same logits is the first of them. With a vocab_map the rows are
+        [batch, rows, draft_vocab], and the target's tokens that no entry stands for have a probability of 0.
+
+        Returns:
+            int32 [batch, rows, count]; -1 where there are fewer tokens.
         """
+        if vocab_map is not None:
+            rows = logits.new_full((*logits.shape[:2], vocab_map.vocab), -math.inf)
+            logits = rows.index_copy_(2, vocab_map.draft_to_target.long(), logits)
         batch, rows, vocab = logits.shape
 
         def of_rows(value):

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from specdec_ops.drafts.base import Draft, Drafted, Proposer
+from specdec_ops.drafts.base import Draft, Drafted
 from specdec_ops.drafts.model_draft import chains
 from specdec_ops.tree import Tree
 
@@ -32,7 +32,7 @@ class Engine(Protocol):
 
     target: Model
     draft: Draft
-    proposer: Proposer
+    rule: str
     cache: Cache
     on_round: Callable[[int, list[int], dict[str, float]], None] | None
 
@@ -152,19 +152,23 @@ def _pass_times(engine: Engine, text: list[int]) -> dict[int, float]:
 def _agreement(engine: Engine, texts: list[list[int]], starts: list[int], depth: int) -> tuple[float, ...]:
     """How often a tree that is made afresh at a place of a text has its next tokens, down to each depth."""
     hits, places = [0] * depth, 0
+    slots = max(map(len, texts)) + engine.draft.max_nodes
+    proposer = engine.draft.bind(  # of its own: nothing that the engine's has in its cache plays a part
+        engine.target, max_batch=1, max_length=slots, max_slots=slots, is_coupled=engine.rule == "match"
+    )
     for text, start in zip(texts, starts, strict=True):
         hidden = _last_rows(engine, text) if engine.draft.wants_hidden else None
         for end in range(start, max(start + 1, len(text) - depth + 1), max(1, (len(text) - start) // 32)):
             request = Request(text[:end], Sampling(), (), None)
             request.sequence.length = end - 1
-            engine.proposer.start(request)
+            proposer.start(request)
             if hidden is not None:
-                engine.proposer.see(request, 0, hidden[: end - 1])
+                proposer.see(request, 0, hidden[: end - 1])
             try:
                 batch = Batch([request], engine.cache, Law.of([request], engine.cache.device))
-                found = _depth_of_match(engine.proposer.propose(batch), text[end:])
+                found = _depth_of_match(proposer.propose(batch), text[end:])
             finally:
-                engine.proposer.drop(request)
+                proposer.drop(request)
             places += 1
             for level in range(min(found, depth)):
                 hits[level] += 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import itertools
 import time
@@ -26,31 +25,14 @@ from .batch import Batch, Law
 from .cache import Cache
 from .diagnose import Diagnosis, Prompt, diagnose
 from .model import Model
-from .pace import Pace
+from .pace import Adaptation
+from .progress import bar
 from .request import Request, State
 from .result import Chunk, Result
 from .rows import Rows
 from .sampling import Sampling
 
 _OP = "Engine"
-
-
-class _NoBar:
-    def update(self, count: int) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _bar(total: int, wanted: bool):
-    if not wanted:
-        yield _NoBar()
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise RuntimeError(f"specdec_ops.{_OP}: progress=True needs the package tqdm (pip install tqdm)") from error
-    with tqdm(total=total, unit="prompt") as bar:
-        yield bar
 
 
 def _renumbered(chunk: Chunk, place: int) -> Chunk:
@@ -82,8 +64,8 @@ class Engine:
         draft: from `specdec_ops.drafts`; None decodes plainly. Other engines may have the same one.
         rule: "auto", or one by name: see `specdec_ops.decode.rules.choose`.
         max_batch: the most requests that run at once.
-        max_length: the most tokens of prompt, answer and draft of a request; by default, and at most, what the model
-            has positions for, 4096 at the default.
+        max_length: the most tokens of prompt and answer of a request; by default, and at most, what target and draft
+            have positions for, 4096 at the default.
         pages: of the target's cache; by default enough for max_batch requests of max_length.
         page_size: slots of a page.
         prefill_rows: the most prompt tokens of a pass.
@@ -111,6 +93,8 @@ class Engine:
         if draft is not None and not isinstance(draft, Draft):
             raise TypeError(argument_error(_OP, "draft", "a specdec_ops.drafts.Draft or None", draft))
         most = target.shape.max_positions
+        if draft is not None and draft.max_positions is not None:
+            most = min(most, draft.max_positions)
         max_length = min(most, 4096) if max_length is None else max_length
         for name, value, high in (
             ("max_batch", max_batch, 4096),
@@ -124,7 +108,8 @@ class Engine:
                 raise ValueError(argument_error(_OP, name, f"from 1 to {high}", value))
         self.target, self.draft, self.rule = target, draft, rules.choose(rule, draft)
         self.max_batch, self.max_length, self._prefill_rows = max_batch, max_length, prefill_rows
-        self._adapt, self._paces, self._has_warned = adapt, collections.defaultdict(Pace), False
+        self._adapt, self._has_warned = adapt, False
+        self._adaptation = Adaptation(draft is not None and draft.weighs_rows)
         self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
         slots = max_length + self._nodes
@@ -132,7 +117,9 @@ class Engine:
         self.proposer: Proposer | None = None
         if draft is not None:
             is_coupled = self.rule == "match"
-            self.proposer = draft.bind(target, max_batch=max_batch, max_length=slots, is_coupled=is_coupled)
+            room = self.cache.pool.pages * page_size
+            limits = {"max_batch": max_batch, "max_length": min(slots, room), "max_slots": room}
+            self.proposer = draft.bind(target, is_coupled=is_coupled, **limits)
         self._longest = min(max_length, self.cache.pool.pages * page_size - self._nodes)  # text of one request
         if self._longest < 2:
             raise ValueError(argument_error(_OP, "pages", f"enough for {self._nodes + 2} slots", pages))
@@ -292,11 +279,17 @@ class Engine:
     def _with_pages(self, group: list[Request], nodes: int) -> list[Request]:
         """Those of the group that have room for their trees; paused and new requests give pages up for the others."""
         for request in group:
-            while request.state is State.RUNNING and not self.cache.reserve(
-                request.sequence, len(request.ids) - 1 + nodes
-            ):
+            while request.state is State.RUNNING and not self._has_room(request, nodes):
+                if len(self._running) == 1:
+                    raise RuntimeError(f"specdec_ops.{_OP}: there are too few pages for a request that fitted")
                 self._send_back(max(self._running, key=lambda running: (running.is_paused, running.number)))
         return [request for request in group if request.state is State.RUNNING]
+
+    def _has_room(self, request: Request, nodes: int) -> bool:
+        """Take what pages the next round of a request needs, of the target's cache and of the draft's."""
+        if not self.cache.reserve(request.sequence, len(request.ids) - 1 + nodes):
+            return False
+        return not self._drafts_for(request) or self.proposer.reserve(request)
 
     def _send_back(self, request: Request) -> None:
         """A running request waits again, before all others; its text so far becomes a part of what is run first.
@@ -344,19 +337,19 @@ class Engine:
 
     def _round(self, requests: list[Request], draft: Draft | None) -> None:
         law = self._law(requests)
-        pace = self._paces[len(requests)]
-        may_switch = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
-        drafts = draft is not None and (not may_switch or pace.wants_draft())
-        times = [time.perf_counter()]
-        batch = Batch(requests, self.cache, law)
+        may_adapt = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
+        adaptation = self._adaptation if may_adapt else None
+        drafts = draft is not None and (adaptation is None or adaptation.wants_draft(len(requests)))
+        marks = [time.perf_counter()]
+        batch = Batch(requests, self.cache, law, adaptation and adaptation.seconds_of_rows(len(requests)))
         if drafts:
             drafted = self.proposer.propose(batch)
         else:
             drafted = Drafted(batch.last_tokens[:, None], chains((1,), self._device), is_chain=True)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         logits, hidden = self._score(batch, drafted)
         logits = law.without_improbable(logits)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         acceptance = self._accept(draft, batch, logits, drafted)
         if not drafted.is_chain:
             self.cache.commit(acceptance.nodes, batch.context_lens, batch.page_table)
@@ -367,12 +360,13 @@ class Engine:
         accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
         if drafts:
             self.proposer.observe(batch, drafted, acceptance, accepted)
-        times.append(time.perf_counter())
-        if may_switch:
-            pace.record(drafts, times[-1] - times[0], sum(accepted) / len(accepted) + 1)
-            self._warn_of_loss(pace)
+        marks.append(time.perf_counter())
+        if adaptation is not None:
+            rows, given = sum(drafted.sizes or (drafted.tokens.numel(),)), sum(accepted) / len(accepted) + 1
+            adaptation.record(len(requests), drafts, rows, marks[1] - marks[0], marks[-1] - marks[1], given)
+            self._warn_of_loss(adaptation.loss)
         if self.on_round is not None and drafts:
-            spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+            spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
             depth = acceptance.nodes.shape[1] - 1
             self.on_round(min(depth, draft.max_depth or depth), accepted, spans)
 
@@ -393,11 +387,11 @@ class Engine:
             request.take(tokens[: count + 1], None if logprobs is None else logprobs[place], self._longest)
         return [row[0] for row in table]
 
-    def _warn_of_loss(self, pace: Pace) -> None:
-        if not pace.pays and not self._has_warned:
+    def _warn_of_loss(self, speedup: float | None) -> None:
+        if speedup is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"specdec_ops.{_OP}: this draft decodes at {pace.speedup:.2f}x the speed of plain decoding here, so it "
+                f"specdec_ops.{_OP}: this draft decodes at {speedup:.2f}x the speed of plain decoding here, so it "
                 "is left out and tried again now and then; Engine.diagnose() tells why",
                 stacklevel=4,
             )
@@ -475,11 +469,11 @@ class Engine:
         """
         results: dict[int, Result] = {}
         prompts = self._prompts(prompts)
-        with _bar(len(prompts), progress) as bar:
+        with bar(len(prompts), progress) as shown:
             for chunk in self.stream(prompts, sampling):
                 if chunk.result is not None:
                     results[chunk.request] = chunk.result
-                    bar.update(1)
+                    shown.update(1)
         return [results[place] for place in range(len(prompts))]
 
     def stream(

@@ -63,10 +63,11 @@ def accept(rule: str, draft: Draft | None, batch: Batch, logits: torch.Tensor, d
     if rule == "match":
         return match_accept(logits, tokens, topology, **options)
     rows = drafted.draft_logits
-    if rule in _CHAIN_RULES:
-        return chain_accept(logits, tokens[:, 1:], None if rows is None else rows[:, :-1], rule=rule, **options)
     if rule == "typical":
         return typical_accept(logits, tokens, topology, **options)
+    options["vocab_map"] = drafted.vocab_map
+    if rule in _CHAIN_RULES:
+        return chain_accept(logits, tokens[:, 1:], None if rows is None else rows[:, :-1], rule=rule, **options)
     if rule == "longest_path":
         return longest_path_accept(logits, tokens, topology, rows, **options)
     replacement = draft is not None and draft.proposals == "repeated" and rule != "kseq"

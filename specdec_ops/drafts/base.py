@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Literal
 import torch
 
 from specdec_ops.topology import Topology
+from specdec_ops.vocab_map import VocabMap
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
@@ -37,6 +38,7 @@ class Drafted:
     tokens: torch.Tensor
     topology: Topology
     draft_logits: torch.Tensor | None = None
+    vocab_map: VocabMap | None = None
     sizes: tuple[int, ...] | None = None
     is_chain: bool = False
 
@@ -52,24 +54,30 @@ class Draft(abc.ABC):
             text before them), "distinct" (drawn without replacement) or "repeated" (with).
         max_nodes: of a tree, node 0 included.
         max_depth: the most levels below node 0, where that is known to be less than max_nodes - 1.
+        max_positions: the longest text that it can follow; None: any.
         is_chain: whether its trees are chains.
+        weighs_rows: whether it looks at how long passes take (seconds of the batch), and proposes nothing where
+            nothing pays. Of other drafts the engine measures whether they pay, and leaves them out if not.
         wants_hidden: whether `Proposer.see` is to be called. Prompts then share no pages, since their rows are wanted.
     """
 
     proposals: Proposals
     max_nodes: int
     max_depth: int | None = None
+    max_positions: int | None = None
     is_chain: bool = False
+    weighs_rows: bool = False
     wants_hidden: bool = False
 
     @abc.abstractmethod
-    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> Proposer:
+    def bind(self, target: Model, *, max_batch: int, max_length: int, max_slots: int, is_coupled: bool) -> Proposer:
         """Once for each engine: check that the draft fits the target, and allocate.
 
         Args:
             target: the model that verifies.
             max_batch: the most requests at once.
             max_length: the most slots of a request.
+            max_slots: the most slots of all requests together, which is what the target's pages have.
             is_coupled: whether the rule is "match": sampled children are then to be drawn with the target's own noise,
                 so that they are those which the target will draw wherever both agree.
         """
@@ -78,7 +86,7 @@ class Draft(abc.ABC):
 class Proposer(abc.ABC):
     """A draft at work in one engine: proposes trees of tokens for its requests, and owns its caches.
 
-    `Request.draft_state` belongs to it.
+    What requests have as draft_state belongs to it.
 
     Attributes:
         levels: the most levels of the next trees below node 0, for drafts that each level costs time; None: as many as
@@ -89,6 +97,14 @@ class Proposer(abc.ABC):
 
     def start(self, request: Request) -> None:
         """A request joins. It may have an answer already, if it had to wait for pages."""
+
+    def reserve(self, request: Request) -> bool:
+        """Make room for a request's text and its next tree.
+
+        Returns False, and does nothing, if there is none at the moment: then the newest request of the engine gives up
+        what it has and waits. A request that is alone must be served.
+        """
+        return True
 
     def see(self, request: Request, start: int, hidden: torch.Tensor) -> None:
         """The target has run some of a request's tokens, in a prompt or because they were accepted.
@@ -114,7 +130,7 @@ class Proposer(abc.ABC):
         """
 
     def retract(self, request: Request, length: int) -> None:
-        """Only the first `length` tokens of the text it knows still hold, and what it has drafted does not.
+        """Only the first `length` tokens of the text it knows still hold, which is what the request has, and no draft.
 
         The engine itself never takes a token back. By default it begins anew with the text.
         """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from specdec_ops._core.checks import argument_error
-from specdec_ops.decode.cache import Cache, Sequence
+from specdec_ops.decode.cache import Sequence
 from specdec_ops.decode.decoder import Attention, Decoder, Layer, Mlp, Norm, Projection
 from specdec_ops.decode.rows import Rows
 from specdec_ops.ops.acceptance.sample import sample_children
@@ -21,7 +21,7 @@ from specdec_ops.vocab_map import VocabMap
 
 from . import checkpoint
 from .base import Draft, Drafted, Proposer
-from .model_draft import chains
+from .model_draft import chains, draft_cache
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
@@ -175,15 +175,15 @@ class Eagle(Draft):
         sizes = {name: getattr(attention, name) for name in names} | {"norm_eps": self.layer.mlp_norm.eps}
         checkpoint.save(folder, "eagle", tensors, target, sizes | (about or {}))
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> EagleProposer:
-        """See `Draft.bind`."""
-        return EagleProposer(self, target, max_batch, max_length)
+    def bind(self, target: Model, *, is_coupled: bool, **limits) -> EagleProposer:
+        """See `Draft.bind`. Its proposals are the likeliest ones with any rule."""
+        return EagleProposer(self, target, **limits)
 
 
 class EagleProposer(Proposer):
     """The layer's cache, and the target's rows that it goes on from."""
 
-    def __init__(self, draft: Eagle, target: Model, max_batch: int, max_length: int) -> None:
+    def __init__(self, draft: Eagle, target: Model, **limits) -> None:
         if not isinstance(target, Decoder):
             raise TypeError(argument_error(_OP, "target", "a specdec_ops.decode.Decoder", target))
         shape, attention = target.shape, draft.layer.attention
@@ -197,10 +197,8 @@ class EagleProposer(Proposer):
         if draft.hot_vocab is not None:
             self._vocab_map = VocabMap(draft.hot_vocab.to(shape.device), shape.vocab)
             self._head = _rows_of(target.head, self._vocab_map.draft_to_target)
-        page_size = 16
-        pages = max_batch * -(-(max_length + draft.run_nodes) // page_size)
         own = shape._replace(layers=1, kv_heads=attention.kv_heads, head_dim=attention.head_dim)
-        self.cache = Cache(own, pages, page_size)
+        self.cache = draft_cache(own, draft.run_nodes, **limits)
         self._pools: dict[int, CandidatePool] = {}
 
     def start(self, request: Request) -> None:
@@ -211,6 +209,10 @@ class EagleProposer(Proposer):
     def see(self, request: Request, start: int, hidden: torch.Tensor) -> None:
         """Keep the features: each belongs to the token after it."""
         request.draft_state.features.append(self._target.norm(hidden))
+
+    def reserve(self, request: Request) -> bool:
+        """See `Proposer.reserve`."""
+        return self.cache.reserve(request.draft_state, len(request.ids) - 1 + self.draft.run_nodes)
 
     def drop(self, request: Request) -> None:
         """Give its pages back."""
@@ -258,9 +260,8 @@ class EagleProposer(Proposer):
             the draft's row of node 0, [batch, dim], and the page table with room for the tree.
         """
         requests, states = batch.requests, [request.draft_state for request in batch.requests]
-        for request, state in zip(requests, states, strict=True):
-            if not self.cache.reserve(state, len(request.ids) - 1 + self.draft.run_nodes):
-                raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
+        if not all(map(self.reserve, requests)):
+            raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
         for request, state in zip(requests, states, strict=True):
             while len(request.ids) - state.length > _CHUNK:  # a prompt; chunks are the same whoever is beside it
                 self._run_text([request], (_CHUNK,), self.cache.page_table([state]))

@@ -10,6 +10,7 @@ from specdec_ops.decode.model import Model
 from specdec_ops.decode.rows import Rows
 from specdec_ops.ops.acceptance.sample import sample_children
 from specdec_ops.tree import Tree
+from specdec_ops.vocab_map import VocabMap
 
 from .base import Drafted
 from .model_draft import ModelDraft, ModelProposer
@@ -26,16 +27,23 @@ class FixedTreeDraft(ModelDraft):
         branching: children of each node, level by level.
     """
 
-    def __init__(self, model: Model, branching: tuple[int, ...], *, replacement: bool = False) -> None:
-        super().__init__(model)
+    def __init__(
+        self,
+        model: Model,
+        branching: tuple[int, ...],
+        *,
+        replacement: bool = False,
+        vocab_map: VocabMap | None = None,
+    ) -> None:
+        super().__init__(model, vocab_map)
         self.tree, self.branching = Tree.from_branching(branching, root=True), branching
         self.proposals = "repeated" if replacement else "distinct"
         self.max_nodes, self.max_depth, self.levels_run = len(self.tree), len(branching), len(branching) - 1
         self.is_chain = set(branching) == {1}
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> FixedTreeProposer:
+    def bind(self, target: Model, **limits) -> FixedTreeProposer:
         """See `Draft.bind`."""
-        return FixedTreeProposer(self, target, max_batch=max_batch, max_length=max_length, is_coupled=is_coupled)
+        return FixedTreeProposer(self, target, **limits)
 
 
 class FixedTreeProposer(ModelProposer):
@@ -60,12 +68,18 @@ class FixedTreeProposer(ModelProposer):
             start, stop, end = levels[level : level + 3]
             if level:
                 rows = Rows(tokens[:, start:stop], topology, batch.context_lens, page_table, query_start=start)
-                logits = self.model.forward(rows, self.cache).logits
+                logits = self.forward(rows)
             logits = logits.view(len(batch), stop - start, -1)
             if draft_logits is not None:
                 draft_logits[:, start:stop] = logits
             tokens[:, stop:end] = self._draw(batch, logits, count, start, level).flatten(1)
-        return Drafted(tokens, topology, draft_logits, is_chain=draft.is_chain)
+        return Drafted(
+            tokens,
+            topology,
+            draft_logits,
+            vocab_map=None if draft_logits is None else self.vocab_map,
+            is_chain=draft.is_chain,
+        )
 
     def _tree(self, levels: int) -> Tree:
         if levels not in self._trees:
@@ -75,7 +89,6 @@ class FixedTreeProposer(ModelProposer):
     def _draw(self, batch: Batch, logits: torch.Tensor, count: int, start: int, level: int) -> torch.Tensor:
         """int32 [batch, rows, count]: children of the nodes from `start` on."""
         if self.is_coupled:
-            return batch.draw_as_target(logits, level + 1, count)
-        replacement = self.draft.proposals == "repeated"
-        noise, filters = batch.noise, batch.law.filters
-        return sample_children(logits, count, replacement=replacement, first_parent=start, **noise, **filters).tokens
+            return batch.draw_as_target(logits, level + 1, count, self.vocab_map)
+        options = {"replacement": self.draft.proposals == "repeated", "vocab_map": self.vocab_map}
+        return sample_children(logits, count, first_parent=start, **options, **batch.noise, **batch.law.filters).tokens

@@ -215,7 +215,7 @@ class _Talk:
         self._client, self._answer, self._line = client, answer, line
         self._drafter: Drafter | None = None
         if client.draft is not None:
-            target = FarTarget(answer.hello) if client._target is None else client._target
+            target = FarTarget(answer.hello, client._tokenizer) if client._target is None else client._target
             self._drafter = Drafter(client.draft, target, answer.request.sampling, answer.hello.max_length)
         self._pacing = Pacing(1 if self._drafter is None else self._drafter.max_levels)
         self._ahead: tuple[list[int], HostTree] | None = None  # a text as it may be, and a tree after it
@@ -286,7 +286,7 @@ class _Talk:
         loop, drafter, answer = asyncio.get_running_loop(), self._drafter, self._answer
         states, answer.states = answer.states, []
         began = loop.time()
-        tree = await self._client._work(_draft, drafter, states, list(ids), levels)
+        tree = await self._client._work(_draft, drafter, states, list(ids), levels, self._pacing.seconds())
         self._pacing.drafted(len(tree.likeliest()), loop.time() - began)
         return tree
 
@@ -322,10 +322,10 @@ class _Talk:
             await asyncio.sleep(0)
 
 
-def _draft(drafter: Drafter, states, ids: list[int], levels: int | None) -> HostTree:
+def _draft(drafter: Drafter, states, ids: list[int], levels: int | None, seconds) -> HostTree:
     for start, rows in states:
         drafter.take_states(start, rows)
-    return drafter.propose(ids, levels)
+    return drafter.propose(ids, levels, seconds)
 
 
 async def _connect(host: str, port: int, tls: ssl.SSLContext | None) -> Stream:

@@ -8,6 +8,8 @@ it lacks those of the last tokens it drafts nothing; one that can do without the
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from specdec_ops.decode.batch import Batch, Law
@@ -16,6 +18,7 @@ from specdec_ops.decode.model import Model
 from specdec_ops.decode.request import Request
 from specdec_ops.decode.rows import Shape
 from specdec_ops.decode.sampling import Sampling
+from specdec_ops.decode.text import Tokenizer
 from specdec_ops.drafts.base import Draft, Drafted
 from specdec_ops.ops.acceptance.accept import Acceptance
 
@@ -26,10 +29,8 @@ from .host_tree import HostTree
 class FarTarget:
     """What a client knows of the target: enough for drafts that only need to know its vocabulary."""
 
-    tokenizer = None
-
-    def __init__(self, hello: wire.Hello) -> None:
-        self.eos = hello.eos
+    def __init__(self, hello: wire.Hello, tokenizer: Tokenizer | None) -> None:
+        self.eos, self.tokenizer = hello.eos, tokenizer
         self.shape = Shape(0, 0, 0, 0, hello.vocab, hello.max_length, torch.float32, torch.device("cpu"))
 
     def forward(self, *_, **__):
@@ -63,7 +64,8 @@ class Drafter:
     def __init__(self, draft: Draft, target: Model, sampling: Sampling, max_length: int) -> None:
         self.draft, self._max_length = draft, max_length
         slots = max_length + draft.max_nodes
-        self._proposer = draft.bind(target, max_batch=1, max_length=slots, is_coupled=True)
+        limits = {"max_batch": 1, "max_length": slots, "max_slots": slots}
+        self._proposer = draft.bind(target, **limits, is_coupled=True)
         self._request = Request([], sampling, (), None)
         model = getattr(draft, "model", target)
         self._device = model.shape.device
@@ -96,12 +98,15 @@ class Drafter:
         begin, self.states = self.states, self.states + len(rows)
         self._proposer.see(self._request, begin, rows.to(self._device))
 
-    def propose(self, ids: list[int], levels: int | None = None) -> HostTree:
+    def propose(
+        self, ids: list[int], levels: int | None = None, seconds: Callable[[int], float] | None = None
+    ) -> HostTree:
         """A tree after a text; of the text's last token alone where nothing can be said.
 
         Args:
             ids: the text. It may differ from that of the last call from some token on.
             levels: the most levels of the tree, for drafts that each level costs time.
+            seconds: how long a round takes by the nodes of its tree, for drafts that weigh them; None: not known.
         """
         if len(ids) >= self._max_length or (self.wants_states and self.states != len(ids) - 1):
             return HostTree.chain(ids[-1:])
@@ -109,7 +114,9 @@ class Drafter:
         self._settle(ids)
         self._proposer.levels = levels
         self._request.sequence.length = len(ids) - 1
-        batch = Batch([self._request], _NoCache(self._device), self._law)
+        if not self._proposer.reserve(self._request):
+            raise RuntimeError("specdec_ops.remote: the draft's cache is full, which must not happen")
+        batch = Batch([self._request], _NoCache(self._device), self._law, seconds)
         drafted = self._proposer.propose(batch)
         self._pending = (batch, drafted, HostTree.of(drafted))
         return self._pending[2]
@@ -124,10 +131,12 @@ class Drafter:
         known, pending = self._request.ids, self._pending
         common = next((place for place, (a, b) in enumerate(zip(known, ids, strict=False)) if a != b), None)
         common = min(len(known), len(ids)) if common is None else common
-        self._request.ids, self._pending = list(ids), None
+        self._pending = None
         if common < len(known):
+            self._request.ids = known[:common]
             self._proposer.retract(self._request, common)
-        elif pending is not None:
+        self._request.ids = list(ids)
+        if common == len(known) and pending is not None:
             batch, drafted, tree = pending
             path = tree.walk(ids[len(known) :])
             self._proposer.observe(batch, drafted, _acceptance(path, ids, drafted), [len(path) - 1])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 _MEMORY = 0.9  # weight of the past in running means
 _PRIOR_HITS, _PRIOR_TRIES = 1.4, 2.0
 
@@ -53,6 +55,13 @@ class Pacing:
             if rate > most:
                 best, most = levels, rate
         return best
+
+    def seconds(self) -> Callable[[int], float] | None:
+        """How long a round takes by its nodes: the same for all, since the line takes most of it. None: not known."""
+        if self.line.value is None:
+            return None
+        wait = self.line.value + self.target.value
+        return lambda nodes: max(wait, 1e-9)
 
     def drafts_ahead(self) -> bool:
         """Whether the next wait is long enough to draft in it."""

@@ -43,7 +43,7 @@ class WireDraft(Draft):
     def __init__(self, max_nodes: int, *, wants_hidden: bool) -> None:
         self.max_nodes, self.wants_hidden = max_nodes, wants_hidden
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int, is_coupled: bool) -> WireProposer:
+    def bind(self, target: Model, *, is_coupled: bool, **limits: int) -> WireProposer:
         """See `Draft.bind`."""
         return WireProposer()
 

@@ -50,7 +50,7 @@ class Recorder(Draft, Proposer):
     def __init__(self) -> None:
         self.texts: dict[int, Text] = {}
 
-    def bind(self, target: Decoder, *, max_batch: int, max_length: int, is_coupled: bool) -> Recorder:
+    def bind(self, target: Decoder, **_) -> Recorder:
         """See `Draft.bind`."""
         self._target, self._root = target, Tree.chain(1).to(target.shape.device)
         return self

@@ -70,7 +70,7 @@ class LastToken(drafts.Draft):
 
     proposals, max_nodes, is_chain = "deterministic", 2, True
 
-    def bind(self, target, *, max_batch, max_length, is_coupled):
+    def bind(self, target, *, max_batch, max_length, max_slots, is_coupled):
         return LastTokenProposer(target.shape.device)
 
 

@@ -308,6 +308,6 @@ def test_diagnosis_shows_a_draft_whose_cache_does_not_follow():
             request.draft_state.length = len(request.ids) - 1  # as if all of it were in the cache
 
     engine.proposer.observe = forgets
-    diagnosis = engine.diagnose(PROMPTS[:2], max_tokens=20)
+    diagnosis = engine.diagnose(PROMPTS[:2], max_tokens=60)
     assert diagnosis.agreement[0] == 1.0
     assert diagnosis.accepted[0] < 1.0

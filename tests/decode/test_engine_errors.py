@@ -74,7 +74,7 @@ def test_one_bad_prompt_takes_the_others_along():
         (
             {"draft": drafts.Chain(make_decoder(2, vocab=41))},
             ValueError,
-            "the target's vocabulary of 40 tokens, got 41",
+            "the target's vocabulary of 40 tokens, or a vocab_map, got 41",
         ),
         ({"max_batch": 0}, ValueError, "max_batch must be from 1 to 4096, got 0"),
         ({"max_length": 513}, ValueError, "max_length must be from 1 to 512, got 513"),

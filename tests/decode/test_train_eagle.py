@@ -59,16 +59,15 @@ def test_the_network_is_the_draft(seed, interleaved):
     pairs = train.side_by_side([text], 99)
     with torch.no_grad():
         want = net(train.Teacher(target, None).embed(pairs.tokens), pairs.before)[0]
-    draft = net.draft(target, None, levels=1)
-    seen, catch_up = {}, draft._catch_up
+    engine = Engine(target, net.draft(target, None, levels=1), adapt=False)
+    seen, catch_up = {}, engine.proposer._catch_up
 
     def noted(batch):
         found = catch_up(batch)
         seen[len(batch.requests[0].ids)] = found[0][0]
         return found
 
-    draft._catch_up = noted
-    engine = Engine(target, draft, adapt=False)
+    engine.proposer._catch_up = noted
     tokens = text.tokens.tolist()
     for length in (1, 2, 17, 35):
         engine.generate([tokens[:length]], Sampling(max_tokens=1))
