@@ -134,7 +134,7 @@ class Proposer(abc.ABC):
         """
 
     def retract(self, request: Request, length: int) -> None:
-        """Only the first `length` tokens of the text it knows still hold, and what it has drafted does not.
+        """Only the first `length` tokens of the text it knows still hold, which is what the request has, and no draft.
 
         The engine itself never takes a token back. By default it begins anew with the text.
         """

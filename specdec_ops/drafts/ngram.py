@@ -181,6 +181,11 @@ class _Proposer(Proposer):
         """Its text is indexed when it is asked for."""
         request.draft_state = _State(self.draft.longest, request.sampling.temperature)
 
+    def retract(self, request: Request, length: int) -> None:
+        """Index the text anew; what was learned of chances stays."""
+        state = request.draft_state
+        state.index, state.grown = _Index(self.draft.longest), None
+
     def propose(self, batch: Batch) -> Drafted:
         """A tree for each request, of node 0 alone where nothing is known or worth its row."""
         least, count = _LEAST, len(batch)
