@@ -8,6 +8,8 @@ from specdec_ops import kv_append
 
 POISON = 7.5  # of caches, where nobody may write
 EPS = 1e-6
+DEPTHS = [[0, 1, 1, 2, 2, 3], [0, 1, 2], [0, 0, 1, 1, 1]]  # the last one is a forest
+HEADS, KV_HEADS = 5, 2
 
 
 def normal(*shape, seed=0, dtype=torch.float64, device="cpu"):
@@ -128,3 +130,11 @@ def run(append, target, **changes):
         **changes,
     )
     return *pair, out
+
+
+def case(dtype=torch.float32, device="cpu", *, dim=24, v_dim=None, queries=4, batch=3, depths=DEPTHS, **options):
+    options.setdefault("context_lens", [9, 0, 4][:batch])
+    options.setdefault("query_start", [0, 1, 2][:batch])
+    shapes = ((KV_HEADS, dim), (KV_HEADS, v_dim or dim), (HEADS, dim))
+    rows = [(2 * normal(batch, queries, *shape, seed=seed)).to(device, dtype) for seed, shape in enumerate(shapes)]
+    return Append(*rows, depths, **options)

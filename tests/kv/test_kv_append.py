@@ -7,22 +7,12 @@ import torch
 
 from specdec_ops import Rope, Topology, Tree, build_topology, kv_append, kv_propagate, tree_attention
 from tests.harness.close import assert_as_good_as_torch
-from tests.kv.append_cases import POISON, Append, caches, ids, normal, run, tables, trees
+from tests.kv.append_cases import DEPTHS, HEADS, KV_HEADS, POISON, Append, caches, case, ids, normal, run, tables, trees
 
 OP = "kv_append"
 ISAS = ("generic", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SHORT = (torch.float8_e4m3fn, torch.float8_e5m2, torch.int8)
-DEPTHS = [[0, 1, 1, 2, 2, 3], [0, 1, 2], [0, 0, 1, 1, 1]]  # the last one is a forest
-HEADS, KV_HEADS = 5, 2
-
-
-def case(dtype=torch.float32, device="cpu", *, dim=24, v_dim=None, queries=4, batch=3, depths=DEPTHS, **options):
-    options.setdefault("context_lens", [9, 0, 4][:batch])
-    options.setdefault("query_start", [0, 1, 2][:batch])
-    shapes = ((KV_HEADS, dim), (KV_HEADS, v_dim or dim), (HEADS, dim))
-    rows = [(2 * normal(batch, queries, *shape, seed=seed)).to(device, dtype) for seed, shape in enumerate(shapes)]
-    return Append(*rows, depths, **options)
 
 
 def check(append, got):
@@ -79,8 +69,6 @@ def test_every_instruction_set(isa):
         append = case(dtype, dim=dim, rope=tables(20, pairs), interleaved=interleaved)
         append.options["k_norm_weight"] = append.options["q_norm_weight"] = 1 + 0.3 * normal(dim, dtype=dtype)
         check(append, run(append, OnCpu))
-    codes = codes_of("cpu", torch.linspace(-500, 500, 4001)[None, None, None], torch.float8_e4m3fn, 1.0)
-    assert torch.equal(codes.view(torch.uint8), nearest_codes(torch.linspace(-500, 500, 4001), torch.float8_e4m3fn))
 
 
 def test_a_prompt(target):
@@ -298,80 +286,6 @@ def test_nothing(target):
     assert headless.shape == (3, 2, 0, 8) and (pair[0][:, 1:3] == 1).all()
 
 
-def codes_of(backend, values, dtype, scale, device="cpu"):
-    """What a cache of this dtype holds of values [1, 1, 1, dim]."""
-    values = values.to(device)
-    pair = [torch.zeros(values.shape, device=device).to(dtype) for _ in range(2)]
-    kv_append(values, values, *pair, None, 0, k_scale=scale, v_scale=scale, backend=backend)
-    assert torch.equal(*(cache.view(torch.uint8) for cache in pair))
-    return pair[0].flatten().cpu()
-
-
-def nearest_codes(values, dtype):
-    """By trying all 256: the nearest finite number, of two equally near ones the one with the even code."""
-    codes = torch.arange(256, dtype=torch.uint8)
-    numbers = codes.view(dtype).double()
-    if dtype == torch.int8:
-        numbers[128] = float("nan")  # -128 is not used
-    usable = numbers.isfinite()
-    codes, numbers = codes[usable], numbers[usable]
-    distances = (values.double()[:, None] - numbers).abs()
-    nearest = distances == distances.min(dim=1, keepdim=True).values
-    # Of two, the even code; of two zeros, the one of the value's sign.
-    wrong_zero = (numbers == 0) & ((codes == 128) != values.signbit()[:, None])
-    return codes[torch.where(nearest, (codes % 2 + wrong_zero).double(), float("inf")).argmin(dim=1)]
-
-
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
-def test_every_code_and_every_tie(target, dtype):
-    """All codes, what is half-way between neighbours and just beside it, and what is too large."""
-    numbers = torch.arange(256, dtype=torch.uint8).view(dtype).float()
-    numbers = numbers[numbers.isfinite()].unique()
-    middles = (numbers[1:] + numbers[:-1]) / 2
-    beside = [torch.nextafter(middles, torch.full_like(middles, away)) for away in (-1e9, 1e9)]
-    huge = torch.tensor([1e6, -1e6, 448.0, 464.0, 465.0, 480.0, 57344.0, 61440.0, 127.5, -128.0, 1e-30, -0.0])
-    values = torch.cat([numbers, middles, *beside, huge])
-    got = codes_of(target.backend, values[None, None, None], dtype, 1.0, target.device)
-    want = nearest_codes(values, dtype)
-    assert torch.equal(got.view(dtype).double(), want.view(dtype).double())
-
-
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
-def test_numbers_that_are_none(target, dtype):
-    """An infinity is the largest number; NaN stays in fp8, and is 0 as an int8."""
-    values = torch.tensor([float("inf"), -3e38, float("nan"), -float("nan"), 2.0])
-    got = codes_of(target.backend, values[None, None, None], dtype, 1.0, target.device).double()
-    largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
-    assert got[:2].tolist() == [largest, -largest] and got[4] == 2
-    assert (got[2:4] == 0).all() if dtype == torch.int8 else got[2:4].isnan().all()
-
-
-@pytest.mark.parametrize("dtype", SHORT, ids=str)
-def test_scales(target, dtype):
-    """A number, one for each head, and one without dimensions; turned keys are as near as the codes allow."""
-    device = target.device
-    append = case(torch.bfloat16, device, rope=tables(20, 12, device))
-    exact_k, exact_v, _ = append.expected(double=True)
-    per_head = torch.tensor([0.08, 0.11], device=device)
-    for k_scale, v_scale in ((0.09, per_head), (per_head, torch.tensor(0.1, device=device))):
-        pair = [torch.zeros(3, 16, KV_HEADS, 24, device=device).to(dtype) for _ in range(2)]
-        topology, lengths = trees(DEPTHS, device), ids(append.context_lens, device)
-        scales = {"k_scale": k_scale, "v_scale": v_scale, "query_start": ids(append.query_start, device)}
-        kv_append(
-            append.k, append.v, *pair, topology, lengths, rope=append.options["rope"], **scales, backend=target.backend
-        )
-        for cache, scale, exact in zip(pair, (k_scale, v_scale), (exact_k, exact_v), strict=True):
-            scale = torch.as_tensor(scale, dtype=torch.float64).cpu().expand(KV_HEADS)[:, None]
-            for place, want in exact.items():
-                got = cache[place].cpu().double() * scale
-                relative = {torch.float8_e4m3fn: 2**-4, torch.float8_e5m2: 2**-3, torch.int8: 0}[dtype]
-                step = scale * {torch.float8_e4m3fn: 2**-10, torch.float8_e5m2: 2**-17, torch.int8: 0.5}[dtype]
-                assert ((got - want).abs() <= 1.0001 * (want.abs() * relative + step) + 1e-6).all()
-    plain = caches(append.k, append.v, 3, 16)
-    kv_append(append.k, append.v, *plain, None, 0, v_scale=0.5, backend=target.backend)
-    assert torch.equal(plain[1][:, :4], append.v * 2) and torch.equal(plain[0][:, :4], append.k)
-
-
 def test_threads_change_nothing(threads):
     """Enough rows for several of them."""
     rows = normal(1, 300, 4, 128, dtype=torch.bfloat16)
@@ -447,154 +361,3 @@ def test_kv_propagate_turns_as_kv_append_does(target):
     for one, other in zip(ours, theirs, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
         assert (one[0, 2] == POISON).all()  # position 20 is not in the tables
-
-
-K = normal(2, 3, 2, 8, dtype=torch.float32)
-
-
-def arguments(**changes):
-    pair = caches(K, K, 2, 6)
-    return {
-        "k": K,
-        "v": K,
-        "k_cache": pair[0],
-        "v_cache": pair[1],
-        "topology": Tree.chain(3).to("cpu"),
-        "context_lens": ids([1, 2]),
-        **changes,
-    }
-
-
-def wrong(changes, kind, message):
-    return pytest.param(changes, kind, message, id=f"{next(iter(changes))} {message[:40]}")
-
-
-PACKED = K.flatten(0, 1)
-CACHE = torch.zeros(2, 6, 2, 8)
-EIGHT_BITS = {name: CACHE.to(torch.int8) for name in ("k_cache", "v_cache")}
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind", "message"),
-    [
-        wrong({"k": 1}, TypeError, "k must be float32, bfloat16 or float16 [batch, queries, kv_heads, dim] or pac"),
-        wrong({"k": K.int()}, TypeError, "got int32 [2, 3, 2, 8]"),
-        wrong({"k": K[0, 0]}, ValueError, "k must be [batch, queries, kv_heads, dim] or packed [tokens, kv_heads, d"),
-        wrong({"k": K[..., ::2]}, ValueError, "k must be contiguous in its last dimension, got float32 [2, 3, 2, 4] w"),
-        wrong({"k": K[:, :, :0]}, ValueError, "k must be of at least one kv head, got float32 [2, 3, 0, 8]"),
-        wrong({"v": K.half()}, TypeError, "v must be float32 like k, got float16 [2, 3, 2, 8]"),
-        wrong({"v": K[:1]}, ValueError, "v must be [2, 3, 2, dim] like k, got float32 [1, 3, 2, 8]"),
-        wrong({"q": K[:1]}, ValueError, "q must be [2, 3, heads, dim] like k, got float32 [1, 3, 2, 8]"),
-        wrong({"q": K[..., :6]}, ValueError, "q must be of k's dim of 8, got float32 [2, 3, 2, 6]"),
-        wrong({"q": K, "q_out": K[:1]}, ValueError, "q_out must be float32 [2, 3, 2, 8] like q, got float32 [1, 3, "),
-        wrong({"q": K, "q_out": K.half()}, TypeError, "q_out must be float32 [2, 3, 2, 8] like q, got float16"),
-        wrong({"q_out": K}, ValueError, "q_out must be None without q"),
-        wrong({"q_norm_weight": K[0, 0, 0]}, ValueError, "q_norm_weight must be None without q"),
-        wrong({"k_norm_weight": K[0, 0, 0, :4]}, ValueError, "k_norm_weight must be float32 [8], got float32 [4]"),
-        wrong({"k_norm_weight": K[0, 0, 0].half()}, TypeError, "k_norm_weight must be float32 [8], got float16 [8]"),
-        wrong({"k_cache": CACHE.half()}, TypeError, "k_cache must be float32, float8_e4m3fn, float8_e5m2 or int8 [ba"),
-        wrong({"k_cache": CACHE[..., :4]}, ValueError, "k_cache must be [batch, slots, 2, 8] like k, got float32"),
-        wrong(
-            {"k_cache": CACHE.transpose(1, 2)},
-            ValueError,
-            "; the layout is [batch, slots, kv_heads, dim], to which .transpose(1, 2) brings heads that come before",
-        ),
-        wrong({"v_cache": CACHE[:, :5]}, ValueError, "v_cache must be of k_cache's first two sizes [2, 6], got"),
-        wrong({"v_cache": CACHE.to(torch.int8)}, TypeError, "v_cache must be float32 like k_cache, got int8"),
-        wrong(
-            {name: CACHE[:1] for name in ("k_cache", "v_cache")},
-            ValueError,
-            "k_cache must be of a batch of 2, got float32 [1, 6, 2, 8]",
-        ),
-        wrong(EIGHT_BITS, TypeError, "k_scale must be a number or float32 [2] with an int8 cache, got None"),
-        wrong({**EIGHT_BITS, "k_scale": 0}, ValueError, "k_scale must be a finite number above 0, got 0"),
-        wrong({"v_scale": torch.ones(3)}, ValueError, "v_scale must be a number or float32 [2] or without dimensions"),
-        wrong({"v_scale": torch.ones(2).half()}, TypeError, "v_scale must be a number or float32 [2], got float16 [2]"),
-        wrong({"topology": Tree.chain(3)}, TypeError, "topology must be a specdec_ops.Topology or None, got Tree"),
-        wrong({"topology": Tree.chain(3).to("cpu", 3)}, ValueError, "topology must have a batch of 2 or 1, got 3"),
-        wrong({"context_lens": None}, TypeError, "context_lens must be int32 or int64 [batch] or an int without slots"),
-        wrong({"context_lens": -1}, ValueError, "context_lens must be from 0 to 2**31 - 1, got -1"),
-        wrong({"context_lens": ids([1])}, ValueError, "context_lens must be int32 or int64 [2] or an int, got int32"),
-        wrong({"page_table": ids([[0]])}, ValueError, "page_table must be [2, max_pages], got int32 [1, 1]"),
-        wrong({"query_start": -1}, ValueError, "query_start must be an int of at least 0, or int32 or int64 [batch]"),
-        wrong(
-            {"query_start": 0.5}, TypeError, "query_start must be an int of at least 0, or int32 or int64 [batch], g"
-        ),
-        wrong({"slots": ids([1, 2])}, ValueError, "slots must be int32 or int64 [2, 3], got int32 [2]"),
-        wrong({"positions": K[..., 0, 0]}, TypeError, "positions must be int32 or int64 [2, 3], got float32 [2, 3]"),
-        wrong({"requests": ids([0])}, ValueError, "requests must be None, but for packed rows without a topology"),
-        wrong({"rope": 1e4}, TypeError, "rope must be a Rope, (cos, sin) or None, got 10000.0"),
-        wrong({"rope": tables(9, 5)}, ValueError, "rope[0] must be two tables [positions, pairs] of one shape, of at "),
-        wrong({"rope": (tables(9, 4)[0],) * 1}, TypeError, "rope must be a Rope, (cos, sin) or None, got tuple"),
-        wrong({"rope": Rope(9.0, 5, 9)}, ValueError, "rope must be of at most 4 pairs, got Rope"),
-        wrong({"rope": tuple(t[:, ::2] for t in tables(9, 8))}, ValueError, "rope must be of contiguous tables, got"),
-        wrong({"rope": (tables(9, 4)[0].double(),) * 2}, TypeError, "rope[0] must be float32 [positions, pairs], got"),
-        wrong({"interleaved": 1}, TypeError, "interleaved must be a bool, got 1"),
-        wrong({"norm_eps": -1}, ValueError, "norm_eps must be a finite number of at least 0, got -1"),
-        wrong({"k": PACKED, "v": PACKED}, ValueError, "topology must have offsets with packed rows, got None"),
-        wrong(
-            {"k": PACKED, "v": PACKED, "topology": None},
-            ValueError,
-            "k must be [batch, queries, kv_heads, dim], or packed with topology.offsets or slots, got float32 [6, 2",
-        ),
-        wrong(
-            {"k": PACKED, "v": PACKED, "topology": None, "slots": ids([0] * 6)},
-            ValueError,
-            "context_lens must be None for packed rows without a topology, got int32 [2]",
-        ),
-        wrong(
-            {"k": PACKED, "v": PACKED, "topology": None, "slots": ids([0] * 6), "context_lens": None}
-            | {"rope": tables(9, 4)},
-            TypeError,
-            "positions must be int32 or int64 of k's rows with a rope and no context_lens, got None",
-        ),
-        wrong(
-            {"k": PACKED, "v": PACKED, "topology": None, "slots": ids([0] * 6), "context_lens": None}
-            | {"query_start": 1},
-            ValueError,
-            "query_start must be 0 for packed rows without a topology, got 1",
-        ),
-        wrong({"k": K.clone().requires_grad_()}, RuntimeError, "an input requires grad, but this op has no backward"),
-        wrong(
-            {"context_lens": ids([1, 2]).to("meta")}, ValueError, "context_lens must be on cpu, got a tensor on meta"
-        ),
-    ],
-)
-def test_wrong_arguments(changes, kind, message):
-    with pytest.raises(kind) as raised:
-        kv_append(**arguments(**changes))
-    assert str(raised.value).startswith("specdec_ops.kv_append: ") and message in str(raised.value)
-
-
-def test_the_operator():
-    """Schema, fake and functionalisation."""
-    q = normal(2, 3, 4, 8, dtype=torch.float32)
-    seen = {}
-    from specdec_ops.ops.kv import contract
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contract, "kv_append", lambda call, backend, out: seen.update(call=call, out=out))
-        kv_append(**arguments(q=q, rope=tables(9, 4), q_norm_weight=torch.ones(8)))
-    torch.library.opcheck(
-        torch.ops.specdec_ops.kv_append.default,
-        (*seen["call"], *seen["out"], "auto"),
-        test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-    )
-
-
-@pytest.mark.parametrize("in_place", [False, True])
-def test_compiles_without_a_break(in_place):
-    """With a Rope; the caches and q_out that the caller has change."""
-    rope = Rope(100.0, 4, 9)
-
-    def step(q, **options):
-        return 2 * kv_append(q=q, rope=rope, q_out=q if in_place else None, **options)
-
-    first, second = arguments(), arguments()
-    queries = normal(2, 3, 4, 8, dtype=torch.float32)
-    want = step(queries.clone(), **first)
-    torch._dynamo.reset()
-    mine = queries.clone()
-    got = torch.compile(step, backend="aot_eager", fullgraph=True)(mine, **second)
-    assert torch.equal(got, want) and torch.equal(mine, want / 2 if in_place else queries)
-    assert all(torch.equal(first[name], second[name]) for name in ("k_cache", "v_cache"))

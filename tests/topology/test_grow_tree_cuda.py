@@ -11,7 +11,7 @@ import torch
 
 from specdec_ops import VocabMap, grow_tree, prune_tree
 from tests.emulator import build, kernels
-from tests.emulator.checks import SANITIZERS, assert_order_changes_nothing, assert_sanitizer_finds_nothing
+from tests.emulator.checks import launch_tests
 from tests.topology.grow_cases import TORCH, grown, random_round
 
 if reason := build.why_not():
@@ -53,15 +53,7 @@ LAUNCHES = {
 }
 
 
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_sanitizers_find_nothing(case, sanitizer):
-    assert_sanitizer_finds_nothing(LAUNCHES[case](), sanitizer)
-
-
-@pytest.mark.parametrize("case", LAUNCHES)
-def test_every_order_gives_the_same(case):
-    assert_order_changes_nothing(LAUNCHES[case](), 6)
+test_sanitizers_find_nothing, test_every_order_gives_the_same = launch_tests(LAUNCHES, 6)
 
 
 def test_a_sanitizer_finds_a_pool_that_is_too_small():
