@@ -122,12 +122,11 @@ def test_dealing_changes_no_bit(name, threads, busy_neighbours):
 def test_a_team_that_was_waited_for_gets_smaller():
     limit = _C.TeamLimit()
     assert [limit.threads(asked, now=0) for asked in (1, 2, 16)] == [1, 2, 16]
-    limit.note(threads=16, waited=LATE, worked=MILLISECOND, now=0)
-    assert [limit.threads(asked, now=LATE) for asked in (1, 2, 16)] == [1, 2, 15]
-    limit.note(threads=15, waited=LATE, worked=MILLISECOND, now=LATE)
-    assert limit.threads(16, now=LATE) == 14
-    limit.note(threads=2, waited=LATE, worked=MILLISECOND, now=LATE)
-    assert limit.threads(16, now=LATE) == 1
+    for expected in (15, 14):
+        limit.note(threads=expected + 1, waited=LATE, worked=MILLISECOND, now=0)
+        assert [limit.threads(asked, now=1) for asked in (1, 2, 16)] == [1, 2, expected]
+    limit.note(threads=2, waited=LATE, worked=MILLISECOND, now=0)
+    assert limit.threads(16, now=1) == 1
 
 
 def test_a_team_gets_its_threads_back():
