@@ -13,6 +13,7 @@
 #include "common/cpu/benchmark_probes.h"
 #include "common/cpu/build_info.h"
 #include "common/cpu/isa.h"
+#include "common/cpu/team_limit.h"
 #ifdef SPECDEC_WITH_CUDA
 #include "common/cuda/launch.h"
 #endif
@@ -59,6 +60,10 @@ PYBIND11_MODULE(_C, m) {
   m.def("cpu_vnni", &cpu::may_use_vnni, "Whether CPU kernels use AVX-512's dot products of bytes here.");
   m.def("allow_cpu_vnni", &cpu::allow_vnni, "Withholds them, or gives them back.");
   m.def("set_cpu_isa", &cpu::limit_isa, "Limits the instruction set; an empty name removes the limit.");
+  py::class_<cpu::TeamLimit>(m, "TeamLimit", "How many threads calls get, after what was told of their teams.")
+      .def(py::init<>())
+      .def("threads", &cpu::TeamLimit::threads, py::arg("asked"), py::arg("now"))
+      .def("note", &cpu::TeamLimit::note, py::arg("threads"), py::arg("waited"), py::arg("worked"), py::arg("now"));
   m.def(
       "read_bytes",
       [](Address address, size_t bytes, int threads, int streams, int ahead, bool nearest) {

@@ -4,6 +4,7 @@ The ops test and raise; this module only builds text, so that a correct call pay
 torch.compile can trace through the checks. It also converts the integers that other libraries hand over.
 """
 
+import functools
 import math
 
 import numpy as np
@@ -34,6 +35,7 @@ def describe(value) -> str:
     return name
 
 
+@functools.cache
 def describe_dtype(dtype: torch.dtype) -> str:
     """`float32`."""
     return str(dtype).removeprefix("torch.")

@@ -181,12 +181,14 @@ void accept_cpu(const AcceptParams& p, int threads) {
     for (int32_t request = 0; request < p.batch; ++request) accept_one(p, request, workspace);
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
-    Workspace workspace(p, 1);
-#pragma omp for schedule(dynamic, 1)
-    for (int32_t request = 0; request < p.batch; ++request) accept_one(p, request, workspace);
-  }
+  Shares requests(p.batch);
+  run_team(
+      threads,
+      [&](int) {
+        Workspace workspace(p, 1);
+        requests.take([&](int64_t request) { accept_one(p, int32_t(request), workspace); });
+      },
+      Parts::kUneven);
 }
 
 }  // namespace specdec

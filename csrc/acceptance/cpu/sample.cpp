@@ -115,13 +115,12 @@ void sample_cpu(const SampleParams& p, int threads) {
     for (int64_t place = 0; place < rows; ++place) sample_row(place, reader, kept);
     return;
   }
-#pragma omp parallel num_threads(threads)
-  {
+  Shares shares(rows);
+  run_team(threads, [&](int) {
     RowReader reader(1);
     KeptRow kept;
-#pragma omp for schedule(dynamic, 1)
-    for (int64_t place = 0; place < rows; ++place) sample_row(place, reader, kept);
-  }
+    shares.take([&](int64_t place) { sample_row(place, reader, kept); });
+  });
 }
 
 }  // namespace specdec

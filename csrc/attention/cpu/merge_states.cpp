@@ -4,6 +4,7 @@
 #include "attention/cpu/entry_points.h"
 #include "attention/cpu/merge_kernels.h"
 #include "common/cpu/isa.h"
+#include "common/cpu/thread_pool.h"
 
 namespace specdec {
 
@@ -18,9 +19,8 @@ void merge_states_cpu(const MergeStatesParams& p, int threads) {
   constexpr int64_t kElementsPerTask = 1 << 15;  // less is not worth waking a thread for
   const int64_t rows_per_task = std::max<int64_t>(kElementsPerTask / std::max(p.dim, 1), 1);
   const int64_t tasks = (p.rows + rows_per_task - 1) / rows_per_task;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && tasks > 1)
-  for (int64_t task = 0; task < tasks; task++)
-    merge_rows(p, task * rows_per_task, std::min((task + 1) * rows_per_task, p.rows));
+  cpu::deal(threads, tasks,
+            [&](int64_t task) { merge_rows(p, task * rows_per_task, std::min((task + 1) * rows_per_task, p.rows)); });
 }
 
 void exp2_cpu(const float* x, float* y, int64_t count, bool weights) {

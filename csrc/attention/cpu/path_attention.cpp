@@ -185,21 +185,23 @@ void finish(const Plan& plan, const PathKernel& kernel, const Group& group, cons
 // Each thread takes whole groups and merges chunks as it goes.
 void run_groups(const Plan& plan, const PathKernel& kernel, int threads) {
   threads = std::min<int>(threads, int(plan.groups.size()));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Buffer buffer(plan.scratch + 2 * plan.states);
-    float *states = buffer.get() + plan.scratch, *later = states + plan.states;
-#pragma omp for schedule(dynamic, 1)
-    for (size_t g = 0; g < plan.groups.size(); g++) {
-      const Group& group = plan.groups[g];
-      attend(plan, kernel, group, 0, buffer.get(), states);
-      for (int c = 1; c < group.chunks(); c++) {
-        attend(plan, kernel, group, c, buffer.get(), later);
-        merge(plan, kernel, group, states, later);
-      }
-      finish(plan, kernel, group, states);
-    }
-  }
+  Shares groups(plan.groups.size());
+  run_team(
+      threads,
+      [&](int) {
+        Buffer buffer(plan.scratch + 2 * plan.states);
+        float *states = buffer.get() + plan.scratch, *later = states + plan.states;
+        groups.take([&](int64_t g) {
+          const Group& group = plan.groups[g];
+          attend(plan, kernel, group, 0, buffer.get(), states);
+          for (int c = 1; c < group.chunks(); c++) {
+            attend(plan, kernel, group, c, buffer.get(), later);
+            merge(plan, kernel, group, states, later);
+          }
+          finish(plan, kernel, group, states);
+        });
+      },
+      Parts::kUneven);
 }
 
 // A chunk of a group, counted from its first one, and where its states wait.
@@ -226,16 +228,16 @@ void run_chunks(const Plan& plan, const PathKernel& kernel, int threads) {
       if (++chunk == plan.groups[group].chunks()) group++, chunk = 0;
     }
     const int most = std::min<int>(threads, int(work.size()));
-#pragma omp parallel num_threads(most) if (most > 1)
-    {
+    Shares chunks(work.size());
+    run_team(most, [&](int) {
       Buffer scratch(plan.scratch);
-#pragma omp for schedule(dynamic, 1)
-      for (size_t w = 0; w < work.size(); w++)
+      chunks.take([&](int64_t w) {
         attend(plan, kernel, plan.groups[work[w].group], work[w].chunk, scratch.get(), work[w].states);
-    }
+      });
+    });
     const size_t last = chunk > 0 ? group + 1 : group;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(most) if (most > 1 && last - first > 1)
-    for (size_t g = first; g < last; g++) {
+    deal(most, int64_t(last - first), [&](int64_t at) {
+      const size_t g = first + at;
       float* states = resumed && g == first ? from_before : nullptr;
       for (const Work& of : work) {
         if (of.group != g) continue;
@@ -248,7 +250,7 @@ void run_chunks(const Plan& plan, const PathKernel& kernel, int threads) {
         std::copy(states, states + plan.groups[g].states(), for_later);
       else
         finish(plan, kernel, plan.groups[g], states);
-    }
+    });
     std::swap(from_before, for_later);
   }
 }

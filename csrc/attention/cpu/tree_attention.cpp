@@ -1,5 +1,5 @@
 // Tree attention on CPUs: checks what only a kernel can see (attention/cpu/requests.h), cuts the call into tasks and
-// splits (attention/cpu/task.h), and runs them on OpenMP threads. The arithmetic is in attention/cpu/attention_kernel.h
+// splits (attention/cpu/task.h), and runs them on threads. The arithmetic is in attention/cpu/attention_kernel.h
 // and the engines it is compiled with. Path-invariant calls have a scheduler of their own: attention/cpu/path_attention.cpp.
 //
 // Tasks of many rows are worth a thread each, which folds their splits as it goes. Tasks of few rows wait for memory:
@@ -155,20 +155,22 @@ void attend_split(const Plan& plan, int split, float* scratch, float* partial) {
 // Each thread takes whole tasks and folds splits as it goes.
 void run_tasks(const Plan* plans, size_t count, const Sizes& sizes, int threads) {
   threads = std::min<int>(threads, int(count));
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
-    Buffer buffer(sizes.scratch + 2 * sizes.partial);
-    float *partial = buffer.get() + sizes.scratch, *later = partial + sizes.partial;
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < count; i++) {
-      attend_split(plans[i], 0, buffer.get(), partial);
-      for (int c = 1; c < plans[i].splits; c++) {
-        attend_split(plans[i], c, buffer.get(), later);
-        plans[i].kernel->merge(plans[i].task, partial, later);
-      }
-      plans[i].kernel->finish(plans[i].task, partial, buffer.get());
-    }
-  }
+  Shares tasks(count);
+  run_team(
+      threads,
+      [&](int) {
+        Buffer buffer(sizes.scratch + 2 * sizes.partial);
+        float *partial = buffer.get() + sizes.scratch, *later = partial + sizes.partial;
+        tasks.take([&](int64_t i) {
+          attend_split(plans[i], 0, buffer.get(), partial);
+          for (int c = 1; c < plans[i].splits; c++) {
+            attend_split(plans[i], c, buffer.get(), later);
+            plans[i].kernel->merge(plans[i].task, partial, later);
+          }
+          plans[i].kernel->finish(plans[i].task, partial, buffer.get());
+        });
+      },
+      Parts::kUneven);
 }
 
 // Tasks [first, last) through one split.
@@ -207,11 +209,10 @@ void run_splits(const Plan* plans, size_t count, const Sizes& sizes, int threads
   // Few rows wait for memory: a split's last tile fetches the next one's first, so threads take some in a row.
   const int share = std::clamp(int(work.size()) / (4 * threads), 1, kMaxInARow);
   const int in_a_row = plans[0].task.rows <= kFewRows ? share : 1;
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  {
+  Shares splits(work.size(), in_a_row), merges(count);
+  run_team(threads, [&](int) {
     Buffer scratch(sizes.scratch);
-#pragma omp for schedule(dynamic, in_a_row)
-    for (size_t w = 0; w < work.size(); w++) {
+    splits.take([&](int64_t w) {
       const auto [first, last, split] = work[w];
       const Plan& plan = plans[first];
       const Task* tasks[kMaxTogether];
@@ -219,13 +220,13 @@ void run_splits(const Plan* plans, size_t count, const Sizes& sizes, int threads
       for (size_t i = first; i < last; i++) tasks[i - first] = &plans[i].task, partials[i - first] = state(i, split);
       const int begin = split * plan.split_slots, end = std::min(begin + plan.split_slots, plan.task.slots);
       plan.kernel->attend(tasks, int(last - first), begin, end, scratch.get(), partials);
-    }
-#pragma omp for schedule(dynamic, 1)
-    for (size_t i = 0; i < count; i++) {
+    });
+    splits.wait();
+    merges.take([&](int64_t i) {
       for (int c = 1; c < plans[i].splits; c++) plans[i].kernel->merge(plans[i].task, state(i, 0), state(i, c));
       plans[i].kernel->finish(plans[i].task, state(i, 0), scratch.get());
-    }
-  }
+    });
+  });
 }
 
 // Runs plans in slices of whole requests whose waiting states stay within bounds.

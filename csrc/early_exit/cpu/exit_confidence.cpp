@@ -2,9 +2,8 @@
 //
 // The head is cut into chunks of a fixed number of rows, which threads take in any order. A chunk is seen a tile at a
 // time by all hidden rows and leaves a state for each of them; states are merged in the order of the chunks, so a
-// result depends on the number of rows, but neither on the threads nor on what the other rows are. Memory read: the
-// head once (once for every 60 hidden rows, but then products are what takes the time). Scratch: the packed rows, and
-// 150 bytes per row and chunk.
+// result depends on its row alone, and not on the threads. Memory read: the head once (once for every 60 hidden rows,
+// but then products are what takes the time). Scratch: the packed rows, and 150 bytes per row and chunk.
 #include <algorithm>
 #include <cmath>
 #include <numeric>

@@ -13,6 +13,7 @@ namespace specdec::cpu {
 namespace {
 
 constexpr double kProductsPerThread = 1 << 18;  // below this many another thread does not pay
+constexpr int64_t kPackedAlone = 1 << 13;       // elements of rows that one thread packs
 
 // y = x W^T + bias; rows [rows, float_row(inputs)] and [rows, float_row(outputs)].
 std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int rows, int inputs, int threads) {
@@ -21,11 +22,13 @@ std::vector<float> apply(const MlpLayer& layer, const std::vector<float>& x, int
   std::vector<float> y(rows * to);
   const double products = double(rows) * inputs * layer.outputs;
   const ThreadPool pool(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
-  pool.run(rows, [&](int64_t row, int) { packed.set(int(row), &x[row * from]); });
+  const ThreadPool packers(int64_t(rows) * inputs <= kPackedAlone ? 1 : pool.threads());
+  packers.run(rows, [&](int64_t row, int) { packed.set(int(row), &x[row * from]); });
   pool.run((layer.outputs + kWeightTile - 1) / kWeightTile, [&](int64_t at, int) {
     const int64_t first = at * kWeightTile;
     const int count = int(std::min<int64_t>(kWeightTile, layer.outputs - first));
-    const WeightTile tile = WeightTile::of(WeightType(layer.type), layer.weight, first, layer.outputs, inputs);
+    WeightTile tile = WeightTile::of(WeightType(layer.type), layer.weight, first, layer.outputs, inputs);
+    tile.near = true;  // a model of a few megabytes that is asked at every step of a draft
     packed.multiply(tile, [&](int row, const float* sums) {
       float* outputs = &y[row * to + first];
       for (int i = 0; i < count; i++) outputs[i] = sums[i] + layer.bias[first + i];

@@ -3,6 +3,7 @@
 #include <vector>
 
 #include "common/cpu/isa.h"
+#include "common/cpu/thread_pool.h"
 #include "kv/cpu/append_kernels.h"
 #include "kv/cpu/entry_points.h"
 
@@ -22,13 +23,13 @@ void kv_append_cpu(const KvAppendParams& p, int threads) {
   const int64_t row_elements = int64_t(p.heads + p.kv_heads) * p.k_dim + int64_t(p.kv_heads) * p.v_dim;
   const int64_t rows_per_task = std::max<int64_t>(kElementsPerTask / row_elements, 1);
   const int64_t tasks = (p.rows + rows_per_task - 1) / rows_per_task;
-#pragma omp parallel num_threads(threads) if (threads > 1 && tasks > 1)
-  {
+  Shares shares(tasks);
+  run_team(int(std::min<int64_t>(threads, tasks)), [&](int) {
     std::vector<float> memory(floats);
-#pragma omp for schedule(static)
-    for (int64_t task = 0; task < tasks; ++task)
+    shares.take([&](int64_t task) {
       append_rows(p, task * rows_per_task, std::min((task + 1) * rows_per_task, p.rows), memory.data());
-  }
+    });
+  });
 }
 
 }  // namespace specdec

@@ -1,27 +1,23 @@
 // linear on the CPU: rows are normalised and packed, then the weights are read once, a tile of 64 rows at a time.
 //
-// A call is one parallel region. Few rows are packed by the thread that enters it; more are shared out between threads,
-// which then wait for each other once. Tiles go to threads as they come free, several neighbouring ones at a time. An
+// A call has one team of threads. Few rows are packed before it begins; more are shared out among threads, which then
+// wait for each other once. Tiles go to threads as they come free, several neighbouring ones at a time. An
 // output is made by one thread, from its first input to its last, so no result depends on their number, and its order
 // of sums is that of linear/cpu/row_lanes.h, whatever the number of rows. With an activation a tile has 32 rows of the
 // gate and those of the other half that are multiplied with their results. Memory read: the weights once, for up to 64
 // rows. Scratch: the packed rows.
 #include <algorithm>
-#include <atomic>
 
+#include "common/cpu/thread_pool.h"
 #include "linear/cpu/entry_points.h"
 #include "linear/cpu/few_row_products.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace specdec::cpu {
 namespace {
 
 constexpr double kWorkPerThread = 1 << 16;  // multiply-adds and bytes: below this many another thread does not pay
 constexpr int64_t kPackedAlone = 1 << 13;   // elements of rows that are packed before the threads begin
-constexpr int64_t kBytesAtOnce = 1 << 20;   // of the weights that a thread takes at a time
+constexpr int64_t kBytesAtOnce = 1 << 19;   // of the weights that a thread takes at a time: shorter streams are slower
 constexpr int kRun = kWeightTile / 4;       // neighbouring rows of the weights in a tile of streams
 
 class LinearCall {
@@ -42,24 +38,14 @@ class LinearCall {
     const int64_t parts =
         std::max<int64_t>(1, tiles_ * outputs_each_ * row_bytes_ / (kBytesAtOnce * threads)) * threads;
     const int64_t at_once = (tiles_ + parts - 1) / parts;
-    if (threads == 1) {
-      pack_rows(0, p_.rows);
-      for (int64_t first = 0; first < tiles_; first += at_once) multiply(first, std::min(first + at_once, tiles_));
-      return;
-    }
-    const bool alone = elements <= kPackedAlone;
+    const bool alone = threads == 1 || elements <= kPackedAlone;
     if (alone) pack_rows(0, p_.rows);
-    std::atomic<int64_t> next{0};
-#pragma omp parallel num_threads(threads)
-    {
-      if (!alone) {
-#pragma omp for schedule(static)
-        for (int row = 0; row < p_.rows; row++) pack_rows(row, row + 1);
-      }
-      for (int64_t first; (first = next.fetch_add(at_once, std::memory_order_relaxed)) < tiles_;) {
-        multiply(first, std::min(first + at_once, tiles_));
-      }
-    }
+    Shares rows(alone ? 0 : p_.rows), tiles(tiles_, at_once);
+    run_team(threads, [&](int) {
+      rows.take([&](int64_t begin, int64_t end) { pack_rows(int(begin), int(end)); });
+      rows.wait();
+      tiles.take([&](int64_t begin, int64_t end) { multiply(begin, end); });
+    });
   }
 
  private:

@@ -31,7 +31,8 @@ struct WeightTile {
   const char* row[kWeightTile];  // where each row of the weights begins
   int count;                     // rows
   int dim;
-  const char* next;  // the first row of the tile that comes next, to be fetched ahead, or nullptr
+  const char* next;   // the first row of the tile that comes next, to be fetched ahead, or nullptr
+  bool near = false;  // weights that a cache is likely to hold: read neighbours at once, and not streams of memory
 
   // The rows from `first` to `end` of all, as many as a tile may have; next those behind them.
   static WeightTile of(WeightType type, const void* weights, int64_t first, int64_t end, int dim) {

@@ -2,6 +2,7 @@
 #include <algorithm>
 
 #include "common/cpu/isa.h"
+#include "common/cpu/thread_pool.h"
 #include "linear/cpu/entry_points.h"
 
 namespace specdec {
@@ -29,10 +30,9 @@ void rms_norm_cpu(const RmsNormParams& p, int threads) {
   constexpr int64_t kElementsPerTask = 1 << 15;  // less is not worth waking a thread for
   const int64_t rows_per_task = std::max<int64_t>(kElementsPerTask / std::max(p.dim, 1), 1);
   const int64_t tasks = (p.rows + rows_per_task - 1) / rows_per_task;
-#pragma omp parallel for schedule(static) num_threads(threads) if (threads > 1 && tasks > 1)
-  for (int64_t task = 0; task < tasks; ++task) {
+  deal(threads, tasks, [&](int64_t task) {
     norm_rows(p, task * rows_per_task, std::min<int64_t>((task + 1) * rows_per_task, p.rows));
-  }
+  });
 }
 
 }  // namespace specdec

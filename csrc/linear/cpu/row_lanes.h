@@ -58,12 +58,30 @@ struct Groups {
   SPECDEC_INLINE int size(int group) const { return vectors / count + (group < vectors % count); }
 };
 
+// Whether a form multiplies a single packed row by its own chunks alone, without the places of other rows beside them: a
+// long row then stays in the first-level cache. Forms say so by a kOneRowAlone.
+template <class Form, class = void>
+struct OneRowAlone {
+  static constexpr bool kYes = false;
+};
+template <class Form>
+struct OneRowAlone<Form, decltype(void(Form::kOneRowAlone))> {
+  static constexpr bool kYes = Form::kOneRowAlone;
+};
+
+// Bytes of a chunk of packed rows: a vector's.
+template <class Form>
+static SPECDEC_INLINE int step_bytes(int rows) {
+  return OneRowAlone<Form>::kYes && rows == 1 ? kChunk : kVectorBytes;
+}
+
 // Where a row's part of the packed rows is. Vectors of a group alternate: one follows `apart` bytes after the other.
 template <class Form>
 struct RowPlace {
   int64_t block;     // bytes to the near block
   int vectors;       // of the block
   int first, apart;  // vector of the group, and bytes
+  int step;          // bytes of a vector
   int inside;        // bytes: vector in the group, and row in the vector
   SPECDEC_INLINE RowPlace(int dim, int row, int rows) {
     const int near = row / kNearRows * kNearRows, vector = (row - near) / kLaneRows;
@@ -73,20 +91,21 @@ struct RowPlace {
     int group = 0;
     while (group + 1 < groups.count && groups.first(group + 1) <= vector) group++;
     first = groups.first(group);
-    apart = groups.size(group) * kVectorBytes;
+    step = step_bytes<Form>(rows);
+    apart = groups.size(group) * step;
     inside = (vector - first) * kVectorBytes + row % kLaneRows * kChunk;
   }
   // The row's first bytes of a piece.
   SPECDEC_INLINE int64_t of(const Pieces<Form>& pieces, int piece) const {
     const int64_t before = int64_t(piece) * Form::piece_vectors(pieces.each) * vectors;
-    return block + (before + int64_t(Form::piece_vectors(pieces.dims(piece))) * first) * kVectorBytes + inside;
+    return block + (before + int64_t(Form::piece_vectors(pieces.dims(piece))) * first) * step + inside;
   }
 };
 
 template <class Form>
 static SPECDEC_INLINE size_t bytes_of_rows(int dim, int rows) {
   const int64_t vectors = (rows + kLaneRows - 1) / kLaneRows;
-  return size_t(vectors * Form::row_vectors(dim)) * kVectorBytes;
+  return size_t(vectors * Form::row_vectors(dim)) * step_bytes<Form>(rows);
 }
 
 // Some rows of the weights at a piece, and how many bytes further that lies which will be needed next, or 0.
@@ -95,6 +114,7 @@ struct WeightRows {
   static constexpr int kRows = kSome;
   const char* row[kSome];
   int64_t ahead;
+  bool one_row;  // whether they are multiplied with a single packed row that lies alone
   SPECDEC_INLINE void fetch(int k, int64_t offset) const {
     if (kSome == kStreams) {
       __builtin_prefetch(row[k] + offset + ahead, 0, 3);
@@ -188,6 +208,7 @@ class TileProduct {
   SPECDEC_INLINE void multiply(int place, int piece, int row, float* kept, int64_t ahead) {
     WeightRows<kSome> weights;
     weights.ahead = ahead;
+    weights.one_row = OneRowAlone<Form>::kYes && rows_ == 1;
     const int64_t begin = offset(piece);
     SPECDEC_UNROLL
     for (int k = 0; k < kSome; k++) weights.row[k] = tile_.row[row_at(k, place)] + begin;
@@ -195,7 +216,7 @@ class TileProduct {
     form_.stage(weights, dims);
     const Groups<Form> groups(min_of(kNearRows, rows_ - row), kStreamed);
     const char* rows = packed_ + int64_t(row / kLaneRows) * Form::row_vectors(tile_.dim) * kVectorBytes +
-                       int64_t(piece) * Form::piece_vectors(pieces_.each) * groups.vectors * kVectorBytes;
+                       int64_t(piece) * Form::piece_vectors(pieces_.each) * groups.vectors * step_bytes<Form>(rows_);
     kept += row / kLaneRows * (kSome * kWidth);
     for (int group = 0; group < groups.count; group++) {
       const int size = groups.size(group);
@@ -254,7 +275,7 @@ template <class Form>
 static void pack(const float* y, int dim, char* packed, int row, int rows) {
   const Pieces<Form> pieces(dim);
   Form::pack(y, pieces, RowPlace<Form>(dim, row, rows), packed);
-  if (row + 1 < rows || rows % kLaneRows == 0) return;
+  if (row + 1 < rows || rows % kLaneRows == 0 || step_bytes<Form>(rows) == kChunk) return;
   alignas(64) static const float zeros[kFloatRowStep] = {};
   for (int beside = rows; beside % kLaneRows != 0; beside++) {
     const RowPlace<Form> place(dim, beside, beside + 1);  // of the same groups
@@ -269,7 +290,9 @@ static void pack(const float* y, int dim, char* packed, int row, int rows) {
 
 template <class Form>
 static void multiply(const WeightTile& tile, const char* packed, int rows, float* outputs) {
-  if (rows <= kStreamedRows) {
+  // One vector of rows is packed alike for both orders. A row alone has no other.
+  const bool near = tile.near && rows <= kLaneRows && rows > 1;
+  if (rows <= kStreamedRows && !near) {
     TileProduct<Form, kStreams, true>(tile, packed, rows, outputs).run();
   } else {
     TileProduct<Form, kSlots, false>(tile, packed, rows, outputs).run();

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "common/cpu/thread_pool.h"
 #include "topology/cpu/entry_points.h"
 #include "topology/cpu/tree_tables.h"
 
@@ -26,8 +27,10 @@ using namespace cpu;
 void build_topology_cpu(const BuildTopologyParams& p, int threads) {
   const int64_t work = int64_t{p.batch} * p.nodes * (p.words + 2);
   const int pool = static_cast<int>(std::clamp<int64_t>(work / kMinWordsPerThread, 1, std::max(threads, 1)));
-#pragma omp parallel for num_threads(pool) schedule(static) if (pool > 1)
-  for (int32_t request = 0; request < p.batch; ++request) {
+  const int64_t at_once = (int64_t{p.batch} + 4 * pool - 1) / (4 * pool);
+  Shares requests(p.batch, at_once);
+  const auto build = [&](int64_t at) {
+    const int32_t request = int32_t(at);
     const int64_t row = int64_t{request} * p.nodes;
     const int32_t asked = read_once(p.num_nodes + request), count = std::clamp(asked, 0, p.nodes);
     int32_t* parents = p.parents_out + row;
@@ -36,7 +39,8 @@ void build_topology_cpu(const BuildTopologyParams& p, int threads) {
     links(parents, p.first_child + row, p.next_sibling + row, count, p.nodes);
     p.num_nodes_out[request] = count;
     p.status[request] = status | (count != asked ? kNumNodesOutOfRange : 0);
-  }
+  };
+  run_team(pool, [&](int) { requests.take(build); });
 }
 
 }  // namespace specdec

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/cpu/thread_pool.h"
+
 namespace specdec::cpu {
 
 constexpr int64_t kMinCandidatesPerThread = 4096;  // about 10 us of work, several times the cost of starting a thread
@@ -28,8 +30,7 @@ inline int threads_for(int64_t candidates, int threads) {
 template <class Work>
 void share_requests(int64_t batch, int pool, Work work) {
   if (pool == 1) return work(0, batch);
-#pragma omp parallel for num_threads(pool) schedule(static)
-  for (int part = 0; part < pool; ++part) work(batch * part / pool, batch * (part + 1) / pool);
+  deal(pool, pool, [&](int64_t part) { work(batch * part / pool, batch * (part + 1) / pool); });
 }
 
 }  // namespace specdec::cpu

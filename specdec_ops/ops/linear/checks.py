@@ -32,11 +32,10 @@ def check_rows(op: str, name: str, value, layout: str) -> None:
 
 def check_like(op: str, name: str, value, shape: tuple, x: torch.Tensor) -> None:
     """Check for rows of this shape like x: its dtype and device, contiguous in the last dimension."""
-    must = f"{describe_dtype(x.dtype)} {list(shape)}"
-    if not isinstance(value, torch.Tensor) or value.dtype != x.dtype:
-        raise TypeError(argument_error(op, name, must, value))
-    if value.shape != shape:
-        raise ValueError(argument_error(op, name, must, value))
+    is_right_type = isinstance(value, torch.Tensor) and value.dtype == x.dtype
+    if not is_right_type or value.shape != shape:
+        kind = ValueError if is_right_type else TypeError
+        raise kind(argument_error(op, name, f"{describe_dtype(x.dtype)} {list(shape)}", value))
     if value.device != x.device:
         raise ValueError(device_error(op, name, x.device, value))
     if value.stride(1) != 1 and value.shape[1] > 1:
@@ -52,11 +51,11 @@ def check_out(op: str, out, shape: tuple, x: torch.Tensor) -> None:
 
 def check_vector(op: str, name: str, value, length: int, x: torch.Tensor) -> None:
     """Check for a contiguous [length] of x's dtype or float32 on x's device."""
-    names = " or ".join(dict.fromkeys((describe_dtype(x.dtype), "float32")))
-    if not isinstance(value, torch.Tensor) or value.dtype not in (x.dtype, torch.float32):
-        raise TypeError(argument_error(op, name, f"{names} [{length}]", value))
-    if value.shape != (length,):
-        raise ValueError(argument_error(op, name, f"{names} [{length}]", value))
+    is_right_type = isinstance(value, torch.Tensor) and value.dtype in (x.dtype, torch.float32)
+    if not is_right_type or value.shape != (length,):
+        names = " or ".join(dict.fromkeys((describe_dtype(x.dtype), "float32")))
+        kind = ValueError if is_right_type else TypeError
+        raise kind(argument_error(op, name, f"{names} [{length}]", value))
     if value.device != x.device:
         raise ValueError(device_error(op, name, x.device, value))
     if not value.is_contiguous():
@@ -71,5 +70,7 @@ def check_eps(op: str, name: str, value) -> None:
 
 def check_no_grad(op: str, *values: torch.Tensor | None) -> None:
     """Refuse inputs that require grad: a missing gradient must not go unnoticed."""
-    if torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values):
-        raise RuntimeError(grad_error(op))
+    if torch.is_grad_enabled():
+        for value in values:
+            if value is not None and value.requires_grad:
+                raise RuntimeError(grad_error(op))

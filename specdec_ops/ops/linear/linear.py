@@ -113,13 +113,12 @@ def _parts(weight, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, 
             parts, what = (weight.values, weight.scales, "int8"), "weight.values"
     else:
         allowed = (x.dtype, torch.bfloat16, torch.float16) if x.dtype == torch.float32 else (x.dtype,)
-        names = " or ".join(map(describe_dtype, allowed))
         if not isinstance(weight, torch.Tensor) or weight.dtype not in allowed:
-            must = f"{names} [outputs, {dim}], a specdec_ops.QuantizedWeight or a specdec_ops.GgufWeight"
+            must = f"{_names(allowed)} [outputs, {dim}], a specdec_ops.QuantizedWeight or a specdec_ops.GgufWeight"
             raise TypeError(argument_error(_OP, "weight", must, weight))
         if weight.dim() != 2 or weight.shape[1] != dim:
             how = "; weight.T.contiguous() fits" if weight.dim() == 2 and weight.shape[0] == dim else ""
-            raise ValueError(argument_error(_OP, "weight", f"{names} [outputs, {dim}]", weight) + how)
+            raise ValueError(argument_error(_OP, "weight", f"{_names(allowed)} [outputs, {dim}]", weight) + how)
         parts, what = (weight, None, describe_dtype(weight.dtype)), "weight"
     stored = parts[0]
     if max(stored.shape) > INT32_MAX:
@@ -129,6 +128,10 @@ def _parts(weight, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, 
     if stored.device != x.device:
         raise ValueError(device_error(_OP, what, x.device, stored))
     return parts
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return " or ".join(map(describe_dtype, dtypes))
 
 
 def _check_activation(activation, weight: torch.Tensor) -> int:
