@@ -17,6 +17,7 @@
 #include <cstdint>
 #include <cstring>
 #include <memory>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <string_view>
@@ -26,6 +27,7 @@
 #include <vector>
 
 #include "bindings/contract.h"
+#include "common/cpu/float_state.h"
 
 #ifdef SPECDEC_WITH_CUDA
 #include "common/cuda/launch.h"
@@ -135,10 +137,16 @@ std::pair<std::vector<std::string>, std::vector<std::string>> left_over(py::hand
 //   OP_left_over(arguments, outputs) -> (unread fields of the contract, unset fields of the struct)
 template <class Params>
 void bind_op(py::module_& m, const std::string& op, void (*kernel)(const Params&, int)) {
-  m.def((op + "_cpu").c_str(), [kernel](py::handle arguments, py::handle outputs, int threads) {
+  m.def((op + "_cpu").c_str(), [kernel, op](py::handle arguments, py::handle outputs, int threads) {
     const Params params = params_of<Params>(arguments, outputs);
-    py::gil_scoped_release unlocked;
-    kernel(params, threads);
+    try {
+      const py::gil_scoped_release unlocked;
+      const cpu::IeeeArithmetic arithmetic;
+      kernel(params, threads);
+    } catch (const std::bad_alloc&) {
+      PyErr_SetString(PyExc_MemoryError, ("specdec_ops." + op + ": there is too little memory for this call").c_str());
+      throw py::error_already_set();
+    }
   });
   m.def((op + "_params").c_str(), [](py::handle arguments, py::handle outputs) {
     const Params params = params_of<Params>(arguments, outputs);

@@ -3,7 +3,8 @@
 Compiled and Triton kernels get addresses and numbers, so nothing around a call reaches them. The definitions
 (backend="torch") are PyTorch code, and PyTorch lets a program change what such code means: autocast multiplies in 16
 bits, matmul precision does so inside of a float32 product, the default dtype decides what a float is, the default
-device where a tensor is made, a function mode anything. `dispatch` shields each definition when it loads it; calls of
+device where a tensor is made, a function mode anything, and torch.set_flush_denormal makes zeros of the numbers next to
+0. `dispatch` shields each definition when it loads it; calls of
 other backends pay nothing. So is what makes the tensors of a head, once.
 
 Two of these are the process's, not the thread's: the default dtype, and the precision of matrix products. Where they
@@ -21,6 +22,7 @@ import torch
 
 _PRODUCTS = ("mkldnn", "cuda")  # whose float32 products may be told to use 16 or 19 bits
 _AUTOCAST = ("cpu", "cuda")
+_SMALLEST = 2.0**-30  # / 2**1022 is subnormal
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
@@ -45,6 +47,9 @@ def shielded(
                 if torch.is_autocast_enabled(device):
                     stack.enter_context(torch.autocast(device, enabled=False))
             stack.enter_context(_PROCESS)
+            if _SMALLEST / 2**1022 == 0:  # Python's own floats are flushed, too: PyTorch has no other way to ask
+                stack.callback(torch.set_flush_denormal, True)
+                torch.set_flush_denormal(False)
             return function(*arguments, **options)
 
     return call

@@ -69,7 +69,21 @@ class Watches(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+@contextlib.contextmanager
+def flushed():
+    """Subnormal numbers are zeros, for this thread; what the call left behind is looked at."""
+    tiny = torch.tensor([1e-39], device="cpu", dtype=torch.float32)
+    assert torch.set_flush_denormal(True)
+    try:
+        assert (tiny * 0.5).item() == 0
+        yield
+        assert (tiny * 0.5).item() == 0
+    finally:
+        torch.set_flush_denormal(False)
+
+
 SURROUNDINGS = {
+    "flushed subnormals": flushed,
     "autocast cpu bfloat16": lambda: torch.autocast("cpu", torch.bfloat16),
     "autocast cpu float16": lambda: torch.autocast("cpu", torch.float16),
     "autocast cuda": lambda: torch.autocast("cuda", torch.bfloat16),

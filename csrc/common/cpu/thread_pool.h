@@ -9,9 +9,11 @@
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <exception>
 #include <thread>
 #include <type_traits>
 
+#include "common/cpu/float_state.h"
 #include "common/cpu/team_limit.h"
 
 #ifdef _OPENMP
@@ -35,7 +37,28 @@ inline int64_t nanoseconds() {
   return int64_t(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
 }
 
-// Calls body(worker) on as many threads at once, or on fewer: workers count from 0, which is the calling thread.
+// The first exception of a team. None may leave a parallel region: it is kept, and thrown where the team was started.
+class TeamFailure {
+ public:
+  template <class Body>
+  void guard(const Body& body) {
+    try {
+      body();
+    } catch (...) {
+      if (!failed_.exchange(true)) exception_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (exception_) std::rethrow_exception(exception_);
+  }
+
+ private:
+  std::atomic<bool> failed_{false};
+  std::exception_ptr exception_;
+};
+
+// Calls body(worker) on as many threads at once, or on fewer: workers count from 0, which is the calling thread. Where
+// one throws, the others end what they do, and then the first exception is thrown here.
 template <class Body>
 void run_team(int threads, const Body& body, Parts parts = Parts::kEven) {
 #ifdef _OPENMP
@@ -43,13 +66,16 @@ void run_team(int threads, const Body& body, Parts parts = Parts::kEven) {
   if (threads > 1) threads = team_limit.threads(threads, begin);
   if (threads > 1) {
     int64_t entered = 0, done = 0;
+    TeamFailure failure;
 #pragma omp parallel num_threads(threads)
     {
+      const IeeeArithmetic arithmetic;
       const int worker = omp_get_thread_num();
       if (worker == 0) entered = nanoseconds();
-      body(worker);
+      failure.guard([&] { body(worker); });
       if (worker == 0) done = nanoseconds();
     }
+    failure.rethrow();
     const int64_t end = nanoseconds(), for_the_last = parts == Parts::kEven ? end - done : 0;
     team_limit.note(threads, entered - begin + for_the_last, done - entered, end);
     return;
@@ -70,12 +96,12 @@ class Shares {
   void take(const Work& work) {
     for (int64_t begin; (begin = next_.fetch_add(at_once_, std::memory_order_relaxed)) < count_;) {
       const int64_t end = std::min(begin + at_once_, count_);
+      const Done done{done_, end - begin};
       if constexpr (std::is_invocable_v<Work, int64_t, int64_t>) {
         work(begin, end);
       } else {
         for (int64_t share = begin; share < end; share++) work(share);
       }
-      done_.fetch_add(end - begin, std::memory_order_release);
     }
   }
 
@@ -88,6 +114,13 @@ class Shares {
   }
 
  private:
+  // Shares count as done even if an exception ends them, or others would wait for them for ever.
+  struct Done {
+    std::atomic<int64_t>& done;
+    const int64_t shares;
+    ~Done() { done.fetch_add(shares, std::memory_order_release); }
+  };
+
   const int64_t count_, at_once_;
   std::atomic<int64_t> next_{0}, done_{0};
 };
