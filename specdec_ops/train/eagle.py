@@ -436,6 +436,7 @@ class Eagle(Task):
 def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     made = trainer.parser(PROGRAM, "Train a draft for drafts.Eagle.")
+    made.set_defaults(rate=1e-3, length=320)
     made.add_argument("--hot-vocab", type=int, default=8192, help="tokens that it can draft (default: 8192)")
     made.add_argument("--inner", type=int, help="of its MLP (default: the target's)")
     made.add_argument("--passes", type=int, default=2, help="levels of drafting that it learns (default: 2)")

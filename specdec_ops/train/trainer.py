@@ -237,12 +237,12 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     made.add_argument("--target", required=True, help="a folder with a Hugging Face model, or a GGUF file")
     made.add_argument("--out", required=True, help="the folder of the draft")
     made.add_argument("--texts", help="a folder of texts that several trainings share (default: OUT/work)")
-    made.add_argument("--minutes", type=float, default=20.0, help="of work in all (default: 20)")
-    made.add_argument("--texts-share", type=float, default=0.4, help="of the minutes, for texts (default: 0.4)")
+    made.add_argument("--minutes", type=float, default=20.0, help="of work in all (default: %(default)s)")
+    made.add_argument("--texts-share", type=float, default=0.4, help="of the minutes, for texts (default: %(default)s)")
     made.add_argument("--slice", type=float, help="end after so many seconds; the same command goes on")
-    made.add_argument("--length", type=int, default=256, help="the most rows of a text (default: 256)")
-    made.add_argument("--batch", type=int, default=4, help="texts of a step (default: 4)")
-    made.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate (default: 5e-4)")
+    made.add_argument("--length", type=int, default=256, help="the most rows of a text (default: %(default)s)")
+    made.add_argument("--batch", type=int, default=4, help="texts of a step (default: %(default)s)")
+    made.add_argument("--rate", type=float, default=5e-4, help="the highest learning rate (default: %(default)s)")
     made.add_argument("--bfloat16", action="store_true", help="multiply in it: faster where the CPU has it")
     return made
 
