@@ -110,7 +110,9 @@ class Engine:
         self.target, self.draft, self.rule = target, draft, rules.choose(rule, draft)
         self.max_batch, self.max_length, self._prefill_rows = max_batch, max_length, prefill_rows
         self._adapt, self._has_warned = adapt, False
-        self._adaptation = Adaptation(draft is not None and draft.weighs_rows)
+        self._adaptation: Adaptation | None = None
+        if draft is not None:
+            self._adaptation = Adaptation(draft.weighs_rows, 1 + (draft.max_depth or draft.max_nodes - 1))
         self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
         self._target_roots = 1 if draft is None else draft.target_roots

@@ -110,6 +110,10 @@ class Pace:
     not pay is tried again after a while, each time after twice as long.
 
     One for each number of requests. A new one starts from the judgement of one for about as many requests.
+
+    Args:
+        most: the most tokens that a round with the draft can give. If these would not pay, one round is enough.
+        like: of another number of requests.
     """
 
     _PLAIN_FIRST = 2
@@ -118,7 +122,8 @@ class Pace:
     _PLAIN_EVERY = 64  # rounds with a draft between two plain ones
     _RETRY_EVERY, _LONGEST_WAIT = 128, 2048  # plain rounds until a draft that did not pay is tried again
 
-    def __init__(self, like: Pace | None = None) -> None:
+    def __init__(self, most: float = math.inf, like: Pace | None = None) -> None:
+        self._most = most
         self._with_draft, self._plain = _Seconds(), _Seconds()
         self._tokens = _Tokens()
         self._plain_left = self._PLAIN_FIRST
@@ -151,8 +156,10 @@ class Pace:
         else:
             allowed = self._ERRORS * max(self._tokens.error, 1 / self._tokens.count)
             loses = self._tokens.count >= self._LEAST and self._tokens.value + allowed < needed
-        if loses:
+        if loses or needed > self._most:
             self._wait = self._RETRY_EVERY if self._pays else min(2 * self._wait, self._LONGEST_WAIT)
+            if needed > self._most:
+                self._wait = self._LONGEST_WAIT
             self._pays, self._left_out = False, self._wait
             self._last_speedup, self._tokens = self._tokens.value / needed, _Tokens()
         elif self._tokens.count >= self._MOST:
@@ -178,10 +185,11 @@ class Adaptation:
 
     Args:
         weighs_rows: whether the draft decides itself, by how long passes take; see `Draft`.
+        most: the most tokens that a round with the draft can give.
     """
 
-    def __init__(self, weighs_rows: bool) -> None:
-        self._weighs_rows = weighs_rows
+    def __init__(self, weighs_rows: bool, most: float) -> None:
+        self._weighs_rows, self._most = weighs_rows, most
         self._times: dict[int, PassTimes] = {}
         self._paces: dict[int, Pace] = {}
         self.loss: float | None = None  # the speed-up of a draft that the last round has judged to lose
@@ -192,7 +200,7 @@ class Adaptation:
     def _pace_of(self, requests: int) -> Pace:
         if requests not in self._paces:
             nearest = min(self._paces, key=lambda known: abs(known - requests), default=None)
-            self._paces[requests] = Pace(None if nearest is None else self._paces[nearest])
+            self._paces[requests] = Pace(self._most, None if nearest is None else self._paces[nearest])
         return self._paces[requests]
 
     def wants_draft(self, requests: int) -> bool:

@@ -98,11 +98,20 @@ def test_a_draft_is_tried_again():
     assert pace.pays and pace.speedup > 1.5
 
 
+def test_a_draft_that_can_never_pay_is_tried_once():
+    """A round of it takes 12 plain ones and gives 7 tokens at most."""
+    pace, drafted = Pace(most=7), 0
+    for _ in range(1000):
+        drafted += pace.wants_draft()
+        pace.record(pace.wants_draft(), 12.0 if pace.wants_draft() else 1.0, 7 if pace.wants_draft() else 1)
+    assert drafted == 1 and not pace.pays and pace.speedup < 0.7
+
+
 def test_other_numbers_of_requests_start_from_the_judgement_of_the_nearest():
     lost = Pace()
     played(lost, 3.0, 1.1, 400)
-    assert sum(Pace(lost).wants_draft() for _ in range(10)) == 0
-    assert played(Pace(lost), 3.0, 1.1, 100) < 101
+    assert sum(Pace(like=lost).wants_draft() for _ in range(10)) == 0
+    assert played(Pace(like=lost), 3.0, 1.1, 100) < 101
 
 
 def test_goodput_is_the_greatest_of_all_trees():
