@@ -225,6 +225,21 @@ def test_attention_reads_keys_and_values_once(nodes, heads, dim, options):
     assert masks[0] == masks[1]
 
 
+@pytest.mark.parametrize(("nodes", "heads"), [(1, 4), (5, 4), (9, 2), (20, 1)])
+@pytest.mark.parametrize("parts", [2, 3, 17])
+def test_padding_moves_no_byte_of_scratch(nodes, heads, parts):
+    """A part writes the sums of its real rows, and they are read once, with what each lane asks of maxima and totals.
+
+    Blocks have 16 or 32 rows, and the call two queries that are no nodes.
+    """
+    launch = attention(nodes, 17 * 64, heads=heads, num_splits=parts)
+    dim, rows = launch.tensors["q"].shape[-1], parts * (nodes * heads)
+    kv_heads = launch.tensors["k_cache"].shape[2]
+    moved = kernels.traffic(launch)["scratch"]
+    assert moved.written == kv_heads * rows * (dim + 2) * 4
+    assert moved.read == kv_heads * rows * (dim * 4 + dim // 4 * 4 + 3 * 4)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", [128, 37])
 def test_merge_moves_each_byte_once(dim, dtype):

@@ -27,7 +27,8 @@
 //
 // Bytes: K and V once per KV head and row block (of 128 rows; of 64 for dims above 192 on devices with 99 KiB), q once
 // per split, out once; in the last split 8 per tree row and 64 nodes, twice, and 8 more per packed row and tail tile; 4
-// per slot for paged caches; with S > 1 splits 2 * S * (dim + 2) * 4 per row of scratch.
+// per slot for paged caches; with S > 1 splits 2 * S * (dim + 2) * 4 per real row of
+// scratch.
 //
 // Packing rows of a group is what XQA does, the split is Flash-Decoding's, the softmax FlashAttention-2's.
 #pragma once

@@ -1,7 +1,8 @@
 // What becomes of tree_attention's sums: a row's output and log-sum-exp, and the join of the splits of a request.
 //
-// A split leaves [kRows, kDim] sums and [kRows, 2] maxima and totals. The last block to arrive reads them back, from the
-// L2 cache as a rule: a warp has a row, its lanes the columns, and 16 splits are under way at a time.
+// A split leaves [kRows, kDim] sums and [kRows, 2] maxima and totals, of the rows that are real: padding moves no byte.
+// The last block to arrive reads them back, from the L2 cache as a rule: a warp has a row, its lanes the columns, and up
+// to 16 splits are under way at a time.
 #pragma once
 
 #include "attention/cuda/tree_attention.cuh"
@@ -66,11 +67,15 @@ __device__ __forceinline__ float* split_scratch(const TreeAttentionLaunch& launc
 }
 
 template <class Shape>
-__device__ __forceinline__ void leave_split(const WarpRows<Shape>& sums, float* split, int warp, int lane) {
+__device__ __forceinline__ void leave_split(const WarpRows<Shape>& sums, const TreeAttentionLaunch& launch,
+                                            const BlockWork& work, int warp, int lane) {
+  float* const split = split_scratch<Shape>(launch, int32_t(blockIdx.x));
   const int first_column = warp / Shape::kRowWarps * Shape::kColumns;
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
     const int row = warp % Shape::kRowWarps * 16 + lane / 4 + 8 * i;
+    const int32_t tree_row = (work.first_row + row) / launch.group;
+    if (tree_row < work.real_begin || tree_row >= work.real_end) continue;
     if (first_column == 0 && lane % 4 == 0) {
       *reinterpret_cast<Pack<float, 2>*>(split + Shape::kRows * Shape::kDim +
                                          row * 2) = {{sums.maximum[i], sums.total[i]}};
@@ -115,7 +120,8 @@ __device__ __forceinline__ void join_splits(const TreeAttentionLaunch& launch, c
   for (int row = threadIdx.x / kWarpSize; row < Shape::kRows; row += Shape::kThreads / kWarpSize) {
     const RowTarget<T> target = row_target<T>(launch, work, row);
     if (!target.exists) continue;
-    const Pack<float, 2> joined = join_stats<Shape>(first_split, work.splits, row, lane);
+    const int32_t splits = target.real ? work.splits : 0;
+    const Pack<float, 2> joined = join_stats<Shape>(first_split, splits, row, lane);
     const float maximum = joined.element[0], base = maximum == negative_infinity() ? 0.0f : maximum;
     const RowResult result = finish_row(p, target, maximum, joined.element[1]);
     if (target.lse != nullptr && lane == 0) *target.lse = result.lse;
@@ -124,14 +130,17 @@ __device__ __forceinline__ void join_splits(const TreeAttentionLaunch& launch, c
     for (int column = lane * 4; column < p.dim; column += kWarpSize * 4) {
       float sum[4] = {};
 #pragma unroll 1
-      for (int32_t split = 0; split < work.splits; split += kAtOnce) {
+      for (int32_t split = 0; split < splits; split += kAtOnce) {
         Pack<float, 4> piece[kAtOnce];
         float weight[kAtOnce];
 #pragma unroll
-        for (int i = 0; i < kAtOnce; ++i) {  // splits beyond the last one count as it, with weight 0
-          const int64_t at = at_most(split + i, work.splits - 1) * kSplit;
+        for (int i = 0; i < kAtOnce; ++i) {
+          piece[i] = {};
+          weight[i] = 0.0f;
+          if (split + i >= splits) continue;
+          const int64_t at = (split + i) * kSplit;
           piece[i] = *reinterpret_cast<const Pack<float, 4>*>(first_split + at + row * Shape::kDim + column);
-          weight[i] = split + i < work.splits ? fast_exp2(stats[at] - base) : 0.0f;
+          weight[i] = fast_exp2(stats[at] - base);
         }
 #pragma unroll
         for (int i = 0; i < kAtOnce; ++i) {

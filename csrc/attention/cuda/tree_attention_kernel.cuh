@@ -145,7 +145,7 @@ __global__ void __launch_bounds__(Shape::kThreads, 1) tree_attention_kernel(Tree
     if (work.splits == 1) {
       if (works) write_result<Shape>(sums, shared.q, launch, work, warp, lane);
     } else {
-      if (works) leave_split<Shape>(sums, split_scratch<Shape>(launch, int32_t(blockIdx.x)), warp, lane);
+      if (works) leave_split<Shape>(sums, launch, work, warp, lane);
       device_fence();
       block_sync();
       int32_t* counter = launch.call.counters + int32_t(blockIdx.x) / launch.max_splits;
