@@ -10,6 +10,7 @@ import argparse
 import copy
 import dataclasses
 import datetime
+import importlib
 import sys
 import time
 import warnings
@@ -45,6 +46,8 @@ PRESETS = {
     "full": Preset(80, 256, (1, 4, 8), (0.0, 0.7, 1.0)),
 }
 OTHERS_ROLE = "library"
+SYSTEMS = ("remote",)
+"""Those with tables of their own, each in a module of its name: what its paper claims, and what is so here."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +127,7 @@ def parser() -> argparse.ArgumentParser:
     for name in PRESETS:
         presets.add_argument(f"--{name}", dest="preset", action="store_const", const=name)
     made.set_defaults(preset="quick")
+    made.add_argument("--system", choices=SYSTEMS, help="the tables of one system instead; it has options of its own")
     made.add_argument("--batch", type=int, nargs="+", help="requests at once")
     made.add_argument("--temperature", type=float, nargs="+")
     made.add_argument("--prompts", nargs="+", choices=tuple(prompts.PACKAGES), default=list(prompts.PACKAGES))
@@ -208,7 +212,12 @@ def _run_of(done: dict) -> Run:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Runs cell after cell; each is on the disk when it is done."""
+    """Runs cell after cell; each is on the disk when it is done. With `--system NAME`, the tables of one system."""
+    chosen = argparse.ArgumentParser(add_help=False)
+    chosen.add_argument("--system", choices=SYSTEMS)
+    system, rest = chosen.parse_known_args(arguments)
+    if system.system is not None:
+        return importlib.import_module(f"{__package__}.{system.system}").main(rest)
     asked = parser().parse_args(arguments)
     preset, began = PRESETS[asked.preset], time.perf_counter()
     warnings.simplefilter("ignore")
