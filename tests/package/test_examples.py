@@ -59,3 +59,11 @@ def test_a_text_does_not_depend_on_its_neighbours(ngrams):
         together, _ = ngrams["decode"](rule, prompts, 40, seeds)
         alone, _ = ngrams["decode"](rule, prompts[1:], 40, seeds[1:])
         assert together[1].startswith(alone[0]) or alone[0].startswith(together[1])
+
+
+def test_a_client_and_a_server_that_lose_each_other(capsys):
+    pytest.importorskip("msgpack", reason="the extra remote has it")
+    runpy.run_path(str(EXAMPLES / "client_server.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed.rstrip().endswith("the line was cut 1 time; the text is the target's: True")
+    assert re.search(r"^\w[^\[]*\[.+\]$", printed, re.MULTILINE), "it went on alone"
