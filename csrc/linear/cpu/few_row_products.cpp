@@ -24,7 +24,11 @@ ProductForm product_form(WeightType type, bool may_round) {
   if (may_round && type == WeightType::kBFloat16 && kernels.pairs.multiply) return kernels.pairs;
 #ifdef SPECDEC_HAVE_AVX512_VNNI
   if (may_round && type >= WeightType::kInt8 && may_use_vnni()) {
-    return avx512_vnni::kIntegerForms[int(type) - int(WeightType::kInt8)];
+    using namespace avx512_vnni;
+    return type == WeightType::kInt8  ? kInt8Form
+           : type == WeightType::kQ80 ? kQ80Form
+           : type == WeightType::kQ40 ? kQ40Form
+                                      : kQ41Form;
   }
 #endif
   return kernels.widened[int(type)];
@@ -43,7 +47,7 @@ RowLength row_length(const ProductForm& form, const std::vector<float>& y, int d
     for (int i = 0; i < kSums; i++) squares[i] += double(y[d + i]) * y[d + i];
   }
 #ifdef SPECDEC_HAVE_AVX512_VNNI
-  if (form.pack == avx512_vnni::kIntegerForms[0].pack) rounding = avx512_vnni::rounding_error(y.data(), dim);
+  if (form.pack == avx512_vnni::kInt8Form.pack) rounding = avx512_vnni::rounding_error(y.data(), dim);
 #else
   (void)form, (void)dim;
 #endif

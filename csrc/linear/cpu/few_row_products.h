@@ -60,6 +60,9 @@ class PackedRows {
         block_bytes_((form.packed_bytes(dim, kRowBlock) + 63) / 64 * 64),
         packed_(rows / kRowBlock * block_bytes_ + form.packed_bytes(dim, rows % kRowBlock)) {}
 
+  // Whether tiles should take their rows of the weights from streams (linear/cpu/row_lanes.h).
+  bool streamed() const { return rows_ <= kStreamedRows && !form_.in_order; }
+
   void set(int row, const float* y) { form_.pack(y, dim_, block(row), row % kRowBlock, rows_of(row)); }
 
   // Calls take(first row, rows, sums [rows][kWeightTile]) for each block of rows with its products with a tile.

@@ -66,21 +66,21 @@ class LinearCall {
   // run of neighbouring rows from the beginning of each quarter of the part, then the next run.
   void multiply(int64_t begin, int64_t end) const {
     const int64_t whole = std::min<int64_t>(end, p_.outputs / outputs_each_);
-    const bool streamed = p_.rows <= kStreamedRows;
+    const bool streamed = packed_.streamed();
     for (int64_t tile = begin; tile < end; tile++) {
       if (streamed && tile < whole) {
-        multiply_tile(begin * outputs_each_ + (tile - begin) * kRun, outputs_each_, kRun, (whole - begin) * kRun,
+        multiply_tile(begin * outputs_each_ + (tile - begin) * kRun, outputs_each_, kRun, (whole - begin) * kRun, false,
                       false);
       } else {
         const int64_t first = tile * outputs_each_;
         const int outputs = int(std::min<int64_t>(outputs_each_, p_.outputs - first));
-        multiply_tile(first, outputs, outputs, outputs, !streamed && tile + 1 < end);
+        multiply_tile(first, outputs, outputs, outputs, !streamed && tile + 1 < end, tile > begin);
       }
     }
   }
 
   // Outputs in runs of neighbours, whose beginnings are so far apart.
-  void multiply_tile(int64_t first, int outputs, int run, int64_t apart, bool has_next) const {
+  void multiply_tile(int64_t first, int outputs, int run, int64_t apart, bool has_next, bool fetched) const {
     WeightTile tile;
     tile.dim = p_.dim;
     const char* const weights = static_cast<const char*>(p_.weight) + first * row_bytes_;
@@ -91,6 +91,7 @@ class LinearCall {
       for (int i = 0; i < outputs; i++) tile.row[outputs_each_ + i] = tile.row[i] + p_.outputs * row_bytes_;
       tile.count = outputs_each_ + outputs;
     }
+    tile.fetched = fetched;
     tile.next = has_next ? weights + outputs * row_bytes_ : nullptr;
     packed_.multiply_blocks(tile, [&](int row, int rows, const float* sums) {
       for (int i = 0; i < outputs; i += run) {

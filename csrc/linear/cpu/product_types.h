@@ -31,8 +31,9 @@ struct WeightTile {
   const char* row[kWeightTile];  // where each row of the weights begins
   int count;                     // rows
   int dim;
-  const char* next;   // the first row of the tile that comes next, to be fetched ahead, or nullptr
-  bool near = false;  // weights that a cache is likely to hold: read neighbours at once, and not streams of memory
+  const char* next;      // the first row of the tile that comes next, to be fetched ahead, or nullptr
+  bool near = false;     // weights that a cache is likely to hold: read neighbours at once, and not streams of memory
+  bool fetched = false;  // whether this one is what came next
 
   // The rows from `first` to `end` of all, as many as a tile may have; next those behind them.
   static WeightTile of(WeightType type, const void* weights, int64_t first, int64_t end, int dim) {
@@ -66,6 +67,8 @@ struct ProductForm {
   void (*pack)(const float* y, int dim, char* packed, int row, int rows);
   // outputs [rows][kWeightTile] of packed rows, as far as the tile's count, whatever is behind.
   void (*multiply)(const WeightTile& tile, const char* packed, int rows, float* outputs);
+  // Whether it is fastest with neighbouring rows of the weights, with few packed rows too.
+  bool in_order = false;
 };
 
 // What each instruction set offers (linear/cpu/product_kernels.h).
@@ -93,10 +96,10 @@ namespace avx512_bf16 {
 extern const ProductKernels kProductKernels;
 }
 
-// Int8 weights and blocks by integer products (linear/cpu/isa/integer_products_avx512_vnni.cpp).
+// Int8 weights and blocks by integer products (linear/cpu/isa/*_avx512_vnni.cpp).
 namespace avx512_vnni {
-extern const ProductForm kIntegerForms[4];       // int8, q8_0, q4_0, q4_1
-double rounding_error(const float* y, int dim);  // the length of y - what `pack` makes of it
+extern const ProductForm kInt8Form, kQ80Form, kQ40Form, kQ41Form;
+double rounding_error(const float* y, int dim);  // the length of y - what `pack` of int8 makes of it
 }  // namespace avx512_vnni
 
 }  // namespace specdec::cpu

@@ -1,60 +1,14 @@
-// Int8 weights and the blocks of GGUF files times rows in exact integers, by AVX-512's dot products of bytes.
+// Int8 weights, and blocks of them, times rows in exact integers of 16 bits (linear/cpu/integer_rows.h), by AVX-512's
+// dot products of bytes. Lanes: linear/cpu/row_lanes.h. Blocks of four bits: nibble_products_avx512_vnni.cpp.
 //
-// A piece of a row becomes integers of 16 bits and a scale, scale * (256 * high + low) with both bytes from -128 to 127:
-// it is off by at most half of the piece's greatest size over 32,639. vpdpbusd multiplies unsigned bytes with signed
-// ones and adds four products, so the weights take the unsigned side: an int8 with its top bit turned over is w + 128,
-// half a byte is q as it lies, and what is too much, 128 or 8 times the sum of the row's integers, is taken off again
-// in each lane. High bytes are multiplied first, their sums shifted by eight bits, and low bytes added to the same
-// sums. A lane takes at most 160 dims of a piece, so nothing leaves 32 bits.
-//
-// The sums of an int8 piece become float32 once. Those of a block do so too, times the block's scale; a piece of blocks
-// is summed in order, and scaled by the row's scale in the end. Lanes: linear/cpu/row_lanes.h.
+// High bytes are multiplied first, their sums shifted by eight bits, and low bytes added to the same sums. A lane takes
+// at most 160 dims of a piece, so nothing leaves 32 bits. The sums of an int8 piece become float32 once. Those of a block
+// do so too, times the block's scale; a piece of blocks is summed in order, and scaled by the row's scale in the end.
 #define SPECDEC_ISA avx512_vnni
+#include "linear/cpu/integer_rows.h"
 #include "linear/cpu/row_lanes.h"
 
 namespace specdec::cpu::avx512_vnni {
-
-constexpr int kMax = 127 * 256 + 127;  // of two bytes
-
-struct Rounding {
-  float scale;
-  double inverse;  // 0 where nothing is left of the piece, or it is not finite
-  SPECDEC_INLINE __m512i apply(Vec y) const {
-    const __m512d times = _mm512_set1_pd(inverse);
-    const __m256i low = _mm512_cvtpd_epi32(_mm512_mul_pd(low_half(y), times));
-    const __m256i high = _mm512_cvtpd_epi32(_mm512_mul_pd(high_half(y), times));
-    const __m512i whole = _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
-    return _mm512_max_epi32(_mm512_min_epi32(whole, _mm512_set1_epi32(kMax)), _mm512_set1_epi32(-kMax));
-  }
-  static SPECDEC_INLINE __m512d low_half(Vec v) { return _mm512_cvtps_pd(_mm512_castps512_ps256(v)); }
-  static SPECDEC_INLINE __m512d high_half(Vec v) { return _mm512_cvtps_pd(_mm512_extractf32x8_ps(v, 1)); }
-};
-
-// What rounds a finite piece; a scale of NaN where it is not. Zeros follow the piece.
-static Rounding rounding_of(const float* y, int dims) {
-  Vec most = splat(0.0f);
-  __mmask16 finite = 0xffff;
-  for (int d = 0; d < dims; d += kWidth) {
-    const Vec size = _mm512_abs_ps(load(y + d));
-    finite &= _mm512_cmp_ps_mask(size, splat(__builtin_inff()), _CMP_LT_OQ);
-    most = _mm512_max_ps(size, most);
-  }
-  if (finite != 0xffff) return {__builtin_nanf(""), 0.0};
-  const float scale = _mm512_reduce_max_ps(most) / kMax;
-  return {scale, scale > 0 ? 1.0 / scale : 0.0};
-}
-
-// Sixteen dims: their integers, and the two bytes of each.
-struct Bytes {
-  __m512i whole;
-  __m128i high, low;
-  SPECDEC_INLINE Bytes(const Rounding& rounding, const float* y) {
-    whole = rounding.inverse > 0 ? rounding.apply(load(y)) : _mm512_setzero_si512();
-    const __m512i signed_low = _mm512_srai_epi32(_mm512_slli_epi32(whole, 24), 24);
-    high = _mm512_cvtepi32_epi8(_mm512_srai_epi32(_mm512_sub_epi32(whole, signed_low), 8));
-    low = _mm512_cvtepi32_epi8(signed_low);
-  }
-};
 
 // Four sums of four neighbouring integers, as a lane takes them.
 static SPECDEC_INLINE __m128i sums_of_fours(__m512i v) {
@@ -64,7 +18,6 @@ static SPECDEC_INLINE __m128i sums_of_fours(__m512i v) {
       _mm512_permutexvar_epi32(_mm512_setr_epi32(0, 4, 8, 12, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0), fours));
 }
 
-static SPECDEC_INLINE void put(char* to, __m128i v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), v); }
 static SPECDEC_INLINE __m512i vector_at(const char* at) { return _mm512_loadu_si512(at); }
 static SPECDEC_INLINE __m512i chunk_at(const char* at) {
   return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
@@ -212,12 +165,11 @@ struct Int8Form {
   }
 };
 
-// A packed piece: the scale, then for each block two vectors of high bytes, two of low ones, and what is too much, or,
-// where blocks have a minimum, the sums that it is multiplied with.
-template <WeightType kType>
+// Blocks of q8_0. A packed piece: the scale, then for each block two vectors of high bytes, two of low ones, and what is
+// too much.
 struct BlocksForm {
   static constexpr int kPieceDims = 512, kLineDims = kBlockElements, kBlockVectors = 5, kMaxVectors = 2;
-  static constexpr int kBytes = int(block_bytes(kType)), kHead = kType == WeightType::kQ41 ? 4 : 2;
+  static constexpr int kBytes = int(block_bytes(WeightType::kQ80)), kHead = 2;
 
   static SPECDEC_INLINE int piece_vectors(int dims) { return 1 + kBlockVectors * (dims / kBlockElements); }
   static SPECDEC_INLINE int row_vectors(int dim) {
@@ -243,8 +195,7 @@ struct BlocksForm {
         put(to + 2 * place.apart, first.low);
         put(to + 3 * place.apart, second.low);
         const __m128i sum = _mm_add_epi32(sums_of_fours(first.whole), sums_of_fours(second.whole));
-        const __m128i too_much = _mm_mullo_epi32(sum, _mm_set1_epi32(kType == WeightType::kQ80 ? -128 : -8));
-        put(to + 4 * place.apart, kType == WeightType::kQ41 ? _mm_castps_si128(_mm_cvtepi32_ps(sum)) : too_much);
+        put(to + 4 * place.apart, _mm_mullo_epi32(sum, _mm_set1_epi32(-128)));
       }
     }
   }
@@ -273,25 +224,13 @@ struct BlocksForm {
         const char* block = weights.row[k] + offset;
         if (weights.ahead) weights.fetch(k, offset);
         const Vec scale = half_at(block);
-        __m512i first, second;
-        if (kType == WeightType::kQ80) {
-          first = flipped(chunk_at(block + kHead));
-          second = flipped(chunk_at(block + kHead + 16));
-        } else {
-          const __m512i both = chunk_at(block + kHead), low = _mm512_set1_epi8(15);
-          first = _mm512_and_si512(both, low);
-          second = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
-        }
+        const __m512i first = flipped(chunk_at(block + kHead)), second = flipped(chunk_at(block + kHead + kChunk));
         SPECDEC_UNROLL
         for (int v = 0; v < kVectors; v++) {
           __m512i whole = _mm512_dpbusd_epi32(_mm512_setzero_si512(), first, part(0, v));
           whole = _mm512_slli_epi32(_mm512_dpbusd_epi32(whole, second, part(1, v)), 8);
           whole = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(whole, first, part(2, v)), second, part(3, v));
-          if (kType == WeightType::kQ41) {
-            sum[k][v] = fma(half_at(block + 2), _mm512_castsi512_ps(part(4, v)), sum[k][v]);
-          } else {
-            whole = _mm512_add_epi32(whole, part(4, v));
-          }
+          whole = _mm512_add_epi32(whole, part(4, v));
           sum[k][v] = fma(scale, _mm512_cvtepi32_ps(whole), sum[k][v]);
         }
       }
@@ -325,7 +264,7 @@ double rounding_error(const float* y, int dim) {
   return __builtin_sqrt(_mm512_reduce_add_pd(squares));
 }
 
-const ProductForm kIntegerForms[4] = {form_of<Int8Form>(), form_of<BlocksForm<WeightType::kQ80>>(),
-                                      form_of<BlocksForm<WeightType::kQ40>>(), form_of<BlocksForm<WeightType::kQ41>>()};
+const ProductForm kInt8Form = form_of<Int8Form>();
+const ProductForm kQ80Form = form_of<BlocksForm>();
 
 }  // namespace specdec::cpu::avx512_vnni
