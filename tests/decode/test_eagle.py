@@ -306,6 +306,6 @@ def test_levels_end_when_what_would_go_on_is_unlikely():
 def test_nodes_by_hand():
     scores = torch.tensor([[0.5, 0.1, 0.3, 0.01]]).log()
     tokens = {2: 1.5, 3: 1.8, 4: 1.9, 5: 1.91}
-    for price, most in ((0.0, 9), (0.0, 4), (0.2, 9), (0.3, 9), (3.0, 9)):
+    for price, most in ((0.0, 9), (0.0, 4), (0.25, 9), (0.5, 9), (3.0, 9)):
         best = max((nodes for nodes in tokens if nodes <= most), key=lambda n: tokens[n] / (3.0 + price * n))
         assert eagle._worthwhile(scores, most, lambda rows: 2.0 + price * rows, 1.0) == best  # noqa: B023
