@@ -93,6 +93,9 @@ class Engine:
     ) -> None:
         if draft is not None and not isinstance(draft, Draft):
             raise TypeError(argument_error(_OP, "draft", "a specdec_ops.drafts.Draft or None", draft))
+        if not hasattr(target, "forward") or not hasattr(target, "shape"):
+            must = "a model of specdec_ops.integrations.transformers.load"
+            raise TypeError(argument_error(_OP, "target", must, target))
         most = target.shape.max_positions
         if draft is not None and draft.max_positions is not None:
             most = min(most, draft.max_positions)
@@ -135,6 +138,10 @@ class Engine:
         self._inboxes: dict[int, collections.deque[Chunk]] = {}  # of the answers that `astream` waits for
         self._turn = asyncio.Lock()
 
+    def __repr__(self) -> str:
+        running, waiting = len(self._running), len(self._requests) - len(self._running)
+        return f"<Engine of {self.target} with {self.draft}, rule {self.rule}: {running} run, {waiting} wait>"
+
     # Requests come and go.
 
     def submit(self, prompt: Prompt, sampling: Sampling | None = None) -> int:
@@ -166,7 +173,8 @@ class Engine:
                 raise TypeError(argument_error(_OP, "prompt", "token ids for a target without a tokenizer", prompt))
             ids = self.target.tokenizer.encode(prompt)
         else:
-            ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+            ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+            ids = list(ids) if isinstance(ids, Sequence) else [None]
             if not all(map(is_int, ids)):
                 raise TypeError(argument_error(_OP, "prompt", "a string or a sequence of token ids", prompt))
         vocab = self.target.shape.vocab
@@ -599,6 +607,11 @@ class Engine:
 
     @staticmethod
     def _prompts(prompts) -> list[Prompt]:
+        if not isinstance(prompts, Sequence | torch.Tensor):
+            must = "strings or sequences of token ids, one or more"
+            raise TypeError(argument_error(_OP, "prompts", must, prompts))
+        if isinstance(prompts, torch.Tensor):
+            prompts = prompts.tolist()
         if isinstance(prompts, str) or (len(prompts) and is_int(prompts[0])):
             return [prompts]
         return list(prompts)

@@ -86,6 +86,10 @@ class Draft(abc.ABC):
                 so that they are those which the target will draw wherever both agree.
         """
 
+    def __repr__(self) -> str:
+        shape = "chains" if self.is_chain else "trees"
+        return f"<{type(self).__name__}: {shape} of up to {self.max_nodes} nodes, {self.proposals} proposals>"
+
 
 class Proposer(abc.ABC):
     """A draft at work in one engine: proposes trees of tokens for its requests, and owns its caches.
