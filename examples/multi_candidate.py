@@ -57,9 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("prompt", nargs="?", default=PROMPT)
     parser.add_argument("--target", help="a folder with a model, or a GGUF file")
     parser.add_argument("--draft", help="a smaller one with the same tokenizer (default: leading layers of the target)")
-    parser.add_argument(
-        "--layers", type=int, default=24, help="that draft without --draft (default: 24)"
-    )
+    parser.add_argument("--layers", type=int, default=24, help="that draft without --draft (default: 24)")
     parser.add_argument("--tokens", type=int, default=48, help="of the answer (default: 48)")
     parser.add_argument("--temperature", type=float, default=0.7, help="(default: 0.7)")
     asked = parser.parse_args(arguments)
