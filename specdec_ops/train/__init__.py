@@ -3,6 +3,6 @@
 eagle    EAGLE's layer over the target's last rows, for `Eagle`
 decision  networks that stop a draft, for `Decision`
 soft     the leading layers of a model with an exit after some of them (SoFT), for `Sorted`
-trainer  what they share: minutes, slices, progress, files
+trainer  what they share: `trainer.Task`, minutes, slices, progress, files
 texts    the target's own answers to questions that it thinks up
 """

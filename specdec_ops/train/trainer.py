@@ -206,7 +206,7 @@ def command(program: str, asked: argparse.Namespace) -> str:
         elif isinstance(value, list):
             words += [option, *map(str, value)]
         elif name != "slice" and value not in (None, False):
-            words += [option, Path(value).name if name in ("target", "out", "texts") else str(value)]
+            words += [option, Path(value).name if name in ("target", "draft", "out", "texts") else str(value)]
     return shlex.join(words)
 
 

@@ -55,7 +55,7 @@ def test_area_is_the_share_of_pairs():
 
 
 def asked_for(tmp_path, *changes) -> list[str]:
-    options = ["--target", "somewhere/tiny", "--draft", "somewhere/draft", "--out", str(tmp_path / "out")]
+    options = ["--target", "somewhere/tiny", "--draft", str(tmp_path / "draft"), "--out", str(tmp_path / "out")]
     options += ["--texts", str(tmp_path / "texts"), "--texts-share", "0", "--minutes", "0.05", "--examples", "300"]
     return [*options, "--every", "2", *changes]
 
@@ -63,7 +63,7 @@ def asked_for(tmp_path, *changes) -> list[str]:
 @pytest.fixture
 def program(tmp_path, texts, monkeypatch):
     """The program, with models from memory and texts that are there."""
-    models = {"somewhere/tiny": TARGET, "somewhere/draft": DRAFT}
+    models = {"somewhere/tiny": TARGET, str(tmp_path / "draft"): DRAFT}
     monkeypatch.setattr(trainer, "load_model", models.__getitem__)
     (tmp_path / "texts").mkdir()
     torch.save([tuple(text) for text in texts], tmp_path / "texts" / "texts_00000.pt")
