@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--tree", action="store_true", help="draft trees")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer (default: 64)")
     arguments = parser.parse_args()
-    from specdec_ops.decode.__main__ import chat_prompt
+    from specdec_ops.decode import chat_prompt
     from specdec_ops.integrations.transformers import load
 
     options = {"tree": drafts.TreeShape()} if arguments.tree else {}

@@ -21,8 +21,7 @@ import torch
 
 from benchmarks.harness.machine import ROOT, describe
 from specdec_ops import drafts
-from specdec_ops.decode import Decoder
-from specdec_ops.decode.__main__ import chat_prompt
+from specdec_ops.decode import Decoder, chat_prompt
 from specdec_ops.integrations.transformers import load
 
 from . import contestants, measure, other_engines, prompts, results

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from specdec_ops import drafts
-from specdec_ops.decode import Decoder, Engine, Sampling
-from specdec_ops.decode.__main__ import chat_prompt, stream
+from specdec_ops.decode import Decoder, Engine, Sampling, chat_prompt
+from specdec_ops.decode.__main__ import stream
 from specdec_ops.integrations.transformers import load
 
 QUESTION = "Explain in a few sentences why the sky is blue, and then give a list of three things that are blue."

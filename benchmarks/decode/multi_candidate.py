@@ -31,8 +31,7 @@ import torch
 
 from benchmarks.harness.machine import ROOT, describe
 from specdec_ops import Tree, drafts
-from specdec_ops.decode import Decoder, Engine, Sampling
-from specdec_ops.decode.__main__ import chat_prompt
+from specdec_ops.decode import Decoder, Engine, Sampling, chat_prompt
 from specdec_ops.decode.cache import Cache
 from specdec_ops.decode.cache import Sequence as Pages
 from specdec_ops.decode.decoder import Projection

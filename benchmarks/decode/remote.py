@@ -22,8 +22,7 @@ from pathlib import Path
 
 from benchmarks.harness.machine import ROOT, describe
 from specdec_ops import drafts
-from specdec_ops.decode import Decoder, Engine, Sampling
-from specdec_ops.decode.__main__ import chat_prompt
+from specdec_ops.decode import Decoder, Engine, Sampling, chat_prompt
 from specdec_ops.integrations.transformers import load
 from specdec_ops.remote import Client, Link, Server
 from specdec_ops.remote.clock import Inline, run
@@ -38,7 +37,7 @@ COLUMNS = (
 )
 PER_TOKEN = "per-token API"
 SAVED = {"eagle": "Eagle", "sorted": "Sorted"}
-"""Drafts in folders, by what their JSON says."""
+"""Drafts in folders, by what their JSON says. Those that need no target are loaded without."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,7 +77,7 @@ def drafts_of(asked, target: Decoder) -> dict[str, drafts.Draft | None]:
         about = Path(name) / "draft.json"
         if about.is_file():
             kind = json.loads(about.read_text())["draft"]
-            made[kind] = getattr(drafts, SAVED[kind]).load(name, target)
+            made[kind] = drafts.Eagle.load(name, target) if kind == "eagle" else getattr(drafts, SAVED[kind]).load(name)
         elif name.startswith("layers:"):
             count = int(name.removeprefix("layers:"))
             shape = target.shape._replace(layers=count)

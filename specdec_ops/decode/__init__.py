@@ -7,6 +7,7 @@ Chunk       a piece of an answer while it grows
 Decoder     a decoder-only transformer on this package's ops, from plain weights
 Cache       paged keys and values, with reference counts
 Rows        the rows of a pass: tokens, trees, where they stand
+chat_prompt  a question in the chat template of a target's tokenizer
 """
 
 from .cache import Cache as Cache
@@ -21,3 +22,4 @@ from .rows import Output as Output
 from .rows import Rows as Rows
 from .rows import Shape as Shape
 from .sampling import Sampling as Sampling
+from .text import chat_prompt as chat_prompt

@@ -7,7 +7,7 @@ import os
 import sys
 import time
 
-from specdec_ops.decode import Engine, Sampling
+from specdec_ops.decode import Engine, Sampling, chat_prompt
 from specdec_ops.drafts import Chain, Eagle, Ngram
 from specdec_ops.drafts.checkpoint import is_draft
 
@@ -62,14 +62,6 @@ def main(arguments: list[str] | None = None) -> int:
     except (ValueError, TypeError, RuntimeError) as error:
         print(error, file=sys.stderr)
         return 2
-
-
-def chat_prompt(target, question: str) -> str:
-    """The question in the chat template of the target's tokenizer."""
-    if getattr(target.tokenizer, "chat_template", None) is None:
-        raise ValueError("specdec_ops.decode: --chat needs a model whose tokenizer has a chat template")
-    messages = [{"role": "user", "content": question}]
-    return target.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def stream(engine: Engine, prompt: str, sampling: Sampling) -> int:

@@ -91,3 +91,19 @@ class TextStream:
             if any(string.startswith(self.text[-length:]) for string in self._stop):
                 return length
         return 0
+
+
+def chat_prompt(target, question: str) -> str:
+    """A question in the chat template of a target's tokenizer, with the beginning of the answer.
+
+    Args:
+        target: a model of the engine whose tokenizer is one of Hugging Face's.
+        question: what the user says.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    if getattr(target.tokenizer, "chat_template", None) is None:
+        raise ValueError("specdec_ops.decode.chat_prompt: target must have a tokenizer with a chat template")
+    messages = [{"role": "user", "content": question}]
+    return target.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)

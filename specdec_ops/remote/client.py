@@ -50,6 +50,7 @@ def client_of(asked) -> Client:
     """A client as the command line asks for it."""
     target = tokenizer = None
     host, _, port = asked.server.rpartition(":")
+    host = host.strip("[]")
     if not host or not port.isdigit():
         raise ValueError(f"specdec_ops.{_OP}: --server must be HOST:PORT, got {asked.server}")
     draft: Draft | None = None

@@ -133,8 +133,9 @@ class Drafter:
         common = min(len(known), len(ids)) if common is None else common
         self._pending = None
         if common < len(known):
-            self._request.ids = known[:common]
-            self._proposer.retract(self._request, common)
+            kept = min(common, len(ids) - 1)  # the last token is run again: it is the next tree's root
+            self._request.ids = known[:kept]
+            self._proposer.retract(self._request, kept)
         self._request.ids = list(ids)
         if common == len(known) and pending is not None:
             batch, drafted, tree = pending

@@ -53,7 +53,7 @@ def test_a_diagnosis(folders, capsys):
         (["--rule", "best"], "rule must be 'auto' or one that is lossless for deterministic trees"),
         (["--temperature", "-1"], "temperature must be from 0 to"),
         (["--draft", "none", "--diagnose"], "diagnose needs an engine with a draft"),
-        (["--chat"], "--chat needs a model whose tokenizer has a chat template"),
+        (["--chat"], "chat_prompt: target must have a tokenizer with a chat template"),
     ],
     ids=["draft", "rule", "temperature", "diagnose", "chat"],
 )

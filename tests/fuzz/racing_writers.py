@@ -97,7 +97,7 @@ def gather():
 
 
 def propagate():
-    hidden, weight = torch.randn(6, 64), torch.randn(3, 64, 64)
+    hidden, weight = torch.randn(6, 64), torch.randn(64, 64)
     caches, pages = (
         [torch.zeros(40, 4, 1, 64) for _ in range(3)],
         torch.arange(40, dtype=torch.int32).view(2, 20).clone(),
@@ -105,7 +105,7 @@ def propagate():
     slots, requests = torch.arange(6, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
     options = {"page_table": pages, "requests": requests, "rope": None}
     written = [pages, slots, requests]
-    return written, lambda: kv_propagate(hidden, weight, weight, caches, caches, slots, **options)
+    return written, lambda: kv_propagate(hidden, [(None, weight, weight)] * 3, slots, slots, caches, caches, **options)
 
 
 def topology():
@@ -160,6 +160,7 @@ def main(op: str, calls: int) -> None:
             place += 1
 
     writer = threading.Thread(target=write)
+    call()  # a sound call is answered
     writer.start()
     try:
         for _ in range(calls):

@@ -95,6 +95,7 @@ class Bytes:
         return next(piece for piece in iter(lambda: self.pieces.pop(0), None) if piece or not self.pieces)
 
 
+@pytest.mark.slow
 def test_100_000_hostile_frames_are_read():
     """Each is a message, or refused in one sentence, or not whole; and the bytes after a good one stay in step."""
     chance, ends = random.Random(SEED), {"read": 0, "refused": 0, "not whole": 0}
