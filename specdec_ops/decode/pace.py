@@ -17,11 +17,11 @@ class _Seconds:
 
     def __init__(self) -> None:
         self.value: float | None = None
-        self._count = 0
+        self.count = 0
 
     def add(self, seconds: float) -> None:
-        self._count += 1
-        if self.value is None or self._count <= _FIRST:
+        self.count += 1
+        if self.value is None or self.count <= _FIRST:
             self.value = seconds if self.value is None else min(self.value, seconds)
         else:
             self.value += (1 - _MEMORY) * (min(seconds, _OUTLIER * self.value) - self.value)
@@ -112,7 +112,7 @@ class Pace:
     One for each number of requests. A new one starts from the judgement of one for about as many requests.
 
     Args:
-        most: the most tokens that a round with the draft can give. If these would not pay, one round is enough.
+        most: the most tokens that a round with the draft can give. If these would not pay, it is not tried soon again.
         like: of another number of requests.
     """
 
@@ -156,9 +156,10 @@ class Pace:
         else:
             allowed = self._ERRORS * max(self._tokens.error, 1 / self._tokens.count)
             loses = self._tokens.count >= self._LEAST and self._tokens.value + allowed < needed
-        if loses or needed > self._most:
+        never_pays = needed > self._most and self._with_draft.count >= self._LEAST  # the first ran a prompt, too
+        if loses or never_pays:
             self._wait = self._RETRY_EVERY if self._pays else min(2 * self._wait, self._LONGEST_WAIT)
-            if needed > self._most:
+            if never_pays:
                 self._wait = self._LONGEST_WAIT
             self._pays, self._left_out = False, self._wait
             self._last_speedup, self._tokens = self._tokens.value / needed, _Tokens()

@@ -98,13 +98,24 @@ def test_a_draft_is_tried_again():
     assert pace.pays and pace.speedup > 1.5
 
 
-def test_a_draft_that_can_never_pay_is_tried_once():
+def test_a_draft_that_can_never_pay_is_tried_twice():
     """A round of it takes 12 plain ones and gives 7 tokens at most."""
     pace, drafted = Pace(most=7), 0
     for _ in range(1000):
-        drafted += pace.wants_draft()
-        pace.record(pace.wants_draft(), 12.0 if pace.wants_draft() else 1.0, 7 if pace.wants_draft() else 1)
-    assert drafted == 1 and not pace.pays and pace.speedup < 0.7
+        drafts = pace.wants_draft()
+        drafted += drafts
+        pace.record(drafts, 12.0 if drafts else 1.0, 7 if drafts else 1)
+    assert drafted == 2 and not pace.pays and pace.speedup < 0.7
+
+
+def test_the_first_round_with_a_draft_runs_the_prompt():
+    """And takes very long: nothing follows from it."""
+    pace, drafted = Pace(most=7), 0
+    for _ in range(100):
+        drafts = pace.wants_draft()
+        drafted += drafts
+        pace.record(drafts, (40.0 if drafted == 1 else 3.0) if drafts else 1.0, 6 if drafts else 1)
+    assert pace.pays and drafted > 90
 
 
 def test_other_numbers_of_requests_start_from_the_judgement_of_the_nearest():
