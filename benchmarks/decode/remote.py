@@ -2,9 +2,10 @@
 
 `python -m benchmarks.decode --system remote` decodes each prompt over each line with a per-token API (the client asks
 for one token after another), with n-grams, and with the drafts that are given. The line is emulated on a clock that
-jumps (`specdec_ops.remote.clock`), and models take the time that they really take, so an hour of waiting costs none.
-Both ends run on this machine: a real client may be slower, and a real server faster. Prompts and first tokens are not
-timed. A text that is not that of plain decoding gets no figure.
+jumps (`specdec_ops.remote.clock`), and models take the time that they really take, so an hour of waiting costs none;
+with `--costs` they take what it says, and every run gives the same figures. Both ends run on this machine: a real
+client may be slower, and a real server faster. Prompts and first tokens are not timed. A text that is not that of plain
+decoding gets no figure.
 """
 
 from __future__ import annotations
@@ -66,6 +67,13 @@ def parser() -> argparse.ArgumentParser:
         "not trained for it)",
     )
     made.add_argument("--steps", type=int, default=8, help="the most tokens that a smaller model drafts (default: 8)")
+    made.add_argument(
+        "--costs",
+        type=float,
+        nargs=2,
+        metavar=("PASS", "DRAFT"),
+        help="milliseconds of a pass of the server, of a draft",
+    )
     made.add_argument("--out", type=Path, help="the CSV")
     return made
 
@@ -88,17 +96,17 @@ def drafts_of(asked, target: Decoder) -> dict[str, drafts.Draft | None]:
     return made
 
 
-def talk(target: Decoder, draft, ids: list[int], sampling: Sampling, rtt: float) -> Talk:
-    """An answer over a line, on a clock of its own."""
+def talk(target: Decoder, draft, ids: list[int], sampling: Sampling, rtt: float, costs=(None, None)) -> Talk:
+    """An answer over a line, on a clock of its own. A pass and a draft take `costs`, or their time."""
 
     async def answer() -> Talk:
         link, states = Link(rtt=rtt), draft is not None and draft.wants_hidden
         length = len(ids) + sampling.max_tokens + 8
         options = {"target": target if states else None, "connect": None, "deadline": 1e6, "give_up": 1e7}
-        async with Server(target, states=states, work=Inline(None), max_batch=1, max_length=length) as server:
+        async with Server(target, states=states, work=Inline(costs[0]), max_batch=1, max_length=length) as server:
             options["connect"] = functools.partial(link.connect, server.accept)
             loop, first, began = asyncio.get_running_loop(), 0, 0.0
-            async with Client(draft=draft, work=Inline(None), silence=1e6, **options) as client:
+            async with Client(draft=draft, work=Inline(costs[1]), silence=1e6, **options) as client:
                 async for piece in client.stream(ids, sampling):
                     if not first and piece.tokens:
                         first, began = len(piece.tokens), loop.time()
@@ -159,12 +167,12 @@ def main(arguments: list[str]) -> int:
     kept = [place for place, tokens in enumerate(expected) if len(tokens) > asked.tokens // 4]
     fixed = describe("cpu", arguments) | {"model": path.name, "temperature": asked.temperature}
     fixed["command"] = fixed["command"].replace("benchmarks.run", "benchmarks.decode --system remote")
-    rows = []
+    rows, costs = [], (None, None) if asked.costs is None else tuple(cost / 1e3 for cost in asked.costs)
     for rtt in asked.rtt:
         api: list[Talk] = []
         for name, draft in made.items():
             print(f"[{time.perf_counter() - began:5.0f} s] {rtt:g} ms, {name}", file=sys.stderr, flush=True)
-            talks = [talk(target, draft, texts[n], samplings[n], rtt / 1e3) for n in kept]
+            talks = [talk(target, draft, texts[n], samplings[n], rtt / 1e3, costs) for n in kept]
             api = api or talks
             rows.append(fixed | {"rtt_ms": rtt} | row_of(name, talks, [expected[n] for n in kept], api))
     out = asked.out or ROOT / "benchmarks" / "results" / "local" / "decode-remote.csv"

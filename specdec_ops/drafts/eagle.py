@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
     from specdec_ops.decode.model import Model
     from specdec_ops.decode.request import Request
+    from specdec_ops.ops.acceptance.accept import Acceptance
 
 _OP = "drafts.Eagle"
 _CHUNK = 256  # rows of a pass over a prompt
@@ -207,6 +208,7 @@ class EagleProposer(Proposer):
         own = shape._replace(layers=1, kv_heads=attention.kv_heads, head_dim=attention.head_dim)
         self.cache = draft_cache(own, draft.run_nodes, **limits)
         self._pools: dict[int, CandidatePool] = {}
+        self._chances = _Chances()
 
     def start(self, request: Request) -> None:
         """An empty cache, and the feature of the first token, which follows nothing."""
@@ -252,7 +254,8 @@ class EagleProposer(Proposer):
                 break
             if seconds is not None:
                 spent = time.perf_counter() - began
-                if not _is_worth_a_level(frontier.scores, spent / (level + 1), spent + seconds(size)):
+                chances = self._chances.of(frontier.scores)
+                if not _is_worth_a_level(chances, spent / (level + 1), spent + seconds(size)):
                     break
             places = frontier.parent_rows.clamp(min=0).long()[:, :, None].expand(-1, -1, hidden.shape[-1])
             rows = Rows(
@@ -265,9 +268,15 @@ class EagleProposer(Proposer):
             hidden = self._run(rows, hidden.gather(1, places).flatten(0, 1)).view(size, self.draft.width, -1)
         nodes = self.draft.max_nodes
         if seconds is not None:
-            nodes = _worthwhile(pool.scores, nodes, seconds, time.perf_counter() - began)
+            best = pool.scores.topk(min(nodes - 1, pool.scores.shape[1]), dim=1).values
+            nodes = _worthwhile(self._chances.of(best).sum(0), size, seconds, time.perf_counter() - began)
+            self._chances.expect(best[:, : nodes - 1])
         tree = prune_tree(pool, nodes, root_tokens=batch.last_tokens)
         return Drafted(tree.tokens, tree.topology)
+
+    def observe(self, batch: Batch, drafted: Drafted, acceptance: Acceptance, accepted: list[int]) -> None:
+        """See `Proposer.observe`."""
+        self._chances.learn(sum(accepted))
 
     def _catch_up(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run what the cache does not have yet, from true features: rows after the last round's root, node 0 included.
@@ -313,29 +322,55 @@ class EagleProposer(Proposer):
         return logits if softcap is None else torch.tanh(logits / softcap) * softcap
 
 
-def _is_worth_a_level(scores: torch.Tensor, cost: float, spent: float) -> bool:
+class _Chances:
+    """How likely paths are to be accepted: what the draft gives them, times what has been accepted over what it gave.
+
+    A greedy target says what the draft thinks most likely more often than the draft does, one at a high temperature
+    less often.
+    """
+
+    _FIRST, _MEMORY = 16.0, 0.99  # tokens that are taken for expected and accepted at first; weight of the past
+
+    def __init__(self) -> None:
+        self._given = self._accepted = self._FIRST
+        self._waiting = 0.0
+
+    def of(self, scores: torch.Tensor) -> torch.Tensor:
+        """Like scores, the draft's log-probabilities of paths."""
+        return (scores.exp() * (self._accepted / self._given)).clamp(max=1.0)
+
+    def expect(self, scores: torch.Tensor) -> None:
+        """These paths are judged now."""
+        self._waiting = scores.exp().sum().item()
+
+    def learn(self, accepted: int) -> None:
+        """So many of their tokens were accepted."""
+        if self._waiting:
+            self._given = self._MEMORY * self._given + self._waiting
+            self._accepted = self._MEMORY * self._accepted + accepted
+            self._waiting = 0.0
+
+
+def _is_worth_a_level(chances: torch.Tensor, cost: float, spent: float) -> bool:
     """Whether one more level brings more tokens per second than a round that ends here would.
 
     Args:
-        scores: [batch, width] of the paths that would go on.
+        chances: [batch, width] of the paths that would go on.
         cost: seconds of a level.
         spent: seconds of the round without it.
     """
-    tokens = _CHANCE * scores.exp().sum().item()
-    return tokens * spent > len(scores) * cost
+    return _CHANCE * chances.sum().item() * spent > len(chances) * cost
 
 
-def _worthwhile(scores: torch.Tensor, most: int, seconds: Callable[[int], float], spent: float) -> int:
-    """The number of nodes with which trees give most tokens per second: 2 to `most`, the root included.
+def _worthwhile(chances: torch.Tensor, size: int, seconds: Callable[[int], float], spent: float) -> int:
+    """The number of nodes with which trees give most tokens per second, the root included.
 
     Args:
-        scores: [batch, candidates]: logs of the chances that the draft gives its paths.
-        most: nodes of a tree.
+        chances: [nodes - 1] of each tree's best path, second best and so on, added over the trees.
+        size: trees.
         seconds: of a round, by the rows of its pass.
         spent: seconds of the draft.
     """
-    size = len(scores)
-    chances = scores.topk(min(most - 1, scores.shape[1]), dim=1).values.exp().sum(0)
     tokens = (size + chances.cumsum(0)).tolist()
     rates = [gain / (spent + seconds(size * (2 + place))) for place, gain in enumerate(tokens)]
     return 2 + max(range(len(rates)), key=rates.__getitem__)

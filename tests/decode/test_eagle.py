@@ -298,14 +298,25 @@ def test_trees_have_the_nodes_that_are_worth_their_rows(slope, batch, expected, 
 
 
 def test_levels_end_when_what_would_go_on_is_unlikely():
-    scores = torch.tensor([[0.6, 0.1, 0.1], [0.2, 0.0, 0.0]]).log()
-    assert eagle._is_worth_a_level(scores, cost=0.99, spent=4.0)  # half a token expected, 2 requests, 4 seconds
-    assert not eagle._is_worth_a_level(scores, cost=1.01, spent=4.0)
+    chances = torch.tensor([[0.6, 0.1, 0.1], [0.2, 0.0, 0.0]])
+    assert eagle._is_worth_a_level(chances, cost=0.99, spent=4.0)  # half a token expected, 2 requests, 4 seconds
+    assert not eagle._is_worth_a_level(chances, cost=1.01, spent=4.0)
 
 
 def test_nodes_by_hand():
-    scores = torch.tensor([[0.5, 0.1, 0.3, 0.01]]).log()
+    chances = torch.tensor([0.5, 0.3, 0.1, 0.01])
     tokens = {2: 1.5, 3: 1.8, 4: 1.9, 5: 1.91}
-    for price, most in ((0.0, 9), (0.0, 4), (0.25, 9), (0.5, 9), (3.0, 9)):
+    for price, most in ((0.0, 5), (0.0, 4), (0.25, 5), (0.5, 5), (3.0, 5)):
         best = max((nodes for nodes in tokens if nodes <= most), key=lambda n: tokens[n] / (3.0 + price * n))
-        assert eagle._worthwhile(scores, most, lambda rows: 2.0 + price * rows, 1.0) == best  # noqa: B023
+        assert eagle._worthwhile(chances[: most - 1], 1, lambda rows: 2.0 + price * rows, 1.0) == best  # noqa: B023
+
+
+def test_chances_are_what_was_accepted_of_what_was_given():
+    chances, scores = eagle._Chances(), torch.tensor([[0.5, 0.25]]).log()
+    assert torch.allclose(chances.of(scores), torch.tensor([[0.5, 0.25]]))
+    for _ in range(2000):
+        chances.expect(scores)
+        chances.learn(1)
+        chances.learn(5)  # of a round for which nothing was expected
+    assert torch.allclose(chances.of(scores), torch.tensor([[2 / 3, 1 / 3]]), atol=1e-3)
+    assert chances.of(torch.zeros(1, 1)).item() == 1.0
