@@ -1,17 +1,18 @@
 """What the client drafts: how much, from which text, and that taking tokens back leaves no trace."""
 
+import dataclasses
 import random
 
 import pytest
 
 pytest.importorskip("msgpack", reason="the extra remote has it")
 
-from specdec_ops.decode import Sampling
+from specdec_ops.decode import Engine, Sampling
 from specdec_ops.remote import Link, wire
 from specdec_ops.remote.drafter import Drafter, FarTarget
 from specdec_ops.remote.host_tree import HostTree
 from specdec_ops.remote.pacing import Pacing
-from tests.remote.talks import DRAFTS, PROMPT, converse, local
+from tests.remote.talks import DRAFTS, PROMPT, TARGET, converse, local
 
 SAMPLED = Sampling(max_tokens=30, eos=(), temperature=0.9, seed=7)
 HELLO = wire.Hello(vocab=40, max_length=128, max_nodes=64)
@@ -108,3 +109,17 @@ def test_drafts_are_made_ahead_where_the_wait_is_long_enough():
     result, seconds, _ = converse(SAMPLED, DRAFTS["own chain"], Link(rtt=0.1))
     assert result.tokens == local(PROMPT, SAMPLED).tokens and result.stats.ahead > result.stats.calls / 2
     assert seconds < 0.1 * 2 + (0.1 + 0.02 + 0.02) * result.stats.calls, "most rounds wait for the line and the target"
+
+
+@pytest.mark.parametrize("sampling", [SAMPLED, Sampling(max_tokens=30, eos=())], ids=["sampled", "greedy"])
+def test_a_draft_at_a_client_is_as_good_as_in_an_engine(sampling):
+    """EAGLE's trees, whose rows came over the line, are those of an engine: but for the first round, which brings the
+    prompt's rows, both take as many.
+    """
+    alone = Engine(TARGET, DRAFTS["eagle"], "match", max_batch=1, adapt=False)
+    text = local(PROMPT, sampling).tokens
+    rest = dataclasses.replace(sampling, max_tokens=29)
+    there = alone.generate([[*PROMPT, text[0]]], rest)[0]
+    here, _, _ = converse(sampling, DRAFTS["eagle"])
+    assert [text[0], *there.tokens] == here.tokens == text
+    assert here.stats.calls == there.stats.target_calls + 1 and here.stats.accepted == there.stats.accepted
