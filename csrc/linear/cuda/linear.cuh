@@ -77,7 +77,7 @@ struct LinearBlock {
     rest = block.place % launch.row_blocks;
     block.first_row = rest * Shape::kRows;
     block.rows = min(Shape::kRows, p.rows - block.first_row);
-    block.first_output = block.place / launch.row_blocks * linear_outputs_of_block(p);
+    block.first_output = block.place / launch.row_blocks * launch.block_outputs;
     const int32_t tiles = (p.dim + Shape::kColumns - 1) / Shape::kColumns;
     block.first_tile = int32_t(int64_t(tiles) * block.split / launch.splits);
     block.end_tile = int32_t(int64_t(tiles) * (block.split + 1) / launch.splits);

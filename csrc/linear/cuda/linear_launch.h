@@ -21,6 +21,7 @@ struct LinearLaunch {
   // Filled in by the launcher.
   int64_t row_bytes;              // of the weight
   int32_t row_block, row_blocks;  // rows of x in a block, and blocks of them
+  int32_t block_outputs;          // of a block
   int32_t splits;                 // parts of the columns
   int32_t block_bytes;            // of 32 columns of the weight
   int32_t unit;    // bytes that are copied at once: 16, 4 or 1, a divisor of where every weight row begins
@@ -48,6 +49,7 @@ constexpr void lay_out(LinearLaunch& launch) {
   const bool is_few = p.rows <= kLinearFewRows || p.dtype == DType::kFloat32;
   launch.row_block = is_few ? kLinearFewRows : is_quantised(p) ? kLinearQuantisedRows : kLinearMoreRows;
   launch.row_blocks = (p.rows + launch.row_block - 1) / launch.row_block;
+  launch.block_outputs = linear_outputs_of_block(p);
   const int32_t columns = linear_tile_columns(is_quantised(p)), tiles = (p.dim + columns - 1) / columns;
   const int32_t for_blocks = kLinearMaxSplitBlocks / (p.outputs > 0 ? linear_output_blocks(p) : 1);
   const int32_t for_tiles = tiles / kLinearMinTiles, splits = for_blocks < for_tiles ? for_blocks : for_tiles;
