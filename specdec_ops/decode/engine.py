@@ -32,6 +32,7 @@ from .request import Request, State
 from .result import Chunk, Result
 from .rows import Rows
 from .sampling import Sampling
+from .scheduler import Scheduler
 
 _OP = "Engine"
 
@@ -130,8 +131,7 @@ class Engine:
         self._longest = min(max_length, self.cache.pool.pages * page_size - self._nodes)  # text of one request
         if self._longest < 2:
             raise ValueError(argument_error(_OP, "pages", f"enough for {self._nodes + 2} slots", pages))
-        self._waiting: collections.deque[Request] = collections.deque()
-        self._running: list[Request] = []
+        self.scheduler = Scheduler(self.cache, draft, self.proposer, max_batch=max_batch, nodes=self._nodes)
         self._requests: dict[int, Request] = {}
         self._laws: dict[tuple, Law] = {}
         self._device = target.shape.device
@@ -139,7 +139,8 @@ class Engine:
         self._turn = asyncio.Lock()
 
     def __repr__(self) -> str:
-        running, waiting = len(self._running), len(self._requests) - len(self._running)
+        running = len(self.scheduler.running)
+        waiting = len(self._requests) - running
         return f"<Engine of {self.target} with {self.draft}, rule {self.rule}: {running} run, {waiting} wait>"
 
     # Requests come and go.
@@ -160,10 +161,10 @@ class Engine:
         if sampling.stop and self.target.tokenizer is None:
             raise ValueError(f"specdec_ops.{_OP}: stop must be empty for a target without a tokenizer")
         request = Request(self.encode(prompt), sampling, self.target.eos, self.target.tokenizer)
-        if self._drafts_for(request):
+        if self.scheduler.drafts_for(request):
             request.target_roots = self._target_roots
         self._requests[request.number] = request
-        self._waiting.append(request)
+        self.scheduler.add(request)
         return request.number
 
     def encode(self, prompt: Prompt) -> list[int]:
@@ -202,11 +203,8 @@ class Engine:
     def resume(self, number: int) -> None:
         """Let a paused request go on."""
         request = self._requests.get(number)
-        if request is None or not request.is_paused:
-            return
-        request.is_paused = False
-        if request.state is State.WAITING and request not in self._waiting:
-            self._waiting.append(request)
+        if request is not None and request.is_paused:
+            self.scheduler.resume(request)
 
     @property
     def longest_text(self) -> int:
@@ -221,7 +219,7 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Whether a step has anything to do. It has not while all requests are paused."""
-        return bool(self._waiting) or any(
+        return self.scheduler.has_waiting or any(
             request.state is State.FINISHED
             or not request.is_paused
             or (request.state is State.RUNNING and not request.is_prefilled)
@@ -232,100 +230,21 @@ class Engine:
 
     def step(self) -> list[Chunk]:
         """One round. Returns what is new: a piece for each request that has got on, with its result if it ends."""
-        self._admit()
+        self.scheduler.admit()
         self._prefill()
-        running = [r for r in self._running if r.state is State.RUNNING and not r.is_paused]
+        running = [r for r in self.scheduler.running if r.state is State.RUNNING and not r.is_paused]
         ready = [request for request in running if request.is_prefilled]
         for speculate in (True, False):
-            group = [request for request in ready if self._drafts_for(request) is speculate]
-            group = self._with_pages(group, self._nodes if speculate else 1)
+            group = [request for request in ready if self.scheduler.drafts_for(request) is speculate]
+            group = self.scheduler.with_pages(group, self._nodes if speculate else 1)
             if group:
                 self._round(group, self.draft if speculate else None)
         return self._report()
 
-    def _drafts_for(self, request: Request) -> bool:
-        return self.draft is not None and request.sampling.speculate
-
-    def _admit(self) -> None:
-        """Waiting requests get pages for their text, in their order, while there are any."""
-        while self._waiting:
-            request = self._waiting[0]
-            if request.state is State.WAITING:
-                if self._find_room(request):
-                    self._join(request)
-                elif not request.is_paused:
-                    return
-            self._waiting.popleft()  # one that is paused and found no room comes back when it resumes
-
-    def _find_room(self, request: Request) -> bool:
-        """Pages for the text of a waiting request and a tree, of those that hold the beginning of it already if any."""
-        sequence, pool = request.sequence, self.cache.pool
-        while len(self._running) >= self.max_batch:
-            if not self._push_out_paused(request):
-                return False
-        shares = not (self._drafts_for(request) and self.draft.wants_hidden)
-        sequence.pages = pool.find_prefix(request.ids[:-1]) if shares else []
-        sequence.length = len(sequence.pages) * pool.page_size
-        while not self.cache.reserve(sequence, request.tree_start + self._nodes):
-            if not self._push_out_paused(request):
-                self.cache.drop(sequence)
-                if not self._running:
-                    raise RuntimeError(f"specdec_ops.{_OP}: the cache has too few pages for a request that fitted")
-                return False
-        return True
-
-    def _push_out_paused(self, request: Request) -> bool:
-        """The newest paused request gives its pages up for one that is not paused. Returns whether there was any."""
-        paused = [running for running in self._running if running.is_paused]
-        if request.is_paused or not paused:
-            return False
-        self._send_back(max(paused, key=lambda running: running.number))
-        return True
-
-    def _join(self, request: Request) -> None:
-        if request.stats.target_calls == 0:
-            request.stats.cached_prompt_tokens = request.sequence.length
-        request.state = State.RUNNING
-        self._running.append(request)
-        if self._drafts_for(request):
-            self.proposer.start(request)
-
-    def _with_pages(self, group: list[Request], nodes: int) -> list[Request]:
-        """Those of the group that have room for their trees; paused and new requests give pages up for the others."""
-        for request in group:
-            while request.state is State.RUNNING and not self._has_room(request, nodes):
-                if len(self._running) == 1:
-                    raise RuntimeError(f"specdec_ops.{_OP}: there are too few pages for a request that fitted")
-                self._send_back(max(self._running, key=lambda running: (running.is_paused, running.number)))
-        return [request for request in group if request.state is State.RUNNING]
-
-    def _has_room(self, request: Request, nodes: int) -> bool:
-        """Take what pages the next round of a request needs, of the target's cache and of the draft's."""
-        if not self.cache.reserve(request.sequence, request.tree_start + nodes):
-            return False
-        return not self._drafts_for(request) or self.proposer.reserve(request)
-
-    def _send_back(self, request: Request) -> None:
-        """A running request waits again, before all others; its text so far becomes a part of what is run first.
-
-        One that is paused is in no queue until it resumes.
-        """
-        self._release(request)
-        request.state = State.WAITING
-        if not request.is_paused:
-            self._waiting.appendleft(request)
-
-    def _release(self, request: Request) -> None:
-        self._running.remove(request)
-        self.cache.pool.register(request.ids[: request.sequence.length], request.sequence.pages)
-        self.cache.drop(request.sequence)
-        if self._drafts_for(request):
-            self.proposer.drop(request)
-
     def _prefill(self) -> None:
         """One pass over what is missing of texts, in chunks."""
         room, parts = self._prefill_rows, []
-        for request in self._running:
+        for request in self.scheduler.running:
             missing = request.tree_start - request.sequence.length
             if missing > 0 and room > 0 and request.state is State.RUNNING:
                 parts.append((request, min(missing, room)))
@@ -457,7 +376,7 @@ class Engine:
 
     def _show(self, request: Request, hidden: torch.Tensor, nodes: torch.Tensor | None = None) -> None:
         """Hand rows of the target's last layer to a draft that wants them: all, or those of the accepted path."""
-        if self._drafts_for(request) and self.draft.wants_hidden:
+        if self.scheduler.drafts_for(request) and self.draft.wants_hidden:
             hidden = hidden if nodes is None else hidden.index_select(0, nodes[nodes >= 0])
             self.proposer.see(request, request.sequence.length, hidden)
 
@@ -508,8 +427,8 @@ class Engine:
         for request in list(self._requests.values()):
             text, tokens = request.news()
             if request.state is State.FINISHED:
-                if request in self._running:
-                    self._release(request)
+                if request in self.scheduler.running:
+                    self.scheduler.release(request)
                 del self._requests[request.number]
                 chunks.append(Chunk(request.number, text, tokens, request.result()))
             elif tokens:

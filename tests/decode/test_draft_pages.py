@@ -7,7 +7,7 @@ import pytest
 from specdec_ops import drafts
 from specdec_ops.decode import Engine, Sampling
 from tests.decode.test_engine import DRAFT, LENGTH, PROMPTS, SHARED, TARGET, by_hand, samplings
-from tests.harness.tiny_models import noisy_eagle
+from tests.harness.tiny_models import noisy_eagle, watch_sent_back
 
 DRAFTS = {
     "chain": lambda: drafts.Chain(DRAFT, 4),
@@ -43,8 +43,7 @@ def test_requests_wait_for_a_drafts_pages(name, expected):
     pool = engine.proposer.cache.pool
     slots = max(map(len, PROMPTS)) + LENGTH + 12
     withheld = pool.take(pool.pages - (slots // 16 + 2))
-    sent_back = []
-    engine._send_back = lambda request, send=engine._send_back: (sent_back.append(request), send(request))
+    sent_back = watch_sent_back(engine)
     assert [result.tokens for result in engine.generate(PROMPTS, ASKED)] == expected
     assert sent_back, "the test wants the draft's pages to run out"
     assert pool.free + len(withheld) == pool.pages and engine.cache.pool.free == engine.cache.pool.pages

@@ -11,7 +11,7 @@ import torch
 from specdec_ops import Tree, drafts, sample_tokens
 from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
-from tests.harness.tiny_models import Characters, first_layers, make_decoder, noisy_eagle
+from tests.harness.tiny_models import Characters, first_layers, make_decoder, noisy_eagle, watch_sent_back
 
 TARGET = make_decoder(1)
 DRAFT = first_layers(TARGET, 1)
@@ -101,8 +101,7 @@ def test_few_pages_lose_nothing(name, expected):
     draft = DRAFTS[name]()
     slots = max(map(len, PROMPTS)) + LENGTH + draft.max_nodes
     engine = Engine(TARGET, draft, rule="match", pages=slots // 4 + 3, page_size=4, adapt=False)
-    sent_back = []
-    engine._send_back = lambda request, send=engine._send_back: (sent_back.append(request), send(request))
+    sent_back = watch_sent_back(engine)
     assert [result.tokens for result in engine.generate(PROMPTS, asked)] == texts
     assert sent_back, "the test wants pages to run out"
     assert engine.cache.pool.free == engine.cache.pool.pages

@@ -10,7 +10,7 @@ from specdec_ops import Topology, Tree, drafts, sample_tokens
 from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
 from tests.decode.test_engine import DRAFT, LENGTH, PROMPTS, TARGET, by_hand, eos_of, law_by_hand, samplings
-from tests.harness.tiny_models import Characters, first_layers, make_decoder
+from tests.harness.tiny_models import Characters, first_layers, make_decoder, watch_sent_back
 
 SURE = drafts.StopBelow("probability", 0.7)
 GREEDY = Sampling(max_tokens=LENGTH)
@@ -123,7 +123,7 @@ def test_first_roots_have_the_noise_and_the_law_of_the_targets_own_tokens():
         asked = Sampling(temperature=0.5, top_k=7, seed=seed, max_tokens=4)
         engine = Engine(TARGET, drafts.MultiCandidate(TARGET, (1,), target_roots=4), "longest_path")
         number = engine.submit(PROMPTS[0], asked)
-        engine._admit()
+        engine.scheduler.admit()
         engine._prefill()
         logits, length = last_logits(TARGET, PROMPTS[0])[None], len(PROMPTS[0])
         options = {"seeds": seed, "positions": length, "temperature": 0.5, "top_k": 7}
@@ -170,8 +170,7 @@ def test_few_pages_lose_nothing(name):
     expected = [result.tokens for result in run(FORESTS[name](), PROMPTS, asked)]
     slots = max(map(len, PROMPTS)) + LENGTH + FORESTS[name]().max_nodes
     engine = Engine(TARGET, FORESTS[name](), "longest_path", pages=slots // 4 + 3, page_size=4)
-    sent_back = []
-    engine._send_back = lambda request, send=engine._send_back: (sent_back.append(request), send(request))
+    sent_back = watch_sent_back(engine)
     assert [result.tokens for result in engine.generate(PROMPTS, asked)] == expected
     assert sent_back, "the test wants pages to run out"
     assert engine.cache.pool.free == engine.cache.pool.pages

@@ -15,7 +15,7 @@ from specdec_ops.drafts import TreeShape
 from specdec_ops.ops.linear.quantized_weight import quantize_linear
 from tests.decode import test_engine_law as law
 from tests.decode.test_engine import LENGTH, PROMPTS, by_hand, eos_of, samplings
-from tests.harness.tiny_models import DIM, first_layers, make_decoder
+from tests.harness.tiny_models import DIM, first_layers, make_decoder, watch_sent_back
 
 TARGET = make_decoder(1, layers=4)
 MODEL = first_layers(TARGET, 3)
@@ -94,8 +94,7 @@ def test_few_pages_lose_nothing(name, expected):
     made = DRAFTS[name]()
     slots = max(map(len, PROMPTS)) + LENGTH + made.max_nodes
     engine = Engine(TARGET, made, pages=slots // 4 + 3, page_size=4, adapt=False)
-    sent_back = []
-    engine._send_back = lambda request, send=engine._send_back: (sent_back.append(request), send(request))
+    sent_back = watch_sent_back(engine)
     assert [result.tokens for result in engine.generate(PROMPTS, asked)] == texts
     assert sent_back, "the test wants pages to run out"
 

@@ -66,7 +66,7 @@ def watched(made: drafts.Sorted, prompts=PROMPTS, asked=None, **options) -> Engi
         engine.submit(prompt, sampling)
     while not engine.is_idle:
         engine.step()
-        for request in engine._running:
+        for request in engine.scheduler.running:
             if request.draft_state is not None and request.draft_state.lengths[0]:
                 assert_follows(engine.proposer, request)
                 lags.add(request.draft_state.lengths[0] - request.draft_state.lengths[-1])
@@ -92,7 +92,7 @@ def test_a_long_prompt_is_caught_up_with_in_chunks(tree):
         engine.submit(prompt, sampling)
     while not engine.is_idle:
         engine.step()
-        drafting = [r for r in engine._running if r.draft_state is not None and r.draft_state.lengths[0]]
+        drafting = [r for r in engine.scheduler.running if r.draft_state is not None and r.draft_state.lengths[0]]
         for request in drafting:
             assert request.draft_state.lengths[1:] == [0, 0]
             assert_follows(engine.proposer, request)
@@ -101,7 +101,7 @@ def test_a_long_prompt_is_caught_up_with_in_chunks(tree):
             break
     while not engine.is_idle:
         engine.step()
-        for request in engine._running:
+        for request in engine.scheduler.running:
             assert_follows(engine.proposer, request)
     assert all(engine.proposer.counts.left)
 

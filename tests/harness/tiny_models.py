@@ -72,3 +72,15 @@ class Characters:
 
     def decode(self, ids, *, skip_special_tokens: bool = False) -> str:
         return "".join(chr(48 + token) for token in ids)
+
+
+def watch_sent_back(engine) -> list:
+    """A list that gets each request that has to give its pages back and wait."""
+    sent_back, send_back = [], engine.scheduler.send_back
+
+    def watched(request) -> None:
+        sent_back.append(request)
+        send_back(request)
+
+    engine.scheduler.send_back = watched
+    return sent_back

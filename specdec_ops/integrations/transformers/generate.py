@@ -131,6 +131,7 @@ class _Engine(Engine):
         self._places: dict[int, int] = {}
         self._stopped: set[int] = set()
         self._last_pages: dict[int, list[int]] = {}
+        self.scheduler.on_release = self._remember_pages
 
     def add(self, row: list[int], seen: list[bool], sampling: Sampling) -> None:
         """A prompt, of which `seen` tells what is no padding."""
@@ -172,9 +173,8 @@ class _Engine(Engine):
         first = torch.tensor(pages, dtype=torch.int64)[:, None] * size
         return (first + torch.arange(size)).reshape(-1)[:length].to(self.cache.device)
 
-    def _release(self, request: Request) -> None:
+    def _remember_pages(self, request: Request) -> None:
         self._last_pages[request.number] = list(request.sequence.pages)
-        super()._release(request)
 
     def _accept(
         self, draft: Draft | None, batch: Batch, logits: torch.Tensor, drafted: Drafted
