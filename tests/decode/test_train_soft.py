@@ -243,7 +243,7 @@ def test_the_program_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
     for key, value in weights[0].items():
         torch.testing.assert_close(weights[1][key], value, rtol=1e-5, atol=1e-6)
     header, *lines = (tmp_path / "cut" / "loss.csv").read_text().splitlines()
-    assert header == "step,seconds,loss,loss_1,loss_3,agreement_1,agreement_3" and len(lines) >= 10
+    assert header == "step,seconds,loss,loss_1,loss_3,agreement_1,agreement_3" and len(lines) >= 2
     about = json.loads((tmp_path / "cut" / "draft.json").read_text())
     assert about["steps"] == 12 and "--exits 1 3 --thresholds 0.4 0.0" in about["command"]
     assert str(tmp_path) not in about["command"]
