@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import datetime
 import importlib
@@ -20,6 +21,7 @@ import torch
 
 from benchmarks.harness.machine import ROOT, describe
 from specdec_ops import drafts
+from specdec_ops.decode import Decoder
 from specdec_ops.decode.__main__ import chat_prompt
 from specdec_ops.integrations.transformers import load
 
@@ -48,26 +50,70 @@ SYSTEMS = ("sorted",)
 """Those with tables of their own, each in a module of its name: what its paper claims, and what is so here."""
 
 
-def ngram(asked) -> list[tuple[str, Callable]]:
+@dataclasses.dataclass(frozen=True)
+class Models:
+    """The target in its forms.
+
+    original: of Hugging Face, in float32.
+    float32: the same weights for the engine.
+    blocks: those of the GGUF file, as they lie there.
+    """
+
+    original: object
+    float32: Decoder
+    blocks: Decoder
+
+    def target(self, weights: str) -> Decoder:
+        """Of the engine."""
+        return self.float32 if weights == "float32" else self.blocks
+
+
+def ngram(asked, models: Models, weights: str) -> list[tuple[str, Callable]]:
     """Needs nothing."""
     return [("ours, n-grams", drafts.Ngram)]
 
 
-def chain(asked) -> list[tuple[str, Callable]]:
-    """A smaller model, given by --draft."""
-    if asked.draft is None:
-        return []
-    model = load(asked.draft)
-    return [(f"ours, chain of {asked.steps}", lambda: drafts.Chain(model, asked.steps))]
+def chain(asked, models: Models, weights: str) -> list[tuple[str, Callable]]:
+    """A smaller model, or the target in a cheaper form: see --draft."""
+    made = []
+    for name in asked.draft:
+        if name == "blocks" and weights == "blocks":
+            continue  # it would draft for itself
+        model = draft_model(name, models, weights)
+        made.append((f"ours, chain of {asked.steps}, {name}", lambda model=model: drafts.Chain(model, asked.steps)))
+    return made
 
 
-def eagle(asked) -> list[tuple[str, Callable]]:
+def draft_model(name: str, models: Models, weights: str) -> Decoder:
+    """The first layers of the target, its GGUF blocks, or another model."""
+    if name == "blocks":
+        return models.blocks
+    target = models.target(weights)
+    if name.startswith("layers:"):
+        count = int(name.removeprefix("layers:"))
+        return dataclasses.replace(target, shape=target.shape._replace(layers=count), layers=target.layers[:count])
+    return load(name)
+
+
+def assistant(name: str, models: Models):
+    """The same for Hugging Face, whose loop runs no GGUF blocks: the nearest to them is a copy in bfloat16."""
+    from transformers import AutoModelForCausalLM
+
+    if name == "blocks":
+        return copy.deepcopy(models.original).to(torch.bfloat16)
+    if name.startswith("layers:"):
+        made = copy.deepcopy(models.original)
+        made.model.layers = made.model.layers[: int(name.removeprefix("layers:"))]
+        made.config.num_hidden_layers = len(made.model.layers)
+        return made
+    return AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+
+
+def eagle(asked, models: Models, weights: str) -> list[tuple[str, Callable]]:
     """A trained layer, given by --eagle."""
     if asked.eagle is None:
         return []
-    if not hasattr(drafts, "Eagle"):
-        raise ValueError("--eagle needs drafts.Eagle, which this version does not have")
-    return [("ours, EAGLE", lambda: drafts.Eagle.load(asked.eagle))]
+    return [("ours, EAGLE", lambda: drafts.Eagle.load(asked.eagle, models.target(weights)))]
 
 
 DRAFTS = (ngram, chain, eagle)
@@ -87,7 +133,13 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--prompts", nargs="+", choices=tuple(prompts.PACKAGES), default=list(prompts.PACKAGES))
     made.add_argument("--count", type=int, help="prompts of each set")
     made.add_argument("--tokens", type=int, help="the most tokens of an answer")
-    made.add_argument("--draft", help="a folder with a smaller model: for Chain, and for assisted generation")
+    made.add_argument(
+        "--draft",
+        nargs="+",
+        default=[],
+        help="what drafts in Chain and in assisted generation: a folder with a smaller model, layers:N (the target's "
+        "first layers, not trained for it), or blocks (of the GGUF file, for float32; bfloat16 for Hugging Face)",
+    )
     made.add_argument("--steps", type=int, default=5, help="tokens that the smaller model drafts (default: 5)")
     made.add_argument("--eagle", help="a folder with a trained EAGLE layer")
     made.add_argument("--lookup-tokens", type=int, default=4, help="that the peers' prompt lookups draft (default: 4)")
@@ -98,26 +150,26 @@ def parser() -> argparse.ArgumentParser:
     return made
 
 
-def in_process(asked, model, float32, blocks, max_batch: int, max_length: int) -> list[Contestant]:
+def in_process(asked, models: Models, max_batch: int, max_length: int) -> list[Contestant]:
     """Contestants of this process, in the order of their rows."""
+    model = models.original
     lookup = {"prompt_lookup_num_tokens": asked.lookup_tokens}
     found = [contestants.hugging_face("generate", model)]
-    if asked.draft is not None:
-        from transformers import AutoModelForCausalLM
-
-        assistant = AutoModelForCausalLM.from_pretrained(asked.draft, dtype=torch.float32).eval()
-        found.append(contestants.hugging_face("generate, assisted", model, assistant=assistant))
+    for name in asked.draft:
+        said = "bfloat16" if name == "blocks" else name
+        found.append(contestants.hugging_face(f"generate, assisted, {said}", model, assistant=assistant(name, models)))
     found.append(contestants.hugging_face("generate, prompt lookup", model, **lookup))
     reason = contestants.without_economize()
     if reason:
         found.append(Contestant("economize, prompt lookup", "library", "float32", _never, refuses=lambda *_: reason))
     else:
         found.append(contestants.economize_lookup(model, asked.lookup_tokens))
-    sizes = {"max_batch": max_batch, "max_length": max_length}
-    for weights, target in (("float32", float32), ("blocks", blocks)):
+    sizes = {"max_batch": max_batch, "max_length": max_length, "rule": "match"}  # whose sampled texts can be checked
+    for weights in ("float32", "blocks"):
+        target = models.target(weights)
         found.append(contestants.ours("ours plain", target, None, weights=weights, **sizes))
         for make in DRAFTS:
-            for name, draft in make(asked):
+            for name, draft in make(asked, models, weights):
                 found.append(contestants.ours(name, target, draft(), weights=weights, **sizes))
     if asked.only:
         found = [one for one in found if asked.only in one.name or one.name in ("generate", "ours plain")]
@@ -193,7 +245,7 @@ def run(asked, preset: Preset, began: float, arguments: list[str]) -> int:
         for name, some in questions.items()
     }
     longest = max(len(prompt) for some in ids.values() for prompt in some) + length + 8
-    there = in_process(asked, model, float32, blocks, max(batches), longest)
+    there = in_process(asked, Models(model, float32, blocks), max(batches), longest)
     today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     out = asked.out or ROOT / "benchmarks" / "results" / "local" / f"{today}-decode-{asked.preset}.csv"
     fixed = describe("cpu", arguments) | results.versions() | {"model": path.name}

@@ -1,10 +1,13 @@
 """Those who decode: Hugging Face's loops, economize, and our engine. Each times itself in one way.
 
-The clock starts when every request of a call has its first token, so that prompts are left out, and stops at the end.
+The clock starts when every request of a call has its first token, so that prompts are left out, and stops when the
+first of them ends: a batch is timed while it is whole. How long the last of its requests goes on alone says nothing of
+a server, where others would have taken the places of those that have ended.
 """
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import importlib.util
@@ -39,7 +42,7 @@ class Run:
     """What one call gave.
 
     answers: tokens of each request; an EOS is the last.
-    seconds: since each request had its first token.
+    seconds: since each request had its first token, until the first one ended.
     timed: tokens that came in that time.
     calls: passes of the target over all requests, the prompt's counted where it gave a token.
     pass_seconds, pass_rows: of each pass of the target within that time; empty where it can't be seen.
@@ -115,16 +118,22 @@ def _metered_forward(forward, meter: Meter):
 
 
 class _Clock:
-    """A stopping criterion that stops nothing: it notes when the first tokens were there, and how many."""
+    """A stopping criterion that stops nothing: it notes when the first tokens were there, and the first EOS."""
 
-    def __init__(self, prompt_length: int) -> None:
-        self._prompt_length = prompt_length
+    def __init__(self, prompt_length: int, eos: tuple[int, ...]) -> None:
+        self._prompt_length, self._eos = prompt_length, torch.tensor(eos, dtype=torch.int64)
         self.start: float | None = None
-        self.tokens = 0
+        self.end: float | None = None
+        self.tokens = self.tokens_at_end = 0  # of a request
 
     def __call__(self, ids: torch.Tensor, scores, **_) -> torch.Tensor:
+        seen = self.tokens_at_end
+        if self.end is None:
+            self.tokens_at_end = ids.shape[1] - self._prompt_length
         if self.start is None:
-            self.start, self.tokens = time.perf_counter(), ids.shape[1] - self._prompt_length
+            self.start, self.tokens = time.perf_counter(), self.tokens_at_end
+        if self.end is None and torch.isin(ids[:, self._prompt_length + seen :], self._eos).any():
+            self.end = time.perf_counter()
         return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
@@ -149,7 +158,7 @@ def hugging_face(name: str, model, *, assistant=None, **options) -> Contestant:
 
     def run(task: Task) -> Run:
         ids, mask = padded(task.prompts)
-        clock, forward = _Clock(ids.shape[1]), model.forward
+        clock, forward = _Clock(ids.shape[1], task.eos), model.forward
         sampled = {"temperature": task.temperature, "top_k": 0, "top_p": 1.0} if task.temperature > 0 else {}
         meter.clear()
         drafting.clear()
@@ -171,14 +180,14 @@ def hugging_face(name: str, model, *, assistant=None, **options) -> Contestant:
                 **sampled,
                 **options,
             )
-            end = time.perf_counter()
+            end = clock.end or time.perf_counter()
         finally:
             del model.forward
             if assistant is not None:
                 del assistant.forward
         answers = [until_end(row, task.eos) for row in out[:, ids.shape[1] :].tolist()]
         calls = len(meter.seconds) if drafts else sum(map(len, answers))
-        timed = sum(max(0, len(answer) - clock.tokens) for answer in answers)
+        timed = sum(max(0, min(len(answer), clock.tokens_at_end) - clock.tokens) for answer in answers)
         draft_seconds = [sum(drafting.seconds) / max(1, len(meter.seconds))] if assistant is not None else []
         passes = (meter.seconds[1:], meter.rows[1:])
         return Run(answers, end - clock.start, timed, calls, *passes, draft_seconds)
@@ -207,13 +216,17 @@ def economize_lookup(model, tokens: int) -> Contestant:
         lengths = [len(prompt) for prompt in task.prompts]
         seen = [0] * len(lengths)
         started: list[tuple[float, int]] = []
+        ended: list[tuple[float, int]] = []
 
         def stop(place: int):
             def is_end(ids: torch.Tensor) -> bool:
                 seen[place] = len(ids) - lengths[place]
                 if not started and all(seen):
                     started.append((time.perf_counter(), sum(seen)))
-                return int(ids[-1]) in task.eos
+                is_last = int(ids[-1]) in task.eos
+                if started and not ended and (is_last or seen[place] >= task.length):
+                    ended.append((time.perf_counter(), sum(seen)))
+                return is_last
 
             return is_end
 
@@ -230,8 +243,9 @@ def economize_lookup(model, tokens: int) -> Contestant:
         end = time.perf_counter()
         answers = [result.tokens.tolist() for result in results]
         start, before = started[0]
+        end, after = ended[0] if ended else (end, sum(map(len, answers)))
         calls = sum(len(result.cost.events) for result in results)
-        return Run(answers, end - start, sum(map(len, answers)) - before, calls)
+        return Run(answers, end - start, after - before, calls)
 
     return Contestant("economize, prompt lookup", "library", "float32", run)
 
@@ -244,28 +258,26 @@ def without_economize() -> str:
 # Our engine.
 
 
-class MeteredModel:
-    """A model of the engine whose passes with logits are timed."""
+def metered(model, meter: Meter):
+    """The same model of the engine, whose passes with logits are timed."""
+    model = copy.copy(model)
+    forward = model.forward
 
-    def __init__(self, model, meter: Meter) -> None:
-        self._model, self._meter = model, meter
-
-    def __getattr__(self, name: str):
-        return getattr(self._model, name)
-
-    def forward(self, rows, cache, *, want=True, **options):
-        """See `Model.forward`."""
+    def timed(rows, cache, *, want=True, **options):
         start = time.perf_counter()
-        output = self._model.forward(rows, cache, want=want, **options)
+        output = forward(rows, cache, want=want, **options)
         if want is not False:
-            self._meter.add(time.perf_counter() - start, rows.count)
+            meter.add(time.perf_counter() - start, rows.count)
         return output
+
+    model.forward = timed
+    return model
 
 
 def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -> Contestant:
     """Our engine with its other options, plain without a draft."""
     meter, draft_seconds = Meter(), []
-    engine = Engine(MeteredModel(target, meter), draft, max_batch=max_batch, **options)
+    engine = Engine(metered(target, meter), draft, max_batch=max_batch, **options)
     if draft is not None:
         propose = engine.proposer.propose
 
@@ -284,6 +296,7 @@ def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -
         ]
         places = {number: place for place, number in enumerate(numbers)}
         counts, results, start, before, first = [0] * len(numbers), [None] * len(numbers), None, 0, (0, 0)
+        end, after, last = None, 0, (0, 0)
         meter.clear()
         draft_seconds.clear()
         while not engine.is_idle:
@@ -295,15 +308,18 @@ def ours(name: str, target, draft, *, weights: str, max_batch: int, **options) -
             if start is None and all(counts):
                 start, before = time.perf_counter(), sum(counts)
                 first = (len(meter.seconds), len(draft_seconds))
-        end = time.perf_counter()
+            if end is None and any(results):
+                end, after, last = time.perf_counter(), sum(counts), (len(meter.seconds), len(draft_seconds))
+                if start is None:  # one has ended before all have begun
+                    start, before, first = end, after, last
         return Run(
             [result.tokens for result in results],
             end - start,
-            sum(counts) - before,
+            after - before,
             sum(result.stats.target_calls for result in results),
-            meter.seconds[first[0] :],
-            meter.rows[first[0] :],
-            draft_seconds[first[1] :],
+            meter.seconds[first[0] : last[0]],
+            meter.rows[first[0] : last[0]],
+            draft_seconds[first[1] : last[1]],
         )
 
     role = "ours plain" if draft is None else "ours"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 import time
 
@@ -10,7 +11,7 @@ from specdec_ops.decode import Engine, Sampling
 from specdec_ops.drafts import Chain, Eagle, Ngram
 from specdec_ops.drafts.checkpoint import is_draft
 
-DRAFTS = "ngram, none, or a folder with a trained draft or with a smaller model (default: ngram)"
+DRAFTS = "ngram, none, or a folder or GGUF file with a trained draft or a smaller model (default: ngram)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -38,6 +39,9 @@ def main(arguments: list[str] | None = None) -> int:
 
     asked = parser().parse_args(arguments)
     try:
+        if asked.draft not in ("ngram", "none") and not os.path.exists(asked.draft):
+            must = "ngram, none, or a folder or file that exists"
+            raise ValueError(f"specdec_ops.decode: --draft must be {must}, got {asked.draft!r}")
         target = load(asked.model, weights=asked.weights)
         if asked.draft in ("ngram", "none"):
             draft = Ngram() if asked.draft == "ngram" else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 
@@ -110,9 +111,14 @@ class Batch:
         page_table: int32 [batch, max_pages], of the target's cache.
         last_tokens: int32 [batch]: node 0.
         law: the settings of their distributions.
+        seconds: how long a round takes, its draft apart, by the rows of its pass. None: not known, or none of the
+            draft's business, since with the rule the tree has a part in what is drawn.
     """
 
-    def __init__(self, requests: list[Request], cache: Cache, law: Law) -> None:
+    def __init__(
+        self, requests: list[Request], cache: Cache, law: Law, seconds: Callable[[int], float] | None = None
+    ) -> None:
+        self.seconds = seconds
         device = cache.device
         self.requests = requests
         lengths = [request.sequence.length for request in requests]

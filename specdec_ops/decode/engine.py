@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import collections
-import contextlib
 import dataclasses
 import itertools
 import time
@@ -26,31 +25,14 @@ from .batch import Batch, Law
 from .cache import Cache
 from .diagnose import Diagnosis, Prompt, diagnose
 from .model import Model
-from .pace import Pace
+from .pace import Adaptation
+from .progress import bar
 from .request import Request, State
 from .result import Chunk, Result
 from .rows import Rows
 from .sampling import Sampling
 
 _OP = "Engine"
-
-
-class _NoBar:
-    def update(self, count: int) -> None:
-        pass
-
-
-@contextlib.contextmanager
-def _bar(total: int, wanted: bool):
-    if not wanted:
-        yield _NoBar()
-        return
-    try:
-        from tqdm.auto import tqdm
-    except ImportError as error:
-        raise RuntimeError(f"specdec_ops.{_OP}: progress=True needs the package tqdm (pip install tqdm)") from error
-    with tqdm(total=total, unit="prompt") as bar:
-        yield bar
 
 
 def _renumbered(chunk: Chunk, place: int) -> Chunk:
@@ -110,6 +92,9 @@ class Engine:
     ) -> None:
         if draft is not None and not isinstance(draft, Draft):
             raise TypeError(argument_error(_OP, "draft", "a specdec_ops.drafts.Draft or None", draft))
+        if not hasattr(target, "forward") or not hasattr(target, "shape"):
+            must = "a model of specdec_ops.integrations.transformers.load"
+            raise TypeError(argument_error(_OP, "target", must, target))
         most = target.shape.max_positions
         if draft is not None and draft.max_positions is not None:
             most = min(most, draft.max_positions)
@@ -126,7 +111,10 @@ class Engine:
                 raise ValueError(argument_error(_OP, name, f"from 1 to {high}", value))
         self.target, self.draft, self.rule = target, draft, rules.choose(rule, draft)
         self.max_batch, self.max_length, self._prefill_rows = max_batch, max_length, prefill_rows
-        self._adapt, self._paces, self._has_warned = adapt, collections.defaultdict(Pace), False
+        self._adapt, self._has_warned = adapt, False
+        self._adaptation: Adaptation | None = None
+        if draft is not None:
+            self._adaptation = Adaptation(draft.weighs_rows, 1 + (draft.max_depth or draft.max_nodes - 1))
         self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
         slots = max_length + self._nodes
@@ -147,6 +135,10 @@ class Engine:
         self._device = target.shape.device
         self._inboxes: dict[int, collections.deque[Chunk]] = {}  # of the answers that `astream` waits for
         self._turn = asyncio.Lock()
+
+    def __repr__(self) -> str:
+        running, waiting = len(self._running), len(self._requests) - len(self._running)
+        return f"<Engine of {self.target} with {self.draft}, rule {self.rule}: {running} run, {waiting} wait>"
 
     # Requests come and go.
 
@@ -177,7 +169,8 @@ class Engine:
                 raise TypeError(argument_error(_OP, "prompt", "token ids for a target without a tokenizer", prompt))
             ids = self.target.tokenizer.encode(prompt)
         else:
-            ids = prompt.tolist() if isinstance(prompt, torch.Tensor) else list(prompt)
+            ids = prompt.tolist() if hasattr(prompt, "tolist") else prompt
+            ids = list(ids) if isinstance(ids, Sequence) else [None]
             if not all(map(is_int, ids)):
                 raise TypeError(argument_error(_OP, "prompt", "a string or a sequence of token ids", prompt))
         vocab = self.target.shape.vocab
@@ -296,19 +289,19 @@ class Engine:
 
     def _round(self, requests: list[Request], draft: Draft | None) -> None:
         law = self._law(requests)
-        pace = self._paces[len(requests)]
-        may_switch = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
-        drafts = draft is not None and (not may_switch or pace.wants_draft())
-        times = [time.perf_counter()]
-        batch = Batch(requests, self.cache, law)
+        may_adapt = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
+        adaptation = self._adaptation if may_adapt else None
+        drafts = draft is not None and (adaptation is None or adaptation.wants_draft(len(requests)))
+        marks = [time.perf_counter()]
+        batch = Batch(requests, self.cache, law, adaptation and adaptation.seconds_of_rows(len(requests)))
         if drafts:
             drafted = self.proposer.propose(batch)
         else:
             drafted = Drafted(batch.last_tokens[:, None], chains((1,), self._device), is_chain=True)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         logits, hidden = self._score(batch, drafted)
         logits = law.without_improbable(logits)
-        times.append(time.perf_counter())
+        marks.append(time.perf_counter())
         acceptance = self._accept(draft, batch, logits, drafted)
         if not drafted.is_chain:
             self.cache.commit(acceptance.nodes, batch.context_lens, batch.page_table)
@@ -319,12 +312,13 @@ class Engine:
         accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
         if drafts:
             self.proposer.observe(batch, drafted, acceptance, accepted)
-        times.append(time.perf_counter())
-        if may_switch:
-            pace.record(drafts, times[-1] - times[0], sum(accepted) / len(accepted) + 1)
-            self._warn_of_loss(pace)
+        marks.append(time.perf_counter())
+        if adaptation is not None:
+            rows, given = sum(drafted.sizes or (drafted.tokens.numel(),)), sum(accepted) / len(accepted) + 1
+            adaptation.record(len(requests), drafts, rows, marks[1] - marks[0], marks[-1] - marks[1], given)
+            self._warn_of_loss(adaptation.loss)
         if self.on_round is not None and drafts:
-            spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(times)), strict=True))
+            spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
             depth = acceptance.nodes.shape[1] - 1
             self.on_round(min(depth, draft.max_depth or depth), accepted, spans)
 
@@ -345,11 +339,11 @@ class Engine:
             request.take(tokens[: count + 1], None if logprobs is None else logprobs[place], self._longest)
         return [row[0] for row in table]
 
-    def _warn_of_loss(self, pace: Pace) -> None:
-        if not pace.pays and not self._has_warned:
+    def _warn_of_loss(self, speedup: float | None) -> None:
+        if speedup is not None and not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"specdec_ops.{_OP}: this draft decodes at {pace.speedup:.2f}x the speed of plain decoding here, so it "
+                f"specdec_ops.{_OP}: this draft decodes at {speedup:.2f}x the speed of plain decoding here, so it "
                 "is left out and tried again now and then; Engine.diagnose() tells why",
                 stacklevel=4,
             )
@@ -427,11 +421,11 @@ class Engine:
         """
         results: dict[int, Result] = {}
         prompts = self._prompts(prompts)
-        with _bar(len(prompts), progress) as bar:
+        with bar(len(prompts), progress) as shown:
             for chunk in self.stream(prompts, sampling):
                 if chunk.result is not None:
                     results[chunk.request] = chunk.result
-                    bar.update(1)
+                    shown.update(1)
         return [results[place] for place in range(len(prompts))]
 
     def stream(
@@ -497,6 +491,11 @@ class Engine:
 
     @staticmethod
     def _prompts(prompts) -> list[Prompt]:
+        if not isinstance(prompts, Sequence | torch.Tensor):
+            must = "strings or sequences of token ids, one or more"
+            raise TypeError(argument_error(_OP, "prompts", must, prompts))
+        if isinstance(prompts, torch.Tensor):
+            prompts = prompts.tolist()
         if isinstance(prompts, str) or (len(prompts) and is_int(prompts[0])):
             return [prompts]
         return list(prompts)

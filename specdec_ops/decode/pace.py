@@ -1,92 +1,233 @@
-"""`Pace`: whether drafts pay, judged by how long rounds take and what they give."""
+"""How long rounds take, and whether drafts pay: `PassTimes`, `Pace`, and `Adaptation` of an engine."""
 
 from __future__ import annotations
 
-_LEARN = 16  # rounds with a draft before the first judgement, and
-_LEARN_PLAIN = 3  # plain ones after them
-_PLAIN_EVERY = 64  # rounds with a draft between two plain ones that tell what those take
-_RETRY_EVERY = 128  # plain rounds between two tries with a draft, once it did not pay
-_RETRY_ROUNDS = 8
-_MEMORY = 0.95  # weight of the past in running means: what is accepted differs much from round to round
+import bisect
+import math
+from collections.abc import Callable
+
+_MEMORY, _MEMORY_OF_TOKENS = 0.95, 0.985  # weights of the past in running means: tokens differ much from round to round
+_FIRST = 3  # the shortest of the first rounds counts: the very first also makes what later ones have
 _OUTLIER = 1.5  # a round that took longer than this times the mean was interrupted, and counts as one that did not
 _MARGIN = 1.03  # a draft has to lose by more than this share before it is left out
 
 
-class _Mean:
-    """A running mean of all there is at first, and of the last ones later."""
+class _Seconds:
+    """How long rounds of one kind take."""
 
     def __init__(self) -> None:
         self.value: float | None = None
-        self._count = 0
+        self.count = 0
 
-    def add(self, value: float) -> None:
-        self._count += 1
-        past = min(_MEMORY, 1 - 1 / self._count)
-        self.value = value if self.value is None else past * self.value + (1 - past) * value
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        if self.value is None or self.count <= _FIRST:
+            self.value = seconds if self.value is None else min(self.value, seconds)
+        else:
+            self.value += (1 - _MEMORY) * (min(seconds, _OUTLIER * self.value) - self.value)
 
 
-class _Kind:
-    """Rounds of one kind: how long they take, and what they give. Both are means, so that luck weighs little."""
+class PassTimes:
+    """What a round takes without its draft, by the rows of its pass: measured, and guessed in between and beyond.
 
-    def __init__(self) -> None:
-        self._seconds, self._tokens = _Mean(), _Mean()
+    One for each number of requests.
+    """
 
-    def add(self, seconds: float, tokens: float) -> None:
-        usual = self._seconds.value
-        self._seconds.add(seconds if usual is None else min(seconds, _OUTLIER * usual))
-        self._tokens.add(tokens)
+    _EXACT = 8  # rows up to here each have a figure of their own, further on groups of
+    _GROUP = 4
+    _SLOPE = 1 / 16  # of a row in plain rounds, until there is a second figure
+    _PLAIN_EVERY = 256  # rounds with a draft between two plain ones that tell what those take
+
+    def __init__(self, requests: int) -> None:
+        self.requests = requests
+        self._known: dict[int, _Seconds] = {}
+        self._rows: list[int] = []
+        self._since_plain = 0
+
+    def _group(self, rows: int) -> int:
+        over = max(0, rows - max(self._EXACT, self.requests))
+        return rows if over == 0 else rows - over + -(-over // self._GROUP) * self._GROUP
+
+    def add(self, rows: int, seconds: float) -> None:
+        """A round with a pass over this many rows took this long."""
+        self._since_plain = 0 if rows == self.requests else self._since_plain + 1
+        group = self._group(rows)
+        if group not in self._known:
+            self._known[group] = _Seconds()
+            bisect.insort(self._rows, group)
+        self._known[group].add(seconds)
 
     @property
-    def value(self) -> float | None:
-        """Seconds per token of a request."""
-        return None if self._seconds.value is None else self._seconds.value / self._tokens.value
+    def are_usable(self) -> bool:
+        """Whether plain rounds have been measured, and lately."""
+        return self.requests in self._known and self._since_plain < self._PLAIN_EVERY
+
+    def seconds(self, rows: int) -> float:
+        """Of a round with a pass over this many rows, at least one for each request."""
+        group = self._group(rows)
+        known = self._known.get(group)
+        if known is not None:
+            return known.value
+        place = bisect.bisect(self._rows, group)
+        if place == 0:
+            return self._known[self._rows[0]].value
+        below = self._rows[place - 1]
+        least = self._known[below].value
+        if place == len(self._rows):
+            plain = self._known[self.requests].value
+            slope = self._SLOPE * plain
+            if below > self.requests:  # passes over more rows get dearer from row to row, so this one gets tried
+                slope = max(0.0, least - plain) / (below - self.requests)
+            return least + (group - below) * slope
+        above = self._rows[place]
+        return least + (self._known[above].value - least) * (group - below) / (above - below)
+
+
+class _Tokens:
+    """What rounds give: a running mean, and how far off it may be."""
+
+    def __init__(self) -> None:
+        self.count, self.value, self._square = 0, 0.0, 0.0
+
+    def add(self, tokens: float) -> None:
+        self.count += 1
+        share = max(1 - _MEMORY_OF_TOKENS, 1 / self.count)
+        self.value += share * (tokens - self.value)
+        self._square += share * (tokens * tokens - self._square)
+
+    @property
+    def error(self) -> float:
+        """The standard error of the mean."""
+        return math.sqrt(max(0.0, self._square - self.value**2) / min(self.count, 1 / (1 - _MEMORY_OF_TOKENS)))
 
 
 class Pace:
-    """Decides for each round whether to draft. One for each number of requests, since both kinds scale differently.
+    """Decides for each round whether to draft, for drafts that cost much before it is known what they propose.
 
-    A round with a draft costs more than a plain one and gives more tokens. What counts is seconds per token of a
-    request. Now and then a round of the other kind is run, so that neither figure gets old.
+    A round with a draft takes longer than a plain one and gives more tokens. What counts is seconds per token of a
+    request. A few plain rounds tell how long those take; then rounds with the draft go on until they have given so
+    little that chance does not explain it, or as long as they pay, with a plain round now and then. A draft that does
+    not pay is tried again after a while, each time after twice as long.
+
+    One for each number of requests. A new one starts from the judgement of one for about as many requests.
+
+    Args:
+        most: the most tokens that a round with the draft can give. If these would not pay, it is not tried soon again.
+        like: of another number of requests.
     """
 
-    def __init__(self) -> None:
-        self._with_draft, self._plain = _Kind(), _Kind()
-        self._rounds = self._since_other = 0
-        self._pays = True
+    _PLAIN_FIRST = 2
+    _LEAST, _MOST = 2, 32  # rounds with a draft before it can be left out, and before the means alone decide
+    _ERRORS = 1.5  # how many standard errors the tokens have to be below what would pay, until then
+    _PLAIN_EVERY = 64  # rounds with a draft between two plain ones
+    _RETRY_EVERY, _LONGEST_WAIT = 128, 2048  # plain rounds until a draft that did not pay is tried again
+
+    def __init__(self, most: float = math.inf, like: Pace | None = None) -> None:
+        self._most = most
+        self._with_draft, self._plain = _Seconds(), _Seconds()
+        self._tokens = _Tokens()
+        self._plain_left = self._PLAIN_FIRST
+        self._since_plain, self._wait = 0, self._RETRY_EVERY
+        self._pays = like is None or like.pays
+        self._left_out = 0 if self._pays else like._wait  # plain rounds to come
 
     def wants_draft(self) -> bool:
         """Whether the next round should draft."""
-        if self._rounds < _LEARN:
-            return True
-        if self._rounds < _LEARN + _LEARN_PLAIN:
-            return False
-        if self._pays:
-            return self._since_other < _PLAIN_EVERY
-        return self._since_other >= _RETRY_EVERY
+        return self._plain_left == 0 and self._left_out == 0
 
     def record(self, drafted: bool, seconds: float, tokens: float) -> None:
         """A round took this long and gave this many tokens per request."""
-        (self._with_draft if drafted else self._plain).add(seconds, tokens)
-        self._rounds += 1
-        self._since_other = self._since_other + 1 if drafted == self._pays else self._next_try(drafted)
-        if self._rounds >= _LEARN + _LEARN_PLAIN and None not in (self._with_draft.value, self._plain.value):
-            pays = self._with_draft.value <= self._plain.value * _MARGIN
-            if pays != self._pays:
-                self._pays, self._since_other = pays, 0
+        if not drafted:
+            self._plain.add(seconds / tokens)
+            self._since_plain = 0
+            self._plain_left = max(0, self._plain_left - 1)
+            self._left_out = max(0, self._left_out - 1)
+            return
+        self._with_draft.add(seconds)
+        self._tokens.add(tokens)
+        self._since_plain += 1
+        if self._since_plain >= self._PLAIN_EVERY:
+            self._plain_left = 1
+        if self._plain.value is None:
+            return
+        needed = self._with_draft.value / self._plain.value  # tokens of a round that would pay
+        if self._tokens.count >= self._MOST:
+            loses = self._tokens.value * _MARGIN < needed
+        else:
+            allowed = self._ERRORS * max(self._tokens.error, 1 / self._tokens.count)
+            loses = self._tokens.count >= self._LEAST and self._tokens.value + allowed < needed
+        never_pays = needed > self._most and self._with_draft.count >= self._LEAST  # the first ran a prompt, too
+        if loses or never_pays:
+            self._wait = self._RETRY_EVERY if self._pays else min(2 * self._wait, self._LONGEST_WAIT)
+            if never_pays:
+                self._wait = self._LONGEST_WAIT
+            self._pays, self._left_out = False, self._wait
+            self._last_speedup, self._tokens = self._tokens.value / needed, _Tokens()
+        elif self._tokens.count >= self._MOST:
+            self._pays = True
 
-    def _next_try(self, drafted: bool) -> int:
-        """How far the count of rounds since a try goes back: retries with a draft come several in a row."""
-        tries_left = (self._since_other - _RETRY_EVERY + 1) % _RETRY_ROUNDS if drafted else 0
-        return self._since_other + 1 if tries_left else 0
+    _last_speedup: float | None = None  # as it was when the draft was left out
 
     @property
     def speedup(self) -> float | None:
         """Seconds per token without a draft over those with it; None until both are known."""
-        if None in (self._with_draft.value, self._plain.value):
-            return None
-        return self._plain.value / self._with_draft.value
+        if None in (self._with_draft.value, self._plain.value) or not self._tokens.count:
+            return self._last_speedup
+        return self._tokens.value * self._plain.value / self._with_draft.value
 
     @property
     def pays(self) -> bool:
-        """Whether drafts are used now."""
+        """Whether drafts are used, but for tries of one that did not pay."""
         return self._pays
+
+
+class Adaptation:
+    """What an engine has learned of its rounds, by the number of their requests.
+
+    Args:
+        weighs_rows: whether the draft decides itself, by how long passes take; see `Draft`.
+        most: the most tokens that a round with the draft can give.
+    """
+
+    def __init__(self, weighs_rows: bool, most: float) -> None:
+        self._weighs_rows, self._most = weighs_rows, most
+        self._times: dict[int, PassTimes] = {}
+        self._paces: dict[int, Pace] = {}
+        self.loss: float | None = None  # the speed-up of a draft that the last round has judged to lose
+
+    def _times_of(self, requests: int) -> PassTimes:
+        return self._times.setdefault(requests, PassTimes(requests))
+
+    def _pace_of(self, requests: int) -> Pace:
+        if requests not in self._paces:
+            nearest = min(self._paces, key=lambda known: abs(known - requests), default=None)
+            self._paces[requests] = Pace(self._most, None if nearest is None else self._paces[nearest])
+        return self._paces[requests]
+
+    def wants_draft(self, requests: int) -> bool:
+        """Whether the next round should draft."""
+        if self._weighs_rows:
+            return self._times_of(requests).are_usable
+        return self._pace_of(requests).wants_draft()
+
+    def seconds_of_rows(self, requests: int) -> Callable[[int], float] | None:
+        """What a round takes without its draft, by the rows of its pass; None: not known."""
+        times = self._times_of(requests)
+        return times.seconds if times.are_usable else None
+
+    def record(self, requests: int, drafted: bool, rows: int, draft_seconds: float, seconds: float, tokens: float):
+        """A round is over.
+
+        Args:
+            requests: of the round.
+            drafted: whether the draft was asked.
+            rows: of its pass.
+            draft_seconds: what the draft took.
+            seconds: what the rest took.
+            tokens: that it gave, per request.
+        """
+        self._times_of(requests).add(rows, seconds)
+        if not self._weighs_rows:
+            pace = self._pace_of(requests)
+            pace.record(drafted, draft_seconds + seconds, tokens)
+            self.loss = None if pace.pays else pace.speedup

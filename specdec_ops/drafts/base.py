@@ -56,6 +56,8 @@ class Draft(abc.ABC):
         max_depth: the most levels below node 0, where that is known to be less than max_nodes - 1.
         max_positions: the longest text that it can follow; None: any.
         is_chain: whether its trees are chains.
+        weighs_rows: whether it looks at how long passes take (seconds of the batch), and proposes nothing where
+            nothing pays. Of other drafts the engine measures whether they pay, and leaves them out if not.
         wants_hidden: whether `Proposer.see` is to be called. Prompts then share no pages, since their rows are wanted.
     """
 
@@ -64,6 +66,7 @@ class Draft(abc.ABC):
     max_depth: int | None = None
     max_positions: int | None = None
     is_chain: bool = False
+    weighs_rows: bool = False
     wants_hidden: bool = False
 
     @abc.abstractmethod
@@ -78,6 +81,10 @@ class Draft(abc.ABC):
             is_coupled: whether the rule is "match": sampled children are then to be drawn with the target's own noise,
                 so that they are those which the target will draw wherever both agree.
         """
+
+    def __repr__(self) -> str:
+        shape = "chains" if self.is_chain else "trees"
+        return f"<{type(self).__name__}: {shape} of up to {self.max_nodes} nodes, {self.proposals} proposals>"
 
 
 class Proposer(abc.ABC):

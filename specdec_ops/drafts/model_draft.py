@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from specdec_ops._core.checks import argument_error
 from specdec_ops.decode.cache import Cache, Sequence
 from specdec_ops.decode.model import Model
 from specdec_ops.decode.rows import Rows, Shape
@@ -60,6 +61,9 @@ class ModelDraft(Draft):
     levels_run: int
 
     def __init__(self, model: Model, vocab_map: VocabMap | None = None) -> None:
+        if not hasattr(model, "forward") or not hasattr(model, "shape"):
+            must = "a model of specdec_ops.integrations.transformers.load"
+            raise TypeError(argument_error("drafts", "model", must, model))
         self.model, self.vocab_map, self.max_positions = model, vocab_map, model.shape.max_positions
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,6 +13,7 @@ from specdec_ops.topology import Topology
 from specdec_ops.tree import MAX_NODES, Tree
 
 from .base import Draft, Drafted, Proposer
+from .model_draft import chains
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
@@ -19,12 +22,37 @@ if TYPE_CHECKING:
 
 _OP = "drafts.Ngram"
 
-_HITS = (0.22, 0.54, 0.63, 0.68, 0.78, 0.85)
-"""How often a greedy answer went on as it did after the last 1, 2, ... tokens before: measured with SmolLM2-135M on
-MT-Bench, HumanEval and GSM8K, 30 prompts. At temperature 1 it was 0.15, 0.33, 0.43, 0.53, 0.79 and 0.68."""
-_PRICE, _HIGHEST_PRICE = 0.13, 0.7
-_FREE_ROWS = 4
-"""A pass over this many rows takes as long as one over one: the weights are read once."""
+_LENGTHS = (1, 2, 3, 4, 5, 7, 12, 24)
+_HITS = (0.22, 0.52, 0.60, 0.66, 0.76, 0.79, 0.87, 0.97)
+_HITS_SAMPLED = (0.15, 0.33, 0.43, 0.53, 0.70, 0.70, 0.75, 0.80)
+"""How often an answer went on as it did after the last 1, 2, 3, 4, 5, ... tokens before, of matches that are at least
+as long as _LENGTHS says: greedy, and sampled at temperature 1. Measured with SmolLM2-135M on MT-Bench, HumanEval and
+GSM8K, 30 prompts."""
+_TRUST, _KEPT = 8.0, 128  # how many tries of a text these figures count as, and how many are remembered
+_LEAST = 0.05  # chance of a node that is thought about
+_GAIN = 1.03  # drafts have to promise as much more than a plain round
+_PRICE, _FREE_ROWS = 0.13, 4
+"""Where the batch plays no part: the least chance of a node, but for so many rows. A pass over them takes as long as
+one over one, since the weights are read once."""
+
+
+class _Chances:
+    """How often a text goes on as it did before, by the length of the match: `expected`, and as learned so far."""
+
+    def __init__(self, temperature: float) -> None:
+        share = min(temperature, 1.0)
+        self.expected = [a + share * (b - a) for a, b in zip(_HITS, _HITS_SAMPLED, strict=True)]
+        self.of_kinds = list(self.expected)
+        self._tries, self._hits = [_TRUST] * len(_HITS), [_TRUST * chance for chance in self.expected]
+
+    def add(self, kind: int, hit: bool) -> None:
+        """The text has gone on like this or not, after a match of this kind."""
+        if self._tries[kind] >= _KEPT:
+            self._tries[kind] /= 2
+            self._hits[kind] /= 2
+        self._tries[kind] += 1
+        self._hits[kind] += hit
+        self.of_kinds[kind] = self._hits[kind] / self._tries[kind]
 
 
 class _Index:
@@ -54,16 +82,64 @@ class _Index:
                         return
 
 
+class _Grown:
+    """A tree of continuations. The chance of a child is never greater than its parent's, which comes before it."""
+
+    def __init__(self, root: int, length: int) -> None:
+        self.length = length  # of the text that it was grown for
+        self.tokens, self.parents, self.chances, self.kinds = [root], [-1], [1.0], [0]
+        self.children: list[dict[int, int]] = [{}]
+        self.left = [1.0]  # the chance that none of a node's children so far is next
+
+    def add(self, parent: int, token: int, hit: float, kind: int) -> int:
+        """A child that is next with a chance of `hit`, unless one before it is."""
+        self.children[parent][token] = len(self.tokens)
+        self.tokens.append(token)
+        self.parents.append(parent)
+        self.chances.append(self.chances[parent] * self.left[parent] * hit)
+        self.kinds.append(kind)
+        self.children.append({})
+        self.left[parent] *= 1 - hit
+        self.left.append(1.0)
+        return len(self.tokens) - 1
+
+    def learn(self, following: list[int], chances: _Chances) -> None:
+        """What the text has become since tells how good the first child of each node on its way was."""
+        node = 0
+        for token in following:
+            if not self.children[node]:
+                return
+            first = next(iter(self.children[node].values()))
+            chances.add(self.kinds[first], self.tokens[first] == token)
+            node = self.children[node].get(token)
+            if node is None:
+                return
+
+    def part(self, nodes: list[int]) -> tuple[Tree, list[int]]:
+        """The tree of these nodes, which are in order and have their parents with them."""
+        places = {node: place for place, node in enumerate(nodes)}
+        parents = [places.get(self.parents[node], -1) for node in nodes]
+        return Tree.from_parents(parents), [self.tokens[node] for node in nodes]
+
+
+class _State:
+    """Of a request: its index, the chances in its text, and the last tree."""
+
+    def __init__(self, longest: int, temperature: float) -> None:
+        self.index, self.chances, self.grown = _Index(longest), _Chances(temperature), None
+
+
 class Ngram(Draft):
     """Prompt lookup: continuations of earlier occurrences of the last tokens, merged into one tree. Needs no model.
 
     Answers that repeat what stands in the prompt (summaries, code edits, extraction) or themselves gain most. The idea
     is prompt lookup decoding (Saxena, 2023) and, with several continuations in a tree, REST (He et al., 2023).
 
-    A node has to be likely enough to be worth its row: the longer the n-gram that was found and the fewer tokens lie
-    between, the likelier it is. Up to 4 rows of a pass cost next to nothing, and the rows of many requests add up, so
-    a single request drafts on any match, and each of many only on long ones. With rules other than "match" the batch
-    plays no part in it, since the tree would have a part in what is drawn.
+    A node has to be likely enough to be worth its row. The longer the match and the fewer tokens lie between, the
+    likelier it is; how likely is learned from the texts as they grow, drafted or not. How much rows cost the engine
+    measures, and each round has the nodes that promise most tokens per second together, if any do: after the goodput
+    of Liu et al. (TurboSpec, 2024). With rules other than "match" neither has a part in it, since the tree would have
+    a part in what is drawn: there a node's chance has a fixed limit.
 
     Args:
         nodes: the most tokens of a tree, its root included.
@@ -77,8 +153,9 @@ class Ngram(Draft):
     """
 
     proposals = "deterministic"
+    weighs_rows = True
 
-    def __init__(self, nodes: int = 8, *, longest: int = 6, shortest: int = 1, branches: int = 3) -> None:
+    def __init__(self, nodes: int = 16, *, longest: int = 6, shortest: int = 1, branches: int = 3) -> None:
         limits = {"nodes": (nodes, 2, MAX_NODES), "longest": (longest, 1, 64), "shortest": (shortest, 1, longest)}
         limits["branches"] = (branches, 1, MAX_NODES)
         for name, (value, low, high) in limits.items():
@@ -89,30 +166,35 @@ class Ngram(Draft):
         self.max_nodes, self.longest, self.shortest, self.branches = nodes, longest, shortest, branches
         self.is_chain = branches == 1
 
-    def bind(self, target: Model, *, max_batch: int, max_length: int, max_slots: int, is_coupled: bool) -> Proposer:
+    def bind(self, target: Model, **_) -> Proposer:
         """See `Draft.bind`. Any target will do."""
-        return _Proposer(self, is_coupled)
+        return _Proposer(self)
 
 
 class _Proposer(Proposer):
     """Keeps an index of each text."""
 
-    def __init__(self, draft: Ngram, is_coupled: bool) -> None:
-        self.draft, self._is_coupled = draft, is_coupled
+    def __init__(self, draft: Ngram) -> None:
+        self.draft = draft
 
     def start(self, request: Request) -> None:
-        """Index the prompt."""
-        request.draft_state = _Index(self.draft.longest)
+        """Its text is indexed when it is asked for."""
+        request.draft_state = _State(self.draft.longest, request.sampling.temperature)
 
     def propose(self, batch: Batch) -> Drafted:
-        """A tree for each request, of node 0 alone where nothing is known."""
-        together = len(batch) if self._is_coupled else 1
-        price, free = min(_PRICE * together, _HIGHEST_PRICE), _FREE_ROWS // together
-        grown = [self._grow(request, price, free) for request in batch.requests]
-        trees, sizes = [tree for tree, _ in grown], tuple(len(tokens) for _, tokens in grown)
-        width = max(sizes)
-        padded = [tokens + [-1] * (width - len(tokens)) for _, tokens in grown]
-        device = batch.context_lens.device
+        """A tree for each request, of node 0 alone where nothing is known or worth its row."""
+        least, count = _LEAST, len(batch)
+        if batch.seconds is not None:  # half of what a node has to promise if rows cost the same throughout
+            least = max(_LEAST, (batch.seconds(2 * count) / batch.seconds(count) - 1) / 2)
+        grown = [self._grow(request, least, learns=batch.seconds is not None) for request in batch.requests]
+        chosen = [_likely(tree) for tree in grown] if batch.seconds is None else _worthwhile(grown, batch.seconds)
+        sizes = tuple(map(len, chosen))
+        width, device = max(sizes), batch.context_lens.device
+        if width == 1:
+            return Drafted(batch.last_tokens[:, None], chains((1,), device), is_chain=True)
+        parts = [tree.part(nodes) for tree, nodes in zip(grown, chosen, strict=True)]
+        padded = [tokens + [-1] * (width - len(tokens)) for _, tokens in parts]
+        trees = [tree for tree, _ in parts]
         return Drafted(
             torch.tensor(padded, dtype=torch.int32).to(device),
             Topology.from_trees(trees, device, packed=len(set(sizes)) > 1),
@@ -120,25 +202,65 @@ class _Proposer(Proposer):
             is_chain=all(tree.depth == len(tree) - 1 for tree in trees),
         )
 
-    def _grow(self, request: Request, price: float, free: int) -> tuple[Tree, list[int]]:
-        """A tree whose nodes are accepted with a chance of at least `price`, but for the first `free` ones."""
-        index, ids, draft = request.draft_state, request.ids, self.draft
-        index.update(ids)
-        tokens, parents, child = [ids[-1]], [-1], {}
-        left = 1.0  # the chance that none of the root's children so far is accepted
-        for place, length in index.continuations(ids, draft.shortest, draft.branches):
-            node, chance = 0, left
-            for step, token in enumerate(ids[place : place + draft.max_nodes - 1]):
-                hit = _HITS[min(length + step, len(_HITS)) - 1]  # what is accepted makes the match longer
-                chance *= hit
-                found = child.get((node, token))
+    def _grow(self, request: Request, least: float, learns: bool) -> _Grown:
+        """All continuations, but for nodes with less than the least chance."""
+        state, ids, draft = request.draft_state, request.ids, self.draft
+        hits = state.chances.expected
+        if learns:
+            if state.grown is not None:
+                state.grown.learn(ids[state.grown.length :], state.chances)
+            hits = state.chances.of_kinds
+        state.index.update(ids)
+        grown, most = _Grown(ids[-1], len(ids)), draft.max_nodes - 1
+        state.grown = grown
+        for place, length in state.index.continuations(ids, draft.shortest, draft.branches):
+            node = 0
+            if length == draft.longest:
+                length = _length_of_match(ids, place, length)
+            following = ids[place : place + most]
+            if len(following) < most:  # the text repeats what it has been repeating
+                following = (following * most)[:most]
+            for step, token in enumerate(following):
+                found = grown.children[node].get(token)
                 if found is None:
-                    if len(tokens) == draft.max_nodes or (chance < price and len(tokens) >= free):
+                    kind = bisect.bisect(_LENGTHS, length + step) - 1  # what is accepted makes the match longer
+                    chance = grown.chances[node] * grown.left[node] * hits[kind]
+                    if chance < least or len(grown.tokens) == draft.max_nodes:
                         break
-                    found = child[node, token] = len(tokens)
-                    tokens.append(token)
-                    parents.append(node)
-                    if node == 0:
-                        left *= 1 - hit
+                    found = grown.add(node, token, hits[kind], kind)
                 node = found
-        return Tree.from_parents(parents), tokens
+        return grown
+
+
+def _length_of_match(ids: list[int], place: int, length: int) -> int:
+    """How many tokens before `place` are like the last ones; what is longer than the last of _LENGTHS is all one."""
+    while length < _LENGTHS[-1] and length < place and ids[place - 1 - length] == ids[-1 - length]:
+        length += 1
+    return length
+
+
+def _likely(grown: _Grown) -> list[int]:
+    """The nodes of a tree that are likely enough by a fixed limit, but for the first ones."""
+    kept = [0]
+    for node in range(1, len(grown.tokens)):
+        if (grown.chances[node] >= _PRICE or len(kept) < _FREE_ROWS) and grown.parents[node] in kept:
+            kept.append(node)
+    return kept
+
+
+def _worthwhile(trees: list[_Grown], seconds: Callable[[int], float]) -> list[list[int]]:
+    """The nodes of each tree with which a round gives most tokens per second; roots alone if none gives more."""
+    order = [
+        (chance, place, node) for place, grown in enumerate(trees) for node, chance in enumerate(grown.chances) if node
+    ]
+    order.sort(key=lambda one: -one[0])  # stable, so that parents stay before their children
+    tokens, best, count = float(len(trees)), len(trees) / seconds(len(trees)) * _GAIN, 0
+    for place, (chance, _, _) in enumerate(order, 1):
+        tokens += chance
+        rate = tokens / seconds(len(trees) + place)
+        if rate > best:
+            best, count = rate, place
+    chosen = [[0] for _ in trees]
+    for _, place, node in order[:count]:
+        chosen[place].append(node)
+    return [sorted(nodes) for nodes in chosen]

@@ -214,7 +214,7 @@ def test_diagnosis_agrees_with_the_engine():
 def test_rounds_without_the_draft_are_caught_up_with(monkeypatch):
     """Plain rounds in between: what they give is run by the draft when it is asked again."""
     engine = Engine(SHALLOW, copy_of(SHALLOW, levels=2, width=2, branching=2, nodes=4), max_batch=3)
-    monkeypatch.setattr(engine, "_warn_of_loss", lambda pace: None)
+    monkeypatch.setattr(engine, "_warn_of_loss", lambda speedup: None)
     turns = iter([True, False, False, True, False] * 100)
     monkeypatch.setattr("specdec_ops.decode.pace.Pace.wants_draft", lambda self: next(turns))
     results = engine.generate(PROMPTS, Sampling(max_tokens=LENGTH))

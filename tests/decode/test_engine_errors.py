@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+import torch
 
 from specdec_ops import drafts
 from specdec_ops.decode import Engine, Sampling
@@ -54,6 +56,37 @@ def test_prompts(prompt, kind, message):
     with pytest.raises(kind) as raised:
         engine.submit(prompt)
     assert message in str(raised.value) and engine.is_idle
+
+
+def test_prompts_that_are_none():
+    for prompts in (3, None, {1: 2}):
+        with pytest.raises(TypeError, match="prompts must be strings or sequences of token ids, one or more, got"):
+            Engine(TARGET).generate(prompts)
+    with pytest.raises(TypeError, match="prompt must be a string or a sequence of token ids, got 4"):
+        Engine(TARGET).generate([[1], 4])
+    assert Engine(TARGET).generate([]) == []
+
+
+def test_tensors_and_arrays_as_prompts():
+    engine, asked = Engine(TARGET), Sampling(max_tokens=4)
+    (wanted,) = engine.generate([[3, 4]], asked)
+    for prompts in (torch.tensor([3, 4]), [torch.tensor([3, 4])], torch.tensor([[3, 4]]), [np.array([3, 4])], (3, 4)):
+        (result,) = engine.generate(prompts, asked)
+        assert result.tokens == wanted.tokens
+
+
+def test_models_that_are_none():
+    for make in (lambda: Engine("folder"), lambda: drafts.Chain("folder"), lambda: drafts.MultiCandidate(None)):
+        with pytest.raises(TypeError, match=r"must be a model of specdec_ops\.integrations\.transformers\.load, got"):
+            make()
+
+
+def test_what_is_printed():
+    engine = Engine(TARGET, drafts.Chain(DRAFT, 3))
+    engine.submit([1])
+    said = repr(engine)
+    assert "<Chain: chains of up to 4 nodes, distinct proposals>, rule block: 0 run, 1 wait>" in said
+    assert repr(TARGET) in said and repr(drafts.Ngram()) == "<Ngram: trees of up to 16 nodes, deterministic proposals>"
 
 
 def test_one_bad_prompt_takes_the_others_along():
