@@ -52,6 +52,14 @@ def serve(draft: drafts.Sorted, targets: list[Decoder], prompts: list, sampling:
     return served
 
 
+def asked(target: Decoder, question: str) -> str:
+    """A question in the form of the model's chats, if it has one."""
+    if getattr(target.tokenizer, "chat_template", None) is None:
+        return question
+    chat = [{"role": "user", "content": question}]
+    return target.tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Decode with several targets and one sorted draft.")
     parser.add_argument("draft", help="a folder that specdec_ops.train.soft has written")
@@ -60,7 +68,6 @@ def main() -> None:
     parser.add_argument("--tree", action="store_true", help="draft trees")
     parser.add_argument("--tokens", type=int, default=64, help="of each answer (default: 64)")
     arguments = parser.parse_args()
-    from specdec_ops.decode import chat_prompt
     from specdec_ops.integrations.transformers import load
 
     options = {"tree": drafts.TreeShape()} if arguments.tree else {}
@@ -68,7 +75,7 @@ def main() -> None:
         options["thresholds"] = arguments.thresholds
     draft = drafts.Sorted.load(arguments.draft, **options)
     targets = [load(model) for model in arguments.models]
-    prompts, sampling = [chat_prompt(targets[0], q) for q in QUESTIONS], Sampling(max_tokens=arguments.tokens)
+    prompts, sampling = [asked(targets[0], q) for q in QUESTIONS], Sampling(max_tokens=arguments.tokens)
     for target, served in zip(targets, serve(draft, targets, prompts, sampling), strict=True):
         shares = ", ".join(
             f"{n / sum(served.left):.0%} after {e}" for n, e in zip(served.left, draft.exits, strict=True)
