@@ -28,9 +28,9 @@ constexpr int kLine = 64;              // bytes
 static_assert(kWeightTile % (kLanes * kVectors) == 0 && kFloatRowStep % kBlock == 0, "");
 
 // How the dim is cut: into blocks, and these into pieces of as many blocks each, but for the last.
-struct NibblePieces {
+struct BlockPieces {
   int blocks, count, each;
-  explicit SPECDEC_INLINE NibblePieces(int dim) : blocks(max_of(1, (dim + kBlock - 1) / kBlock)) {
+  explicit SPECDEC_INLINE BlockPieces(int dim) : blocks(max_of(1, (dim + kBlock - 1) / kBlock)) {
     count = (blocks + kPieceBlocks - 1) / kPieceBlocks;
     each = (blocks + count - 1) / count;
   }
@@ -41,7 +41,7 @@ struct NibblePieces {
 // every row for each piece.
 struct Packed {
   int64_t rows, words, scales, end;
-  SPECDEC_INLINE Packed(const NibblePieces& pieces, int64_t rows) : rows(rows) {
+  SPECDEC_INLINE Packed(const BlockPieces& pieces, int64_t rows) : rows(rows) {
     words = pieces.blocks * rows * kRowBytes;
     scales = words + pieces.blocks * rows * 4;
     end = scales + pieces.count * rows * 4;
@@ -146,10 +146,10 @@ struct NibblesForm {
   static constexpr int kAtOnce = kVectors * kLanes;  // rows of the weights
   static constexpr int kBytes = int(block_bytes(kType));
 
-  static size_t packed_bytes(int dim, int rows) { return size_t(Packed(NibblePieces(dim), rows).end); }
+  static size_t packed_bytes(int dim, int rows) { return size_t(Packed(BlockPieces(dim), rows).end); }
 
   static void pack(const float* y, int dim, char* packed, int row, int rows) {
-    const NibblePieces pieces(dim);
+    const BlockPieces pieces(dim);
     const Packed place(pieces, rows);
     for (int piece = 0; piece < pieces.count; piece++) {
       const int first = pieces.begin(piece), end = pieces.begin(piece + 1);
@@ -214,7 +214,7 @@ struct NibblesForm {
   template <int kSome>
   static void multiply_vectors(const char* const* weights, int dim, const char* packed, int rows, Fetch& fetch,
                                float* outputs) {
-    const NibblePieces pieces(dim);
+    const BlockPieces pieces(dim);
     const Packed place(pieces, rows);
     alignas(64) float sums[kRowBlock * kSome * kLanes];
     for (int piece = 0; piece < pieces.count; piece++) {
