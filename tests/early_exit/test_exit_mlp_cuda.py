@@ -297,9 +297,9 @@ MUTANTS = {
     ),
     "no barrier between parts of a sum": (
         "kv float32",
-        "kv_propagate.cuh",
-        "      block_sync();\n    }\n#pragma unroll\n    for (int j",
-        "    }\n#pragma unroll\n    for (int j",
+        "row_tiles.cuh",
+        "    block_sync();  // the next part adds to it\n",
+        "",
     ),
 }
 
