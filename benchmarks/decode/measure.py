@@ -162,7 +162,8 @@ def ratio_of(runs: list[Run], to: list[Run]) -> tuple[float, float, float] | tup
 
     def rate(chosen) -> np.ndarray:
         ours = tokens[chosen].sum(-1) / seconds[chosen].sum(-1)
-        return ours * other[chosen].sum(-1) / np.maximum(others[chosen].sum(-1), 1e-9)
+        theirs = np.maximum(others[chosen].sum(-1), 1e-9) / other[chosen].sum(-1)
+        return ours / theirs  # of the same runs exactly 1
 
     ratio = float(rate(np.arange(len(runs))))
     if len(runs) < 3:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MACHINE = ("date", "commit", "machine", "isa", "threads", "specdec_ops", "torch", "python")
@@ -31,11 +31,11 @@ def versions() -> dict[str, str]:
     return found
 
 
-def write(path: Path, rows: Iterable[dict], header: bool) -> None:
+def write(path: Path, rows: Iterable[dict], header: bool, columns: Sequence[str] = COLUMNS) -> None:
     """Start a file with the header, or append to it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w" if header else "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
+        writer = csv.DictWriter(file, columns, restval="")
         if header:
             writer.writeheader()
         for row in rows:

@@ -10,7 +10,6 @@ ratios are paired by prompt. All drafts share the weights of one model.
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import sys
 import time
@@ -206,16 +205,6 @@ def _of_draft(form: Form, tokens_per_call: float) -> dict:
     return row
 
 
-def write(path: Path, rows: list[dict], fresh: bool) -> None:
-    """Append lines to a CSV, or begin it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w" if fresh else "a", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="")
-        if fresh:
-            writer.writeheader()
-        writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-
-
 def summary(rows: list[dict]) -> list[dict]:
     """The mean over seeds of each target's contestants, with the lowest and highest speed-up among the seeds."""
     found = []
@@ -366,7 +355,7 @@ def main(arguments: list[str]) -> int:
             entries = run_seed(forms, ids[seed], seed, asked.tokens, eos, tell)
             _check(entries)
             rows = [row | fixed for row in rows_of(target_name, seed, forms, entries)]
-            write(out, rows, fresh)
+            results.write(out, rows, fresh, COLUMNS)
             fresh = False
             every += rows
     print("\n".join(table(every)))

@@ -44,8 +44,9 @@ def test_every_column(tmp_path):
     assert sum(mixed[name] for name in ("left_first", "left_second", "left_last")) == pytest.approx(1)
     assert (first["paper_7B"], first["paper_70B"]) == (1.38, 1.83) and "paper_70B" not in tree
     out = tmp_path / "table.csv"
-    table.write(out, rows, fresh=True)
-    table.write(out, [row | {"seed": 1, "measured": 2 * (row["measured"] or 1)} for row in rows], fresh=False)
+    table.results.write(out, rows, True, table.COLUMNS)
+    later = [row | {"seed": 1, "measured": 2 * (row["measured"] or 1)} for row in rows]
+    table.results.write(out, later, False, table.COLUMNS)
     again = table.results.read(out)
     assert len(again) == 8
     mean = table.summary(again)[1]

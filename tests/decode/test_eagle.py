@@ -1,7 +1,6 @@
 """Drafts of EAGLE: texts of plain decoding, and full acceptance where the weights make the draft copy its target."""
 
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -13,7 +12,7 @@ from specdec_ops.drafts import eagle
 from specdec_ops.ops.linear.quantized_weight import quantize_linear
 from tests.decode import test_engine_law as law
 from tests.decode.test_engine import LENGTH, PROMPTS, TARGET, by_hand, eos_of, samplings
-from tests.harness.tiny_models import DIM, from_embedding, make_decoder, noisy_eagle
+from tests.harness.tiny_models import DIM, from_embedding, joined_late, make_decoder, noisy_eagle
 
 
 def flat(norm: Norm) -> Norm:
@@ -82,19 +81,7 @@ def test_a_request_does_not_depend_on_the_others(expected):
 
     alone = [engine(1).generate([prompt], s)[0] for prompt, s in zip(PROMPTS, asked, strict=True)]
     together = engine(4)
-    order = list(range(len(PROMPTS)))
-    random.Random(0).shuffle(order)
-    places, results = {}, {}
-    while order or not together.is_idle:
-        if order:
-            place = order.pop()
-            places[together.submit(PROMPTS[place], asked[place])] = place
-            if len(order) == 2:
-                together.submit([9, 9], Sampling(max_tokens=9, speculate=False))
-        for chunk in together.step():
-            if chunk.result is not None and chunk.request in places:
-                results[places[chunk.request]] = chunk.result
-    results = [results[place] for place in range(len(PROMPTS))]
+    results = joined_late(together, PROMPTS, asked)
     assert [result.tokens for result in results] == texts
     assert accepted_by_request(results) == accepted_by_request(alone)
 

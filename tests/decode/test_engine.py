@@ -2,7 +2,6 @@
 
 import asyncio
 import dataclasses
-import random
 import warnings
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from specdec_ops import Tree, drafts, sample_tokens
 from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
-from tests.harness.tiny_models import Characters, first_layers, make_decoder, noisy_eagle, watch_sent_back
+from tests.harness.tiny_models import Characters, first_layers, joined_late, make_decoder, noisy_eagle, watch_sent_back
 
 TARGET = make_decoder(1)
 DRAFT = first_layers(TARGET, 1)
@@ -79,19 +78,8 @@ def test_a_request_does_not_depend_on_the_others(expected):
         for prompt, sampling in zip(PROMPTS, asked, strict=True)
     ]
     engine = Engine(TARGET, drafts.Chain(DRAFT, 3), max_batch=4, adapt=False)
-    order = list(range(len(PROMPTS)))
-    random.Random(0).shuffle(order)
-    places, results = {}, {}
-    while order or not engine.is_idle:
-        if order:
-            place = order.pop()
-            places[engine.submit(PROMPTS[place], asked[place])] = place
-            if len(order) == 2:
-                engine.submit([9, 9], Sampling(max_tokens=9, speculate=False))
-        for chunk in engine.step():
-            if chunk.result is not None and chunk.request in places:
-                results[places[chunk.request]] = chunk.result
-    assert [results[place].tokens for place in range(len(PROMPTS))] == [result.tokens for result in alone]
+    results = joined_late(engine, PROMPTS, asked)
+    assert [result.tokens for result in results] == [result.tokens for result in alone]
 
 
 @pytest.mark.parametrize("name", ["n-gram tree", "chain", "tree", "eagle"])

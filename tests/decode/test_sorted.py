@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import random
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from specdec_ops.drafts import TreeShape
 from specdec_ops.ops.linear.quantized_weight import quantize_linear
 from tests.decode import test_engine_law as law
 from tests.decode.test_engine import LENGTH, PROMPTS, by_hand, eos_of, samplings
-from tests.harness.tiny_models import DIM, first_layers, make_decoder, watch_sent_back
+from tests.harness.tiny_models import DIM, first_layers, joined_late, make_decoder, watch_sent_back
 
 TARGET = make_decoder(1, layers=4)
 MODEL = first_layers(TARGET, 3)
@@ -112,19 +111,7 @@ def test_a_request_does_not_depend_on_the_others(name, expected):
         for prompt, sampling in zip(PROMPTS, asked, strict=True)
     ]
     engine = Engine(TARGET, DRAFTS[name](), max_batch=4, adapt=False)
-    order = list(range(len(PROMPTS)))
-    random.Random(0).shuffle(order)
-    places, results = {}, {}
-    while order or not engine.is_idle:
-        if order:
-            place = order.pop()
-            places[engine.submit(PROMPTS[place], asked[place])] = place
-            if len(order) == 2:
-                engine.submit([9, 9], Sampling(max_tokens=9, speculate=False))
-        for chunk in engine.step():
-            if chunk.result is not None and chunk.request in places:
-                results[places[chunk.request]] = chunk.result
-    results = [results[place] for place in range(len(PROMPTS))]
+    results = joined_late(engine, PROMPTS, asked)
     assert [result.tokens for result in results] == texts
     assert rounds_of(results) == rounds_of(alone)
 

@@ -1,11 +1,12 @@
 """Decoders of a few thousand random weights, drafts for them, and a tokenizer of single characters."""
 
 import dataclasses
+import random
 
 import torch
 
 from specdec_ops import drafts
-from specdec_ops.decode import Decoder, Shape
+from specdec_ops.decode import Decoder, Sampling, Shape
 from specdec_ops.decode.decoder import Attention, Layer, Mlp, Norm, Projection
 from specdec_ops.rope import Rope
 
@@ -84,3 +85,20 @@ def watch_sent_back(engine) -> list:
 
     engine.scheduler.send_back = watched
     return sent_back
+
+
+def joined_late(engine, prompts: list[list[int]], asked: list) -> list:
+    """Results of requests that join one by one between rounds, in another order, beside one that doesn't speculate."""
+    order = list(range(len(prompts)))
+    random.Random(0).shuffle(order)
+    places, results = {}, {}
+    while order or not engine.is_idle:
+        if order:
+            place = order.pop()
+            places[engine.submit(prompts[place], asked[place])] = place
+            if len(order) == 2:
+                engine.submit([9, 9], Sampling(max_tokens=9, speculate=False))
+        for chunk in engine.step():
+            if chunk.result is not None and chunk.request in places:
+                results[places[chunk.request]] = chunk.result
+    return [results[place] for place in range(len(prompts))]
