@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import collections
-import dataclasses
 import itertools
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,12 +19,12 @@ from specdec_ops.status import AcceptStatus
 from specdec_ops.topology import Topology
 
 from . import rules
+from .answers import Answers, as_prompts
 from .batch import Batch, Law
 from .cache import Cache
 from .diagnose import Diagnosis, Prompt, diagnose
 from .model import Model
 from .pace import Adaptation
-from .progress import bar
 from .request import Request, State
 from .result import Chunk, Result
 from .rows import Rows
@@ -37,13 +34,7 @@ from .scheduler import Scheduler
 _OP = "Engine"
 
 
-def _renumbered(chunk: Chunk, place: int) -> Chunk:
-    """The same piece under the place of its prompt."""
-    result = chunk.result and dataclasses.replace(chunk.result, request=place)
-    return dataclasses.replace(chunk, request=place, result=result)
-
-
-class Engine:
+class Engine(Answers):
     """Speculative decoding of a target model with a draft; plain decoding without.
 
     With the names of `specdec_ops.decode` and `specdec_ops.integrations.transformers`::
@@ -135,8 +126,7 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._laws: dict[tuple, Law] = {}
         self._device = target.shape.device
-        self._inboxes: dict[int, collections.deque[Chunk]] = {}  # of the answers that `astream` waits for
-        self._turn = asyncio.Lock()
+        super().__init__()
 
     def __repr__(self) -> str:
         running = len(self.scheduler.running)
@@ -190,6 +180,9 @@ class Engine:
         request = self._requests.get(number)
         if request is not None:
             request.finish("cancelled")
+
+    def _withdraw(self, number: int) -> None:
+        self._requests.pop(number).finish("cancelled")
 
     def pause(self, number: int) -> None:
         """Let a request take part in no round until `resume`; its prompt is run all the same.
@@ -435,71 +428,7 @@ class Engine:
                 chunks.append(Chunk(request.number, text, tokens))
         return chunks
 
-    # Whole answers, and streams of them.
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling] | None = None,
-        *,
-        progress=False,
-    ) -> list[Result]:
-        """Decode prompts to their ends.
-
-        Args:
-            prompts: strings or lists of token ids; a single one is a list of one.
-            sampling: of all, or one for each.
-            progress: show a progress bar of prompts that are done (needs tqdm).
-
-        Returns:
-            Results in the order of the prompts.
-        """
-        results: dict[int, Result] = {}
-        prompts = self._prompts(prompts)
-        with bar(len(prompts), progress) as shown:
-            for chunk in self.stream(prompts, sampling):
-                if chunk.result is not None:
-                    results[chunk.request] = chunk.result
-                    shown.update(1)
-        return [results[place] for place in range(len(prompts))]
-
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
-    ) -> Iterator[Chunk]:
-        """Decode prompts and yield pieces of their answers as they come. Closing the iterator cancels what is left."""
-        places = self._submit_all(self._prompts(prompts), sampling)
-        try:
-            while places:
-                for chunk in self.step():
-                    place = places.get(chunk.request)
-                    if place is not None:
-                        yield _renumbered(chunk, place)
-                        if chunk.result is not None:
-                            del places[chunk.request]
-        finally:
-            for number in places:
-                self.cancel(number)
-
-    async def astream(self, prompt: Prompt, sampling: Sampling | None = None) -> AsyncIterator[Chunk]:
-        """`stream` of one prompt for asyncio. Any number of them share the engine's rounds."""
-        number = self.submit(prompt, sampling)
-        inbox = self._inboxes[number] = collections.deque()
-        try:
-            done = False
-            while not done:
-                async with self._turn:
-                    if not inbox:
-                        for chunk in await asyncio.to_thread(self.step):
-                            if chunk.request in self._inboxes:
-                                self._inboxes[chunk.request].append(chunk)
-                while inbox:
-                    chunk = inbox.popleft()
-                    done = chunk.result is not None
-                    yield _renumbered(chunk, 0)
-                await asyncio.sleep(0)
-        finally:
-            del self._inboxes[number]
-            self.cancel(number)
+    # Why it is as fast as it is.
 
     def diagnose(self, prompts: Prompt | Sequence[Prompt], *, max_tokens: int = 64) -> Diagnosis:
         """Measure where time goes and how far draft and target agree. Takes a few answers' time; the engine is idle.
@@ -520,31 +449,6 @@ class Engine:
             raise RuntimeError(f"specdec_ops.{_OP}: diagnose needs an idle engine, {len(self._requests)} requests run")
         adapt, self._adapt = self._adapt, False
         try:
-            return diagnose(self, self._prompts(prompts), max_tokens)
+            return diagnose(self, as_prompts(prompts), max_tokens)
         finally:
             self._adapt = adapt
-
-    @staticmethod
-    def _prompts(prompts) -> list[Prompt]:
-        if not isinstance(prompts, Sequence | torch.Tensor):
-            must = "strings or sequences of token ids, one or more"
-            raise TypeError(argument_error(_OP, "prompts", must, prompts))
-        if isinstance(prompts, torch.Tensor):
-            prompts = prompts.tolist()
-        if isinstance(prompts, str) or (len(prompts) and is_int(prompts[0])):
-            return [prompts]
-        return list(prompts)
-
-    def _submit_all(self, prompts: list[Prompt], sampling) -> dict[int, int]:
-        each = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(f"specdec_ops.{_OP}: sampling must be one or {len(prompts)}, got {len(each)}")
-        places: dict[int, int] = {}
-        try:
-            for place, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
-                places[self.submit(prompt, settings)] = place
-        except Exception:
-            for number in places:
-                self._requests.pop(number).finish("cancelled")
-            raise
-        return places
