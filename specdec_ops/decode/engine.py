@@ -24,9 +24,9 @@ from .batch import Batch, Law
 from .cache import Cache
 from .diagnose import Diagnosis, Prompt, diagnose
 from .model import Model
-from .pace import Adaptation
+from .pace import Adaptation, Plan
 from .request import Request, State
-from .result import Chunk, Result
+from .result import Chunk
 from .rows import Rows
 from .sampling import Sampling
 from .scheduler import Scheduler
@@ -106,8 +106,6 @@ class Engine(Answers):
         self.max_batch, self.max_length, self._prefill_rows = max_batch, max_length, prefill_rows
         self._adapt, self._has_warned = adapt, False
         self._adaptation: Adaptation | None = None
-        if draft is not None:
-            self._adaptation = Adaptation(draft.weighs_rows, 1 + (draft.max_depth or draft.max_nodes - 1))
         self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
         self._target_roots = 1 if draft is None else draft.target_roots
@@ -119,6 +117,8 @@ class Engine(Answers):
             room = self.cache.pool.pages * page_size
             limits = {"max_batch": max_batch, "max_length": min(slots, room), "max_slots": room}
             self.proposer = draft.bind(target, is_coupled=is_coupled, **limits)
+            most = 1 + (draft.max_depth or draft.max_nodes - 1)
+            self._adaptation = Adaptation(draft.weighs_rows, most, self.proposer.seconds_of_level)
         self._longest = min(max_length, self.cache.pool.pages * page_size - self._nodes)  # text of one request
         if self._longest < 2:
             raise ValueError(argument_error(_OP, "pages", f"enough for {self._nodes + 2} slots", pages))
@@ -302,13 +302,17 @@ class Engine(Answers):
         may_adapt = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
         may_adapt = may_adapt and self._target_roots == 1
         adaptation = self._adaptation if may_adapt else None
-        drafts = draft is not None and (adaptation is None or adaptation.wants_draft(len(requests)))
-        marks = [time.perf_counter()]
+        plan: Plan = "plain" if draft is None else "draft"
+        if adaptation is not None:
+            plan = adaptation.plan(len(requests))
+        drafts, marks = plan == "draft", [time.perf_counter()]
         batch = Batch(requests, self.cache, law, adaptation and adaptation.seconds_of_rows(len(requests)))
         if drafts:
             drafted = self.proposer.propose(batch)
         else:
-            drafted = Drafted(batch.last_tokens[:, None], chains((1,), self._device), is_chain=True)
+            rows = 2 if plan == "probe" else 1
+            tokens = batch.last_tokens[:, None].expand(-1, rows).contiguous()
+            drafted = Drafted(tokens, chains((rows,), self._device), is_chain=True)
         marks.append(time.perf_counter())
         logits, hidden = self._score(batch, drafted)
         logits = law.without_improbable(logits)
@@ -327,8 +331,8 @@ class Engine(Answers):
         marks.append(time.perf_counter())
         if adaptation is not None:
             rows, given = sum(drafted.sizes or (drafted.tokens.numel(),)), sum(accepted) / len(accepted) + 1
-            adaptation.record(len(requests), drafts, rows, marks[1] - marks[0], marks[-1] - marks[1], given)
-            self._warn_of_loss(adaptation.loss)
+            adaptation.record(len(requests), plan, rows, marks[1] - marks[0], marks[-1] - marks[1], given)
+            self._warn_of_loss(adaptation)
         if self.on_round is not None and drafts:
             spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
             depth = acceptance.nodes.shape[1] - 1
@@ -358,12 +362,13 @@ class Engine(Answers):
             request.take(tokens[: count + 1], found, self._longest)
         return [row[0] for row in table]
 
-    def _warn_of_loss(self, speedup: float | None) -> None:
-        if speedup is not None and not self._has_warned:
+    def _warn_of_loss(self, adaptation: Adaptation) -> None:
+        if adaptation.loss is not None and not self._has_warned:
             self._has_warned = True
+            decodes = "would decode at no more than" if adaptation.is_bound else "decodes at"
             warnings.warn(
-                f"specdec_ops.{_OP}: this draft decodes at {speedup:.2f}x the speed of plain decoding here, so it "
-                "is left out and tried again now and then; Engine.diagnose() tells why",
+                f"specdec_ops.{_OP}: this draft {decodes} {adaptation.loss:.2f}x the speed of plain decoding here, so "
+                "it is left out and tried again now and then; Engine.diagnose() tells why",
                 stacklevel=4,
             )
 
