@@ -131,7 +131,7 @@ class Engine(Answers):
     def __repr__(self) -> str:
         running = len(self.scheduler.running)
         waiting = len(self._requests) - running
-        return f"<Engine of {self.target} with {self.draft}, rule {self.rule}: {running} run, {waiting} wait>"
+        return f"<Engine of {self.target!r} with {self.draft}, rule {self.rule}: {running} run, {waiting} wait>"
 
     # Requests come and go.
 

@@ -254,6 +254,45 @@ def test_folders_and_their_tokenizers(tmp_path):
         load(tmp_path, weights="int4")
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_printed_are_the_modules_and_what_runs_in_their_places(name):
+    """Every module with parameters once, under its name in the model."""
+    model = make(name)
+    decoder = load(model)
+    listed = [module for replaced in decoder.replaced for module in replaced.modules]
+    with_parameters = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    assert len(listed) == len(set(listed)) and set(listed) >= with_parameters
+    others = set(listed) - with_parameters  # they have the modules of projections in them
+    assert others == {name for name, _ in model.named_modules() if name.endswith((".self_attn", ".attention", ".attn"))}
+    said = str(decoder)
+    assert said.startswith(repr(decoder)) and said.count("tree_attention") in (1, 2)
+    assert said.count("\n") < 2 * len(listed)
+
+
+def test_layers_that_are_alike_are_listed_once():
+    said = str(load(make("llama")))
+    assert "model.layers.0 to model.layers.1\n" in said
+    assert "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: linear, float32 [128, 32]" in said
+    said = str(load(make("gemma2"), weights="int8"))
+    assert "model.layers.0\n" in said and "window 5, soft cap 50" in said and "linear, int8 [128, 32]" in said
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, biases, long rope", "gpt2"])
+@torch.no_grad()
+def test_a_model_can_have_its_memory_back(name):
+    model, (ids, _) = make(name), prompts()
+    pointers = {name: parameter.untyped_storage().nbytes() for name, parameter in model.named_parameters()}
+    expected = model(ids[:1]).logits
+    decoder = load(model)
+    text = Engine(decoder).generate([ids[0].tolist()], Sampling(max_tokens=8))[0].tokens
+    decoder.restore()
+    assert {name: p.untyped_storage().nbytes() for name, p in model.named_parameters()} == pointers
+    assert torch.equal(model(ids[:1]).logits, expected)
+    if name != "gpt2":
+        model.model.layers[0].self_attn.k_proj.weight.zero_()
+    assert Engine(decoder).generate([ids[0].tolist()], Sampling(max_tokens=8))[0].tokens == text
+
+
 def test_a_decoder_reads_the_models_own_memory():
     """Joined weights are the parameters': a change of the model is a change of the decoder."""
     model = make("llama")
