@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 
 from specdec_ops._core.checks import argument_error
-from specdec_ops._core.dispatch import backends
+from specdec_ops._core.dispatch import takes_cpu_kernels
 from specdec_ops._core.library import FirstCall
 from specdec_ops.ops.linear.linear import MAX_FEW_ROWS, linear
 from specdec_ops.ops.linear.rms_norm import rms_norm
@@ -24,8 +24,8 @@ from .text import Tokenizer
 
 @functools.cache
 def row_invariant_backend(device: str) -> str:
-    """The backend of `linear` whose rows never depend on each other, where there is one."""
-    return "cpu" if device == "cpu" and backends("linear", "cpu")["cpu"] is None else "auto"
+    """The backend of `linear` whose rows never depend on each other, where there is one and no other is named."""
+    return "cpu" if takes_cpu_kernels("linear", device) else "auto"
 
 
 class Norm(NamedTuple):
