@@ -14,8 +14,9 @@ from specdec_ops import Tree, drafts, greedy_accept
 from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
 from specdec_ops.integrations.transformers import TreeView, load, register, tree_decode
+from tests.harness.tiny_models import Characters
 from tests.integrations import hugging_face
-from tests.integrations.hugging_face import MODELS, VOCAB, make, prompts
+from tests.integrations.hugging_face import MODELS, VOCAB, make, prompts, write_gguf
 
 TREE = Tree.from_branching((2, 2, 1), root=True)
 CONTEXT = 23
@@ -291,6 +292,25 @@ def test_a_model_can_have_its_memory_back(name):
     if name != "gpt2":
         model.model.layers[0].self_attn.k_proj.weight.zero_()
     assert Engine(decoder).generate([ids[0].tolist()], Sampling(max_tokens=8))[0].tokens == text
+
+
+@pytest.mark.parametrize(("kind", "error"), [("f32", 1e-5), ("q8_0", 0.02), ("q4_0", 0.02), ("q4_1", 0.02)])
+@torch.no_grad()
+def test_a_gguf_file_is_the_model_that_it_was_made_of(kind, error, tmp_path):
+    """Blocks are multiplied as they lie there, by rows rounded to 8 bits; what is no whole block is float32."""
+    pytest.importorskip("gguf")
+    model, (context, tokens) = make("llama"), random_tree()
+    write_gguf(model, tmp_path / "tiny.gguf", kind)
+    expected = torch.stack([model(text).logits[0, -1] for text in texts_of(tokens, context)])
+    decoder = load(tmp_path / "tiny.gguf", Characters())
+    got = tree_logits(decoder, context, tokens)
+    assert (got - expected).norm() <= error * expected.norm()
+    assert decoder.eos == (5,) and decoder.shape.layers == 2 and decoder.tokenizer.encode("0") == [0]
+    form = "float32" if kind == "f32" else kind
+    assert f"attn_q, attn_k, attn_v: linear, {form} [128, 32]" in str(decoder)
+    assert "ffn_down: linear, float32 [32, 48]" in str(decoder)
+    with pytest.raises(ValueError, match="weights must be None for a GGUF file, got 'int8'"):
+        load(tmp_path / "tiny.gguf", Characters(), weights="int8")
 
 
 def test_a_decoder_reads_the_models_own_memory():
