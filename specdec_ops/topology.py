@@ -11,6 +11,7 @@ import torch
 from ._core import alloc
 from ._core.checks import INT32_MAX, argument_error, as_int32, check_field, device_error, is_int, overlap, strides_error
 from ._core.library import nobody_watches
+from ._tree_masks import parents_of_mask
 from .ops.topology import contract
 from .tree import MAX_NODES, Tree
 
@@ -98,6 +99,49 @@ class Topology:
             status=torch.zeros(batch, dtype=torch.int32, device=device),
             offsets=torch.from_numpy(offsets).to(device) if packed else None,
         )
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: torch.Tensor,
+        num_nodes: torch.Tensor | None = None,
+        context_lens: torch.Tensor | None = None,
+        *,
+        packed: bool = False,
+    ) -> Topology:
+        """The trees of an attention mask that another library keeps. Reads the mask once and waits for the device.
+
+        Forms of `mask`, whose rows are nodes and tell what a node sees:
+
+        - bool `[batch, nodes, nodes]`, or `[nodes, nodes]` for one tree;
+        - int32 or int64 `[batch, nodes, words]` or `[nodes, words]`: bit j of a row, lowest first, is node j.
+          TensorRT-LLM's packed mask is this with int32;
+        - flat bool `[sum(num_nodes * (context_lens + num_nodes))]`: FlashInfer's `custom_mask`, request after request,
+          the columns of the context first;
+        - flat uint8: FlashInfer's `packed_custom_mask`, the same as bits, lowest first; each request starts a byte.
+
+        Entries of rows and columns from `num_nodes` on are ignored, and so are bits behind the last node.
+
+        Args:
+            mask: on any device.
+            num_nodes: int32 or int64 [batch], on the same device; None: all nodes. A flat mask needs it.
+            context_lens: int32 or int64 [batch], with a flat mask: the context columns of each request.
+            packed: also make `offsets`, for queries that hold the nodes of all requests without padding.
+
+        Returns:
+            A Topology of [batch, nodes] on the mask's device. `Tree.mask` is the way back.
+
+        Raises:
+            TypeError: an argument has another dtype.
+            ValueError: a shape or a count does not fit, or the mask is none of a forest whose parents come before
+                their children: the first such node is named.
+        """
+        parents, counts = parents_of_mask(mask, num_nodes, context_lens)
+        topology = build_topology(parents, counts)
+        if not packed:
+            return topology
+        offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        return dataclasses.replace(topology, offsets=offsets)
 
     @property
     def batch(self) -> int:
