@@ -270,7 +270,7 @@ def test_trees_have_the_nodes_that_are_worth_their_rows(slope, batch, expected, 
     monkeypatch.setattr(
         pace.Adaptation, "seconds_of_rows", lambda self, requests: lambda rows: 1e3 * (1 + slope * rows)
     )
-    monkeypatch.setattr(pace.Adaptation, "wants_draft", lambda self, requests: True)
+    monkeypatch.setattr(pace.Adaptation, "plan", lambda self, requests: "draft")
     engine = Engine(TARGET, noisy_eagle(TARGET, hot=False, levels=3, width=3, branching=4, nodes=9), max_batch=batch)
     sizes, propose = set(), engine.proposer.propose
 
