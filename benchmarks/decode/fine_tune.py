@@ -1,9 +1,9 @@
 """A short fine-tune on Python's standard library: a second target of one tokenizer, for sorted drafts.
 
-`python -m benchmarks.decode.fine_tune --target FILE_OR_FOLDER --out FOLDER` trains the last layers and the final norm of
-a model of the engine; what lies below them is run by the engine, once for each text. The folder gets the trained layers
-alone, which `load` puts into the model they were made from, and what `specdec_ops.train.trainer` writes. It can be
-interrupted; the same command goes on. `--texts` is a folder with other sources.
+`python -m benchmarks.decode.fine_tune --target FILE_OR_FOLDER --out FOLDER` trains the last layers and the final norm
+of a model of the engine; what lies below them is run by the engine, once for each text. The folder gets the trained
+layers alone, which `load` puts into the model they were made from, and what `specdec_ops.train.trainer` writes. It can
+be interrupted; the same command goes on. `--texts` is a folder with other sources.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The fine-tuned target of the sorted drafts' table, with a tiny model: it learns, goes on, and is put together again."""
+"""The fine-tuned target of the sorted drafts' table, with a tiny model: it learns, goes on, and comes back whole."""
 
 import dataclasses
 import json
