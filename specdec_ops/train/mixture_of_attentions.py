@@ -1,4 +1,4 @@
-"""Train a draft for `MixtureOfAttentions`: `python -m specdec_ops.train.mixture_of_attentions --target FILE --out FOLDER`.
+"""Train a draft for `MixtureOfAttentions`: `python -m specdec_ops.train.mixture_of_attentions --target F --out FOLDER`.
 
 Texts come first: the target's own answers to questions that it has thought up itself. The target then runs beside the
 training, and gives the keys and values of all its layers for the texts of the next steps; they are kept until those
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,7 @@ from .trainer import Task
 
 PROGRAM = "specdec_ops.train.mixture_of_attentions"
 _ALIKE = 16  # batches that are made of the same texts, sorted by length; their keys and values are in memory at once
+_FIT = 320  # texts that the start is fitted to
 _EXAM_DISTANCES = 3
 
 
@@ -117,6 +118,7 @@ def losses(
     seen: Sequence[Masks],
     *,
     row_weight: float,
+    share: float = 1.0,
 ) -> list[Losses]:
     """Cross-entropy with the target's law plus row_weight times SmoothL1 of rows, means over rows that count.
 
@@ -126,9 +128,10 @@ def losses(
         texts: a batch.
         seen: what rows see. The target's states are the same for all of these, so they are made once.
         row_weight: of SmoothL1.
+        share: of tokens that layer self-attention learns from, see `Net.states`.
     """
     embedded = teacher.embed(texts.tokens).to(net.join.dtype)
-    states = net.states(texts.known.stacked)
+    states = net.states(texts.known.stacked, share)
     return [_of(net(embedded, states, one, texts.known.stacked), teacher, texts, row_weight) for one in seen]
 
 
@@ -176,14 +179,23 @@ class MixtureOfAttentions(Task):
 
     def start(self) -> None:
         """See `Task.start`."""
-        batches = [self._texts(step) for step in range(min(4, self._batches))]
-        self.module.fit((batch.known.stacked[batch.counts], batch.features[batch.counts]) for batch in batches)
+        self.module.fit(self._fitted())
+
+    def _fitted(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        size = self.asked.batch
+        for start in range(0, min(_FIT, len(self._learned)), size):
+            texts = self._learned[start : start + size]
+            tokens, features, counts = _side_by_side(texts, self.asked.length, self._first)
+            whole = (self._beside.run(tokens).stacked, self._teacher.embed(tokens), features)
+            for place, there in enumerate(counts):
+                yield tuple(some[place][there] for some in whole)
 
     def losses(self, step: int) -> tuple[torch.Tensor, ...]:
         """See `Task.losses`."""
         texts = self._texts(step)
         seen = [self._masks(texts, step) for _ in range(self.asked.draws)]
-        found = losses(self.module, self._teacher, texts, seen, row_weight=self.asked.row_weight)
+        asked = self.asked
+        found = losses(self.module, self._teacher, texts, seen, row_weight=asked.row_weight, share=asked.layer_share)
         return tuple(torch.stack(values).mean() for values in zip(*found, strict=True))
 
     def _masks(self, texts: Texts, step: int) -> Masks:
@@ -268,9 +280,7 @@ class MixtureOfAttentions(Task):
         draft.save(folder, self.target, weights=self.asked.save, about=about | {"text_tokens": self._tokens})
 
 
-def _side_by_side(
-    texts: Sequence[Text], longest: int, first: int
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _side_by_side(texts: Sequence[Text], longest: int, first: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Tokens, features, and which rows count: those from `first` on of the leading `longest` of each text, padded."""
     length = min(longest, max(len(text.features) for text in texts))
     tokens = torch.zeros(len(texts), length, dtype=torch.int32)
@@ -291,6 +301,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--hot-vocab", type=int, default=8192, help="tokens that it can draft (default: 8192)")
     made.add_argument("--inner", type=int, default=336, help="of the MLPs over tokens and states (default: 336)")
     made.add_argument("--layer-inner", type=int, help="of the MLP over layers; 0: no layer self-attention")
+    made.add_argument("--layer-share", type=float, default=0.25, help="of tokens that it learns from (default: 0.25)")
     made.add_argument("--target-layers", type=int, default=0, help="of the target that end a step (default: 0)")
     made.add_argument("--every", type=int, nargs=2, default=[3, 8], help="tokens between refresh points (default: 3 8)")
     made.add_argument("--staircase", type=int, default=400, help="steps in which some texts have it (default: 400)")

@@ -12,13 +12,15 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional
 
+from specdec_ops import drafts
 from specdec_ops.decode.decoder import Decoder, Layer
-from specdec_ops.drafts.mixture_of_attentions_parts import Sizes
+from specdec_ops.drafts.mixture_of_attentions_parts import Parts, Sizes
 from specdec_ops.rope import Rope
 
 from .sorted_net import TrainedLayer
 
 RIDGE = 1e-3  # of each square, for `Net.fit`
+_SAME = 4.8  # of each element of q and k: scores then are about -8 times the logarithm of the distance
 _TOKENS = 128  # whose layers are attended at once, so that their rows stay in the processor's cache
 
 
@@ -37,9 +39,9 @@ def refresh_starts(length: int, prompt: int, every: int, offset: int = 0) -> tor
     """int64 [length]: the last position before each row whose target state is known in its round; -1: none is.
 
     All positions of the prompt are refresh points, and behind it those of which `position - offset` is a multiple of
-    `every`. A row goes on from the last refresh point before it: the target has run that token and no later one. (In the
-    authors' code a row that is a refresh point itself also sees its own state, which no row that drafts does, and those
-    rows count in the loss. Here there are no such rows.)
+    `every`. A row goes on from the last refresh point before it: the target has run that token and no later one. (In
+    the authors' code a row that is a refresh point also sees its own state, which no row does that drafts, and such
+    rows count in the loss. Here there are none.)
     """
     position = torch.arange(length)
     is_refresh = (position < prompt) | ((position - offset) % every == 0)
@@ -91,6 +93,40 @@ class Block(torch.nn.Module):
         heads = (self.heads, self.kv_heads, self.kv_heads)
         return qkv.unflatten(-1, (sum(heads), -1)).transpose(1, 2).split(heads, dim=1)
 
+    @torch.no_grad()
+    def look_at_newest(
+        self, asking: torch.Tensor, known: torch.Tensor, map_of_known: torch.Tensor, squares: torch.Tensor
+    ) -> None:
+        """Let heads attend to the newest position, and add there what a map makes of its row.
+
+        A direction in which all rows have nearly the same length gives q and k a part that is the same everywhere.
+        Rotations then make scores fall with the logarithm of the distance, in the first head of each group the fastest.
+
+        Args:
+            asking: [rows, dim], normed rows that q is of.
+            known: [rows, dim], normed rows that k and v are of.
+            map_of_known: [dim, dim]; what the values have room for of it is added.
+            squares: [dim, dim], of the rows in `known`.
+        """
+        heads, groups = self.heads, self.kv_heads
+        head_dim = self.out.shape[1] // heads
+        q, k, v = self.qkv.split((heads * head_dim, groups * head_dim, groups * head_dim))
+        pairs = head_dim // 2
+        for weight, rows in ((q, asking), (k, known)):
+            same, _ = _solved(rows, torch.ones(len(rows), 1, dtype=rows.dtype))
+            weight *= 0.3
+            weight.unflatten(0, (-1, head_dim))[:, :pairs] += _SAME * same
+        for place, head in enumerate(q.unflatten(0, (groups, -1, head_dim)).unbind(1)):
+            head *= 0.5**place
+        root, turn = _root(squares)
+        u, sizes, w = torch.linalg.svd(map_of_known @ root)
+        rank = min(groups * head_dim, len(sizes))
+        v.zero_()
+        v[:rank] = (w[:rank] @ turn) * sizes[:rank, None].sqrt()
+        first = torch.zeros(len(u), groups * head_dim)
+        first[:, :rank] = u[:, :rank] * sizes[:rank].sqrt()
+        self.out.unflatten(1, (groups, -1, head_dim))[:, :, 0] = first.unflatten(1, (groups, head_dim))
+
     def finish(self, x: torch.Tensor, attended: torch.Tensor, eps: float) -> torch.Tensor:
         """The rows after the layer, of rows before it and what their heads have attended to."""
         x = x + _product(attended.transpose(1, 2).flatten(2), self.out)
@@ -126,38 +162,58 @@ class Net(torch.nn.Module):
         self._last.requires_grad_(False)
 
     @torch.no_grad()
-    def fit(self, parts: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> None:
-        """Start from what is linear: give the columns of K and V one size, and make `join` tell the target's last row.
+    def fit(self, texts: Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]) -> None:
+        """Start from the best linear map, as far as the ranks of values allow.
+
+        Columns of K and V get one size, and `join` tells the target's row from their mean over the layers. Heads look
+        at the newest position that they see: at the token itself, and at the last verified state. Their values then
+        tell the target's next row. Without this, hundreds of steps pass before cross-attention is of any use.
 
         Args:
-            parts: keys and values [rows, layers, stacked], and features [rows, dim] of the same tokens.
+            texts: keys and values [length, layers, stacked], embeddings [length, dim] and features [length, dim].
         """
-        count, squares, products, sizes = 0, 0.0, 0.0, 0.0
-        for stacked, features in parts:
-            stacked = stacked.float()
-            given = functional.pad(stacked.mean(1), (0, 1), value=1.0)
-            count += len(given)
-            squares, products = squares + given.T @ given, products + given.T @ features.float()
-            sizes = sizes + stacked.square().mean(1).sum(0)
-        sizes = (sizes / count).clamp(min=1e-12)
-        squares += RIDGE * squares.diagonal().clamp(min=1e-6 * count).diag()
-        solved = torch.linalg.solve(squares, products).T
+        means, embedded, features, square = [], [], [], 0.0
+        for stacked, *others in texts:
+            means.append(functional.pad(stacked.float().mean(1), (0, 1), value=1.0))
+            square = square + stacked.float().square().mean(1).sum(0)
+            for kept, rows in zip((embedded, features), others, strict=True):
+                kept.append(rows.float())
+        following, features = torch.cat([rows[1:] for rows in features]), torch.cat(features)
+        solved, _ = _solved(torch.cat(means), features)
         self.join.copy_(solved[:, :-1])
         self.join_bias.copy_(solved[:, -1])
         if self.sizes.layer_inner:
-            self.layer_attention.attention_norm.copy_(sizes.mean().sqrt() / sizes.sqrt())
-            self.layer_attention.mlp_norm.copy_(sizes.mean().sqrt() / sizes.sqrt())
+            square = (square / len(features)).clamp(min=1e-12)
+            for norm in (self.layer_attention.attention_norm, self.layer_attention.mlp_norm):
+                norm.copy_((square.mean() / square).sqrt())
+            for weight in (self.layer_attention.out, self.layer_attention.down):
+                weight.zero_()
+        eps, ones = self.sizes.norm_eps, self.cross_attention.attention_norm
+        states = torch.cat([_normed(functional.linear(mean, solved), ones, eps)[:-1] for mean in means])
+        embedded = torch.cat([rows[1:] for rows in embedded])
+        tokens = _normed(embedded, ones, eps)
+        both, squares = _solved(torch.cat((tokens, states), dim=1), following - embedded)
+        of_tokens, of_states = both.chunk(2, dim=1)
+        dim = len(ones)
+        self.self_attention.look_at_newest(tokens, tokens, of_tokens, squares[:dim, :dim])
+        asking = _normed(embedded + tokens @ of_tokens.T, ones, eps)
+        self.cross_attention.look_at_newest(asking, states, of_states, squares[dim:, dim:])
 
-    def states(self, stacked: torch.Tensor) -> torch.Tensor:
+    def states(self, stacked: torch.Tensor, share: float = 1.0) -> torch.Tensor:
         """[batch, length, dim]: the target's states of tokens, of keys and values of all its layers.
 
         Args:
             stacked: [batch, length, layers, stacked], as `gather_layer_kv` gives them.
+            share: of tokens that layer self-attention learns from. It runs over as many rows as the target has layers
+                for each token, and most of a step's time is its.
         """
         batch, length, *_ = stacked.shape
         rows = stacked.flatten(0, 1)
         if self.sizes.layer_inner:
-            parts = [self._attend_layers(part.to(self.join.dtype)).mean(1) for part in rows.split(_TOKENS)]
+            parts = []
+            for part in rows.split(_TOKENS):
+                with torch.set_grad_enabled(torch.is_grad_enabled() and (share >= 1 or torch.rand(()).item() < share)):
+                    parts.append(self._attend_layers(part.to(self.join.dtype)).mean(1))
             joined = torch.cat(parts)
         else:
             joined = rows.to(self.join.dtype).mean(1)
@@ -212,6 +268,11 @@ class Net(torch.nn.Module):
             return functional.rms_norm(x, x.shape[-1:], weight, eps)
         return functional.layer_norm(x, x.shape[-1:], weight, bias.to(x.dtype), eps)
 
+    def draft(self, target: Decoder, hot_vocab: torch.Tensor | None, **options) -> drafts.MixtureOfAttentions:
+        """What it has learned so far, as a draft."""
+        learned = {name: each.detach().float().clone() for name, each in self.named_parameters() if each.requires_grad}
+        return drafts.MixtureOfAttentions(Parts.of(learned, self.sizes, target.shape), hot_vocab, **options)
+
 
 class TargetLayer(TrainedLayer):
     """One of the target's last layers, which is not trained.
@@ -249,6 +310,20 @@ class TargetLayer(TrainedLayer):
             scores = of.softcap * torch.tanh(scores / of.softcap)
         out = scores.masked_fill(~seen[:, None], -torch.inf).softmax(-1) @ v.to(x.dtype)
         return self.parts["out"](out.transpose(1, 2).flatten(2))
+
+
+def _solved(given: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The linear map [wanted, given] that is nearest to rows, and the mean squares of what is given."""
+    squares, products = given.T @ given / len(given), given.T @ wanted / len(given)
+    squares += RIDGE * squares.diagonal().clamp(min=1e-6).diag()
+    return torch.linalg.solve(squares, products).T, squares
+
+
+def _root(squares: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The square root of a positive matrix, and its inverse."""
+    sizes, vectors = torch.linalg.eigh(squares)
+    sizes = sizes.clamp(min=1e-6 * sizes.max()).sqrt()
+    return vectors * sizes @ vectors.T, vectors / sizes @ vectors.T
 
 
 def rotated(x: torch.Tensor, rope: Rope) -> torch.Tensor:
