@@ -104,7 +104,7 @@ class MixtureOfAttentions(GrownDraft):
         if not isinstance(target, Decoder):
             raise TypeError(argument_error(_OP, "target", "a specdec_ops.decode.Decoder", target))
         tensors, about = checkpoint.load(folder, "mixture_of_attentions", target)
-        sizes = Sizes(*(about[name] for name in Sizes._fields))
+        sizes = Sizes(**about["sizes"])
         return cls(Parts.of(tensors, sizes, target.shape), tensors.get("hot_vocab"), **options)
 
     def save(
@@ -127,7 +127,8 @@ class MixtureOfAttentions(GrownDraft):
         tensors = self.parts.tensors(weights)
         if self.hot_vocab is not None:
             tensors["hot_vocab"] = self.hot_vocab.to(torch.int32)
-        checkpoint.save(folder, "mixture_of_attentions", tensors, target, self.sizes._asdict() | (about or {}))
+        said = {"sizes": self.sizes._asdict(), **(about or {})}
+        checkpoint.save(folder, "mixture_of_attentions", tensors, target, said)
 
     @torch.inference_mode()
     def states(self, stacked: torch.Tensor) -> torch.Tensor:

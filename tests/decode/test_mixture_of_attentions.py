@@ -1,4 +1,4 @@
-"""Mixture of Attentions in the engine: its rows are those of the paper's equations, whatever was accepted and joined."""
+"""Mixture of Attentions in the engine: its rows are those of the paper's equations, whoever joins and leaves."""
 
 import dataclasses
 
@@ -95,8 +95,8 @@ def test_a_long_prompt_is_run_in_chunks():
     long = torch.randint(40, (400,), generator=torch.Generator().manual_seed(0)).tolist()
     engine.generate([[3, 4], long], Sampling(max_tokens=4))
     with torch.no_grad():
-        for request, text, known, row in noted:
-            if len(request.prompt) > 2 and len(text) == known:
+        for _, text, known, row in noted:
+            if len(text) == known == 400:
                 want = wanted(net, text, known, target)
                 assert (row.double() - want).abs().max() < 2e-4 * want.abs().max()
                 break
@@ -158,7 +158,7 @@ def test_what_can_not_be(tmp_path):
     other = make_decoder(2, layers=2)
     with pytest.raises(TypeError, match="parts must be a Parts"):
         drafts.MixtureOfAttentions(TARGET)
-    with pytest.raises(ValueError, match="levels must be from 1 to 64, got 0"):
+    with pytest.raises(ValueError, match="levels must be an int from 1 to 64, got 0"):
         noisy_mixture(TARGET, levels=0)
     noisy_mixture(TARGET).save(tmp_path, TARGET)
     with pytest.raises(ValueError, match="for which the draft was trained"):
