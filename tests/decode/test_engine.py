@@ -10,7 +10,15 @@ import torch
 from specdec_ops import Tree, drafts, sample_tokens
 from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
-from tests.harness.tiny_models import Characters, first_layers, joined_late, make_decoder, noisy_eagle, watch_sent_back
+from tests.harness.tiny_models import (
+    Characters,
+    first_layers,
+    joined_late,
+    make_decoder,
+    noisy_eagle,
+    noisy_mixture,
+    watch_sent_back,
+)
 
 TARGET = make_decoder(1)
 DRAFT = first_layers(TARGET, 1)
@@ -29,6 +37,8 @@ DRAFTS = {
     "eagle": lambda: noisy_eagle(TARGET, levels=3, width=3, branching=4, nodes=9),
     "sorted chain": lambda: drafts.Sorted(TARGET, (1, 2), (0.7, 0.0), steps=4, head=None),
     "sorted tree": lambda: drafts.Sorted(TARGET, (1, 2), (0.7, 0.0), tree=drafts.TreeShape(3, 3, 4, 9), head=None),
+    "mixture": lambda: noisy_mixture(TARGET, levels=3, width=3, branching=4, nodes=9),
+    "mixture on the target's last layer": lambda: noisy_mixture(TARGET, 1, levels=3, width=3, branching=4, nodes=9),
 }
 
 
@@ -84,7 +94,7 @@ def test_a_request_does_not_depend_on_the_others(expected):
     assert [result.tokens for result in results] == [result.tokens for result in alone]
 
 
-@pytest.mark.parametrize("name", ["n-gram tree", "chain", "tree", "eagle", "sorted chain", "sorted tree"])
+@pytest.mark.parametrize("name", ["n-gram tree", "chain", "tree", "eagle", "sorted chain", "sorted tree", "mixture"])
 def test_few_pages_lose_nothing(name, expected):
     """Requests that have to give their pages back go on where they were."""
     asked, texts = expected
@@ -132,7 +142,7 @@ def test_nothing_follows_an_eos(name, expected):
         assert result.finish_reason == "eos"
 
 
-@pytest.mark.parametrize("name", ["plain", "own chain", "tree", "eagle", "sorted chain", "sorted tree"])
+@pytest.mark.parametrize("name", ["plain", "own chain", "tree", "eagle", "sorted chain", "sorted tree", "mixture"])
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
 def test_max_tokens_is_never_overshot(name, max_tokens, expected):
     asked, texts = expected
