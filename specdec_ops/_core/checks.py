@@ -111,31 +111,6 @@ def check_field(
         raise ValueError(device_error(owner, name, like.device, value))
 
 
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two contiguous tensors have memory in common."""
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    return start_a < start_b + b.nbytes and start_b < start_a + a.nbytes
-
-
-def check_apart(op: str, written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> None:
-    """Refuse contiguous outputs that share memory with one another, or with inputs that they are not themselves.
-
-    Args:
-        op: the op.
-        written: what it writes, by the names of the arguments.
-        read: what it reads while it writes.
-    """
-    names = list(written)
-    for place, name in enumerate(names):
-        for other in names[place + 1 :]:
-            if overlap(written[name], written[other]):
-                raise ValueError(f"specdec_ops.{op}: {name} must not share memory with {other}")
-        for other, value in read.items():
-            same = written[name].data_ptr() == value.data_ptr() and written[name].shape == value.shape
-            if not same and overlap(written[name], value):
-                raise ValueError(f"specdec_ops.{op}: {name} must be {other} or share no memory with it")
-
-
 def is_int(value) -> bool:
     """True for an int that is not a bool."""
     return isinstance(value, int) and not isinstance(value, bool)

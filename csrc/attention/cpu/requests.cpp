@@ -56,8 +56,8 @@ void check_pages(const TreeAttentionParams& p, int b, const Request& r) {
 // Packed rows of a request, and whether their numbers make sense.
 void read_offsets(const TreeAttentionParams& p, int b, Request& r) {
   const int begin = read_once(p.offsets + b), end = read_once(p.offsets + b + 1);
-  if (end < begin || begin < 0 || end > p.queries || (b == 0 && begin != 0))
-    refuse("topology.offsets must rise from 0 to at most " + std::to_string(p.queries) + " rows, got " +
+  if (end < begin || begin < 0 || end > p.queries)
+    refuse("topology.offsets must rise from at least 0 to at most " + std::to_string(p.queries) + " rows, got " +
            std::to_string(begin) + " and " + std::to_string(end) + " at [" + std::to_string(b) + "]");
   r.first_query = begin;
   r.queries = end - begin;
@@ -91,6 +91,13 @@ Request read_request(const TreeAttentionParams& p, int b) {
   r.slots = int(slots);
   if (p.page_table && r.end_row > r.first_row) check_pages(p, b, r);
   return r;
+}
+
+void blank_rows_of_nobody(const TreeAttentionParams& p) {
+  if (!p.offsets || p.batch == 0) return;
+  const int64_t begin = std::clamp(read_once(p.offsets), 0, p.queries);
+  for (int64_t row = 0; row < begin; row++) blank_row(p, 0, row);
+  for (int64_t row = std::max(read_once(p.offsets + p.batch), 0); row < p.queries; row++) blank_row(p, 0, row);
 }
 
 void blank_row(const TreeAttentionParams& p, int b, int64_t row) {

@@ -119,8 +119,7 @@ std::vector<Plan> make_plans(const TreeAttentionParams& p) {
         plans.push_back(plan);
       }
   }
-  if (p.offsets && p.batch > 0)
-    for (int64_t row = std::max(read_once(p.offsets + p.batch), 0); row < p.queries; row++) blank_row(p, 0, row);
+  blank_rows_of_nobody(p);
   return plans;
 }
 
