@@ -98,6 +98,7 @@ def check_field(
     Raises:
         TypeError: it is no tensor of this dtype.
         ValueError: it has another shape, is not contiguous, or lies elsewhere.
+        RuntimeError: it requires grad.
     """
     if not isinstance(value, torch.Tensor) or value.dtype != dtype:
         raise TypeError(argument_error(owner, name, f"{describe_dtype(dtype)} [{', '.join(map(str, shape))}]", value))
@@ -109,6 +110,8 @@ def check_field(
         raise ValueError(strides_error(owner, name, "contiguous", value))
     if like is not None and value.device != like.device:
         raise ValueError(device_error(owner, name, like.device, value))
+    if dtype.is_floating_point and value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(grad_error(owner))
 
 
 def is_int(value) -> bool:

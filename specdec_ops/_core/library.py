@@ -20,6 +20,7 @@ from collections.abc import Callable
 import torch
 
 from . import alloc, dispatch, loader
+from .checks import grad_error
 
 _LIBRARY = torch.library.Library("specdec_ops", "DEF")
 _NAMESPACE = torch.ops.specdec_ops
@@ -318,12 +319,12 @@ class Operator:
             shared = module.shared_memory(arguments, outputs, self._may_be)
             if shared is not None:
                 self._refuse_shared(*shared, arguments, outputs)
+        given = itertools.chain(*outputs) if self._output_lists else outputs  # lists of tensors, or none
+        written = [tensor for tensor in given if tensor is not None]
+        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in written]):
+            raise RuntimeError(grad_error(self.name))
         self._run(arguments, backend, outputs, what)
-        _increment_version([tensor for tensor in self._tensors_of(outputs) if tensor is not None])
-
-    def _tensors_of(self, outputs: tuple) -> typing.Iterable:
-        """Of tensors and lists of them. In a call all outputs are the one or the other."""
-        return itertools.chain(*outputs) if self._output_lists else outputs
+        _increment_version(written)
 
     def _refuse_shared(self, written: int, other: int, arguments: tuple, outputs: tuple) -> None:
         if arguments[self._first_tensor].is_meta:

@@ -20,7 +20,7 @@ bool anyone_sees(const TreeAttentionParams& p, int b, const Request& r, int begi
   for (int node = r.first_node + r.first_row; node < r.first_node + r.end_row; node++)
     for (int other = begin; other < std::min(end, node + 1); other++) {
       const uint64_t ancestors = p.ancestors[(tree + node) * p.words + other / 64];
-      const bool near = p.window == 0 || p.depths[tree + node] - p.depths[tree + other] < p.window;
+      const bool near = p.window == 0 || int64_t(p.depths[tree + node]) - p.depths[tree + other] < p.window;
       if (near && (ancestors >> other % 64 & 1) != 0) return true;
     }
   return false;
@@ -34,7 +34,7 @@ int first_seen(const TreeAttentionParams& p, int b, const Request& r) {
     const int32_t* depths = p.depths + (p.topology_batch == 1 ? 0 : int64_t(b) * p.nodes) + r.first_node;
     lowest = *std::min_element(depths + r.first_row, depths + r.end_row);
   }
-  return std::clamp(r.context_len + lowest - p.window + 1, 0, r.context_len);
+  return int(std::clamp(int64_t(r.context_len) + lowest - p.window + 1, int64_t(0), int64_t(r.context_len)));
 }
 
 // Refuses a page that does not exist and that a row of the request sees. Others may hold anything: freed ones before

@@ -163,6 +163,7 @@ void run_tasks(const Plan* plans, size_t count, const Sizes& sizes, int threads)
         tasks.take([&](int64_t i) {
           attend_split(plans[i], 0, buffer.get(), partial);
           for (int c = 1; c < plans[i].splits; c++) {
+            Interruption::check();
             attend_split(plans[i], c, buffer.get(), later);
             plans[i].kernel->merge(plans[i].task, partial, later);
           }
