@@ -3,7 +3,8 @@
 `python -m tests.fuzz.valid_calls SECONDS FIRST_SEED [OP ...]` makes calls of each op in turn until the time is up.
 Each is made by both backends, which must agree, and once more with everything around it changed: threads, instruction
 set, subnormals, autocast, default dtype and device; that one must agree to the last bit, but for what `set_cpu_isa`
-changes. Prints a line for each op: calls, those that differ, and those that differ where float64 is a third opinion.
+changes. Prints a line for each op: calls, those that differ, and those that differ where they may (`is_near`), of which
+there must not be many.
 """
 
 import contextlib
@@ -14,12 +15,15 @@ import time
 import torch
 
 from specdec_ops._core import loader
-from tests.fuzz.calls import MAKERS, Case, Draws, make
+from tests.fuzz.calls import MAKERS, NAN, Case, Draws, make
 from tests.harness.public_calls import tensors_of
 
 # Of the greatest number beside it, to which a result may differ from the definition's: both round each once, and
 # PyTorch's sums are in another order.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 2.0**-6, torch.float16: 2.0**-9, torch.float64: 2e-4}
+
+MOST_NEAR = 0.05  # of the calls of an op
+SHARP = 14.0  # between logits: e^-14 is below 2^-20
 
 
 def tolerance_of(case: Case) -> float:
@@ -43,23 +47,34 @@ def differ(got: list[torch.Tensor], wanted: list[torch.Tensor], exactly: bool = 
         same = (a == b) | (a.isnan() & b.isnan())
         finite = b.where(b.isfinite(), 0.0).abs()
         allowed = max(tolerance, TOLERANCE.get(one.dtype, 0.15))
-        close = (a - b).abs() <= allowed * (1e-3 + finite.max() if finite.numel() else 0.0)
+        close = (a - b).abs() <= allowed * (1 + finite.max() if finite.numel() else 0.0)
         if not (same | close).all():
             wrong = (~(same | close)).nonzero()[0].tolist()
             return f"tensor {place} at {wrong}: {a[tuple(wrong)]} and {b[tuple(wrong)]}"
     return ""
 
 
-def in_float64(case: Case) -> Case:
-    """The same call of float64, where all of it can be."""
+def is_near(name: str, case: Case) -> bool:
+    """Whether float32, or the 16 bits of what it gets, may leave the result of a right call open.
 
-    def widened(value):
-        if isinstance(value, torch.Tensor) and value.dtype in (torch.float32, torch.bfloat16, torch.float16):
-            return value.double()
-        return value
-
-    names = ("target", "target_logits", "draft_logits", "logits")
-    return case._replace(arguments={k: widened(v) if k in names else v for k, v in case.arguments.items()})
+    The definitions of acceptance and sampling count in float64. In float32 a token of a probability below 2^-20 can be
+    what rounding makes of it: a residual that is 0 or that token alone. Drafts name such tokens here, and hardly ever
+    where they were sampled. Exits are as exact as what they are computed from.
+    """
+    if name.endswith("exit") or name.startswith("exit"):
+        return tolerance_of(case) > TOLERANCE[torch.float32]
+    if not name.startswith(("accept", "sample")):
+        return False
+    temperature = case.arguments.get("temperature", 1.0)
+    if isinstance(temperature, torch.Tensor):
+        temperature = float(temperature.nan_to_num(0.0).min()) if len(temperature) else 1.0
+    for rows in (value for key, value in case.arguments.items() if key.endswith("logits") or key == "target"):
+        if rows is None or not rows.dtype.is_floating_point or rows.numel() == 0:
+            continue
+        rows = rows.double().where(rows.isfinite(), NAN).nan_to_num(0.0)
+        if float((rows.amax(-1) - rows.amin(-1)).max()) > SHARP * min(max(temperature, 0.0), 1.0):
+            return True
+    return False
 
 
 @contextlib.contextmanager
@@ -102,7 +117,7 @@ def check(name: str, seed: int) -> str:
     wanted = of_definition.run(backend="torch")
     tolerance = tolerance_of(case)
     if wrong := differ(got, wanted, tolerance=tolerance):
-        if name.startswith(("accept", "sample")) and differ(in_float64(case).run(backend="torch"), wanted):
+        if is_near(name, case):
             return "near"
         return f"cpu and torch: {wrong}"
     draws = Draws(seed)
@@ -116,7 +131,7 @@ def check(name: str, seed: int) -> str:
     finally:
         module.set_cpu_isa("")
     if wrong := differ(lesser, wanted, tolerance=tolerance):
-        if name.startswith(("accept", "sample")) and differ(in_float64(case).run(backend="torch"), wanted):
+        if is_near(name, case):
             return "near"
         return f"another instruction set: {wrong}"
     return ""
@@ -142,7 +157,7 @@ def main(seconds: float, seed: int, names: list[str]) -> int:
         seed += 1
     for name, (calls, different, near) in counts.items():
         print(f"= {name} {calls} {different} {near}")
-    return int(any(different for _, different, _ in counts.values()))
+    return int(any(different or near > 2 + MOST_NEAR * calls for calls, different, near in counts.values()))
 
 
 if __name__ == "__main__":

@@ -201,6 +201,8 @@ def tree_attention(
         raise _argument_error("window", "None or an int of at least 1", window, is_int)
     if num_splits is not None and (not is_int(num_splits) or not 1 <= num_splits <= MAX_SPLITS):
         raise _argument_error("num_splits", f"None or an int from 1 to {MAX_SPLITS}", num_splits, is_int)
+    if not isinstance(return_lse, bool):
+        raise TypeError(argument_error("tree_attention", "return_lse", "a bool", return_lse))
     if not isinstance(path_invariant, bool):
         raise TypeError(argument_error("tree_attention", "path_invariant", "a bool", path_invariant))
     if path_invariant and num_splits is not None:
@@ -228,7 +230,7 @@ def tree_attention(
         query_start,
         scale,
         min(window or 0, INT32_MAX),
-        softcap or 0.0,
+        float(softcap or 0.0),
         sinks,
         alibi_slopes,
         out_scale,
