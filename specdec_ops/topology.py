@@ -9,8 +9,7 @@ import numpy as np
 import torch
 
 from ._core import alloc
-from ._core.checks import INT32_MAX, argument_error, as_int32, check_field, device_error, is_int, overlap, strides_error
-from ._core.library import nobody_watches
+from ._core.checks import INT32_MAX, argument_error, as_int32, check_field, device_error, is_int, strides_error
 from ._tree_masks import parents_of_mask
 from .ops.topology import contract
 from .tree import MAX_NODES, Tree
@@ -40,6 +39,7 @@ class Topology:
         num_nodes: int32 `[batch or 1]`: how many leading nodes exist; also of each request where one tree serves all.
         status: int32 `[batch or 1]`: 0 for a sound tree, else `TopologyStatus` bits.
         offsets: int32 `[batch + 1]`, or None: the first row of every request in packed queries [tokens, heads, dim].
+            Rows before the first request and behind the last one are padding.
     """
 
     parents: torch.Tensor
@@ -322,6 +322,4 @@ def _written(out: Topology, parents: torch.Tensor) -> contract.BuildTopologyOutp
             raise ValueError(strides_error("build_topology", f"out.{name}", must, tensor))
         if tensor.device != parents.device:
             raise ValueError(device_error("build_topology", f"out.{name}", parents.device, tensor))
-        if parents.is_contiguous() and nobody_watches() and overlap(tensor, parents):
-            raise ValueError(f"specdec_ops.build_topology: out.{name} must not share memory with parents")
     return tensors
