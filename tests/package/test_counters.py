@@ -1,5 +1,6 @@
 """The counters of CUDA calls: who gets which, and that nobody shares what he must not. No GPU is needed."""
 
+import itertools
 import threading
 
 import pytest
@@ -32,7 +33,7 @@ def counters(memory):
 def overlap(calls):
     """Whether two of some (address, count) have a byte in common."""
     spans = sorted((address, address + 4 * count) for address, count in calls)
-    return any(end > begin for (_, end), (begin, _) in zip(spans, spans[1:], strict=False))
+    return any(end > begin for (_, end), (begin, _) in itertools.pairwise(spans))
 
 
 def test_calls_of_a_stream_share_their_counters(counters, memory):
@@ -93,7 +94,9 @@ def test_a_recreated_stream_is_another_one(monkeypatch):
     class Module:
         @staticmethod
         def sample_cuda(arguments, outputs, memory, index, stream):
-            given.append([memory(16, 3, number, captured)[1] for number, captured in ((1, False), (2, False), (1, True))])
+            given.append(
+                [memory(16, 3, number, captured)[1] for number, captured in ((1, False), (2, False), (1, True))]
+            )
 
     class Device(native.Device):
         def stream(self, device):

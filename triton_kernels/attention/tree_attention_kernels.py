@@ -447,12 +447,13 @@ def tree_attention_kernel(
 def merge_splits_kernel(
     output, scratch, out_scale, num_nodes, offsets, context_lens, query_starts, sinks, num_nodes_stride,
     request_begin, batch, heads, max_queries, tokens, nodes, capacity, query_start, window, num_splits, max_splits,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, SPLIT_SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, TREE: tl.constexpr,
+    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, PARTS: tl.constexpr, SPLIT_SLOTS: tl.constexpr,
+    BLOCK_N: tl.constexpr, WINDOW: tl.constexpr, TREE: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (row blocks, requests). A program owns ROWS of the (tree row, head) pairs and adds their splits in order.
+    """Grid: (row blocks, requests). A program owns ROWS of the (tree row, head) pairs and adds their splits.
 
-    The arguments are those of tree_attention_kernel.
+    PARTS splits are loaded at once, so a row waits for memory once for every PARTS of them. What is added to what
+    depends on PARTS and the row's own splits alone. The other arguments are those of tree_attention_kernel.
     """
     out, out_batch_stride, out_row_stride, out_head_stride, lse = output
     split_out, split_stats = scratch
@@ -476,18 +477,23 @@ def merge_splits_kernel(
     step = max_queries.to(tl.int64) * heads
 
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    for split in range(splits):
-        maximum = tl.maximum(maximum, tl.load(split_stats + (at + split * step) * 2, mask=real, other=float("-inf")))
-    safe = tl.where(maximum == float("-inf"), 0.0, maximum)
     total = tl.zeros([ROWS], tl.float32)
     acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for split in range(splits):
-        here = at + split * step
-        weight = tl.exp2(tl.load(split_stats + here * 2, mask=real, other=float("-inf")) - safe)
-        total += weight * tl.load(split_stats + here * 2 + 1, mask=real, other=0.0)
-        at_value = split_out + here[:, None] * DIM + d[None, :]
-        value = tl.load(at_value, mask=real[:, None] & (d < DIM)[None, :], other=0.0)
-        acc += weight[:, None] * value
+    for first in range(0, splits, PARTS):
+        part = first + tl.arange(0, PARTS)
+        there = (part < splits)[:, None] & real[None, :]
+        here = at[None, :] + part[:, None] * step
+        peak = tl.load(split_stats + here * 2, mask=there, other=float("-inf"))
+        size = tl.load(split_stats + here * 2 + 1, mask=there, other=0.0)
+        at_value = split_out + here[:, :, None] * DIM + d[None, None, :]
+        value = tl.load(at_value, mask=there[:, :, None] & (d < DIM)[None, None, :], other=0.0)
+        joined = tl.maximum(maximum, tl.max(peak, 0))
+        safe = tl.where(joined == float("-inf"), 0.0, joined)
+        weight = tl.exp2(peak - safe[None, :])
+        decay = tl.exp2(maximum - safe)
+        total = total * decay + tl.sum(weight * size, 0)
+        acc = acc * decay[:, None] + tl.sum(weight[:, :, None] * value, 0)
+        maximum = joined
 
     acc, _, row_lse = _finish(acc, acc, maximum, total, head, sinks, real, out_scale, 0)
     inside = row < tl.minimum(written_rows, max_queries)
