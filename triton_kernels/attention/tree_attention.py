@@ -14,7 +14,8 @@ import torch
 import triton
 from specdec_ops.triton_kernels.common.launch import batch_stride, on
 
-from .tree_attention_kernels import merge_splits_kernel, tree_attention_kernel
+from .tree_attention_join import merge_splits_kernel
+from .tree_attention_kernels import tree_attention_kernel
 
 MERGE_ROWS, MERGE_PARTS = 2, 16  # of a program, and under way at a time: 32 numbers of dim 256 in a thread
 SCRATCH_BYTES = 256 * 2**20
