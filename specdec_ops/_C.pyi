@@ -8,7 +8,8 @@ _Outputs: TypeAlias = tuple[Any, ...]
 _Fields: TypeAlias = list[tuple[str, int, int, bool]]  # name, offset, bytes, whether it is a pointer
 # Fields of the contract that nothing reads, and of the struct that nothing sets.
 _LeftOver: TypeAlias = tuple[list[str], list[str]]
-_Memory: TypeAlias = Callable[[int, int], tuple[int, int]]  # bytes of scratch and counters: the addresses of both
+# Bytes of scratch, counters, the stream's number, whether the call is captured: the addresses of both.
+_Memory: TypeAlias = Callable[[int, int, int, bool], tuple[int, int]]
 
 class _BuildInfo(TypedDict):
     version: str
@@ -113,6 +114,7 @@ def tree_attention_left_over(a: _Arguments, o: _Outputs, /) -> _LeftOver: ...
 
 # Only where CUDA kernels were built. `path` is for tests: which of several ways a launcher takes.
 def cuda_device_error(device: int, /) -> str: ...
+def zeroed_memory(device: int, bytes: int, /) -> int: ...
 def accept_cuda(
     arguments: _Arguments, outputs: _Outputs, memory: _Memory, device: int, stream: int, path: int = 0
 ) -> None: ...

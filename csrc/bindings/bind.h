@@ -177,9 +177,11 @@ inline int32_t multiprocessors_of(int device) {
 
 // Binds an op's CUDA launcher: OP_cuda(arguments, outputs, memory, device, stream, path=0).
 //
-// What the call needs besides its tensors only the launcher knows: `memory(bytes, counters)` gets it from the caller,
-// and returns the addresses of so many bytes, which may hold anything, and of so many int32 counters, which are zero.
-// It is not called where nothing is needed. `path` is for tests: which of several ways a launcher takes.
+// What the call needs besides its tensors only the launcher knows: `memory(bytes, counters, stream_id, captured)` gets
+// it from the caller, and returns the addresses of so many bytes, which may hold anything, and of so many int32
+// counters, which are zero. `stream_id` is a number that no other stream of the process has or had, `captured` whether
+// the call becomes a part of a graph. It is not called where nothing is needed. `path` is for tests: which of several
+// ways a launcher takes.
 template <class Params, class Launch>
 void bind_cuda(py::module_& m, const std::string& op, CallScratch (*scratch)(const Launch&),
                cudaError_t (*launch)(const Launch&, int, cudaStream_t)) {
@@ -194,8 +196,9 @@ void bind_cuda(py::module_& m, const std::string& op, CallScratch (*scratch)(con
         const Params params = params_of<Params>(arguments, outputs);
         const CallScratch needed = scratch == nullptr ? CallScratch{} : scratch(launch_of(params, given));
         if (needed.bytes > 0 || needed.counters > 0) {
-          const auto [bytes, counters] =
-              py::cast<std::pair<uintptr_t, uintptr_t>>(memory(needed.bytes, needed.counters));
+          const StreamState state = stream_state(reinterpret_cast<cudaStream_t>(stream));
+          const auto [bytes, counters] = py::cast<std::pair<uintptr_t, uintptr_t>>(
+              memory(needed.bytes, needed.counters, state.id, state.captured));
           given.scratch = reinterpret_cast<uint8_t*>(bytes);
           given.counters = reinterpret_cast<int32_t*>(counters);
         }
