@@ -113,6 +113,13 @@ class Attention:
         self, x: torch.Tensor, norm: Norm, index: int, rows: Rows, cache: Cache, residual: torch.Tensor | None
     ) -> torch.Tensor:
         """Rows [rows, dim] of layer `index`, before its norm. `residual` is added last."""
+        q = self.remember(x, norm, index, rows, cache)
+        attended = cache.attend(index, rows, q, self.scale, self.window, self.softcap, self.sinks)
+        attended = attended.view(len(x), self.heads * self.head_dim)
+        return self.out(attended, residual=residual)
+
+    def remember(self, x: torch.Tensor, norm: Norm, index: int, rows: Rows, cache: Cache) -> torch.Tensor:
+        """Put the rows' keys and values into the cache. Returns their queries, [*rows, heads, head_dim]."""
         qkv = self.qkv(x, norm).view(*rows.tokens.shape, -1, self.head_dim)
         q, k, v = qkv.split((self.heads, self.kv_heads, self.kv_heads), dim=-2)
         norms = {}
@@ -120,9 +127,7 @@ class Attention:
             norms = {"q_norm_weight": self.q_norm.weight, "k_norm_weight": self.k_norm.weight}
             norms["norm_eps"] = self.q_norm.eps
         cache.append(index, rows, q, k, v, self.rope, self.interleaved, **norms)
-        attended = cache.attend(index, rows, q, self.scale, self.window, self.softcap, self.sinks)
-        attended = attended.view(len(x), self.heads * self.head_dim)
-        return self.out(attended, residual=residual)
+        return q
 
 
 @dataclasses.dataclass

@@ -105,6 +105,17 @@ def test_launch_errors_are_those_of_cuda():
         kernels.run(launch)
 
 
+def test_the_driver_is_asked_once_for_a_kernel_s_shared_memory():
+    """Only where a launch needs more than the ones before it: longer ancestor sets, here."""
+    launches = [attention(nodes, 70, dim=192, heads=4) for nodes in (30, 30, 31, 300, 30)]  # one kernel: 128 rows
+    before, asked = kernels.permissions_asked("tree_attention"), []
+    for launch in launches:
+        kernels.run(launch)
+        asked.append(kernels.permissions_asked("tree_attention") - before)
+    assert asked[0] <= 1 and asked[0] == asked[1] == asked[2]
+    assert asked[3] == asked[4] == asked[0] + 1
+
+
 def test_a_join_without_fences_is_a_race():
     """So the sanitizer can see what hands the parts to the block that joins them."""
     launch = LAUNCHES["dim 64, three parts"]()

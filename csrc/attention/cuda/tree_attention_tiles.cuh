@@ -193,7 +193,7 @@ __device__ __forceinline__ void add_nonfinite(float (&out)[4], uint32_t seen, ui
 }
 
 // out += weights . v. `v` is at the warp's first column. In a masked tile `seen` tells which slots the lane's rows see,
-// and others don't reach them, whatever they hold. (fp8 codes are read as finite numbers.)
+// and others don't reach them, whatever they hold.
 template <class Shape, bool kMasked>
 __device__ __forceinline__ void add_values(WarpRows<Shape>& rows, const float (&weights)[Shape::kSlots / 8][4],
                                            const typename Shape::Cache* v, uint32_t seen, int lane) {
@@ -215,6 +215,14 @@ __device__ __forceinline__ void add_values(WarpRows<Shape>& rows, const float (&
           uint32_t even[2], odd[2];
           widen_float8<T>(turned(b[2 * i]), even[0], odd[0]);
           widen_float8<T>(turned(b[2 * i + 1]), even[1], odd[1]);
+          if constexpr (kMasked) {
+            const bool nonfinite = has_nonfinite<T>(even[0]) || has_nonfinite<T>(even[1]) ||
+                                   has_nonfinite<T>(odd[0]) || has_nonfinite<T>(odd[1]);
+            if (warp_ballot(nonfinite) != 0) {
+              add_nonfinite<T>(rows.out[4 * j + 2 * i], seen >> 8 * step, even[0], even[1]);
+              add_nonfinite<T>(rows.out[4 * j + 2 * i + 1], seen >> 8 * step, odd[0], odd[1]);
+            }
+          }
           mma_m16n8k16<T>(rows.out[4 * j + 2 * i], a, even[0], even[1]);
           mma_m16n8k16<T>(rows.out[4 * j + 2 * i + 1], a, odd[0], odd[1]);
         }
