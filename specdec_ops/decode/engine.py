@@ -323,9 +323,14 @@ class Engine(Answers):
         logprobs = self._logprobs(batch, logits, acceptance, candidates)
         columns = [acceptance.num_accepted[:, None], acceptance.status[:, None], acceptance.tokens]
         table = torch.cat(columns if candidates is None else [*columns, candidates], dim=1)
-        for place, request in enumerate(requests):
-            self._show(request, hidden[place], acceptance.nodes[place])
-        accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
+        rows = table.tolist()  # the one copy to the host
+        if self.draft is not None and self.draft.wants_hidden:
+            for place, (request, (count, *_)) in enumerate(zip(requests, rows, strict=True)):
+                path = hidden[place, : count + 1]
+                if not drafted.is_chain:
+                    path = hidden[place].index_select(0, acceptance.nodes[place, : count + 1].clamp(min=0))
+                self._show(request, path)
+        accepted = self._take(requests, rows, drafted, logprobs)
         if drafts:
             self.proposer.observe(batch, drafted, acceptance, accepted)
         marks.append(time.perf_counter())
@@ -372,10 +377,9 @@ class Engine(Answers):
                 stacklevel=4,
             )
 
-    def _show(self, request: Request, hidden: torch.Tensor, nodes: torch.Tensor | None = None) -> None:
-        """Hand rows of the target's last layer to a draft that wants them: all, or those of the accepted path."""
+    def _show(self, request: Request, hidden: torch.Tensor) -> None:
+        """Hand rows of the target's last layer to a draft that wants them."""
         if self.scheduler.drafts_for(request) and self.draft.wants_hidden:
-            hidden = hidden if nodes is None else hidden.index_select(0, nodes[nodes >= 0])
             self.proposer.see(request, request.sequence.length, hidden)
 
     def _score(self, batch: Batch, drafted: Drafted) -> tuple[torch.Tensor, torch.Tensor]:

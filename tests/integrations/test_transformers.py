@@ -1,6 +1,8 @@
 """Hugging Face models on our ops, against the models' own forward and generate."""
 
+import functools
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,10 +12,10 @@ pytest.importorskip("transformers", reason="an extra: pip install specdec_ops[tr
 
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria, TextStreamer
 
-from specdec_ops import Tree, drafts, greedy_accept
+from specdec_ops import Tree, drafts, greedy_accept, linear, rms_norm
 from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
-from specdec_ops.integrations.transformers import TreeView, load, register, tree_decode
+from specdec_ops.integrations.transformers import TreeView, load, patch, register, tree_decode
 from tests.harness.tiny_models import Characters
 from tests.integrations import hugging_face
 from tests.integrations.hugging_face import MODELS, VOCAB, make, prompts, write_gguf
@@ -203,6 +205,50 @@ def test_attention_alone_in_the_models_own_loop(name):
     out = model(tokens.long(), position_ids=positions, past_key_values=cache, specdec=TreeView(topology, lengths))
     for node, (row, right) in enumerate(zip(out.logits[0], by_path, strict=True)):
         torch.testing.assert_close(row, right, atol=2e-5, rtol=2e-5, msg=f"node {node}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patched_model_says_the_same_and_can_be_undone(name):
+    """A padded batch, a single prompt and prompt lookup; print lists what is patched; undone, all bits are the same."""
+    model, (ids, mask) = make(name), prompts()
+    asked = {"do_sample": False, "max_new_tokens": 15}
+
+    def texts():
+        yield model.generate(ids, attention_mask=mask, **asked)
+        yield model.generate(ids[:1], **asked)
+        yield model.generate(ids[:1], prompt_lookup_num_tokens=3, **asked)
+
+    expected, logits, classes = list(texts()), model(ids[:1]).logits, [type(module) for module in model.modules()]
+    implementation, state = model.config._attn_implementation, {**model.state_dict()}
+    with patch(model) as patched:
+        assert all(torch.equal(a, b) for a, b in zip(texts(), expected, strict=True))
+        linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        norms = [n for n, module in model.named_modules() if "RMSNorm" in type(module).__name__]
+        assert set(patched.modules) == {*linears, *norms} and linears
+        said = str(model)
+        assert said.count("on specdec_ops(") >= 1 and ("(lm_head): Linear on specdec_ops(" in said or "neox" in name)
+        assert model.state_dict().keys() == state.keys()
+        assert all(value.data_ptr() == state[key].data_ptr() for key, value in model.state_dict().items())
+        assert model(ids[:1]).logits.requires_grad, "where gradients are wanted, modules are what they were"
+        with pytest.raises(ValueError, match="model must not be patched already"):
+            patch(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(ids[:1]).logits, logits)
+
+
+def test_patched_modules_run_our_ops(monkeypatch):
+    """Each product and norm of a pass, once."""
+    calls = []
+    for name, op in (("linear", linear), ("rms_norm", rms_norm)):
+        seen = functools.partial(lambda op, name, *given, **named: calls.append(name) or op(*given, **named), op, name)
+        monkeypatch.setattr(sys.modules["specdec_ops.integrations.transformers.patch"], name, seen)
+    model, (ids, _) = make("qwen3"), prompts()
+    expected = model(ids[:1]).logits
+    with torch.no_grad(), patch(model):
+        got = model(ids[:1]).logits
+    torch.testing.assert_close(got, expected.detach(), atol=2e-5, rtol=2e-5)
+    assert calls.count("linear") == 2 * 7 + 1 and calls.count("rms_norm") == 2 * 4 + 1
 
 
 @torch.no_grad()

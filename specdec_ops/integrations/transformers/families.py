@@ -260,18 +260,23 @@ FAMILIES: dict[str, Callable] = {
 }
 
 
+def refuse_unsupported(op: str, model) -> None:
+    """Raise ValueError if a model's family is not supported, by the name of an op."""
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"specdec_ops.{op}: model must be of one of {', '.join(FAMILIES)}, got {kind!r}{_why_not(model.config)}"
+        )
+
+
 def decoder_of(model, settings: Settings) -> Decoder:
     """The model on this package's ops.
 
     Raises:
         ValueError: its family is not supported.
     """
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise ValueError(
-            f"specdec_ops.{_OP}: model must be of one of {', '.join(FAMILIES)}, got {kind!r}{_why_not(model.config)}"
-        )
-    decoder = FAMILIES[kind](model, settings)
+    refuse_unsupported(_OP, model)
+    decoder = FAMILIES[model.config.model_type](model, settings)
     names = {module: name for name, module in model.named_modules()}
     in_order = sorted(settings.replaced, key=lambda one: one[1] != _EMBEDDING)  # stable
     decoder.replaced = tuple(Replaced(tuple(names[module] for module in modules), by) for modules, by in in_order)
