@@ -353,7 +353,7 @@ def main(arguments: list[str]) -> int:
                 )
 
             entries = run_seed(forms, ids[seed], seed, asked.tokens, eos, tell)
-            _check(entries)
+            check(entries)
             rows = [row | fixed for row in rows_of(target_name, seed, forms, entries)]
             results.write(out, rows, fresh, COLUMNS)
             fresh = False
@@ -363,7 +363,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _check(entries: list[measure.Entry]) -> None:
+def check(entries: list[measure.Entry]) -> None:
     """Greedy text must be that of plain decoding, or there is no time."""
     expected: list[Run] = entries[0].runs
     for entry in entries[1:]:
