@@ -167,7 +167,7 @@ def target_rows(target: Decoder, text: list[int]) -> tuple[torch.Tensor, torch.T
 
 
 def cut(asked, target: Decoder, made: dict, ids: dict[int, list[list[int]]], tell) -> list[dict]:
-    """Agreement and NLL under the target against tokens since the cut, and words that are to be copied.
+    """Agreement and NLL under the target against tokens since the cut, and lines of words to be said a third time.
 
     `same_so_far`: whether the text is still the target's. `repeated`: whether a token was said just before.
     """
@@ -179,13 +179,13 @@ def cut(asked, target: Decoder, made: dict, ids: dict[int, list[list[int]]], tel
         chance = np.random.default_rng(seed)
         tasks = [(prompt, None) for prompt in questions]
         for _ in range(asked.copies):
-            words = " ".join(chance.choice(WORDS, size=6, replace=False))
-            question = f"Repeat these words exactly, and say nothing else: {words}"
-            tasks.append((target.tokenizer.encode(chat_prompt(target, question)), words))
+            words = [str(word) for word in chance.choice(WORDS, size=5, replace=False)]
+            line = " ".join(words)
+            tasks.append((target.tokenizer.encode(f"{line}\n{line}\n{words[0]}"), " " + " ".join(words[1:])))
         for number, (prompt, words) in enumerate(tasks):
             answer = engine.generate([prompt], Sampling(max_tokens=asked.before + most))[0].tokens
-            before = asked.before if words is None else 2
-            if words is not None and words not in target.tokenizer.decode(answer):
+            before = asked.before if words is None else 0
+            if words is not None and not target.tokenizer.decode(answer).startswith(words):
                 continue  # the target can't do it
             if len(answer) < before + most and words is None:
                 continue
@@ -195,7 +195,7 @@ def cut(asked, target: Decoder, made: dict, ids: dict[int, list[list[int]]], tel
                 states = draft.states(stacked) if draft.wants_layers else hidden if draft.wants_hidden else None
                 said = alone(draft, target, text, states, most)
                 if words is not None:
-                    copied[name].append(words in target.tokenizer.decode(answer[:before] + said))
+                    copied[name].append(target.tokenizer.decode(said).startswith(words))
                     continue
                 if said:
                     logits = target_rows(target, [*text, *said])[0][len(text) - 1 : -1].float()
@@ -262,7 +262,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--count", type=int, default=2, help="prompts of each set for each seed (default: 2)")
     made.add_argument("--tokens", type=int, default=64, help="the most tokens of an answer (default: 64)")
     made.add_argument("--before", type=int, default=24, help="tokens of an answer before the cut (default: 24)")
-    made.add_argument("--copies", type=int, default=4, help="lists of words to be copied, for each seed (default: 4)")
+    made.add_argument("--copies", type=int, default=4, help="lines of words to be copied, for each seed (default: 4)")
     made.add_argument("--out", type=Path, help="the CSV")
     made.add_argument("--append", action="store_true", help="to that file")
     return made
