@@ -216,8 +216,8 @@ __device__ __forceinline__ void add_values(WarpRows<Shape>& rows, const float (&
           widen_float8<T>(turned(b[2 * i]), even[0], odd[0]);
           widen_float8<T>(turned(b[2 * i + 1]), even[1], odd[1]);
           if constexpr (kMasked) {
-            const bool nonfinite = has_nonfinite<T>(even[0]) || has_nonfinite<T>(even[1]) ||
-                                   has_nonfinite<T>(odd[0]) || has_nonfinite<T>(odd[1]);
+            const bool nonfinite = has_nonfinite<T>(even[0]) || has_nonfinite<T>(even[1]) || has_nonfinite<T>(odd[0]) ||
+                                   has_nonfinite<T>(odd[1]);
             if (warp_ballot(nonfinite) != 0) {
               add_nonfinite<T>(rows.out[4 * j + 2 * i], seen >> 8 * step, even[0], even[1]);
               add_nonfinite<T>(rows.out[4 * j + 2 * i + 1], seen >> 8 * step, odd[0], odd[1]);
