@@ -23,6 +23,11 @@ namespace specdec::cuda {
 // between warps: how a row's sum is rounded depends on the dimension alone, not on how many rows its neighbours have.
 // Warps beyond those that multiply help with copies and with the join of splits.
 //
+// With 128 rows, or 64 of dim 256, the compiler holds a few numbers in local memory to stay within 128 registers: up to
+// 84 bytes a thread, none of which are written in the loop over tiles, and one word of which is read there beside 96
+// matrix instructions, eight more in masked tiles. For that a multiprocessor has 16 warps instead of 8, and twice as
+// many bytes under way.
+//
 // Sizes are chosen for the 99 KiB of the smallest current devices (8.6, 8.9, 12.0) and for more than one block on the
 // larger ones. Only 128 rows of dim 256 do not fit there: those devices serve them as two blocks of 64.
 template <class T_, class Cache_, int kDim_, int kRows_>
@@ -39,6 +44,9 @@ struct TileShape {
   static constexpr int kColumns = kDim / kColumnWarps;
   static constexpr int kWorkers = kRowWarps * kColumnWarps;  // warps that multiply
   static constexpr int kThreads = (kWorkers < 4 ? 4 : kWorkers) * kWarpSize;
+  // Blocks that are to share a multiprocessor, which limits a thread's registers: 168 where a block has 4 warps, 128
+  // where it has 8.
+  static constexpr int kMinBlocks = kThreads <= 128 ? 3 : kDim > 128 && kRows > 64 ? 1 : 2;
   static constexpr int kPitch = kDim + 8;                             // of q
   static constexpr int kCachePitch = kDim + 16 / int(sizeof(Cache));  // of K and V
   static constexpr int kTile = kSlots * kCachePitch;                  // elements of K, or of V, of one stage
