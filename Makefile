@@ -73,7 +73,7 @@ docs: .venv/docs ## build the documentation into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/docs/index.html"
 
-gpu: ## on a machine with an NVIDIA GPU, offline, with its own Python: build, test, sanitize, measure (PIECE=tests)
+gpu: ## on a machine with an NVIDIA GPU, offline: build, test, measure, profile in twelve minutes (PIECE=all)
 	@$(PYTHON) -m benchmarks.gpu --out "$(GPU_OUT)" $(if $(PIECE),--piece $(PIECE)) $(GPU_OPTIONS)
 
 dist: .venv/ready ## the sdist, and a wheel built from it, in dist/
