@@ -109,9 +109,11 @@ def test_each_kind_of_case_runs(case, toy_roofs):
         peers_timed = [row["contestant"] for row in cell.rows if row["role"] == "pytorch" and row["p50_us"] != ""]
         assert "eager" in peers_timed, report.problem(cell, "pytorch")
         if case.op == "tree_attention":
-            forms = {"sdpa", "sdpa packed", "sdpa packed head-major"}
+            forms = {"sdpa", "sdpa packed", "sdpa head-major", "sdpa packed head-major"}
             assert forms <= set(peers_timed), report.problem(cell, "pytorch")
             assert cell.ours["roof_percent"] > 0
+            by_head = cell.of("specdec_ops head-major")
+            assert by_head is not None and by_head["best_peer"] == cell.ours["best_peer"]
 
 
 @pytest.mark.parametrize("layout", ["list", "one tensor", "pages"])
@@ -349,8 +351,37 @@ def test_no_kernel_can_beat_the_roof_of_arithmetic():
     for isa, count in counts.items():
         assert count in ((0, 2 * 100 * 4 * 2 * 16 * 16 * 32) if isa == "amx" else (0, 2 * 100 * 12 * 2 * lanes[isa]))
     assert counts["generic"] > 0 and _C.multiply_adds("sse9", 100, 1) == 0
-    loop = roofs.multiply_add_loop("fp32")
-    assert loop.rate > 0 and counts[loop.isa] > 0 and loop.isa in roofs.LOOPS["fp32"]
+    for isa in roofs.allowed_isas("fp32"):
+        assert isa in roofs.LOOPS["fp32"] and counts[isa] > 0 and roofs.multiply_add_loop(isa).rate > 0
+
+
+def test_a_roof_is_of_the_instruction_sets_that_may_be_used(monkeypatch):
+    """Where the kernels are held to one, the roof has none of the newer ones; a contestant that is held has its own."""
+    monkeypatch.setenv("SPECDEC_OPS_CPU_ISA", "generic")
+    _C.set_cpu_isa("")
+    try:
+        assert roofs.allowed_isas("fp32") == roofs.allowed_isas("bf16") == ["generic"]
+    finally:
+        monkeypatch.delenv("SPECDEC_OPS_CPU_ISA")
+        _C.set_cpu_isa("")
+    case = cases.attention(Model("m", 4, 2, 16), 100, TreeShape("t", chain(8)), "fp32")
+    known = roofs.Roofs(1e30, {"fp32": (4e9, 10)}, rates={("fp32", "avx2"): 1e9})
+    both = [Contestant("specdec_ops", "ours", list), Contestant("specdec_ops avx2", "ours", list, isa="avx2")]
+    timings = {each.name: timing.Timing([1e-3]) for each in both}
+    rows = results.rows_of(case, "warm", both, timing.Measurement(timings), known, {})
+    assert [row["roof_us"] for row in rows] == pytest.approx([1e6 * case.flops / 4e9, 1e6 * case.flops / 1e9])
+
+
+def test_the_ratio_is_against_the_fastest_layout():
+    """Whatever ours gets: a cache that suits PyTorch is no other league."""
+    case = cases.toy()
+    names = {"specdec_ops": "ours", "specdec_ops head-major": "ours", "sdpa": "pytorch", "sdpa head-major": "pytorch"}
+    listed = [Contestant(name, role, list) for name, role in names.items()]
+    seconds = dict(zip(names, (4.0, 2.0, 3.0, 1.0), strict=True))
+    measured = timing.Measurement({name: timing.Timing([value]) for name, value in seconds.items()})
+    rows = results.rows_of(case, "warm", listed, measured, roofs.Roofs(1e9), {})
+    assert {row["best_peer"] for row in rows} == {"sdpa head-major"}
+    assert [row["ratio"] for row in rows[:2]] == [0.25, 0.5]
 
 
 def test_the_roof_is_the_longer_of_the_best_read_and_the_best_arithmetic():
