@@ -241,20 +241,24 @@ def fake_cells(ratio, nodes=64, **changes):
     shape = {"op": "tree_attention", "model": "Llama-3-8B", "dtype": "bf16", "context": 1024, "lengths": "equal"}
     shape |= {"batch": 1, "tree": "random", "nodes": nodes, "mode": "warm", "problem": "", "contestant": "specdec_ops"}
     shape |= {"p50_us": 1.0, "ratio": ratio, "gemm_percent": 85.0, "read_percent": 75.0, "role": "ours"}
+    shape |= {"heads": 32, "kv_heads": 8, "roof_percent": ""}
     return results.Cell([shape | changes])
 
 
 def test_targets_name_the_cells_that_miss():
-    good, bad = fake_cells(6.0), fake_cells(3.0, context=4096, gemm_percent=70.0)
+    good, bad = fake_cells(6.0, roof_percent=90.0), fake_cells(0.9, context=4096, roof_percent=80.0)
     verdicts = targets.verdicts([good, bad])
-    ratios, gemm = verdicts[0], verdicts[1]
-    assert ratios.met is False and ratios.missed == [f"{bad.label}: 3.00x"]
-    assert gemm.met is False and gemm.missed == [f"{bad.label}: 70%"]
-    assert targets.verdicts([good])[0].met is True
-    assert targets.verdicts([good])[2].met is None  # no fp32 cell
-    decode = fake_cells(4.5, nodes=1, mode="cold")
-    assert targets.verdicts([decode])[3].met is True
-    wide = fake_cells(5.0, nodes=256, tree="random", gemm_percent=70.0)
+    assert verdicts[0].met is False and verdicts[0].missed == [f"{bad.label}: 0.9x"]
+    assert verdicts[2].met is False and verdicts[2].missed == [f"{bad.label}: 0.90x"]
+    assert verdicts[5].met is False and verdicts[5].missed == [f"{bad.label}: 80%"]
+    assert verdicts[6].met is True and verdicts[3].met is None  # no cell of few nodes
+    decode = [fake_cells(4.5, nodes=1, mode="cold", roof_percent=75.0, context=context) for context in (1024, 4096)]
+    judged = targets.verdicts(decode)
+    assert judged[3].missed == [f"{decode[1].label}: 75%"] and judged[4].met is True
+    by_head = fake_cells(0.5, contestant="specdec_ops head-major")
+    both = results.Cell(good.rows + by_head.rows)
+    assert targets.verdicts([both])[1].missed == [f"{both.label}: 0.5x"]
+    wide = fake_cells(5.0, nodes=256, tree="random", gemm_percent=70.0, roof_percent=90.0)
     assert targets.verdicts([good, wide])[-1].missed == [f"{wide.label}: 82.4%"]
 
 
