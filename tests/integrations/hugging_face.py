@@ -40,7 +40,7 @@ _EXPERTS = {
     "num_experts_per_tok": 2,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }
-OTHERS = {"gpt_oss, sinks": ("GptOssConfig", {**_LLAMA, **_EXPERTS, **_DEFAULT_ROPE, "sliding_window": 5})}
+OTHERS = {"gpt_oss, sinks": ("GptOssConfig", {**_LLAMA, **_EXPERTS, "sliding_window": 5})}
 
 
 def make(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32):
