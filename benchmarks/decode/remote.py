@@ -36,8 +36,6 @@ COLUMNS = (
     *("date", "commit", "machine", "isa", "threads", "specdec_ops", "torch", "python", "command"),
 )
 PER_TOKEN = "per-token API"
-SAVED = {"eagle": "Eagle", "sorted": "Sorted"}
-"""Drafts in folders, by what their JSON says. Those that need no target are loaded without."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +81,7 @@ def drafts_of(asked, target: Decoder) -> dict[str, drafts.Draft | None]:
     for name in asked.draft:
         about = Path(name) / "draft.json"
         if about.is_file():
-            kind = json.loads(about.read_text())["draft"]
-            made[kind] = drafts.Eagle.load(name, target) if kind == "eagle" else getattr(drafts, SAVED[kind]).load(name)
+            made[json.loads(about.read_text())["draft"]] = drafts.load(name, target)
         elif name.startswith("layers:"):
             count = int(name.removeprefix("layers:"))
             shape = target.shape._replace(layers=count)
@@ -100,6 +97,8 @@ def talk(target: Decoder, draft, ids: list[int], sampling: Sampling, rtt: float,
 
     async def answer() -> Talk:
         link, states = Link(rtt=rtt), draft is not None and draft.wants_hidden
+        if draft is not None and draft.wants_layers:
+            states = draft
         length = len(ids) + sampling.max_tokens + 8
         options = {"target": target if states else None, "connect": None, "deadline": 1e6, "give_up": 1e7}
         async with Server(target, states=states, work=Inline(costs[0]), max_batch=1, max_length=length) as server:

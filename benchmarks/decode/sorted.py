@@ -402,7 +402,7 @@ def main(arguments: list[str]) -> int:
                 print(said, file=sys.stderr, flush=True)
 
             entries = run_seed(forms, ids[seed], seed, temperature, asked.tokens, eos, tell)
-            _check(entries)
+            check(entries)
             rows = [row | fixed for row in rows_of(target_name, seed, temperature, forms, entries)]
             results.write(out, rows, fresh, COLUMNS)
             fresh = False
@@ -412,7 +412,7 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _check(entries: list[measure.Entry]) -> None:
+def check(entries: list[measure.Entry]) -> None:
     """Text must be that of plain decoding, or there is no time."""
     expected: list[Run] = entries[0].runs
     for entry in entries[1:]:

@@ -93,8 +93,7 @@ PYBIND11_MODULE(_C, m) {
       },
       "The attention kernels' exponential, for the tests.");
 
-  m.def("shared_memory", &shared_memory,
-        "Two fields of a call that share memory, the first of which is written.");
+  m.def("shared_memory", &shared_memory, "Two fields of a call that share memory, the first of which is written.");
 
   bind_topology(m);
   bind_attention(m);

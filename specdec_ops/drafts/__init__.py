@@ -7,6 +7,7 @@ StopBelow, Decision, Stop   when drafting stops before the last level: threshold
 Eagle            one layer over the target's last rows, trained for it, drafts a tree that grows where it is sure
 MixtureOfAttentions   attends to keys and values of all layers of the target, trained for it; trees as Eagle's
 Sorted           the leading layers of one draft are drafts, too; a token leaves where the draft is sure (S2D)
+load             a draft that a training has saved, of any kind
 Draft, Proposer, Drafted   to write one's own
 """
 
@@ -18,6 +19,7 @@ from .eagle import Eagle as Eagle
 from .mixture_of_attentions import MixtureOfAttentions as MixtureOfAttentions
 from .multi_candidate import MultiCandidate as MultiCandidate
 from .ngram import Ngram as Ngram
+from .saved import load as load
 from .sorted import Sorted as Sorted
 from .sorted import TreeShape as TreeShape
 from .stop import Decision as Decision

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -218,13 +219,9 @@ class MixtureProposer(GrownTrees):
         if not all(map(self.reserve, requests)):
             raise RuntimeError("specdec_ops.drafts: the draft's cache is full, which must not happen")
         self._take_states(batch)
-        for request, state in zip(requests, states, strict=True):
-            while len(request.ids) - 1 - state.length > _CHUNK:  # a prompt; chunks are the same whoever is beside it
-                self._run_text([request], (_CHUNK,))
-        missing = {request: len(request.ids) - 1 - request.draft_state.length for request in requests}
-        behind = [request for request, count in missing.items() if count > 0]
-        if behind:
-            self._run_text(behind, tuple(missing[request] for request in behind))
+        self._run_to(requests, [min(len(r.ids) - 1, r.draft_state.verified) for r in requests], self._remember)
+        # What the target has not run is a client's own guess. Its target layers have only the draft's rows of that.
+        self._run_to(requests, [len(r.ids) - 1 for r in requests], self._run if self._last else self._remember)
         table = self.cache.page_table(states)
         rows = Rows(
             batch.last_tokens[:, None], chains((1,) * len(requests), self.cache.device), self._lengths(requests), table
@@ -257,21 +254,31 @@ class MixtureProposer(GrownTrees):
                 self._keep([state for _, state, _ in part], sizes, self.draft.states(stacked))
                 done += _CHUNK
 
-    def _run_text(self, requests: list[Request], sizes: tuple[int, ...]) -> None:
-        """Run the next tokens of texts: their keys and values, and more only where they will be looked at."""
+    def _run_to(self, requests: list[Request], ends: list[int], run: Callable[[Rows, list[Request]], object]) -> None:
+        """Run the tokens of texts that are missing before these ends."""
+        missing = [(r, end - r.draft_state.length) for r, end in zip(requests, ends, strict=True)]
+        behind = [(request, count) for request, count in missing if count > 0]
+        for request, count in behind:
+            for _ in range((count - 1) // _CHUNK):  # a prompt; chunks are the same whoever is beside it
+                self._run_text([request], (_CHUNK,), run)
+        if behind:
+            self._run_text([r for r, _ in behind], tuple((count - 1) % _CHUNK + 1 for _, count in behind), run)
+
+    def _run_text(self, requests: list[Request], sizes: tuple[int, ...], run) -> None:
         states = [request.draft_state for request in requests]
         tokens = [r.ids[s.length : s.length + size] for r, s, size in zip(requests, states, sizes, strict=True)]
         if len(set(sizes)) > 1:
             tokens = [token for some in tokens for token in some]
         tokens = torch.tensor(tokens, dtype=torch.int32).to(self.cache.device)
         rows = Rows(tokens, chains(sizes, self.cache.device), self._lengths(requests), self.cache.page_table(states))
-        if self._last and any(s.length + size > s.verified for s, size in zip(states, sizes, strict=True)):
-            self._run(rows, requests)
-        else:
-            layer = self.draft.parts.self_attention
-            layer.attention.remember(self._target.embed(rows), layer.attention_norm, _TEXT, rows, self.cache)
+        run(rows, requests)
         for state, size in zip(states, sizes, strict=True):
             state.length += size
+
+    def _remember(self, rows: Rows, requests: list[Request]) -> None:
+        """Self-attention's keys and values, of tokens whose rows nobody will look at."""
+        layer = self.draft.parts.self_attention
+        layer.attention.remember(self._target.embed(rows), layer.attention_norm, _TEXT, rows, self.cache)
 
     def _run_nodes(self, rows: Rows, before: torch.Tensor | None, batch: Batch) -> torch.Tensor:
         return self._run(rows, batch.requests)

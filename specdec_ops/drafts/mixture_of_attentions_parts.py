@@ -119,8 +119,8 @@ class Parts:
         """Of tensors by name, for a target of a shape.
 
         Args:
-            tensors: `join`, `join_bias` and, of each of `BLOCKS`, `NAME.qkv`, `out`, `up`, `down`, `attention_norm` and
-                `mlp_norm`; and `NAME.scales` beside the rows of one that is in int8.
+            tensors: join and join_bias; of each block, such as self_attention, the weights self_attention.qkv, out, up
+                and down, the norms attention_norm and mlp_norm, and of weights in int8 the scales, qkv.scales and so on.
             sizes: of the draft.
             shape: of the target.
         """

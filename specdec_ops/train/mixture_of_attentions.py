@@ -40,7 +40,7 @@ from .trainer import Task
 
 PROGRAM = "specdec_ops.train.mixture_of_attentions"
 _ALIKE = 16  # batches that are made of the same texts, sorted by length; their keys and values are in memory at once
-_FIT = 320  # texts that the start is fitted to
+_FIT = 192  # texts that the start is fitted to
 _EXAM_DISTANCES = 3
 
 

@@ -1,6 +1,7 @@
 """The CUDA kernels, emulated, under sanitizers and in many orders. Their values are tested with all other backends'."""
 
 import dataclasses
+import functools
 
 import pytest
 import torch
@@ -249,6 +250,36 @@ def test_padding_moves_no_byte_of_scratch(nodes, heads, parts):
     moved = kernels.traffic(launch)["scratch"]
     assert moved.written == kv_heads * rows * (dim + 2) * 4
     assert moved.read == kv_heads * rows * (dim * 4 + dim // 4 * 4 + 3 * 4)
+
+
+@pytest.mark.parametrize(("nodes", "heads"), [(1, 4), (4, 4), (16, 4), (40, 4), (3, 1)])
+def test_scratch_is_a_quarter_of_keys_and_values(nodes, heads):
+    """At most, written and read, however many rows there are: a split has eight slots or more for each.
+
+    In 16 bits, without the maxima and totals, which a dim of 64 makes a thirtieth.
+    """
+    launch = attention(nodes, 2048, heads=heads, dim=64)
+    moved = kernels.traffic(launch)
+    cache = kernels.extent(launch.tensors["k_cache"]) + kernels.extent(launch.tensors["v_cache"])
+    assert moved["scratch"].written + moved["scratch"].read <= (0.25 + 0.03) * cache
+    assert (moved["scratch"].written > 0) == (nodes * heads * 8 * 2 <= 2048)
+
+
+def test_splits_are_the_request_s_own():
+    """Neighbours with more rows, and padding, do not change a bit."""
+    trees, contexts = [random_tree(4, 0), random_tree(120, 1)], torch.tensor([1024, 700], dtype=torch.int32)
+    q = torch.randn(2, 120, 2, 64, dtype=torch.bfloat16)
+    k, v = torch.randn(2, 2, 1200, 1, 64, dtype=torch.bfloat16)
+    outs = []
+    for rows, batch in ((120, 2), (4, 1)):
+        topology = Topology.from_trees(trees[:batch])
+        call = functools.partial(
+            tree_attention, q[:batch, :rows], k[:batch], v[:batch], topology, contexts[:batch], return_lse=True
+        )
+        launch = kernels.launch_of(call)
+        kernels.run(launch)
+        outs.append(launch.tensors["out"][0, :4])
+    assert torch.equal(*outs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -32,7 +32,7 @@ def entries_of(forms, temperature: float = 0.0):
 def test_every_column(temperature, tmp_path):
     forms = table.forms_of(TARGET, made(), 64)
     entries = entries_of(forms, temperature)
-    table._check(entries)
+    table.check(entries)
     rows = [row | FIXED for row in table.rows_of("tiny", 0, temperature, forms, entries)]
     assert [row["contestant"] for row in rows] == ["plain", "S2D .5 .5 0", "first exit", "tree, first exit"]
     plain, mixed, first, tree = rows
@@ -76,7 +76,7 @@ def test_wrong_text_gets_no_time():
     forms = table.forms_of(TARGET, made(), 64)
     entries = entries_of(forms)
     entries[1].runs[2].answers[0][5] += 1
-    table._check(entries)
+    table.check(entries)
     rows = table.rows_of("tiny", 0, 0.0, forms, entries)
     assert rows[1]["problem"].startswith("WRONG: the text of prompt 2") and "measured" not in rows[1]
     assert rows[2]["problem"] == ""

@@ -34,6 +34,8 @@ def watch(engine: Engine) -> list:
         made = run(rows, requests)
         nodes = made.view(*rows.tokens.shape, -1)
         for place, request in enumerate(requests):
+            if request.draft_state.length < len(request.ids) - 1:
+                continue  # it is catching up with the text
             tokens = now["tokens"][place]
             for row, token in enumerate(rows.tokens[place].tolist()):
                 tokens[rows.query_start + row] = token

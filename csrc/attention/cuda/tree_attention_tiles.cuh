@@ -23,6 +23,11 @@ namespace specdec::cuda {
 // between warps: how a row's sum is rounded depends on the dimension alone, not on how many rows its neighbours have.
 // Warps beyond those that multiply help with copies and with the join of splits.
 //
+// With 128 rows, or 64 of dim 256, the compiler holds a few numbers in local memory to stay within 128 registers: up to
+// 84 bytes a thread, none of which are written in the loop over tiles, and one word of which is read there beside 64
+// matrix instructions, eight more in masked tiles. For that a multiprocessor has 16 warps instead of 8, and twice as
+// many bytes under way.
+//
 // Sizes are chosen for the 99 KiB of the smallest current devices (8.6, 8.9, 12.0) and for more than one block on the
 // larger ones. Only 128 rows of dim 256 do not fit there: those devices serve them as two blocks of 64.
 template <class T_, class Cache_, int kDim_, int kRows_>
@@ -39,6 +44,9 @@ struct TileShape {
   static constexpr int kColumns = kDim / kColumnWarps;
   static constexpr int kWorkers = kRowWarps * kColumnWarps;  // warps that multiply
   static constexpr int kThreads = (kWorkers < 4 ? 4 : kWorkers) * kWarpSize;
+  // Blocks that are to share a multiprocessor, which limits a thread's registers: 168 where a block has 4 warps, 128
+  // where it has 8.
+  static constexpr int kMinBlocks = kThreads <= 128 ? 3 : kDim > 128 && kRows > 64 ? 1 : 2;
   static constexpr int kPitch = kDim + 8;                             // of q
   static constexpr int kCachePitch = kDim + 16 / int(sizeof(Cache));  // of K and V
   static constexpr int kTile = kSlots * kCachePitch;                  // elements of K, or of V, of one stage
@@ -216,8 +224,8 @@ __device__ __forceinline__ void add_values(WarpRows<Shape>& rows, const float (&
           widen_float8<T>(turned(b[2 * i]), even[0], odd[0]);
           widen_float8<T>(turned(b[2 * i + 1]), even[1], odd[1]);
           if constexpr (kMasked) {
-            const bool nonfinite = has_nonfinite<T>(even[0]) || has_nonfinite<T>(even[1]) ||
-                                   has_nonfinite<T>(odd[0]) || has_nonfinite<T>(odd[1]);
+            const bool nonfinite = has_nonfinite<T>(even[0]) || has_nonfinite<T>(even[1]) || has_nonfinite<T>(odd[0]) ||
+                                   has_nonfinite<T>(odd[1]);
             if (warp_ballot(nonfinite) != 0) {
               add_nonfinite<T>(rows.out[4 * j + 2 * i], seen >> 8 * step, even[0], even[1]);
               add_nonfinite<T>(rows.out[4 * j + 2 * i + 1], seen >> 8 * step, odd[0], odd[1]);

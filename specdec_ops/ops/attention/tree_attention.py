@@ -146,11 +146,11 @@ def tree_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: float32 `[heads]`: one more logit per head, without a value, in each softmax.
         alibi_slopes: float32 `[heads]`: scores lose `slope * (position of the row - position of the slot)`.
-        k_scale: scale of a quantised cache: multiplies the keys. (An fp8 NaN code may be read as 480.)
+        k_scale: scale of a quantised cache: multiplies the keys.
         v_scale: the same for the values.
         return_lse: also return the natural log of each softmax denominator (sinks included).
         num_splits: into how many parts to cut the slots, 1 to 256; a fixed number gives a fixed order of reduction. By
-            default a function of the request's own lengths.
+            default a function of the request's own length and number of rows.
         path_invariant: whether a row's result depends on its path alone, to the last bit: on its query and on the keys
             and values at the positions that it sees (context, ancestors by depth, itself). Not on the call's other
             rows, on the slots in which its ancestors lie, on where the context ends and the tree begins, on pages,
