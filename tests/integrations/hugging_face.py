@@ -34,10 +34,18 @@ MODELS = {
     "gpt2": ("GPT2Config", {**_COMMON, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 512}),
 }
 
+# Models that `load` does not take, for attention alone: here one with sinks.
+_EXPERTS = {
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}
+OTHERS = {"gpt_oss, sinks": ("GptOssConfig", {**_LLAMA, **_EXPERTS, "sliding_window": 5})}
+
 
 def make(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float32):
     """A model whose logits are far enough apart for texts to vary."""
-    kind, settings = MODELS[name]
+    kind, settings = {**MODELS, **OTHERS}[name]
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(getattr(transformers, kind)(**settings)).eval()
     with torch.no_grad():

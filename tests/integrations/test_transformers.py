@@ -18,7 +18,7 @@ from specdec_ops.decode.cache import Sequence
 from specdec_ops.integrations.transformers import TreeView, load, patch, register, tree_decode
 from tests.harness.tiny_models import Characters
 from tests.integrations import hugging_face
-from tests.integrations.hugging_face import MODELS, VOCAB, make, prompts, write_gguf
+from tests.integrations.hugging_face import MODELS, OTHERS, VOCAB, make, prompts, write_gguf
 
 TREE = Tree.from_branching((2, 2, 1), root=True)
 CONTEXT = 23
@@ -181,7 +181,7 @@ def test_generate_refuses(options, message):
         model.generate(ids, attention_mask=mask, max_new_tokens=3, custom_generate=tree_decode, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
+@pytest.mark.parametrize("name", [name for name in (*MODELS, *OTHERS) if name != "gpt2"])
 @torch.no_grad()
 def test_attention_alone_in_the_models_own_loop(name):
     """generate with a padded batch and with a single prompt, and a tree in a loop by hand: no mask, one keyword."""
