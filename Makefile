@@ -2,6 +2,8 @@
 # The first target that needs it makes a virtual environment in .venv, which nothing outside of this folder sees.
 
 PYTHON ?= python3
+FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= 0
 GPU_OUT ?= benchmarks/results/local/gpu
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
@@ -17,11 +19,11 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help venv build lint format test quick bench demo docs gpu dist clean
+.PHONY: help venv build lint format test quick fuzz fuzz-sanitized bench demo docs gpu dist clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 venv: .venv/ready ## make the virtual environment in .venv, with the package in it (editable)
 
@@ -47,6 +49,13 @@ quick: build ## two minutes: build, lint what has changed, each op on the backen
 	$(BIN)/ruff format --check .
 	@$(if $(CHANGED_CXX),$(BIN)/clang-format --dry-run -Werror $(CHANGED_CXX))
 	$(BIN)/pytest $(AT_ONCE) --quick
+
+fuzz: build ## random, mutated and racing calls of every op for FUZZ_SECONDS (600), and a table of them
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
+# A build of its own in build/sanitized, which takes as long as that of the CPU kernels.
+fuzz-sanitized: .venv/ready ## the same with a build under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --sanitized
 
 # What this machine can run is built: no CUDA kernels without a GPU, and none that are there already get lost.
 bench: export SPECDEC_OPS_BUILD ?= native

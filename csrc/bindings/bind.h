@@ -28,6 +28,7 @@
 
 #include "bindings/contract.h"
 #include "common/cpu/float_state.h"
+#include "common/cpu/interruption.h"
 
 #ifdef SPECDEC_WITH_CUDA
 #include "common/cuda/launch.h"
@@ -130,6 +131,12 @@ std::pair<std::vector<std::string>, std::vector<std::string>> left_over(py::hand
   return {unread, unset};
 }
 
+// Runs the program's signal handlers. One that raises, as that of Ctrl-C does, ends the call with what it has raised.
+inline bool signal_has_raised() {
+  const py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
 // Binds an op's CPU kernel, and what tests ask of its parameters:
 //   OP_cpu(arguments, outputs, threads)
 //   OP_params(arguments, outputs) -> the struct's bytes
@@ -142,7 +149,10 @@ void bind_op(py::module_& m, const std::string& op, void (*kernel)(const Params&
     try {
       const py::gil_scoped_release unlocked;
       const cpu::IeeeArithmetic arithmetic;
+      const cpu::Interruption interruption(&signal_has_raised);
       kernel(params, threads);
+    } catch (const cpu::Interrupted&) {
+      throw py::error_already_set();
     } catch (const std::bad_alloc&) {
       PyErr_SetString(PyExc_MemoryError, ("specdec_ops." + op + ": there is too little memory for this call").c_str());
       throw py::error_already_set();

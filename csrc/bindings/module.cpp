@@ -10,6 +10,7 @@
 #include <string>
 
 #include "attention/cpu/entry_points.h"
+#include "bindings/shared_memory.h"
 #include "common/cpu/benchmark_probes.h"
 #include "common/cpu/build_info.h"
 #include "common/cpu/isa.h"
@@ -91,6 +92,8 @@ PYBIND11_MODULE(_C, m) {
         exp2_cpu(pointer<float>(x), pointer<float>(y), count, weights);
       },
       "The attention kernels' exponential, for the tests.");
+
+  m.def("shared_memory", &shared_memory, "Two fields of a call that share memory, the first of which is written.");
 
   bind_topology(m);
   bind_attention(m);

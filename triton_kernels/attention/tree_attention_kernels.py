@@ -317,23 +317,25 @@ def tree_attention_kernel(
         lse += (q_first if offsets is not None else request.to(tl.int64) * max_queries) * heads
 
     if offsets is not None:  # noqa: SIM102 (known at compile time, the next one is not)
-        # Rows from max_queries on (more rows than nodes, or rows after the last request) are padding.
+        # Padding: rows from max_queries on (more rows than nodes, or rows after the last request), and those before the
+        # first request.
         if (split == 0) & (row_block == row_blocks - 1):
             zero0 = tl.zeros([BLOCK_M, DIM0], out.dtype.element_ty)
-            for m0 in range(max_queries * GROUP, written_rows * GROUP, BLOCK_M):
-                m = m0 + lane
-                inside = m < written_rows * GROUP
-                at = (m // GROUP).to(tl.int64) * out_row_stride + (kv_head * GROUP + m % GROUP) * out_head_stride
-                tl.store(out + at[:, None] + d0[None, :], zero0, mask=inside[:, None] & (d0 < DIM)[None, :])
-                if DIM1 > 0:
-                    zero1 = tl.zeros([BLOCK_M, DIM1], out.dtype.element_ty)
-                    tl.store(out + at[:, None] + d1[None, :], zero1, mask=inside[:, None] & (d1 < DIM)[None, :])
-                if lse is not None:
-                    tl.store(
-                        lse + (m // GROUP).to(tl.int64) * heads + kv_head * GROUP + m % GROUP,
-                        float("-inf"),
-                        mask=inside,
-                    )
+            for piece in range(2):
+                begin = tl.where(piece == 0, max_queries, -q_first)
+                before = tl.where(request == 0, q_first, 0).to(tl.int32)
+                count_rows = tl.where(piece == 0, written_rows - max_queries, before)
+                for m0 in range(0, count_rows * GROUP, BLOCK_M):
+                    m = m0 + lane
+                    inside = m < count_rows * GROUP
+                    at_row = begin + m // GROUP
+                    at = at_row * out_row_stride + (kv_head * GROUP + m % GROUP) * out_head_stride
+                    tl.store(out + at[:, None] + d0[None, :], zero0, mask=inside[:, None] & (d0 < DIM)[None, :])
+                    if DIM1 > 0:
+                        zero1 = tl.zeros([BLOCK_M, DIM1], out.dtype.element_ty)
+                        tl.store(out + at[:, None] + d1[None, :], zero1, mask=inside[:, None] & (d1 < DIM)[None, :])
+                    if lse is not None:
+                        tl.store(lse + at_row * heads + kv_head * GROUP + m % GROUP, float("-inf"), mask=inside)
 
     m = row_block * BLOCK_M + lane
     row = m // GROUP

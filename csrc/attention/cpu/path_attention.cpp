@@ -136,8 +136,7 @@ Plan make_plan(const TreeAttentionParams& p, const PathKernel& kernel, int& thre
     plan.paths[b] = read_paths(p, b, r);
     add_tasks(plan, p, b, r, fetch_ahead);
   }
-  if (p.offsets && p.batch > 0)
-    for (int64_t row = std::max(read_once(p.offsets + p.batch), 0); row < p.queries; row++) blank_row(p, 0, row);
+  blank_rows_of_nobody(p);
 
   int64_t chunks = 0;
   double products = 0;
