@@ -66,9 +66,9 @@ class PathWalk : WalkBase<Rows> {
         }
         if (!opened) {
           draft = draft_distribution(node);
-          if (!draft.valid) break;
           opened = true;
         }
+        if (!greedy && p.draft && !draft.valid) continue;  // the others are looked at for what is no token
         if (passes_alone(node, child, target, draft)) reach(child, node, depth + 1, 0.0f);
       }
     }

@@ -1,7 +1,7 @@
 // Whether what a call writes shares memory with anything else of the call. An op that is not told of it gives garbage.
 //
 // A call's own outputs are new and need no look; those that a caller hands in, caches among them, get one in each call.
-// It takes well under a microsecond: addresses first, and of those tensors alone that may reach into an output their
+// It takes a microsecond or two: addresses first, and of those tensors alone that may reach into an output their
 // sizes. Tensors whose ranges cross may still be apart, as K and V that take turns in one cache, or q, k and v that are
 // columns of one product. That is decided by remainders: where all strides of both that are at least P are multiples of
 // P, an element's address modulo P says in which part of a period it lies. What this can't tell apart counts as shared.
