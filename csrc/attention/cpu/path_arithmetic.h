@@ -15,7 +15,8 @@
 
 namespace specdec::cpu::SPECDEC_ISA {
 
-using Word = float __attribute__((may_alias));  // 32 bits of memory: one float, or a pair of bfloat16
+// 32 bits of memory: one float, or a pair of bfloat16, which may lie at any even address.
+using Word = float __attribute__((may_alias, aligned(2)));
 
 constexpr int kScoreStride = 256 + 16;  // floats from row to row of scores: a chunk, and what the last block overshoots
 

@@ -6,7 +6,8 @@
 
 namespace specdec::cpu::SPECDEC_ISA {
 
-using Word = float __attribute__((may_alias));  // 32 bits of memory: one float, or a pair of bfloat16
+// 32 bits of memory: one float, or a pair of bfloat16, which may lie at any even address.
+using Word = float __attribute__((may_alias, aligned(2)));
 
 // Rows of K or V: sixteen slots at a constant stride, in the cache or in a zero-padded copy.
 template <class Element>

@@ -264,6 +264,7 @@ static SPECDEC_INLINE Vec sums(const Vec (&v)[8]) {
 
 typedef float Vec __attribute__((vector_size(32)));
 typedef int32_t VecInt __attribute__((vector_size(32)));
+typedef uint32_t VecBits __attribute__((vector_size(32)));  // sums and shifts that may wrap
 constexpr int kWidth = 8;
 
 static SPECDEC_INLINE Vec load(const float* p) {
@@ -324,7 +325,7 @@ static SPECDEC_INLINE Vec exp2(Vec x) {
   const VecInt n = __builtin_convertvector(clamped + 256.5f, VecInt) - 256;
   const Vec f = clamped - __builtin_convertvector(n, Vec);
   const Vec p = SPECDEC_EXP2_POLYNOMIAL(f);
-  const VecInt scaled = (VecInt)p + (n << 23);
+  const VecInt scaled = (VecInt)((VecBits)p + ((VecBits)n << 23));
   return (Vec)(scaled & ~(x < splat(-126.0f)));
 }
 static SPECDEC_INLINE Vec exp2_bf16(Vec x) { return exp2(x); }
