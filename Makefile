@@ -80,11 +80,11 @@ docs: .venv/docs ## build the documentation into build/docs
 arm: ## compile the CPU kernels for 64-bit Arm; needs a cross-compiler, AARCH64_CXX
 	@command -v $(firstword $(AARCH64_CXX)) >/dev/null || { echo "make arm needs $(AARCH64_CXX)." >&2; exit 1; }
 	@mkdir -p build/arm
-	@for source in $(ARM_SOURCES); do \
+	@failed=0; for source in $(ARM_SOURCES); do \
 		echo "$$source" && $(AARCH64_CXX) -O2 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast \
 		-Wall -Wno-unknown-pragmas -Wno-attributes -Werror -Icsrc $(ARM_MACROS:%=-D%='""') \
-		-c $$source -o build/arm/$$(basename $$source).o || exit 1; \
-	done
+		-c $$source -o build/arm/$$(basename $$source).o || failed=1; \
+	done; exit $$failed
 
 gpu: ## on a machine with an NVIDIA GPU, offline: build, test, measure, profile in twelve minutes (PIECE=all)
 	@$(PYTHON) -m benchmarks.gpu --out "$(GPU_OUT)" $(if $(PIECE),--piece $(PIECE)) $(GPU_OPTIONS)

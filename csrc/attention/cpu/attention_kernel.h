@@ -453,7 +453,7 @@ class AttentionKernel {
 
 template <class Engine>
 const TaskKernel kAttentionKernel = {AttentionKernel<Engine>::partial_size, AttentionKernel<Engine>::scratch_size,
-                                     AttentionKernel<Engine>::attend, AttentionKernel<Engine>::merge,
-                                     AttentionKernel<Engine>::finish};
+                                     AttentionKernel<Engine>::attend,       AttentionKernel<Engine>::merge,
+                                     AttentionKernel<Engine>::finish,       Engine::kTile};
 
 }  // namespace specdec::cpu::SPECDEC_ISA

@@ -42,6 +42,7 @@ struct TaskKernel {
   void (*attend)(const Task* const* tasks, int count, int begin, int end, float* scratch, float* const* partials);
   void (*merge)(const Task&, float* partial, const float* later);
   void (*finish)(const Task&, float* partial, float* scratch);
+  int tile;  // slots that are multiplied at a time, and fetched ahead
 };
 
 // Null when the instruction set was not compiled in.

@@ -33,12 +33,13 @@ constexpr int kSplitSlotsOfFewRows = 256;
 constexpr int kMaxSplitsOfFewRows = 32;
 constexpr int kSplitAlignmentOfFewRows = 64;
 constexpr int kMaxInARow = 8;
+constexpr int64_t kBytesAhead = int64_t(1) << 20;
 
 constexpr size_t kMaxStates = size_t(1) << 22;  // floats of waiting partial states, unless one request needs more
 constexpr int kRowFloats = 1 << 17;             // a task's output state, so that it stays in the second-level cache
 
 const TaskKernel* select_kernel(DType dtype, int rows, int dim) {
-  const TaskKernel* kernel = nullptr;
+  [[maybe_unused]] const TaskKernel* kernel = nullptr;
   switch (current_isa()) {
     case Isa::kAmx:
 #ifdef SPECDEC_HAVE_AMX
@@ -123,10 +124,13 @@ std::vector<Plan> make_plans(const TreeAttentionParams& p) {
   return plans;
 }
 
-// How many tasks may go through a split together: those of few rows whose heads are neighbours in the cache.
-int together(const Task& task) {
-  const TreeAttentionParams& p = *task.params;
-  return task.rows <= kFewRows && p.k_stride_head < p.k_stride_slot ? std::min(p.kv_heads, kMaxTogether) : 1;
+// How many tasks may go through a split together: those of few rows whose heads are neighbours in the cache, as far as
+// the tiles of all of them that are fetched ahead fit the second-level cache.
+int together(const Plan& plan) {
+  const TreeAttentionParams& p = *plan.task.params;
+  if (plan.task.rows > kFewRows || p.k_stride_head >= p.k_stride_slot) return 1;
+  const int64_t bytes = 2 * plan.kernel->tile * p.dim * element_bytes(p.dtype);
+  return int(std::min<int64_t>({p.kv_heads, kMaxTogether, std::max<int64_t>(kBytesAhead / bytes, 1)}));
 }
 
 struct Sizes {
@@ -138,7 +142,7 @@ Sizes largest(const std::vector<Plan>& plans) {
   for (const Plan& plan : plans) {
     const Task& task = plan.task;
     sizes.partial = std::max(sizes.partial, plan.kernel->partial_size(task.rows, task.params->dim));
-    sizes.scratch = std::max(sizes.scratch, plan.kernel->scratch_size(task.rows, task.params->dim, together(task)));
+    sizes.scratch = std::max(sizes.scratch, plan.kernel->scratch_size(task.rows, task.params->dim, together(plan)));
   }
   sizes.partial = (sizes.partial + 15) & ~size_t(15);  // whole lines
   sizes.scratch = (sizes.scratch + 15) & ~size_t(15);
@@ -188,7 +192,7 @@ std::vector<Work> cut(const Plan* plans, size_t count, int threads) {
   const size_t share = std::max<size_t>(splits_in_all / (size_t(4) * threads), 1);
   for (size_t i = 0, next; i < count; i = next) {
     for (next = i; next < count && plans[next].task.request == plans[i].task.request;) next++;
-    const size_t step = std::min<size_t>(share, together(plans[i].task));
+    const size_t step = std::min<size_t>(share, together(plans[i]));
     for (size_t j = i, last; j < next; j = last) {
       last = j + 1;
       while (last < next && last < j + step && plans[last].task.first_row == plans[j].task.first_row) last++;
