@@ -45,7 +45,7 @@ PRESETS = {
     "full": Preset(80, 256, (1, 4, 8), (0.0, 0.7, 1.0)),
 }
 OTHERS_ROLE = "library"
-SYSTEMS = ("multi_candidate", "remote", "sorted")
+SYSTEMS = ("mixture_of_attentions", "multi_candidate", "remote", "sorted")
 """Those with tables of their own, each in a module of its name: what its paper claims, and what is so here."""
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import dataclasses
 import functools
 import json
@@ -28,7 +27,7 @@ from specdec_ops.integrations.transformers import load
 from specdec_ops.remote import Client, Link, Server
 from specdec_ops.remote.clock import Inline, run
 
-from . import prompts
+from . import prompts, results
 from .demo import model_file
 
 COLUMNS = (
@@ -37,8 +36,6 @@ COLUMNS = (
     *("date", "commit", "machine", "isa", "threads", "specdec_ops", "torch", "python", "command"),
 )
 PER_TOKEN = "per-token API"
-SAVED = {"eagle": "Eagle", "sorted": "Sorted"}
-"""Drafts in folders, by what their JSON says. Those that need no target are loaded without."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,8 +81,7 @@ def drafts_of(asked, target: Decoder) -> dict[str, drafts.Draft | None]:
     for name in asked.draft:
         about = Path(name) / "draft.json"
         if about.is_file():
-            kind = json.loads(about.read_text())["draft"]
-            made[kind] = drafts.Eagle.load(name, target) if kind == "eagle" else getattr(drafts, SAVED[kind]).load(name)
+            made[json.loads(about.read_text())["draft"]] = drafts.load(name, target)
         elif name.startswith("layers:"):
             count = int(name.removeprefix("layers:"))
             shape = target.shape._replace(layers=count)
@@ -101,6 +97,8 @@ def talk(target: Decoder, draft, ids: list[int], sampling: Sampling, rtt: float,
 
     async def answer() -> Talk:
         link, states = Link(rtt=rtt), draft is not None and draft.wants_hidden
+        if draft is not None and draft.wants_layers:
+            states = draft
         length = len(ids) + sampling.max_tokens + 8
         options = {"target": target if states else None, "connect": None, "deadline": 1e6, "give_up": 1e7}
         async with Server(target, states=states, work=Inline(costs[0]), max_batch=1, max_length=length) as server:
@@ -176,12 +174,7 @@ def main(arguments: list[str]) -> int:
             api = api or talks
             rows.append(fixed | {"rtt_ms": rtt} | row_of(name, talks, [expected[n] for n in kept], api))
     out = asked.out or ROOT / "benchmarks" / "results" / "local" / "decode-remote.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    results.write(out, rows, header=True, columns=COLUMNS)
     print("\n".join(table(rows)))
     print(f"lines: {out.name}")
     return 1 if any(row.get("problem") for row in rows) else 0

@@ -124,7 +124,7 @@ class Batch:
     def __init__(
         self, requests: list[Request], cache: Cache, law: Law, seconds: Callable[[int], float] | None = None
     ) -> None:
-        self.seconds = seconds
+        self.seconds, self._cache = seconds, cache
         device = cache.device
         self.requests = requests
         lengths = [request.sequence.length for request in requests]
@@ -143,8 +143,19 @@ class Batch:
         part.requests = [self.requests[place] for place in places]
         for name in ("context_lens", "page_table", "last_tokens"):
             setattr(part, name, getattr(self, name).index_select(0, index))
-        part.law = self.law.part(index)
+        part.law, part._cache = self.law.part(index), self._cache
         return part
+
+    def layer_kv(self, slots: torch.Tensor, places: torch.Tensor) -> torch.Tensor | None:
+        """Keys and values of all layers of the target, [rows, layers, 2 * kv_heads * head_dim].
+
+        None if the target is elsewhere.
+
+        Args:
+            slots: int32 or int64 [rows], below the context length.
+            places: like slots, the place of each row's request in the batch.
+        """
+        return self._cache.layer_kv(slots, places, self.page_table)
 
     @property
     def noise(self) -> dict:

@@ -62,6 +62,8 @@ class Draft(abc.ABC):
         weighs_rows: whether it looks at how long passes take (seconds of the batch), and proposes nothing where
             nothing pays. Of other drafts the engine measures whether they pay, and leaves them out if not.
         wants_hidden: whether `Proposer.see` is to be called. Prompts then share no pages, since their rows are wanted.
+        wants_layers: whether `Proposer.propose` reads `Batch.layer_kv`. Where the target is elsewhere, the draft there
+            makes states of that, and `Proposer.see` gets them; see `states`.
     """
 
     proposals: Proposals
@@ -72,6 +74,14 @@ class Draft(abc.ABC):
     is_chain: bool = False
     weighs_rows: bool = False
     wants_hidden: bool = False
+    wants_layers: bool = False
+
+    def states(self, stacked: torch.Tensor) -> torch.Tensor:
+        """[tokens, width]: all that the draft goes on from, of [tokens, layers, 2 * kv_heads * head_dim].
+
+        Only of drafts that want layers.
+        """
+        raise NotImplementedError
 
     @abc.abstractmethod
     def bind(self, target: Model, *, max_batch: int, max_length: int, max_slots: int, is_coupled: bool) -> Proposer:
@@ -120,7 +130,7 @@ class Proposer(abc.ABC):
         Args:
             request: whose.
             start: the position of the first.
-            hidden: [tokens, dim], of the target's last layer before its final norm.
+            hidden: [tokens, dim], of the target's last layer before its final norm; or what `Draft.states` has made.
         """
 
     @abc.abstractmethod
@@ -136,6 +146,13 @@ class Proposer(abc.ABC):
             acceptance: of the target.
             accepted: num_accepted of each request, on the host.
         """
+
+    def seconds_of_level(self, requests: int) -> float | None:
+        """How long a level of a tree with one node takes for so many requests; None if nothing is known or it is short.
+
+        Asked before the first tree for so many requests, so that a draft which can't pay is never made to run prompts.
+        """
+        return None
 
     def retract(self, request: Request, length: int) -> None:
         """Only the first `length` tokens of the text it knows still hold, which is what the request has, and no draft.

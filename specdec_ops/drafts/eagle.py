@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,54 +11,52 @@ from specdec_ops._core.checks import argument_error
 from specdec_ops.decode.cache import Sequence
 from specdec_ops.decode.decoder import Attention, Decoder, Layer, Mlp, Norm, Projection
 from specdec_ops.decode.rows import Rows
-from specdec_ops.ops.acceptance.sample import sample_children
 from specdec_ops.ops.linear.gguf_weight import GgufWeight
 from specdec_ops.ops.linear.quantized_weight import QuantizedWeight, quantize_linear
-from specdec_ops.ops.topology.candidate_pool import CandidatePool, check_int
-from specdec_ops.ops.topology.grow_tree import grow_tree
-from specdec_ops.ops.topology.prune_tree import MAX_PRUNED_NODES, prune_tree
-from specdec_ops.vocab_map import VocabMap
 
 from . import checkpoint
-from .base import Draft, Drafted, Proposer
+from .grown_tree import GrownDraft, GrownTrees, sizes_of_weight
 from .model_draft import chains, draft_cache
 
 if TYPE_CHECKING:
     from specdec_ops.decode.batch import Batch
     from specdec_ops.decode.model import Model
     from specdec_ops.decode.request import Request
-    from specdec_ops.ops.acceptance.accept import Acceptance
 
 _OP = "drafts.Eagle"
 _CHUNK = 256  # rows of a pass over a prompt
-_CHANCE = 0.5  # that the best child of a path is right, to guess before the level has been run
 _WEIGHTS = ("fc", "qkv", "out", "up", "down")
 
 
 class _State(Sequence):
     """The pages of a request, and the features of the tokens that the draft has not run yet.
 
-    `length` rows have been run; feature 0 here belongs to the next one.
+    `length` rows have been run; feature 0 here belongs to the next one. `rows` are those of the target that no feature
+    has been made of: a request that is not drafted for has no use for them.
     """
 
-    __slots__ = ("features",)
+    __slots__ = ("features", "rows")
 
     def __init__(self, before_the_text: torch.Tensor) -> None:
         super().__init__()
-        self.features = [before_the_text]
+        self.features = before_the_text
+        self.rows: list[torch.Tensor] = []
 
-    def take(self, count: int) -> torch.Tensor:
+    def take(self, count: int, norm: Norm) -> torch.Tensor:
         """[count, dim]: features of the next rows."""
-        features = torch.cat(self.features) if len(self.features) > 1 else self.features[0]
+        if self.rows:
+            self.features = torch.cat((self.features, norm(torch.cat(self.rows))))
+            self.rows = []
+        features = self.features
         if len(features) < count:
             raise RuntimeError(
                 f"specdec_ops.{_OP}: the target's rows of {count} tokens must have been seen, got {len(features)}"
             )
-        self.features = [features[count:]]
+        self.features = features[count:]
         return features[:count]
 
 
-class Eagle(Draft):
+class Eagle(GrownDraft):
     """EAGLE: a draft of one layer that goes on from the target's last rows, with the trees of EAGLE-2.
 
     The row of the token at position p is fc over its embedding and the feature of position p - 1, through one
@@ -92,7 +88,6 @@ class Eagle(Draft):
     EAGLE and EAGLE-2 (Li et al., 2024).
     """
 
-    proposals = "deterministic"
     wants_hidden = True
 
     def __init__(
@@ -109,16 +104,8 @@ class Eagle(Draft):
         for name, value, kind in (("fc", fc, Projection), ("layer", layer, Layer)):
             if not isinstance(value, kind):
                 raise TypeError(argument_error(_OP, name, f"a {kind.__name__} of specdec_ops.decode.decoder", value))
-        if hot_vocab is not None and not isinstance(hot_vocab, torch.Tensor):
-            raise TypeError(argument_error(_OP, "hot_vocab", "int32 or int64 [entries], or None", hot_vocab))
-        limits = {"levels": (levels, 1, 64), "width": (width, 1, 256), "branching": (branching, 1, 64)}
-        for name, (value, low, high) in (limits | {"nodes": (nodes, 2, MAX_PRUNED_NODES // 2)}).items():
-            check_int(_OP, name, value, low, high)
-        self.fc, self.layer, self.hot_vocab = fc, layer, hot_vocab
-        self.levels, self.width, self.branching = levels, width, branching
-        self.max_nodes = min(nodes, 1 + branching * (1 + (levels - 1) * width))
-        self.max_depth = levels
-        self.run_nodes = 1 + (levels - 1) * width  # nodes of the tree that the draft runs itself
+        super().__init__(_OP, hot_vocab, levels=levels, width=width, branching=branching, nodes=nodes)
+        self.fc, self.layer = fc, layer
 
     @classmethod
     def load(cls, folder: str | os.PathLike, target: Decoder, **options) -> Eagle:
@@ -186,29 +173,22 @@ class Eagle(Draft):
         return EagleProposer(self, target, **limits)
 
 
-class EagleProposer(Proposer):
+class EagleProposer(GrownTrees):
     """The layer's cache, and the target's rows that it goes on from."""
 
     def __init__(self, draft: Eagle, target: Model, **limits) -> None:
         if not isinstance(target, Decoder):
             raise TypeError(argument_error(_OP, "target", "a specdec_ops.decode.Decoder", target))
         shape, attention = target.shape, draft.layer.attention
-        sizes = _sizes(draft.fc.weight)
+        sizes = sizes_of_weight(draft.fc.weight)
         if sizes != (shape.dim, 2 * shape.dim):
             raise ValueError(
                 f"specdec_ops.{_OP}: fc must be [{shape.dim}, {2 * shape.dim}] for a target of dim {shape.dim}, "
                 f"got {list(sizes)}"
             )
-        self.draft, self._target, self._head, self._vocab_map = draft, target, target.head, None
-        if draft.hot_vocab is not None:
-            self._vocab_map = VocabMap(draft.hot_vocab.to(shape.device), shape.vocab)
-            self._head = _rows_of(target.head, self._vocab_map.draft_to_target)
-            if isinstance(draft.fc.weight, QuantizedWeight):  # then the copy need not be more exact than the draft
-                self._head = _in_int8(self._head)
         own = shape._replace(layers=1, kv_heads=attention.kv_heads, head_dim=attention.head_dim)
-        self.cache = draft_cache(own, draft.run_nodes, **limits)
-        self._pools: dict[int, CandidatePool] = {}
-        self._chances = _Chances()
+        cache = draft_cache(own, draft.run_nodes, **limits)
+        super().__init__(draft, target, cache, is_int8=isinstance(draft.fc.weight, QuantizedWeight))
 
     def start(self, request: Request) -> None:
         """An empty cache, and the feature of the first token, which follows nothing."""
@@ -216,69 +196,10 @@ class EagleProposer(Proposer):
         request.draft_state = _State(torch.zeros(1, shape.dim, dtype=shape.dtype, device=shape.device))
 
     def see(self, request: Request, start: int, hidden: torch.Tensor) -> None:
-        """Keep the features: each belongs to the token after it."""
-        request.draft_state.features.append(self._target.norm(hidden))
+        """Keep the rows: the feature of each belongs to the token after it."""
+        request.draft_state.rows.append(hidden)
 
-    def reserve(self, request: Request) -> bool:
-        """See `Proposer.reserve`."""
-        return self.cache.reserve(request.draft_state, len(request.ids) - 1 + self.draft.run_nodes)
-
-    def drop(self, request: Request) -> None:
-        """Give its pages back."""
-        if request.draft_state is not None:
-            self.cache.drop(request.draft_state)
-            request.draft_state = None
-
-    @torch.inference_mode()
-    def propose(self, batch: Batch) -> Drafted:
-        """A tree for each request, of the paths that the draft thinks most likely."""
-        size, device = len(batch), self.cache.device
-        pool = self._pools.get(size)
-        if pool is None:
-            pool = CandidatePool.empty(
-                size, levels=self.draft.levels, width=self.draft.width, branching=self.draft.branching, device=device
-            )
-            self._pools[size] = pool
-        began = time.perf_counter()
-        seconds = batch.seconds if device.type == "cpu" else None  # elsewhere a look at the pool would wait for it
-        hidden, page_table = self._catch_up(batch)
-        hidden = hidden[:, None]
-        for level in range(self.draft.levels):
-            logits = self._logits(hidden.flatten(0, 1)).view(size, hidden.shape[1], -1)
-            top = sample_children(
-                logits, self.draft.branching, seeds=0, positions=0, temperature=0.0, vocab_map=self._vocab_map
-            )
-            eos = self._target.eos[:8] or None
-            frontier = grow_tree(pool, top.tokens, top.logprobs, level=level, eos=eos)
-            if level + 1 == self.draft.levels:
-                break
-            if seconds is not None:
-                spent = time.perf_counter() - began
-                chances = self._chances.of(frontier.scores)
-                if not _is_worth_a_level(chances, spent / (level + 1), spent + seconds(size)):
-                    break
-            places = frontier.parent_rows.clamp(min=0).long()[:, :, None].expand(-1, -1, hidden.shape[-1])
-            rows = Rows(
-                frontier.tokens,
-                pool.topology,
-                batch.context_lens,
-                page_table,
-                query_start=pool.query_start(level + 1),
-            )
-            hidden = self._run(rows, hidden.gather(1, places).flatten(0, 1)).view(size, self.draft.width, -1)
-        nodes = self.draft.max_nodes
-        if seconds is not None:
-            best = pool.scores.topk(min(nodes - 1, pool.scores.shape[1]), dim=1).values
-            nodes = _worthwhile(self._chances.of(best).sum(0), size, seconds, time.perf_counter() - began)
-            self._chances.expect(best[:, : nodes - 1])
-        tree = prune_tree(pool, nodes, root_tokens=batch.last_tokens)
-        return Drafted(tree.tokens, tree.topology)
-
-    def observe(self, batch: Batch, drafted: Drafted, acceptance: Acceptance, accepted: list[int]) -> None:
-        """See `Proposer.observe`."""
-        self._chances.learn(sum(accepted))
-
-    def _catch_up(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    def _run_roots(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run what the cache does not have yet, from true features: rows after the last round's root, node 0 included.
 
         The last round's tree needs no taking back: its nodes lie behind `length`, where this pass writes.
@@ -300,7 +221,7 @@ class EagleProposer(Proposer):
     def _run_text(self, requests: list[Request], sizes: tuple[int, ...], page_table: torch.Tensor) -> torch.Tensor:
         """[rows, dim]: the next rows of each request."""
         device, states = self.cache.device, [request.draft_state for request in requests]
-        features = torch.cat([state.take(size) for state, size in zip(states, sizes, strict=True)])
+        features = torch.cat([state.take(size, self._target.norm) for state, size in zip(states, sizes, strict=True)])
         tokens = [r.ids[s.length : s.length + size] for r, s, size in zip(requests, states, sizes, strict=True)]
         lengths = torch.tensor([state.length for state in states], dtype=torch.int32).to(device)
         if len(set(sizes)) > 1:
@@ -311,69 +232,14 @@ class EagleProposer(Proposer):
             state.length += size
         return hidden
 
+    def _run_nodes(self, rows: Rows, before: torch.Tensor, batch: Batch) -> torch.Tensor:
+        return self._run(rows, before)
+
     def _run(self, rows: Rows, features: torch.Tensor) -> torch.Tensor:
         """[rows, dim]: through fc and the layer."""
         return self.draft.layer(
             self.draft.fc(torch.cat((self._target.embed(rows), features), dim=-1)), 0, rows, self.cache
         )
-
-    def _logits(self, features: torch.Tensor) -> torch.Tensor:
-        logits, softcap = self._head(features), self._target.logit_softcap
-        return logits if softcap is None else torch.tanh(logits / softcap) * softcap
-
-
-class _Chances:
-    """How likely paths are to be accepted: what the draft gives them, times what has been accepted over what it gave.
-
-    A greedy target says what the draft thinks most likely more often than the draft does, one at a high temperature
-    less often.
-    """
-
-    _FIRST, _MEMORY = 16.0, 0.99  # tokens that are taken for expected and accepted at first; weight of the past
-
-    def __init__(self) -> None:
-        self._given = self._accepted = self._FIRST
-        self._waiting = 0.0
-
-    def of(self, scores: torch.Tensor) -> torch.Tensor:
-        """Like scores, the draft's log-probabilities of paths."""
-        return (scores.exp() * (self._accepted / self._given)).clamp(max=1.0)
-
-    def expect(self, scores: torch.Tensor) -> None:
-        """These paths are judged now."""
-        self._waiting = scores.exp().sum().item()
-
-    def learn(self, accepted: int) -> None:
-        """So many of their tokens were accepted."""
-        if self._waiting:
-            self._given = self._MEMORY * self._given + self._waiting
-            self._accepted = self._MEMORY * self._accepted + accepted
-            self._waiting = 0.0
-
-
-def _is_worth_a_level(chances: torch.Tensor, cost: float, spent: float) -> bool:
-    """Whether one more level brings more tokens per second than a round that ends here would.
-
-    Args:
-        chances: [batch, width] of the paths that would go on.
-        cost: seconds of a level.
-        spent: seconds of the round without it.
-    """
-    return _CHANCE * chances.sum().item() * spent > len(chances) * cost
-
-
-def _worthwhile(chances: torch.Tensor, size: int, seconds: Callable[[int], float], spent: float) -> int:
-    """The number of nodes with which trees give most tokens per second, the root included.
-
-    Args:
-        chances: [nodes - 1] of each tree's best path, second best and so on, added over the trees.
-        size: trees.
-        seconds: of a round, by the rows of its pass.
-        spent: seconds of the draft.
-    """
-    tokens = (size + chances.cumsum(0)).tolist()
-    rates = [gain / (spent + seconds(size * (2 + place))) for place, gain in enumerate(tokens)]
-    return 2 + max(range(len(rates)), key=rates.__getitem__)
 
 
 def parts(weights: dict, norms: dict, sizes: dict, target: Decoder) -> tuple[Projection, Layer]:
@@ -405,25 +271,3 @@ def parts(weights: dict, norms: dict, sizes: dict, target: Decoder) -> tuple[Pro
         interleaved=sizes["interleaved"],
     )
     return made["fc"], Layer(attention_norm, attention, mlp_norm, Mlp(made["up"], made["down"], "swiglu"))
-
-
-def _sizes(weight) -> tuple[int, ...]:
-    return tuple(weight.shape) if isinstance(weight, torch.Tensor) else (weight.outputs, weight.dim)
-
-
-def _rows_of(head: Projection, ids: torch.Tensor) -> Projection:
-    """Some rows of a head, in the form that it has."""
-    weight, ids = head.weight, ids.long()
-    if isinstance(weight, GgufWeight):
-        weight = GgufWeight(weight.blocks.index_select(0, ids), weight.weight_type)
-    elif isinstance(weight, QuantizedWeight):
-        weight = QuantizedWeight(weight.values.index_select(0, ids), weight.scales.index_select(0, ids))
-    else:
-        weight = weight.index_select(0, ids)
-    return Projection(weight, None if head.bias is None else head.bias.index_select(0, ids))
-
-
-def _in_int8(head: Projection) -> Projection:
-    """The same in int8 with a scale per row, whose products are the fastest."""
-    weight = head.weight.dequantize() if isinstance(head.weight, GgufWeight) else head.weight
-    return head if isinstance(weight, QuantizedWeight) else Projection(quantize_linear(weight), head.bias)

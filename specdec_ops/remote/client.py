@@ -10,7 +10,8 @@ import sys
 from collections.abc import AsyncIterator
 
 from specdec_ops.decode.sampling import Sampling
-from specdec_ops.drafts import Chain, Eagle, Ngram
+from specdec_ops.drafts import Chain, Ngram
+from specdec_ops.drafts import load as load_draft
 from specdec_ops.drafts.base import Draft
 from specdec_ops.drafts.checkpoint import is_draft
 
@@ -62,9 +63,7 @@ def client_of(asked) -> Client:
     if asked.draft == "ngram":
         draft = Ngram(16)
     elif asked.draft != "none" and is_draft(asked.draft):
-        if target is None:
-            raise ValueError(f"specdec_ops.{_OP}: --target must be given for a saved draft, which uses parts of it")
-        draft = Eagle.load(asked.draft, target)
+        draft = load_draft(asked.draft, target)
     elif asked.draft != "none":
         model = load(asked.draft)
         draft, tokenizer = Chain(model, asked.steps), tokenizer or model.tokenizer

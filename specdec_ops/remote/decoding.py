@@ -41,7 +41,7 @@ class Client:
     Args:
         host, port: of the server.
         draft: from `specdec_ops.drafts`; None lets the server say one token after another.
-        target: for drafts that use parts of it (Eagle: embedding, norm and head).
+        target: for drafts that use parts of it (Eagle and MixtureOfAttentions: embedding, norm and head).
         tokenizer: for prompts and texts; by default that of target.
         token: the server's shared secret.
         tls: to connect with TLS.
@@ -93,7 +93,7 @@ class Client:
             model="" if target is None else model_hash(target),
             tokenizer=tokenizer_hash(self._tokenizer),
             draft=draft_hash,
-            states="hidden" if draft is not None and draft.wants_hidden else "",
+            states="" if draft is None else "hidden" if draft.wants_hidden else "layers" if draft.wants_layers else "",
         )
         self._work = Threaded() if work is None else work
 

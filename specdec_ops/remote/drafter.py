@@ -2,8 +2,8 @@
 
 A draft of the engine needs no more than a request's tokens (and, where it says so, rows of the target), so any of them
 works here as it is. A draft that goes on from the target's states gets them by `take_states`, from State frames. While
-it lacks those of the last tokens it drafts nothing; one that can do without them for a while says so in
-`goes_on_alone`, and `propose` then has to ask it in spite of what is missing.
+one that goes on from the last row lacks that it drafts nothing. One that looks at the states that there are, as Mixture
+of Attentions does, goes on alone.
 """
 
 from __future__ import annotations
@@ -47,6 +47,9 @@ class _NoCache:
     def page_table(self, sequences: list[Sequence]) -> torch.Tensor:
         return torch.full((len(sequences), 1), -1, dtype=torch.int32, device=self.device)
 
+    def layer_kv(self, *_) -> None:
+        return None
+
 
 class Drafter:
     """Drafts for one text, which may also lose tokens again.
@@ -77,12 +80,12 @@ class Drafter:
     @property
     def wants_states(self) -> bool:
         """Whether it drafts from the target's rows, so that it has to wait for them."""
-        return self.draft.wants_hidden
+        return self.draft.wants_hidden or self.draft.wants_layers
 
     @property
     def goes_on_alone(self) -> bool:
         """Whether it can draft after tokens that the target has not run: a tree after another, and ahead of results."""
-        return not self.wants_states
+        return not self.draft.wants_hidden
 
     @property
     def max_levels(self) -> int:
@@ -108,7 +111,7 @@ class Drafter:
             levels: the most levels of the tree, for drafts that each level costs time.
             seconds: how long a round takes by the nodes of its tree, for drafts that weigh them; None: not known.
         """
-        if len(ids) >= self._max_length or (self.wants_states and self.states != len(ids) - 1):
+        if len(ids) >= self._max_length or (not self.goes_on_alone and self.states != len(ids) - 1):
             return HostTree.chain(ids[-1:])
         self._start()
         self._settle(ids)

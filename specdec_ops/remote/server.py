@@ -10,7 +10,9 @@ import ssl
 import sys
 
 from specdec_ops.decode.model import Model
+from specdec_ops.drafts import load as load_draft
 
+from .hashes import draft_hash
 from .limits import Limits
 from .service import PORT, Server
 
@@ -25,7 +27,15 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--token-file", help="a file with the shared token; else SPECDEC_OPS_TOKEN of the environment")
     made.add_argument("--certificate", help="a PEM file with the certificate and its chain: connections use TLS")
     made.add_argument("--key", help="a PEM file with its private key, if it is not in the same one")
-    made.add_argument("--states", action="store_true", help="send the target's rows to drafts that need them")
+    made.add_argument(
+        "--states",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FOLDER",
+        help="send the target's rows to drafts that need them; with a folder, what the draft saved there makes of the "
+        "target's keys and values",
+    )
     made.add_argument("--max-batch", type=int, default=8, help="texts of a round (default: 8)")
     made.add_argument("--max-length", type=int, help="tokens of a text (default: what the model allows, 4096 at most)")
     made.add_argument("--sessions", type=int, default=256, help="texts that are known at once (default: 256)")
@@ -48,9 +58,12 @@ async def serve(asked, target: Model) -> None:
         tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
         tls.load_cert_chain(asked.certificate, asked.key)
     limits = Limits(sessions=asked.sessions, nodes=asked.nodes)
+    states, known = asked.states, ""
+    if isinstance(states, str):
+        states, known = load_draft(states, target), draft_hash(states)
     options = {"max_batch": asked.max_batch, "max_length": asked.max_length}
     async with Server(
-        target, token=token_of(asked.token_file), limits=limits, states=asked.states, **options
+        target, token=token_of(asked.token_file), limits=limits, states=states, draft_hash=known, **options
     ) as server:
         port = await server.listen(asked.host, asked.port, tls)
         print(f"listening on {asked.host} port {port}", flush=True)

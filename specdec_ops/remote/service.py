@@ -15,6 +15,7 @@ from specdec_ops._core.checks import argument_error
 from specdec_ops.decode.engine import Engine
 from specdec_ops.decode.model import Model
 from specdec_ops.decode.sampling import Sampling
+from specdec_ops.drafts.base import Draft
 from specdec_ops.tree import Tree
 
 from . import wire
@@ -50,7 +51,9 @@ class Server:
         target: the model that verifies.
         token: the shared secret that clients have to say; None: none.
         limits: of sessions, nodes, bytes and time.
-        states: send the target's rows to clients that ask for them. Texts that begin alike then share no pages.
+        states: True sends the target's rows to clients that ask for them. A draft that goes on from keys and values of
+            all layers (MixtureOfAttentions) sends what it makes of those; clients need the same one. Texts that begin
+            alike then share no pages.
         draft_hash: of the draft that clients have to have, "" if any will do.
         work: who runs the engine.
         options: of `Engine`: max_batch, max_length, pages, page_size, prefill_rows.
@@ -65,7 +68,7 @@ class Server:
         *,
         token: str | None = None,
         limits: Limits | None = None,
-        states: bool = False,
+        states: bool | Draft = False,
         draft_hash: str = "",
         work: Work | None = None,
         **options,
@@ -75,9 +78,13 @@ class Server:
             raise TypeError(argument_error(_OP, "limits", "a specdec_ops.remote.Limits or None", limits))
         if token is not None and not token:
             raise ValueError(argument_error(_OP, "token", "a text of at least one character, or None", token))
-        draft = WireDraft(self.limits.nodes, wants_hidden=states)
+        if not isinstance(states, bool) and not (isinstance(states, Draft) and states.wants_layers):
+            raise TypeError(argument_error(_OP, "states", "a bool, or a draft that wants layers", states))
+        draft = WireDraft(self.limits.nodes, wants_hidden=states is not False)
         self._engine = Engine(target, draft, "match", adapt=False, **options)
         self._proposer = self._engine.proposer
+        if isinstance(states, Draft):
+            self._proposer.go_on_from_layers(self._engine.cache, states.states)
         self._token = None if token is None else _digest(token)
         self.hello = wire.Hello(
             model=model_hash(target),
@@ -87,7 +94,7 @@ class Server:
             eos=tuple(target.eos),
             max_length=self._engine.longest_text,
             max_nodes=self.limits.nodes,
-            states="hidden" if states else "",
+            states="layers" if isinstance(states, Draft) else "hidden" if states else "",
         )
         self._work = Threaded() if work is None else work
         self._sessions: dict[bytes, Session] = {}
@@ -255,6 +262,8 @@ class Server:
             theirs, ours = getattr(hello, name), getattr(self.hello, name)
             if theirs and ours and theirs != ours:
                 raise Refused(name, f"{what} must be the server's of hash {ours[:12]}, got {theirs[:12]}")
+        if hello.states and self.hello.states and hello.states != self.hello.states:
+            raise Refused("states", f"states must be those of kind {self.hello.states}, got {hello.states}")
         connection.send(self.hello)
 
     def _take(self, connection: ClientConnection, message: wire.Message) -> None:

@@ -5,10 +5,12 @@ from __future__ import annotations
 import asyncio
 import collections
 import dataclasses
+from collections.abc import Callable
 
 import torch
 
 from specdec_ops.decode.batch import Batch
+from specdec_ops.decode.cache import Cache
 from specdec_ops.decode.model import Model
 from specdec_ops.decode.request import Request
 from specdec_ops.drafts.base import Draft, Drafted, Proposer
@@ -61,6 +63,17 @@ class WireProposer(Proposer):
         self.trees: dict[int, HostTree] = {}
         self.requests: dict[int, Request] = {}
         self.seen: list[tuple[int, int, torch.Tensor]] = []
+        self._cache: Cache | None = None
+        self._make_states: Callable[[torch.Tensor], torch.Tensor] | None = None
+
+    def go_on_from_layers(self, cache: Cache, make_states: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Keep what a draft makes of the target's keys and values, instead of the target's last rows.
+
+        Args:
+            cache: of the target.
+            make_states: see `Draft.states`.
+        """
+        self._cache, self._make_states = cache, make_states
 
     def start(self, request: Request) -> None:
         """Know the request."""
@@ -68,7 +81,12 @@ class WireProposer(Proposer):
 
     def see(self, request: Request, start: int, hidden: torch.Tensor) -> None:
         """Keep the rows for who asked for them."""
-        self.seen.append((request.number, start, hidden.detach().cpu().clone()))
+        rows = hidden
+        if self._cache is not None:  # the keys and values of these tokens are in the cache by now
+            slots = torch.arange(start, start + len(hidden), dtype=torch.int32, device=self._cache.device)
+            table = self._cache.page_table([request.sequence])
+            rows = self._make_states(self._cache.layer_kv(slots, torch.zeros_like(slots), table))
+        self.seen.append((request.number, start, rows.detach().cpu().clone()))
 
     def propose(self, batch: Batch) -> Drafted:
         """The trees of the requests; all of them have one."""

@@ -8,7 +8,7 @@ size is not that of its bytes. No length is believed before it has been compared
 
 Hello    both, first: versions, hashes; the server also says what it allows
 Open     client: a text, how its tokens are chosen, under a key that the client has made up
-State    server: rows of the target's last layer, for drafts that go on from them
+State    server: what the target knows of some tokens, for drafts that go on from it
 Verify   client: a tree of tokens after the text
 Result   server: the tokens of a round
 Resume   both: a session by its key, and how far each has got
@@ -125,7 +125,8 @@ class Hello:
         eos: ids that end a text unless a client asks for others.
         max_length: the most tokens of a text.
         max_nodes: of a tree, its root included.
-        states: "hidden" if State frames are to be had, else "".
+        states: what State frames hold: "hidden", rows of the target's last layer; "layers", what a draft that both ends
+            have makes of keys and values of all layers; "" if there are none, or none are wanted.
     """
 
     protocol: int = _field(_count, PROTOCOL)

@@ -21,9 +21,9 @@ class _Part(torch.nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """In float32, whatever autocast multiplies in: norms, residuals and losses stay exact."""
+        """In the weights' dtype, whatever autocast multiplies in: norms, residuals and losses stay exact."""
         if self.eps is None:
-            return functional.linear(x, self.weight, self.bias).float()
+            return functional.linear(x, self.weight, self.bias).to(self.weight.dtype)
         if self.bias is None:
             return functional.rms_norm(x, x.shape[-1:], self.weight, self.eps)
         return functional.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)

@@ -7,12 +7,13 @@ import pytest
 from specdec_ops import drafts
 from specdec_ops.decode import Engine, Sampling
 from tests.decode.test_engine import DRAFT, LENGTH, PROMPTS, SHARED, TARGET, by_hand, samplings
-from tests.harness.tiny_models import noisy_eagle, watch_sent_back
+from tests.harness.tiny_models import noisy_eagle, noisy_mixture, watch_sent_back
 
 DRAFTS = {
     "chain": lambda: drafts.Chain(DRAFT, 4),
     "tree": lambda: drafts.MultiCandidate(DRAFT, (3, 2, 1)),
     "eagle": lambda: noisy_eagle(TARGET, levels=3, width=3, branching=4, nodes=9),
+    "mixture": lambda: noisy_mixture(TARGET, 1, levels=3, width=3, branching=4, nodes=9),
 }
 ASKED = samplings(0.9)
 

@@ -7,8 +7,9 @@ import torch
 
 from specdec_ops import Tree, drafts
 from specdec_ops.decode import Engine, Sampling
+from tests.decode import test_engine
 from tests.decode.test_engine import DRAFT, LENGTH, PROMPTS, TARGET, by_hand, samplings
-from tests.harness.tiny_models import make_decoder, noisy_eagle
+from tests.harness.tiny_models import make_decoder, noisy_eagle, noisy_mixture
 
 OTHER = make_decoder(7)
 DRAFTS = {
@@ -17,6 +18,8 @@ DRAFTS = {
     "tree": lambda: drafts.MultiCandidate(DRAFT, (3, 2, 1)),
     "tree with repeats": lambda: drafts.MultiCandidate(DRAFT, (2, 2), replacement=True),
     "eagle": lambda: noisy_eagle(TARGET, levels=3, width=3, branching=4, nodes=9),
+    "mixture": lambda: noisy_mixture(TARGET, 1, levels=3, width=3, branching=4, nodes=9),
+    **{name: test_engine.DRAFTS[name] for name in ("sorted chain", "sorted tree")},
 }
 ASKED = samplings(0.9)
 

@@ -8,7 +8,7 @@ import torch
 from specdec_ops import drafts
 from specdec_ops.decode import Engine, Sampling, pace
 from specdec_ops.decode.decoder import Norm, Projection
-from specdec_ops.drafts import eagle
+from specdec_ops.drafts import grown_tree
 from specdec_ops.ops.linear.quantized_weight import quantize_linear
 from tests.decode import test_engine_law as law
 from tests.decode.test_engine import LENGTH, PROMPTS, TARGET, by_hand, eos_of, samplings
@@ -155,7 +155,7 @@ def test_misplaced_features_are_found():
     draft = drafts.Eagle(fc, target.layers[0], levels=2, width=1, branching=1, nodes=3)
     engine = Engine(target, draft, adapt=False)
     start = engine.proposer.start
-    engine.proposer.start = lambda request: (start(request), request.draft_state.features.append(torch.zeros(1, DIM)))
+    engine.proposer.start = lambda request: (start(request), request.draft_state.rows.append(torch.zeros(1, DIM)))
     prompt = [0, CYCLE[0], CYCLE[CYCLE[0]]]
     result = engine.generate([prompt], Sampling(max_tokens=8))[0]
     assert result.stats.accepted == 0 and result.stats.target_calls == 8
@@ -270,7 +270,7 @@ def test_trees_have_the_nodes_that_are_worth_their_rows(slope, batch, expected, 
     monkeypatch.setattr(
         pace.Adaptation, "seconds_of_rows", lambda self, requests: lambda rows: 1e3 * (1 + slope * rows)
     )
-    monkeypatch.setattr(pace.Adaptation, "wants_draft", lambda self, requests: True)
+    monkeypatch.setattr(pace.Adaptation, "plan", lambda self, requests: "draft")
     engine = Engine(TARGET, noisy_eagle(TARGET, hot=False, levels=3, width=3, branching=4, nodes=9), max_batch=batch)
     sizes, propose = set(), engine.proposer.propose
 
@@ -286,8 +286,8 @@ def test_trees_have_the_nodes_that_are_worth_their_rows(slope, batch, expected, 
 
 def test_levels_end_when_what_would_go_on_is_unlikely():
     chances = torch.tensor([[0.6, 0.1, 0.1], [0.2, 0.0, 0.0]])
-    assert eagle._is_worth_a_level(chances, cost=0.99, spent=4.0)  # half a token expected, 2 requests, 4 seconds
-    assert not eagle._is_worth_a_level(chances, cost=1.01, spent=4.0)
+    assert grown_tree._is_worth_a_level(chances, cost=0.99, spent=4.0)  # half a token expected, 2 requests, 4 seconds
+    assert not grown_tree._is_worth_a_level(chances, cost=1.01, spent=4.0)
 
 
 def test_nodes_by_hand():
@@ -295,11 +295,11 @@ def test_nodes_by_hand():
     tokens = {2: 1.5, 3: 1.8, 4: 1.9, 5: 1.91}
     for price, most in ((0.0, 5), (0.0, 4), (0.25, 5), (0.5, 5), (3.0, 5)):
         best = max((nodes for nodes in tokens if nodes <= most), key=lambda n: tokens[n] / (3.0 + price * n))
-        assert eagle._worthwhile(chances[: most - 1], 1, lambda rows: 2.0 + price * rows, 1.0) == best  # noqa: B023
+        assert grown_tree._worthwhile(chances[: most - 1], 1, lambda rows: 2.0 + price * rows, 1.0) == best  # noqa: B023
 
 
 def test_chances_are_what_was_accepted_of_what_was_given():
-    chances, scores = eagle._Chances(), torch.tensor([[0.5, 0.25]]).log()
+    chances, scores = grown_tree._Chances(), torch.tensor([[0.5, 0.25]]).log()
     assert torch.allclose(chances.of(scores), torch.tensor([[0.5, 0.25]]))
     for _ in range(2000):
         chances.expect(scores)

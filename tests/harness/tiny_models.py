@@ -8,7 +8,9 @@ import torch
 from specdec_ops import drafts
 from specdec_ops.decode import Decoder, Sampling, Shape
 from specdec_ops.decode.decoder import Attention, Layer, Mlp, Norm, Projection
+from specdec_ops.drafts.mixture_of_attentions_parts import Sizes
 from specdec_ops.rope import Rope
+from specdec_ops.train.mixture_of_attentions_net import Net
 
 HEADS, KV_HEADS, HEAD_DIM, DIM, INNER, POSITIONS = 4, 2, 16, 32, 48, 512
 
@@ -63,6 +65,24 @@ def noisy_eagle(target: Decoder, hot: bool = True, **options) -> drafts.Eagle:
     fc = from_embedding().weight + 0.1 * torch.randn(DIM, 2 * DIM, generator=generator)
     hot_vocab = torch.randperm(40, generator=generator)[:25] if hot else None
     return drafts.Eagle(Projection(fc), target.layers[0], hot_vocab, **options)
+
+
+def mixture_net(target: Decoder, target_layers: int = 0, layer_inner: int | None = None, seed: int = 0) -> Net:
+    """A network of Mixture of Attentions all of whose parts matter."""
+    torch.manual_seed(seed)
+    net = Net(target, Sizes.of(target, inner=24, layer_inner=layer_inner, target_layers=target_layers))
+    for name, parameter in net.named_parameters():
+        if parameter.requires_grad and name.endswith(("out", "down", "bias")):
+            torch.nn.init.normal_(parameter, std=0.5 * parameter.shape[-1] ** -0.5)
+        if parameter.requires_grad and name.endswith("_norm"):
+            torch.nn.init.normal_(parameter, 1.0, 0.2)
+    return net
+
+
+def noisy_mixture(target: Decoder, target_layers: int = 0, hot: bool = True, **options) -> drafts.MixtureOfAttentions:
+    """A draft for a target that looks at its keys and values. What it says is right by chance."""
+    hot_vocab = torch.randperm(40, generator=torch.Generator().manual_seed(0))[:25] if hot else None
+    return mixture_net(target, target_layers).draft(target, hot_vocab, **options)
 
 
 class Characters:

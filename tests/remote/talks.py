@@ -11,7 +11,7 @@ from specdec_ops.decode.decoder import Attention, Layer, Mlp, Norm, Projection
 from specdec_ops.remote import Client, Link, Server, wire
 from specdec_ops.remote.clock import Inline, run
 from specdec_ops.remote.connection import Connection
-from tests.harness.tiny_models import DIM, HEAD_DIM, HEADS, INNER, KV_HEADS, first_layers, make_decoder
+from tests.harness.tiny_models import DIM, HEAD_DIM, HEADS, INNER, KV_HEADS, first_layers, make_decoder, noisy_mixture
 
 TARGET = make_decoder(1)
 DRAFT = first_layers(TARGET, 1)
@@ -48,7 +48,14 @@ DRAFTS = {
     "tree": drafts.MultiCandidate(DRAFT, (3, 2, 1)),
     "tree with repeats": drafts.MultiCandidate(DRAFT, (2, 2), replacement=True),
     "eagle": eagle(),
+    "mixture": noisy_mixture(TARGET),
+    "mixture on the target's last layer": noisy_mixture(TARGET, 1),
 }
+
+
+def states_for(draft) -> bool | drafts.Draft:
+    """What a server has to be told so that a client can have this draft."""
+    return draft if draft is not None and draft.wants_layers else isinstance(draft, drafts.Eagle)
 
 
 def local(prompt: list[int], sampling: Sampling, target=TARGET):
@@ -63,7 +70,7 @@ def server(target=TARGET, **options) -> Server:
 
 def client(link: Link, of: Server, draft=None, **options) -> Client:
     """On the loop's clock, over a line."""
-    target = TARGET if isinstance(draft, drafts.Eagle) else None
+    target = TARGET if states_for(draft) else None
     there = {"deadline": 0.5, "target": target, "connect": lambda: link.connect(of.accept), "work": Inline(STEP)}
     return Client(draft=draft, **there | options)
 
@@ -73,7 +80,7 @@ def converse(sampling: Sampling, draft=None, link: Link | None = None, prompt=PR
     link = Link(rtt=0.1) if link is None else link
 
     async def talk():
-        async with server(**{"states": isinstance(draft, drafts.Eagle)} | (of or {})) as there:
+        async with server(**{"states": states_for(draft)} | (of or {})) as there:
             result = await client(link, there, draft, **options).generate(prompt, sampling)
             seconds = asyncio.get_running_loop().time()
             await asyncio.sleep(1.0)  # what was sent last arrives

@@ -13,7 +13,7 @@ from specdec_ops.decode import Engine, Sampling
 from specdec_ops.remote import Cut, Limits, Link, RemoteError
 from specdec_ops.remote.clock import Inline, run
 from tests.harness.tiny_models import Characters, make_decoder
-from tests.remote.talks import DRAFT, DRAFTS, PROMPT, TARGET, client, converse, local, server
+from tests.remote.talks import DRAFT, DRAFTS, PROMPT, TARGET, client, converse, local, server, states_for
 
 GREEDY = Sampling(max_tokens=30, eos=())
 SAMPLED = Sampling(max_tokens=30, eos=(), temperature=0.9, seed=7)
@@ -129,7 +129,7 @@ def test_text_of_unverified_tokens_is_replaced_by_the_next_piece():
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS.values(), ids=SAMPLINGS)
-@pytest.mark.parametrize("name", ["n-gram", "chain", "eagle"])
+@pytest.mark.parametrize("name", ["n-gram", "chain", "eagle", "mixture"])
 def test_a_client_that_was_restarted_goes_on(name, sampling, tmp_path):
     """It stops after each number of pieces in turn, and another one goes on from what the first has written."""
     asked = dataclasses.replace(sampling, max_tokens=16, logprobs=True)
@@ -138,7 +138,7 @@ def test_a_client_that_was_restarted_goes_on(name, sampling, tmp_path):
         saved = tmp_path / f"{stop}.json"
 
         async def talk(stop=stop, saved=saved):
-            async with server(states=True) as there:
+            async with server(states=states_for(DRAFTS[name])) as there:
                 first, seen = client(Link(rtt=0.1), there, DRAFTS[name]).stream(PROMPT, asked, save=saved), 0
                 async for _ in first:
                     seen += 1

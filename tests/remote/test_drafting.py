@@ -12,7 +12,7 @@ from specdec_ops.remote import Link, wire
 from specdec_ops.remote.drafter import Drafter, FarTarget
 from specdec_ops.remote.host_tree import HostTree
 from specdec_ops.remote.pacing import Pacing
-from tests.remote.talks import DRAFTS, PROMPT, TARGET, converse, local
+from tests.remote.talks import DRAFTS, PROMPT, TARGET, converse, local, states_for
 
 SAMPLED = Sampling(max_tokens=30, eos=(), temperature=0.9, seed=7)
 HELLO = wire.Hello(vocab=40, max_length=128, max_nodes=64)
@@ -24,7 +24,8 @@ TREE = HostTree([9, 1, 2, 3, 4, 3, -1], [-1, 0, 0, 1, 1, 2, 2])
 
 
 def drafter(name: str) -> Drafter:
-    return Drafter(ALONE[name], FarTarget(HELLO, None), SAMPLED, 128)
+    draft = ALONE[name]
+    return Drafter(draft, TARGET if states_for(draft) else FarTarget(HELLO, None), SAMPLED, 128)
 
 
 @pytest.mark.parametrize("name", ALONE)

@@ -16,20 +16,20 @@ from specdec_ops.remote import client as client_program
 from specdec_ops.remote import server as server_program
 from specdec_ops.remote.link import proxy
 from tests.harness.tiny_models import Characters
-from tests.remote.talks import DRAFTS, PROMPT, TARGET, local
+from tests.remote.talks import DRAFTS, PROMPT, TARGET, local, states_for
 
 SAMPLED = Sampling(max_tokens=30, eos=(), temperature=0.9, seed=7)
 TEXT = local(PROMPT, SAMPLED).tokens
 
 
-@pytest.mark.parametrize("name", ["none", "chain", "eagle"])
+@pytest.mark.parametrize("name", ["none", "chain", "eagle", "mixture"])
 def test_texts_over_sockets(name):
     draft = DRAFTS[name]
 
     async def talk():
-        async with Server(TARGET, token="secret", states=True) as there:
+        async with Server(TARGET, token="secret", states=states_for(draft)) as there:
             port = await there.listen(port=0)
-            target = TARGET if name == "eagle" else None
+            target = TARGET if states_for(draft) else None
             async with Client(port=port, draft=draft, target=target, token="secret", deadline=60.0) as one:
                 return await asyncio.gather(*(one.generate(PROMPT, SAMPLED) for _ in range(3)))
 
