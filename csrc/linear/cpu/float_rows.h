@@ -162,7 +162,7 @@ struct FloatRows {
 
 // Weights of float32 as they lie.
 struct Float32Form : FloatRows {
-  static constexpr int kPieceDims = 640, kLineDims = 16;
+  static constexpr int kPieceDims = 320, kLineDims = 16;
   CopiedPiece<4 * kPieceDims + kLine> copied;
   static SPECDEC_INLINE int64_t weight_bytes(int dims) { return 4 * int64_t(dims); }
   template <int kSome>
@@ -296,7 +296,7 @@ struct WidenedBlocksForm : FloatRows {
 // Weights and rows in bfloat16, multiplied in pairs. Rows are rounded to it, as PyTorch does before such a weight.
 struct PairsForm {
   static constexpr bool kOneRowAlone = true;
-  static constexpr int kPieceDims = 1280, kChunkDims = 8, kLineDims = 32, kMaxVectors = 3;
+  static constexpr int kPieceDims = 640, kChunkDims = 8, kLineDims = 32, kMaxVectors = 3;
   CopiedPiece<2 * kPieceDims + kLine> copied;
   static SPECDEC_INLINE int piece_vectors(int dims) { return (dims + kChunkDims - 1) / kChunkDims; }
   static SPECDEC_INLINE int row_vectors(int dim) { return piece_vectors(dim); }
