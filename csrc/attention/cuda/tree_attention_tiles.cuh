@@ -23,7 +23,7 @@ namespace specdec::cuda {
 // between warps: how a row's sum is rounded depends on the dimension alone, not on how many rows its neighbours have.
 // Warps beyond those that multiply help with copies and with the join of splits.
 //
-// With 128 rows, or 64 of fp8 or dim 256, the compiler holds a few numbers in local memory to stay within the registers:
+// With 128 rows, or 64 of fp8 or dim 256, the compiler holds a few numbers in local memory to save registers:
 // up to 84 bytes a thread, none of which are written in the loop over tiles, and one word of which is read there beside
 // 64 matrix instructions, eight more in masked tiles. For that a multiprocessor has 16 warps of 128 rows instead of 8,
 // and twice as many bytes under way.
