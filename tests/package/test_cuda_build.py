@@ -227,7 +227,13 @@ def most_registers(arch, function):
 
 def most_stack(function):
     """Bytes per thread. Blocks of 256 threads of tree_attention spill a little, so that two of them fit."""
-    return 96 if attention_shape(function) in SPILLED else 0
+    return 96 if may_spill(function) else 0
+
+
+def may_spill(function):
+    """Of fp8 caches also 64 rows of dim 128, by two words on 8.0."""
+    shape = attention_shape(function)
+    return shape in SPILLED or ("Float8" in function and shape == (128, 64))
 
 
 SPILLED = {*((dim, 128) for dim in DIMS if dim <= 128), (192, 64), (256, 64)}
@@ -257,15 +263,15 @@ def test_attention_uses_what_the_hardware_has(functions):
     for function, body in kernels.items():
         for what, pattern in needed.items():
             assert re.search(pattern, body), (function, what)
-        if attention_shape(function) not in SPILLED:
+        if not may_spill(function):
             assert not re.search(r"\b(LDL|STL)\b", body), function
     assert len(kernels) == ATTENTION
 
 
 def test_what_attention_spills_is_not_in_its_way(functions):
     """Nothing is written in the loop over tiles; of the few words that are read most are for masked tiles."""
-    spilled = [body for function, body in functions.items() if attention_shape(function) in SPILLED]
-    assert len(spilled) == 2 * sum(dim <= 128 for dim in DIMS) + 2 * 2
+    spilled = [body for function, body in functions.items() if may_spill(function)]
+    assert len(spilled) == 2 * (sum(dim <= 128 for dim in DIMS) + 3)
     for body in spilled:
         loop = loop_over_tiles(body)
         assert sum(bool(re.search(MATRIX["HMMA"], text)) for text in loop) >= 64

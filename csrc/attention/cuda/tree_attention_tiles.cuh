@@ -23,10 +23,10 @@ namespace specdec::cuda {
 // between warps: how a row's sum is rounded depends on the dimension alone, not on how many rows its neighbours have.
 // Warps beyond those that multiply help with copies and with the join of splits.
 //
-// With 128 rows, or 64 of dim 256, the compiler holds a few numbers in local memory to stay within 128 registers: up to
-// 84 bytes a thread, none of which are written in the loop over tiles, and one word of which is read there beside 64
-// matrix instructions, eight more in masked tiles. For that a multiprocessor has 16 warps instead of 8, and twice as
-// many bytes under way.
+// With 128 rows, or 64 of fp8 or dim 256, the compiler holds a few numbers in local memory to save registers:
+// up to 84 bytes a thread, none of which are written in the loop over tiles, and one word of which is read there beside
+// 64 matrix instructions, eight more in masked tiles. For that a multiprocessor has 16 warps of 128 rows instead of 8,
+// and twice as many bytes under way.
 //
 // Sizes are chosen for the 99 KiB of the smallest current devices (8.6, 8.9, 12.0) and for more than one block on the
 // larger ones. Only 128 rows of dim 256 do not fit there: those devices serve them as two blocks of 64.
