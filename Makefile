@@ -2,11 +2,16 @@
 # The first target that needs it makes a virtual environment in .venv, which nothing outside of this folder sees.
 
 PYTHON ?= python3
+FUZZ_SECONDS ?= 600
+FUZZ_SEED ?= 0
 GPU_OUT ?= benchmarks/results/local/gpu
 CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 CHANGED_CXX = $(filter $(shell git status --porcelain --no-renames 2>/dev/null | sed -n '/^.D\|^D/!s/^...//p'),$(CXX_FILES))
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+ARM_SOURCES = $(shell find csrc -path '*/cpu/*' -name '*.cpp' | grep -vE '_(avx2|avx512|avx512_bf16|avx512_vnni|amx)\.cpp$$' | sort)
+ARM_MACROS = SPECDEC_VERSION SPECDEC_COMPILER SPECDEC_CUDA SPECDEC_ARCHS SPECDEC_LEFT_OUT
 # A file's tests share what takes long to make. The longest files come first (tests/harness/selection.py).
 AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
 # What is built here is built for what the tests look at; they compile a part of the sources for later GPUs. Whatever
@@ -17,11 +22,11 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help venv build lint format test quick bench demo docs gpu dist clean
+.PHONY: help venv build lint format test quick fuzz fuzz-sanitized bench demo docs arm gpu dist clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-14s %s\n", $$1, $$2}' Makefile
 
 venv: .venv/ready ## make the virtual environment in .venv, with the package in it (editable)
 
@@ -48,6 +53,13 @@ quick: build ## two minutes: build, lint what has changed, each op on the backen
 	@$(if $(CHANGED_CXX),$(BIN)/clang-format --dry-run -Werror $(CHANGED_CXX))
 	$(BIN)/pytest $(AT_ONCE) --quick
 
+fuzz: build ## random, mutated and racing calls of every op for FUZZ_SECONDS (600), and a table of them
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED)
+
+# A build of its own in build/sanitized, which takes as long as that of the CPU kernels.
+fuzz-sanitized: .venv/ready ## the same with a build under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) --seed $(FUZZ_SEED) --sanitized
+
 # What this machine can run is built: no CUDA kernels without a GPU, and none that are there already get lost.
 bench: export SPECDEC_OPS_BUILD ?= native
 bench: .venv/base ## build what runs on this machine, then time every op against PyTorch: three minutes on two cores
@@ -64,7 +76,17 @@ docs: .venv/docs ## build the documentation into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/docs/index.html"
 
-gpu: ## on a machine with an NVIDIA GPU, offline, with its own Python: build, test, sanitize, measure (PIECE=tests)
+# Nothing is linked or run. With the zig of PyPI's ziglang: AARCH64_CXX="python -m ziglang c++ -target aarch64-linux-gnu".
+arm: ## compile the CPU kernels for 64-bit Arm; needs a cross-compiler, AARCH64_CXX
+	@command -v $(firstword $(AARCH64_CXX)) >/dev/null || { echo "make arm needs $(AARCH64_CXX)." >&2; exit 1; }
+	@mkdir -p build/arm
+	@for source in $(ARM_SOURCES); do \
+		echo "$$source" && $(AARCH64_CXX) -O2 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast \
+		-Wall -Wno-unknown-pragmas -Wno-attributes -Werror -Icsrc $(ARM_MACROS:%=-D%='""') \
+		-c $$source -o build/arm/$$(basename $$source).o || exit 1; \
+	done
+
+gpu: ## on a machine with an NVIDIA GPU, offline: build, test, measure, profile in twelve minutes (PIECE=all)
 	@$(PYTHON) -m benchmarks.gpu --out "$(GPU_OUT)" $(if $(PIECE),--piece $(PIECE)) $(GPU_OPTIONS)
 
 dist: .venv/ready ## the sdist, and a wheel built from it, in dist/

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from ._core import alloc
-from ._core.checks import INT32_MAX, argument_error, as_int32, check_field, device_error, is_int, overlap, strides_error
-from ._core.library import nobody_watches
+from ._core.checks import INT32_MAX, argument_error, as_int32, check_field, device_error, is_int, strides_error
+from ._tree_masks import parents_of_mask
 from .ops.topology import contract
 from .tree import MAX_NODES, Tree
 
@@ -39,6 +39,7 @@ class Topology:
         num_nodes: int32 `[batch or 1]`: how many leading nodes exist; also of each request where one tree serves all.
         status: int32 `[batch or 1]`: 0 for a sound tree, else `TopologyStatus` bits.
         offsets: int32 `[batch + 1]`, or None: the first row of every request in packed queries [tokens, heads, dim].
+            Rows before the first request and behind the last one are padding.
     """
 
     parents: torch.Tensor
@@ -98,6 +99,49 @@ class Topology:
             status=torch.zeros(batch, dtype=torch.int32, device=device),
             offsets=torch.from_numpy(offsets).to(device) if packed else None,
         )
+
+    @classmethod
+    def from_mask(
+        cls,
+        mask: torch.Tensor,
+        num_nodes: torch.Tensor | None = None,
+        context_lens: torch.Tensor | None = None,
+        *,
+        packed: bool = False,
+    ) -> Topology:
+        """The trees of an attention mask that another library keeps. Reads the mask once and waits for the device.
+
+        Forms of `mask`, whose rows are nodes and tell what a node sees:
+
+        - bool `[batch, nodes, nodes]`, or `[nodes, nodes]` for one tree;
+        - int32 or int64 `[batch, nodes, words]` or `[nodes, words]`: bit j of a row, lowest first, is node j.
+          TensorRT-LLM's packed mask is this with int32;
+        - flat bool `[sum(num_nodes * (context_lens + num_nodes))]`: FlashInfer's `custom_mask`, request after request,
+          the columns of the context first;
+        - flat uint8: FlashInfer's `packed_custom_mask`, the same as bits, lowest first; each request starts a byte.
+
+        Entries of rows and columns from `num_nodes` on are ignored, and so are bits behind the last node.
+
+        Args:
+            mask: on any device.
+            num_nodes: int32 or int64 [batch], on the same device; None: all nodes. A flat mask needs it.
+            context_lens: int32 or int64 [batch], with a flat mask: the context columns of each request.
+            packed: also make `offsets`, for queries that hold the nodes of all requests without padding.
+
+        Returns:
+            A Topology of [batch, nodes] on the mask's device. `Tree.mask` is the way back.
+
+        Raises:
+            TypeError: an argument has another dtype.
+            ValueError: a shape or a count does not fit, or the mask is none of a forest whose parents come before
+                their children: the first such node is named.
+        """
+        parents, counts = parents_of_mask(mask, num_nodes, context_lens)
+        topology = build_topology(parents, counts)
+        if not packed:
+            return topology
+        offsets = torch.nn.functional.pad(counts.cumsum(0, dtype=torch.int32), (1, 0))
+        return dataclasses.replace(topology, offsets=offsets)
 
     @property
     def batch(self) -> int:
@@ -278,6 +322,4 @@ def _written(out: Topology, parents: torch.Tensor) -> contract.BuildTopologyOutp
             raise ValueError(strides_error("build_topology", f"out.{name}", must, tensor))
         if tensor.device != parents.device:
             raise ValueError(device_error("build_topology", f"out.{name}", parents.device, tensor))
-        if parents.is_contiguous() and nobody_watches() and overlap(tensor, parents):
-            raise ValueError(f"specdec_ops.build_topology: out.{name} must not share memory with parents")
     return tensors

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import numpy as np
+
+from ._tree_drawing import draw
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,8 +25,6 @@ _Scalar = TypeVar("_Scalar", bound=np.generic)
 
 MAX_NODES = 2**20
 """Of a tree, whose ancestor sets would take 128 GiB."""
-MAX_DRAWN_LINES = 48
-MAX_DRAWN_COLUMNS = 110
 _MAX_BATCH = 2**20
 
 
@@ -115,6 +115,44 @@ class Tree:
             parents.append(index[path[:-1]])
             index[path] = node
         return cls._with_root(np.array(parents, np.int64), root)
+
+    @classmethod
+    def from_sequences(
+        cls, sequences: Iterable[Sequence[int]], *, root_token: int | None = None
+    ) -> tuple[Tree, NDArray[np.int32]]:
+        """Candidate continuations merged into one tree, with shared beginnings once (a trie), and its tokens.
+
+        Nodes come out in level order; within a level in the order of the sequences, so that children of a node are
+        ranked as the sequences are. A sequence that starts another one, or is listed twice, adds nothing.
+
+        Args:
+            sequences: token ids, each from 0 to 2**31 - 1; of any lengths, also none.
+            root_token: the last committed token, put in front as node 0. None: the first tokens are roots.
+
+        Returns:
+            The tree, and int32 [nodes]: the token of each node.
+
+        Raises:
+            TypeError: a sequence holds something else than ints.
+            ValueError: a token is negative or too large, or the tree has more than 2**20 nodes.
+        """
+        checked = [_tokens(sequence) for sequence in _iterable(sequences)]
+        parents: list[int] = [] if root_token is None else [-1]
+        tokens: list[int] = [] if root_token is None else _tokens([root_token], "root_token")
+        at = [-1 if root_token is None else 0] * len(checked)  # the node that each sequence has come to
+        for level in range(max(map(len, checked), default=0)):
+            children: dict[tuple[int, int], int] = {}
+            for index, sequence in enumerate(checked):
+                if level >= len(sequence):
+                    continue
+                edge = (at[index], sequence[level])
+                if edge not in children:
+                    children[edge] = len(tokens)
+                    parents.append(edge[0])
+                    tokens.append(edge[1])
+                at[index] = children[edge]
+            _positive("from_sequences", "nodes", len(tokens), 0, MAX_NODES)
+        return cls._trusted(np.array(parents, np.int64)), np.array(tokens, np.int32)
 
     @classmethod
     def chain(cls, nodes: int) -> Tree:
@@ -358,68 +396,6 @@ class Tree:
         return draw(self)
 
 
-def draw(tree: Tree, *, max_lines: int = MAX_DRAWN_LINES, max_columns: int = MAX_DRAWN_COLUMNS) -> str:
-    """The tree as text, one line per leaf, cut with an ellipsis beyond the given lines and columns.
-
-    >>> print(Tree([-1, 0, 0, 1, 1, 2]))
-    0 ┬ 1 ┬ 3
-      │   └ 4
-      └ 2 ─ 5
-    """
-    if not len(tree):
-        return "(empty tree)"
-    label = len(str(len(tree) - 1))
-    first = 0 if len(tree.roots) > 1 else 1  # a forest hangs from a bar of its own
-    cells = max(1, (max_columns - 2) // (label + 3))
-    lines: list[str] = []
-    previous: list[int] = []
-    for path in _depth_first(tree, cells):
-        if len(lines) == max_lines:
-            lines.append(f"… ({len(tree)} nodes, {len(tree.leaves)} leaves)")
-            break
-        shared = 0
-        while shared < len(previous) and previous[shared] == path[shared]:
-            shared += 1
-        line = []
-        for level, node in enumerate(path):
-            name = str(node)
-            fill = " " * (label - len(name))
-            if level >= first:
-                new = level >= shared
-                joint = _joint(new, bool(previous) and level == shared, tree.next_sibling[node] >= 0)
-                fill = fill.replace(" ", "─") if new else fill
-                line.append(f" {joint}{fill} {name if new else ' ' * len(name)}")
-            else:
-                line.append(fill + (name if level >= shared else " " * len(name)))
-        lines.append("".join(line)[1 if first == 0 else 0 :] + (" …" if tree.first_child[path[-1]] >= 0 else ""))
-        previous = path
-    return "\n".join(lines)
-
-
-def _joint(new: bool, branch: bool, more: bool) -> str:
-    """What stands before a node: `new` on this line, below a node of another line (`branch`), siblings to come."""
-    if not new:
-        return "│" if more else " "
-    if branch:
-        return "├" if more else "└"
-    return "┬" if more else "─"
-
-
-def _depth_first(tree: Tree, max_levels: int) -> Iterator[list[int]]:
-    """Root-to-leaf paths in depth-first order, no longer than `max_levels`."""
-    first_child, next_sibling = tree.first_child.tolist(), tree.next_sibling.tolist()
-    path = [0]
-    while path:
-        while len(path) < max_levels and first_child[path[-1]] >= 0:
-            path.append(first_child[path[-1]])
-        yield list(path)
-        while path:
-            sibling = next_sibling[path.pop()]
-            if sibling >= 0:
-                path.append(sibling)
-                break
-
-
 def _frozen(array: NDArray[_Scalar]) -> NDArray[_Scalar]:
     array.flags.writeable = False
     return array
@@ -433,6 +409,28 @@ def _positive(function: str, name: str, value: int, least: int = 1, most: int | 
     if most is not None and value > most:
         raise ValueError(f"specdec_ops.Tree.{function}: {name} must be at most {most}, got {value}")
     return int(value)
+
+
+def _iterable(sequences: Iterable[Sequence[int]]) -> Iterable[Sequence[int]]:
+    if not isinstance(sequences, Iterable):
+        raise TypeError(f"specdec_ops.Tree.from_sequences: sequences must be sequences of token ids, got {sequences!r}")
+    return sequences
+
+
+def _tokens(sequence: Sequence[int], name: str = "sequences") -> list[int]:
+    """Token ids as ints."""
+    must = "a token id" if name == "root_token" else "sequences of token ids"
+    if isinstance(sequence, str | bytes) or not isinstance(sequence, Iterable):
+        raise TypeError(f"specdec_ops.Tree.from_sequences: {name} must be {must}, got {sequence!r}")
+    tokens = []
+    for token in sequence:
+        token = token.item() if hasattr(token, "item") and getattr(token, "ndim", 1) == 0 else token
+        if isinstance(token, bool) or not isinstance(token, int):
+            raise TypeError(f"specdec_ops.Tree.from_sequences: {name} must be {must}, got {token!r} for a token")
+        if not 0 <= token < 2**31:
+            raise ValueError(f"specdec_ops.Tree.from_sequences: {name} must be from 0 to 2**31 - 1, got {token}")
+        tokens.append(token)
+    return tokens
 
 
 def _check_parents(parents: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.int32]:

@@ -106,7 +106,19 @@ def standard() -> list[AcceptCase]:
     return cases
 
 
-PRESETS = {"quick": quick, "standard": standard, "full": standard, "gpu-quick": quick, "gpu": standard}
+def gpu_first() -> list[AcceptCase]:
+    """Eight requests with a published tree."""
+    return [acceptance(rule, 8) for rule in ("greedy", "recursive")]
+
+
+PRESETS = {
+    "quick": quick,
+    "standard": standard,
+    "full": standard,
+    "gpu-quick": quick,
+    "gpu": standard,
+    "gpu-first": gpu_first,
+}
 
 
 def toy(rule: str = "recursive", **changes) -> AcceptCase:

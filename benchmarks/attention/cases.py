@@ -179,6 +179,12 @@ def gpu_quick() -> list[AttentionCase]:
     return [*cases, attention(LLAMA3_8B, 8192, 128, "bf16", 8, flex=True)]
 
 
+def gpu_first() -> list[AttentionCase]:
+    """One minute: from bound by memory to bound by arithmetic."""
+    cases = [attention(LLAMA3_8B, 8192, nodes, "bf16", 8) for nodes in (1, 16, RANDOM_32, 64, 256)]
+    return [*cases, attention(LLAMA3_8B, 8192, 1, "bf16", 1)]
+
+
 def gpu() -> list[AttentionCase]:
     """What is asked of a GPU: bound by memory, bound by arithmetic, and the published trees between."""
     published = (44, 60, 64, 82)
@@ -196,7 +202,14 @@ def gpu() -> list[AttentionCase]:
     return cases + merges(1, 8, 32)
 
 
-PRESETS = {"quick": quick, "standard": standard, "full": full, "gpu-quick": gpu_quick, "gpu": gpu}
+PRESETS = {
+    "quick": quick,
+    "standard": standard,
+    "full": full,
+    "gpu-quick": gpu_quick,
+    "gpu": gpu,
+    "gpu-first": gpu_first,
+}
 
 
 def toy(op: str = "tree_attention", **changes) -> AttentionCase:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -33,6 +34,12 @@ class Inputs:
     def head_major(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Views [batch, kv_heads, slots, dim] of the caches, as PyTorch wants them."""
         return self.k_cache.transpose(1, 2), self.v_cache.transpose(1, 2)
+
+    @functools.cached_property
+    def stored_by_head(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Copies of the caches that lie head by head, [batch, kv_heads, slots, dim], as suits PyTorch best."""
+        k, v = self.head_major
+        return k.contiguous(), v.contiguous()
 
 
 def make_inputs(case: AttentionCase, device: str = "cpu", seed: int = 1) -> Inputs:

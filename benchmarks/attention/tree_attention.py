@@ -1,7 +1,8 @@
 """tree_attention: the exact result, and the contestants.
 
 Excluded from every timing: making the mask, packing q for the packed view, copying K and V to another layout, building
-FlexAttention's block mask. PyTorch's users pay for some of these on every step; specdec_ops needs none of them.
+FlexAttention's block mask. PyTorch's users pay for some of these on every step; specdec_ops needs none of them. The
+ratio is against PyTorch's fastest form over whichever layout of K and V suits it, ours over the layout at hand.
 """
 
 from __future__ import annotations
@@ -74,12 +75,12 @@ def ours(inputs: Inputs, backend: str = "auto", name: str = "specdec_ops") -> Co
 
 def ours_head_major(inputs: Inputs) -> Contestant:
     """The same call over caches that lie head by head, to compare with PyTorch over such caches."""
-    k, v = (cache.transpose(1, 2).contiguous().transpose(1, 2) for cache in (inputs.k_cache, inputs.v_cache))
+    k, v = (cache.transpose(1, 2) for cache in inputs.stored_by_head)
 
     def call():
         return specdec_ops.tree_attention(inputs.q, k, v, inputs.topology, inputs.context_lens)
 
-    return Contestant("specdec_ops head-major", "ours", call, reads=(k, v), layout="head-major")
+    return Contestant("specdec_ops head-major", "ours", call, reads=(k, v))
 
 
 def ours_path_invariant(inputs: Inputs) -> Contestant:
@@ -102,6 +103,7 @@ def ours_limited(inputs: Inputs, isa: str) -> Contestant:
     if module is None or not hasattr(module, "set_cpu_isa"):
         return unavailable(name, "ours", "this build can't limit the instruction set at run time")
     contestant = ours(inputs, "cpu", name)
+    contestant.isa = isa
     contestant.before, contestant.after = lambda: module.set_cpu_isa(isa), lambda: module.set_cpu_isa("")
     return contestant
 
@@ -139,45 +141,52 @@ def unpack(packed: torch.Tensor, heads: int) -> torch.Tensor:
     return grouped.reshape(*lead, rows // group, heads, dim)
 
 
-def sdpa(inputs: Inputs) -> Contestant:
-    (k, v), q = inputs.head_major, inputs.q.transpose(1, 2)
+def sdpa(inputs: Inputs, by_head: bool = False) -> Contestant:
+    """SDPA as a model calls it. by_head: K and V lie head by head, and the mask is additive already."""
+    (k, v), q = inputs.stored_by_head if by_head else inputs.head_major, inputs.q.transpose(1, 2)
     grouped = inputs.case.model.group > 1
+    mask = attention_mask(inputs, by_head)
 
     def call():
-        return functional.scaled_dot_product_attention(q, k, v, attn_mask=inputs.mask, enable_gqa=grouped)
+        return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=grouped)
 
-    return Contestant("sdpa", "pytorch", call, lambda out: out.transpose(1, 2), (k, v))
+    name = "sdpa head-major" if by_head else "sdpa"
+    return Contestant(name, "pytorch", call, lambda out: out.transpose(1, 2), (k, v))
 
 
-def sdpa_packed(inputs: Inputs, contiguous: bool = False) -> Contestant:
-    """SDPA on the packed view: with it PyTorch, too, reads K and V once per KV head.
-
-    contiguous: K and V lie head by head, [batch, kv_heads, slots, dim], the layout that suits PyTorch best.
-    """
-    k, v = inputs.head_major
-    if contiguous:
-        k, v = k.contiguous(), v.contiguous()
+def sdpa_packed(inputs: Inputs, by_head: bool = False) -> Contestant:
+    """SDPA on the packed view: with it PyTorch, too, reads K and V once per KV head. by_head: as in sdpa."""
+    k, v = inputs.stored_by_head if by_head else inputs.head_major
     q = pack(inputs.q, inputs.case.model.kv_heads).contiguous()
-    mask = inputs.mask.repeat_interleave(inputs.case.model.group, dim=2)
-    if q.is_cuda:
-        mask = additive(mask, q.dtype)
+    mask = attention_mask(inputs, by_head or q.is_cuda)
+    if mask is not None:
+        mask = mask.repeat_interleave(inputs.case.model.group, dim=2)
+        mask = aligned(mask) if mask.dtype != torch.bool else mask
 
     def call():
         return functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
-    name = "sdpa packed head-major" if contiguous else "sdpa packed"
-    layout = "head-major" if contiguous else ""
-    return Contestant(name, "pytorch", call, lambda out: unpack(out, inputs.case.model.heads), (k, v), layout=layout)
+    name = "sdpa packed head-major" if by_head else "sdpa packed"
+    return Contestant(name, "pytorch", call, lambda out: unpack(out, inputs.case.model.heads), (k, v))
+
+
+def attention_mask(inputs: Inputs, is_additive: bool) -> torch.Tensor | None:
+    """The mask of a call. One node that sees all slots needs none, which is PyTorch's fastest form."""
+    if inputs.case.nodes == 1 and not inputs.case.ragged:
+        return None
+    return additive(inputs.mask, inputs.q.dtype) if is_additive else inputs.mask
 
 
 def additive(mask: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """0 where visible, else -inf: what a GPU's kernels read. PyTorch would make it out of a boolean mask in each call.
+    """0 where visible, else -inf: what kernels read. PyTorch would make it out of a boolean mask in each call."""
+    return aligned(torch.zeros_like(mask, dtype=dtype)).masked_fill_(~mask, float("-inf"))
 
-    Rows lie a multiple of 8 elements apart, which spares PyTorch a padded copy.
-    """
-    *lead, slots = mask.shape
-    bias = torch.zeros(*lead, -(-slots // 8) * 8, dtype=dtype, device=mask.device)[..., :slots]
-    return bias.masked_fill_(~mask, float("-inf"))
+
+def aligned(bias: torch.Tensor) -> torch.Tensor:
+    """A copy whose rows lie a multiple of 8 elements apart, which spares PyTorch one in each call."""
+    *lead, slots = bias.shape
+    padded = torch.zeros(*lead, -(-slots // 8) * 8, dtype=bias.dtype, device=bias.device)[..., :slots]
+    return padded.copy_(bias)
 
 
 class OutOfTime(BaseException):
@@ -273,8 +282,7 @@ def contestants_on_gpu(inputs: Inputs, options) -> list[Contestant]:
     """Everybody who runs on CUDA tensors."""
     first, *others = on_backends(functools.partial(ours, inputs), options)
     listed = [first, ours_paged(inputs), *others]
-    listed += [sdpa_packed(inputs), sdpa_packed(inputs, contiguous=True)]
-    listed[-1].layout = ""  # every peer on a GPU has the layout that suits it best
+    listed += [sdpa_packed(inputs), sdpa_packed(inputs, by_head=True)]
     listed.append(Contestant("eager", "pytorch", lambda: eager(inputs), reads=(inputs.k_cache, inputs.v_cache)))
     listed += [*flashinfer_peers.contestants(inputs), *xformers_peer.contestants(inputs)]
     if inputs.case.flex:
@@ -290,9 +298,8 @@ def contestants(inputs: Inputs, options) -> list[Contestant]:
     if inputs.case.path_invariant:
         listed.append(ours_path_invariant(inputs))
     listed += [ours_limited(inputs, isa) for isa in options.isas]
-    listed += [sdpa(inputs), sdpa_packed(inputs)]
-    if options.preset != "quick":
-        listed += [ours_head_major(inputs), sdpa_packed(inputs, contiguous=True)]
+    listed += [sdpa(inputs), sdpa_packed(inputs), ours_head_major(inputs)]
+    listed += [sdpa(inputs, by_head=True), sdpa_packed(inputs, by_head=True)]
     listed.append(Contestant("eager", "pytorch", lambda: eager(inputs), reads=(inputs.k_cache, inputs.v_cache)))
     if inputs.case.flex:
         listed.append(flex(inputs, options.flex_seconds))

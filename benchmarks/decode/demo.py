@@ -99,7 +99,7 @@ def main() -> int:
     path = model_file()
     print(f"loading {path.name} ...", flush=True)
     packed = load(path)
-    print(f"{packed}\n\n> {QUESTION}\n", flush=True)
+    print(f"{packed!r}\n\n> {QUESTION}\n", flush=True)
     stream(Engine(packed, drafts.Ngram(), max_batch=1), chat_prompt(packed, QUESTION), Sampling(max_tokens=length))
     print("\nloading the same weights as float32, for Hugging Face's generate ...", flush=True)
     model = hugging_face(path)

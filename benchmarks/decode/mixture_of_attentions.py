@@ -92,7 +92,7 @@ def speed(asked, target: Decoder, made: dict, ids: dict[int, list[list[int]]], t
     rows = []
     for seed, questions in ids.items():
         entries = run_seed(
-            forms, questions, seed, asked.tokens, tuple(target.eos), lambda *n, s=seed: tell("speed", s, *n)
+            forms, questions, seed, 0.0, asked.tokens, tuple(target.eos), lambda *n, s=seed: tell("speed", s, *n)
         )
         check(entries)
         by_name = {entry.contestant.name: entry for entry in entries}

@@ -16,7 +16,6 @@ Draft: the leading layers of the target, or of a draft that `specdec_ops.train.s
 from __future__ import annotations
 
 import argparse
-import csv
 import dataclasses
 import datetime
 import statistics
@@ -39,7 +38,7 @@ from specdec_ops.decode.rows import Rows
 from specdec_ops.integrations.transformers import load
 from specdec_ops.ops.linear.quantized_weight import quantize_linear
 
-from . import contestants, measure, prompts
+from . import contestants, measure, prompts, results
 from .demo import model_file
 
 TABLES = ("forms", "law", "width", "topology")
@@ -150,11 +149,11 @@ class Bench:
         return entries
 
     def log_likelihoods(self, entry: measure.Entry, temperature: float) -> tuple[np.ndarray, np.ndarray]:
-        """Nats that each answer costs the target at the temperature, and its tokens."""
+        """Nats that each answer costs the target at the temperature (1 for greedy text), and its tokens."""
         nats, counts = [], []
         for unit, run in zip(self.units, entry.runs, strict=True):
             text, answer = unit.prompts[0] + run.answers[0], torch.tensor(run.answers[0])
-            logits = logits_of(self.target, text)[len(unit.prompts[0]) - 1 : -1].float() / temperature
+            logits = logits_of(self.target, text)[len(unit.prompts[0]) - 1 : -1].float() / (temperature or 1.0)
             nats.append(-float(logits.log_softmax(-1).gather(1, answer[:, None]).sum()))
             counts.append(len(answer))
         return np.array(nats), np.array(counts)
@@ -328,7 +327,10 @@ def draw(table: str, rows: list[dict], path: Path) -> str:
     else:
         names = {"forms": ("tokens_per_call", "ratio_plain", "nll_more"), "law": ("tv_at_least",)}
         columns = names.get(table, ("microseconds",))
-        labels = [", ".join(str(row[name]) for name in ("form", "rule") if row.get(name)) for row in rows]
+        labels = [
+            ", ".join([*(row[name] for name in ("form", "rule") if row.get(name)), f"T = {row.get('temperature')}"])
+            for row in rows
+        ]
         if table == "topology":
             labels = [f"{row['tree']}, context {row['context']}: {row['kind']}" for row in rows]
         size = (3.4 * len(columns) + 3, 1 + 0.3 * len(rows))
@@ -369,7 +371,6 @@ def main(arguments: list[str]) -> int:
     bench = Bench(target, model, ids, asked, say)
     today = datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d")
     out = asked.out or ROOT / "benchmarks" / "results" / "local" / f"{today}-multi_candidate"
-    out.parent.mkdir(parents=True, exist_ok=True)
     kind = "its own layers" if asked.draft is None else "layers trained for it"
     about = {"target": model_file().name, "draft": f"{kind}, {asked.layers} of {target.shape.layers}"}
     fixed = about | describe("cpu", arguments)
@@ -379,13 +380,8 @@ def main(arguments: list[str]) -> int:
         rows = [row | fixed for row in makers[table](bench)]
         path = out.with_name(f"{out.name}-{table}.csv")
         fresh = not (asked.append and path.exists())
-        with path.open("w" if fresh else "a", newline="") as file:
-            writer = csv.DictWriter(file, (*COLUMNS[table], *fixed), extrasaction="ignore", restval="")
-            if fresh:
-                writer.writeheader()
-            writer.writerows({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-        with path.open(newline="") as file:
-            every = list(csv.DictReader(file))
+        results.write(path, rows, fresh, (*COLUMNS[table], *fixed))
+        every = results.read(path)
         for row in every:
             print("  ".join(row[name] or "-" for name in COLUMNS[table]))
         print(draw(table, every, path.with_suffix(".png")))

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import csv
 import dataclasses
 import functools
 import json
@@ -28,7 +27,7 @@ from specdec_ops.integrations.transformers import load
 from specdec_ops.remote import Client, Link, Server
 from specdec_ops.remote.clock import Inline, run
 
-from . import prompts
+from . import prompts, results
 from .demo import model_file
 
 COLUMNS = (
@@ -175,12 +174,7 @@ def main(arguments: list[str]) -> int:
             api = api or talks
             rows.append(fixed | {"rtt_ms": rtt} | row_of(name, talks, [expected[n] for n in kept], api))
     out = asked.out or ROOT / "benchmarks" / "results" / "local" / "decode-remote.csv"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with out.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, restval="", extrasaction="ignore")
-        writer.writeheader()
-        for row in rows:
-            writer.writerow({k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()})
+    results.write(out, rows, header=True, columns=COLUMNS)
     print("\n".join(table(rows)))
     print(f"lines: {out.name}")
     return 1 if any(row.get("problem") for row in rows) else 0

@@ -144,7 +144,19 @@ def standard() -> list[ExitCase | MlpCase]:
     return cases
 
 
-PRESETS = {"quick": quick, "standard": standard, "full": standard, "gpu-quick": quick, "gpu": standard}
+def gpu_first() -> list[ExitCase | MlpCase]:
+    """The head that is read most."""
+    return [ExitCase(*LLAMA3_HEAD, rows, "bf16") for rows in (1, 8)]
+
+
+PRESETS = {
+    "quick": quick,
+    "standard": standard,
+    "full": standard,
+    "gpu-quick": quick,
+    "gpu": standard,
+    "gpu-first": gpu_first,
+}
 
 
 def toy(**changes) -> ExitCase:

@@ -1,8 +1,9 @@
 """A pytest plugin: outcomes are recorded, and a later run leaves out the tests that have one.
 
 `python -m pytest -p benchmarks.gpu.resume_tests --record FOLDER --shard 0/4`. For runs that must end within minutes, in
-several processes on one GPU. A test that leaves the GPU unusable ends the run with status 75; the next one goes on
-behind it. A test that ended its process, or had to be ended, twice counts as failed.
+several processes on one GPU. All tests of an op, or of a function that is not over ops, are in one shard, so that no
+two processes compile the same kernels. A test that leaves the GPU unusable ends the run with status 75; the next one
+goes on behind it. A test that ended its process, or had to be ended, twice counts as failed.
 """
 
 import json
@@ -18,7 +19,7 @@ MOST_STARTS = 2
 
 def pytest_addoption(parser):
     parser.addoption("--record", type=Path, help="the folder of the recorded outcomes")
-    parser.addoption("--shard", default="0/1", help="run only every N-th test, as in 0/4")
+    parser.addoption("--shard", default="0/1", help="run only one part of several, as in 0/4")
 
 
 def recorded(folder: Path) -> dict[str, str]:
@@ -32,6 +33,23 @@ def recorded(folder: Path) -> dict[str, str]:
                 outcomes[line["test"]] = line["outcome"]
     never_ended = {test: "failed" for test, count in starts.items() if count >= MOST_STARTS and test not in outcomes}
     return never_ended | outcomes
+
+
+def subject(item) -> str:
+    """What a test compiles kernels for: the op that it is parametrised with, else its function."""
+    parameters = item.callspec.params if hasattr(item, "callspec") else {}
+    op = parameters.get("op")
+    return op if isinstance(op, str) else item.nodeid.partition("[")[0]
+
+
+def shards(items: list, count: int) -> list[list]:
+    """The tests in `count` parts of about one size, subject by subject, each in the order of the whole."""
+    subjects = Counter(map(subject, items))
+    sizes, part_of = [0] * count, {}
+    for name, size in subjects.most_common():
+        part_of[name] = sizes.index(min(sizes))
+        sizes[part_of[name]] += size
+    return [[item for item in items if part_of[subject(item)] == part] for part in range(count)]
 
 
 def pytest_configure(config):
@@ -51,7 +69,8 @@ class Recorder:
     def pytest_collection_modifyitems(self, config, items):
         """After -m and -k have chosen, so that the shards are even."""
         done = recorded(self.folder)
-        chosen = [item for item in items[self.index :: self.count] if item.nodeid not in done]
+        own = shards(items, self.count)[self.index]
+        chosen = [item for item in own if item.nodeid not in done]
         config.hook.pytest_deselected(items=[item for item in items if item not in chosen])
         items[:] = chosen
 

@@ -20,7 +20,7 @@ class Contestant:
     reads: the large tensors it reads, evicted before each cold call.
     cold_call: what is called in place of `call` where the inputs are evicted before, if that is another way.
     before, after: run around each call, untimed.
-    layout: how its K and V lie, where that is not as in the case. Ratios compare contestants of one layout only.
+    isa: the instruction set that it is held to, if it is: it is judged by that set's multiply-adds.
     graph: whether a CUDA graph can hold the call. One that plans on the host can't be captured and is timed in a loop.
     problem: why it gets no time ("WRONG ..." or the reason why it can't run), or "".
     """
@@ -34,7 +34,7 @@ class Contestant:
     before: Callable[[], Any] | None = None
     after: Callable[[], Any] | None = None
     error: float | None = None
-    layout: str = ""
+    isa: str = ""
     graph: bool = True
     problem: str = ""
 

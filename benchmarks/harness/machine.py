@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import os
 import platform
 import re
 import shlex
@@ -11,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+TORCH_LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS")
 
 
 def native():
@@ -69,13 +71,17 @@ def command_line(arguments: list[str]) -> str:
 
 
 def cpu_isa() -> str:
-    """What specdec_ops' CPU kernels run with; PyTorch's own dispatch level where they aren't built."""
+    """What specdec_ops' CPU kernels run with; also PyTorch's level, where that is held to one or they aren't built.
+
+    PyTorch is held by ATEN_CPU_CAPABILITY, its libraries by ONEDNN_MAX_CPU_ISA and MKL_ENABLE_INSTRUCTIONS.
+    """
     import torch
 
-    module = native()
-    if module is not None and hasattr(module, "cpu_isa"):
-        return module.cpu_isa()
-    return f"torch: {torch.backends.cpu.get_cpu_capability()}"
+    module, of_torch = native(), f"torch: {torch.backends.cpu.get_cpu_capability()}"
+    held = [f"{name}={os.environ[name]}" for name in TORCH_LIMITS if os.environ.get(name)]
+    if module is None:
+        return " ".join([of_torch, *held])
+    return " ".join([f"{module.cpu_isa()}, {of_torch}", *held]) if held else module.cpu_isa()
 
 
 def describe(device: str, arguments: list[str]) -> dict[str, str]:

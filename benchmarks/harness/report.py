@@ -13,7 +13,21 @@ from .targets_gpu import verdicts as gpu_verdicts
 
 CLASSES = (("1 node", 1, 1), ("2-15 nodes", 2, 15), ("16-59 nodes", 16, 59), ("60 and more", 60, 1 << 30))
 HEADINGS = (
-    *("cell", "ours", "best peer", "", "ratio", "avx2", "GFLOP/s", "% gemm", "GB/s", "% read", "% roof", "noise"),
+    *(
+        "cell",
+        "ours",
+        "best peer",
+        "",
+        "ratio",
+        "by head",
+        "avx2",
+        "GFLOP/s",
+        "% gemm",
+        "GB/s",
+        "% read",
+        "% roof",
+        "noise",
+    ),
 )
 
 
@@ -28,7 +42,7 @@ def number(value, pattern: str) -> str:
 
 
 def table_line(cell: Cell) -> tuple[str, ...]:
-    ours, limited = cell.ours, cell.of("specdec_ops avx2")
+    ours, limited, by_head = cell.ours, cell.of("specdec_ops avx2"), cell.of("specdec_ops head-major")
     if ours is None:
         return (cell.label, problem(cell)[:60] or "no time", *[""] * (len(HEADINGS) - 2))
     peer = cell.of(ours["best_peer"])
@@ -38,6 +52,7 @@ def table_line(cell: Cell) -> tuple[str, ...]:
         microseconds(peer["p50_us"]) if peer else "",
         peer["contestant"] if peer else "",
         number(ours["ratio"], "{:.2f}x"),
+        number(by_head["ratio"], "{:.2f}x") if by_head else "",
         number(limited["ratio"], "{:.2f}x") if limited else "",
         number(ours["gflops"], "{:.0f}"),
         number(ours["gemm_percent"], "{:.0f}"),

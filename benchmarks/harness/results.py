@@ -29,19 +29,19 @@ COLUMNS = (
 )
 
 
-def fastest_peer(contestants: list[Contestant], timings: dict[str, Timing], layout: str = "") -> str:
-    """Name of the fastest correct peer for K and V of this layout, or ""."""
-    peers = [c.name for c in contestants if c.role in PEERS and c.layout == layout and c.name in timings]
+def fastest_peer(contestants: list[Contestant], timings: dict[str, Timing]) -> str:
+    """Name of the fastest correct peer, in whatever layout of K and V, or ""."""
+    peers = [c.name for c in contestants if c.role in PEERS and c.name in timings]
     return min(peers, key=lambda name: timings[name].median, default="")
 
 
 def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Measurement, roofs, machine) -> list[dict]:
     """The lines of one cell. `roofs` is benchmarks.harness.roofs.Roofs, `machine` the columns that never change."""
     timings = measured.timings
-    gemm, arithmetic = _arithmetic_rates(case, timings, roofs)
+    gemm, product = _product_rates(case, timings, roofs)
+    best = fastest_peer(contestants, timings)
     read = timings.get("plain read")
     least = read.percentile(ROOF_PERCENTILE) if read else case.bytes / roofs.read
-    roof = max(least, case.flops / arithmetic if arithmetic else 0.0)
     shape = {
         **{"op": case.op, "model": case.model.name, "heads": case.model.heads, "kv_heads": case.model.kv_heads},
         **{"dim": case.model.dim, "dtype": case.dtype, "context": case.context, "batch": case.batch},
@@ -55,11 +55,12 @@ def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Meas
         timing = timings.get(contestant.name)
         if timing is not None:
             row |= _speed(case, contestant, timing)
-            best = fastest_peer(contestants, timings, contestant.layout)
             row |= {"others_percent": measured.others_percent, "best_peer": best}
             row["how"] = measured.how.get(contestant.name, "")
             if contestant.role != "control":
                 row["ratio"] = paired_ratio(timings[best], timing) if best else ""
+                arithmetic = _arithmetic_rate(case, timings, roofs, product, contestant.isa)
+                roof = max(least, case.flops / arithmetic if arithmetic else 0.0)
                 row |= {"roof_us": roof * 1e6, "roof_percent": 100 * roof / timing.median}
                 row["gemm_percent"] = 100 * case.flops / timing.median / gemm if gemm else ""
                 row["read_percent"] = 100 * least / timing.median if read or roofs.how == "copy" else ""
@@ -67,17 +68,26 @@ def rows_of(case: Case, mode: str, contestants: list[Contestant], measured: Meas
     return rows
 
 
-def _arithmetic_rates(case: Case, timings: dict[str, Timing], roofs) -> tuple[float, float]:
-    """FLOP per second of PyTorch's matrix product, and of the faster of it and multiply-adds in registers.
-
-    Of those that ran in this cell, where they did.
-    """
+def _product_rates(case: Case, timings: dict[str, Timing], roofs) -> tuple[float, float]:
+    """FLOP per second of PyTorch's matrix product: the median of this cell, and what a roof takes of it."""
     rate, size = roofs.gemm.get(case.dtype, (0.0, 0))
-    loop = roofs.loops.get(case.dtype)
-    product, adds = timings.get("matrix product"), timings.get("multiply-adds")
-    gemm = 2 * size**3 / product.median if product else rate
-    peak = (loop.flops / adds.percentile(ROOF_PERCENTILE) if adds else loop.rate) if loop else 0.0
-    return gemm, max(2 * size**3 / product.percentile(ROOF_PERCENTILE) if product else rate, peak)
+    timing = timings.get("matrix product")
+    if timing is None:
+        return rate, rate
+    return 2 * size**3 / timing.median, 2 * size**3 / timing.percentile(ROOF_PERCENTILE)
+
+
+def _arithmetic_rate(case: Case, timings: dict[str, Timing], roofs, product: float, isa: str) -> float:
+    """FLOP per second of the faster of PyTorch's product and multiply-adds in registers.
+
+    A contestant that is held to an instruction set is judged by the multiply-adds of that set alone.
+    """
+    if isa:
+        return roofs.rates.get((case.dtype, isa), 0.0)
+    loop, timing = roofs.loops.get(case.dtype), timings.get("multiply-adds")
+    if loop is None:
+        return product
+    return max(product, loop.flops / timing.percentile(ROOF_PERCENTILE) if timing else loop.rate)
 
 
 def _speed(case: Case, contestant: Contestant, timing: Timing) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 A case can't be faster than reading its bytes or doing its arithmetic: roof = max(bytes / bandwidth, flops / rate).
 Neither is the speed of one program: the bandwidth is that of the fastest way to read (reading.py), the rate the larger
-of PyTorch's square matrix product and of multiply-adds in registers, with the best instructions for the dtype. Inside a
+of PyTorch's square matrix product and of multiply-adds in registers, with the best instructions for the dtype that the
+kernels may use (SPECDEC_OPS_CPU_ISA); each of those instruction sets has a rate of its own beside it. Inside a
 cell both are measured again beside the contestants, because a shared machine changes from minute to minute; the figures
 of this module serve where those are absent. On a GPU the bandwidth is that of a copy, its reading and writing both
 counted, and no cell measures it again.
@@ -10,6 +11,8 @@ counted, and no cell measures it again.
 
 from __future__ import annotations
 
+import itertools
+import os
 import time
 from dataclasses import dataclass, field
 
@@ -44,7 +47,7 @@ class Loop:
 class Roofs:
     """read: bytes per second. gemm: dtype -> (FLOP per second, size of the square product). how: "read" or "copy".
 
-    loops: dtype -> Loop. way: how was read.
+    loops: dtype -> Loop. way: how was read. rates: (dtype, instruction set) -> FLOP per second of multiply-adds.
     """
 
     read: float
@@ -52,6 +55,7 @@ class Roofs:
     how: str = "read"
     loops: dict[str, Loop] = field(default_factory=dict)
     way: str = ""
+    rates: dict[tuple[str, str], float] = field(default_factory=dict)
 
     def describe(self) -> list[str]:
         way = f" ({self.way})" if self.way else ""
@@ -59,6 +63,8 @@ class Roofs:
         for dtype, (rate, size) in self.gemm.items():
             loop = self.loops.get(dtype)
             also = f", multiply-adds in registers {loop.rate / 1e9:,.0f} ({loop.isa})" if loop else ""
+            others = {isa: rate for (of, isa), rate in self.rates.items() if of == dtype and loop and isa != loop.isa}
+            also += "".join(f", {isa} {rate / 1e9:,.0f}" for isa, rate in others.items())
             lines.append(f"roof: {dtype} matrix product {rate / 1e9:,.0f} GFLOP/s (size {size}){also}")
         return lines
 
@@ -101,20 +107,25 @@ def copy_bandwidth(size: int = COPY_BYTES) -> float:
     return 2 * size / best_seconds(lambda: target.copy_(source), "cuda", GPU_REPEATS)
 
 
-def multiply_add_loop(dtype: str) -> Loop | None:
-    """The fastest instruction set for this dtype, or None without the compiled module."""
-    module, best = native(), None
-    for isa in LOOPS.get(dtype, ()) if module is not None else ():
-        rounds, threads = LOOP_ROUNDS, torch.get_num_threads()
-        if module.multiply_adds(isa, 1, 1) == 0:
-            continue
-        seconds = best_seconds(lambda i=isa, r=rounds, t=threads: module.multiply_adds(i, r, t), "cpu", 3)
-        rounds = max(rounds, int(rounds * LOOP_SECONDS / seconds))
-        flops = module.multiply_adds(isa, rounds, threads)
-        seconds = best_seconds(lambda i=isa, r=rounds, t=threads: module.multiply_adds(i, r, t), "cpu", LOOP_REPEATS)
-        if best is None or flops / seconds > best.rate:
-            best = Loop(flops / seconds, isa, rounds, flops)
-    return best
+def allowed_isas(dtype: str) -> list[str]:
+    """The instruction sets that a dtype may use, the processor has, and the kernels are not kept from."""
+    module = native()
+    if module is None:
+        return []
+    order = LOOPS["bf16"]
+    held = order.index(module.cpu_isa()) if os.environ.get("SPECDEC_OPS_CPU_ISA") else len(order)
+    known = [isa for isa in LOOPS.get(dtype, ()) if order.index(isa) <= held]
+    return [isa for isa in known if module.multiply_adds(isa, 1, 1) > 0]
+
+
+def multiply_add_loop(isa: str) -> Loop:
+    """Multiply-adds of one instruction set on all threads."""
+    module, rounds, threads = native(), LOOP_ROUNDS, torch.get_num_threads()
+    seconds = best_seconds(lambda: module.multiply_adds(isa, LOOP_ROUNDS, threads), "cpu", 3)
+    rounds = max(rounds, int(rounds * LOOP_SECONDS / seconds))
+    flops = module.multiply_adds(isa, rounds, threads)
+    seconds = best_seconds(lambda: module.multiply_adds(isa, rounds, threads), "cpu", LOOP_REPEATS)
+    return Loop(flops / seconds, isa, rounds, flops)
 
 
 def gemm_operands(dtype: str, size: int, device: str) -> tuple[torch.Tensor, ...]:
@@ -143,9 +154,16 @@ def measure(device: str, dtypes, seconds: float = 1.5, sizes=SIZES, reads: Reade
     gemm = {dtype: gemm_rate(dtype, device, sizes, seconds) for dtype in known}
     if device == "cuda":
         return Roofs(copy_bandwidth(), gemm, "copy")
-    loops = {dtype: loop for dtype in known if (loop := multiply_add_loop(dtype)) is not None}
+    isas = {dtype: allowed_isas(dtype) for dtype in known}
+    every = {isa: multiply_add_loop(isa) for isa in dict.fromkeys(itertools.chain(*isas.values()))}
+    loops = {
+        dtype: max((every[isa] for isa in some), key=lambda loop: loop.rate) for dtype, some in isas.items() if some
+    }
+    rates = {(dtype, isa): every[isa].rate for dtype, some in isas.items() for isa in some}
+    for (dtype, isa), rate in list(rates.items()):  # a newer set has what the older ones have
+        rates[dtype, isa] = max(rate, *(rates[dtype, older] for older in isas[dtype][: isas[dtype].index(isa) + 1]))
     reads = reads or reader()
-    return Roofs(reads.bandwidth, gemm, "read", loops, reads.chosen.describe())
+    return Roofs(reads.bandwidth, gemm, "read", loops, reads.chosen.describe(), rates)
 
 
 def gemm_control(roofs: Roofs, dtype: str, device: str) -> Contestant | None:

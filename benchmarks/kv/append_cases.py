@@ -47,7 +47,19 @@ def standard() -> list[AppendCase]:
     ]
 
 
-PRESETS = {"quick": quick, "standard": standard, "full": standard, "gpu-quick": quick, "gpu": standard}
+def gpu_first() -> list[AppendCase]:
+    """A published tree."""
+    return [AppendCase(LLAMA3_8B, TREES[60], "bf16")]
+
+
+PRESETS = {
+    "quick": quick,
+    "standard": standard,
+    "full": standard,
+    "gpu-quick": quick,
+    "gpu": standard,
+    "gpu-first": gpu_first,
+}
 
 
 def toy(**changes) -> AppendCase:

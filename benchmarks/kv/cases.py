@@ -165,7 +165,19 @@ def standard() -> list[Case]:
     ]
 
 
-PRESETS = {"quick": quick, "standard": standard, "full": standard, "gpu-quick": quick, "gpu": standard}
+def gpu_first() -> list[Case]:
+    """The layers that an exit skips, and an accepted path."""
+    return [KvCase(*PROPAGATIONS[0], 8, "bf16"), CommitCase(*EIGHT_LAYERS, 1, "list", "bf16")]
+
+
+PRESETS = {
+    "quick": quick,
+    "standard": standard,
+    "full": standard,
+    "gpu-quick": quick,
+    "gpu": standard,
+    "gpu-first": gpu_first,
+}
 
 
 def toy(**changes) -> KvCase:

@@ -108,7 +108,19 @@ def full() -> list[RowsCase]:
     return [*standard(), *(LinearCase(*PART_OF_8B, rows, dtype) for dtype in WEIGHT_BYTES for rows in ROWS), *many]
 
 
-PRESETS = {"quick": quick, "standard": standard, "full": full, "gpu-quick": quick, "gpu": standard}
+def gpu_first() -> list[RowsCase]:
+    """A few rows through a model."""
+    return [LinearCase(*LLAMA32_1B, 8, "bf16"), *norms((8,), ("bf16",))]
+
+
+PRESETS = {
+    "quick": quick,
+    "standard": standard,
+    "full": full,
+    "gpu-quick": quick,
+    "gpu": standard,
+    "gpu-first": gpu_first,
+}
 
 
 def toy(**changes) -> LinearCase:

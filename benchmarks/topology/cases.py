@@ -99,7 +99,14 @@ def gpu() -> list[TopologyCase | GrowCase]:
     return [*cells((1, 8, 32), (64, 256)), *rounds((1, 8, 32))]
 
 
-PRESETS = {"quick": quick, "standard": standard, "full": full, "gpu-quick": gpu_quick, "gpu": gpu}
+PRESETS = {
+    "quick": quick,
+    "standard": standard,
+    "full": full,
+    "gpu-quick": gpu_quick,
+    "gpu": gpu,
+    "gpu-first": gpu_quick,
+}
 
 
 def toy(**changes) -> TopologyCase:

@@ -18,9 +18,13 @@ class MatchWalk : WalkBase<Rows> {
     for (;;) {
       next = drawn_token(node, level);
       int32_t child = children_to_try(node, level);
-      while (child >= 0 && token_of(child) != next) {
-        if (!is_token(token_of(child))) status |= kDraftTokenImpossible;
-        child = next_child(child);
+      for (; child >= 0; child = next_child(child)) {
+        const int32_t token = token_of(child);
+        if (!is_token(token)) {  // not even where an id of the target is none either
+          status |= kDraftTokenImpossible;
+        } else if (token == next) {
+          break;
+        }
       }
       if (child < 0) break;
       node = child;
@@ -98,8 +102,10 @@ class CoinWalk : WalkBase<Rows> {
   SPECDEC_WALK void clear_tried(int32_t node, int32_t end, bool rejected) {
     if (!rejected) return;
     rows.sync();
-    for (int32_t child = unless_padding(first_child(node)); child >= 0 && child != end; child = next_child(child))
-      if (is_token(token_of(child))) rows.include(token_of(child));
+    for (int32_t child = unless_padding(first_child(node)); child >= 0 && child != end; child = next_child(child)) {
+      const int32_t token = token_of(child);
+      if (is_token(token)) rows.include(token);
+    }
     rows.sync();
   }
 };

@@ -28,6 +28,7 @@
 
 #include "bindings/contract.h"
 #include "common/cpu/float_state.h"
+#include "common/cpu/interruption.h"
 
 #ifdef SPECDEC_WITH_CUDA
 #include "common/cuda/launch.h"
@@ -130,6 +131,12 @@ std::pair<std::vector<std::string>, std::vector<std::string>> left_over(py::hand
   return {unread, unset};
 }
 
+// Runs the program's signal handlers. One that raises, as that of Ctrl-C does, ends the call with what it has raised.
+inline bool signal_has_raised() {
+  const py::gil_scoped_acquire locked;
+  return PyErr_CheckSignals() != 0;
+}
+
 // Binds an op's CPU kernel, and what tests ask of its parameters:
 //   OP_cpu(arguments, outputs, threads)
 //   OP_params(arguments, outputs) -> the struct's bytes
@@ -142,7 +149,10 @@ void bind_op(py::module_& m, const std::string& op, void (*kernel)(const Params&
     try {
       const py::gil_scoped_release unlocked;
       const cpu::IeeeArithmetic arithmetic;
+      const cpu::Interruption interruption(&signal_has_raised);
       kernel(params, threads);
+    } catch (const cpu::Interrupted&) {
+      throw py::error_already_set();
     } catch (const std::bad_alloc&) {
       PyErr_SetString(PyExc_MemoryError, ("specdec_ops." + op + ": there is too little memory for this call").c_str());
       throw py::error_already_set();
@@ -167,9 +177,11 @@ inline int32_t multiprocessors_of(int device) {
 
 // Binds an op's CUDA launcher: OP_cuda(arguments, outputs, memory, device, stream, path=0).
 //
-// What the call needs besides its tensors only the launcher knows: `memory(bytes, counters)` gets it from the caller,
-// and returns the addresses of so many bytes, which may hold anything, and of so many int32 counters, which are zero.
-// It is not called where nothing is needed. `path` is for tests: which of several ways a launcher takes.
+// What the call needs besides its tensors only the launcher knows: `memory(bytes, counters, stream_id, captured)` gets
+// it from the caller, and returns the addresses of so many bytes, which may hold anything, and of so many int32
+// counters, which are zero. `stream_id` is a number that no other stream of the process has or had, `captured` whether
+// the call becomes a part of a graph. It is not called where nothing is needed. `path` is for tests: which of several
+// ways a launcher takes.
 template <class Params, class Launch>
 void bind_cuda(py::module_& m, const std::string& op, CallScratch (*scratch)(const Launch&),
                cudaError_t (*launch)(const Launch&, int, cudaStream_t)) {
@@ -184,8 +196,9 @@ void bind_cuda(py::module_& m, const std::string& op, CallScratch (*scratch)(con
         const Params params = params_of<Params>(arguments, outputs);
         const CallScratch needed = scratch == nullptr ? CallScratch{} : scratch(launch_of(params, given));
         if (needed.bytes > 0 || needed.counters > 0) {
-          const auto [bytes, counters] =
-              py::cast<std::pair<uintptr_t, uintptr_t>>(memory(needed.bytes, needed.counters));
+          const StreamState state = stream_state(reinterpret_cast<cudaStream_t>(stream));
+          const auto [bytes, counters] = py::cast<std::pair<uintptr_t, uintptr_t>>(
+              memory(needed.bytes, needed.counters, state.id, state.captured));
           given.scratch = reinterpret_cast<uint8_t*>(bytes);
           given.counters = reinterpret_cast<int32_t*>(counters);
         }

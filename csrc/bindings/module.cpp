@@ -10,6 +10,7 @@
 #include <string>
 
 #include "attention/cpu/entry_points.h"
+#include "bindings/shared_memory.h"
 #include "common/cpu/benchmark_probes.h"
 #include "common/cpu/build_info.h"
 #include "common/cpu/isa.h"
@@ -92,6 +93,8 @@ PYBIND11_MODULE(_C, m) {
       },
       "The attention kernels' exponential, for the tests.");
 
+  m.def("shared_memory", &shared_memory, "Two fields of a call that share memory, the first of which is written.");
+
   bind_topology(m);
   bind_attention(m);
   bind_acceptance(m);
@@ -100,5 +103,14 @@ PYBIND11_MODULE(_C, m) {
   bind_linear(m);
 #ifdef SPECDEC_WITH_CUDA
   m.def("cuda_device_error", &cuda_device_error, "Why this device can't run the compiled kernels, or an empty string.");
+  m.def(
+      "zeroed_memory",
+      [](int device, size_t bytes) {
+        void* memory = nullptr;
+        const cudaError_t error = zeroed_memory(device, bytes, &memory);
+        if (error != cudaSuccess) throw std::runtime_error("counters: " + explain(error, device));
+        return reinterpret_cast<Address>(memory);
+      },
+      "The address of so many bytes of zeros on a device, which are never freed.");
 #endif
 }

@@ -98,6 +98,7 @@ def check_field(
     Raises:
         TypeError: it is no tensor of this dtype.
         ValueError: it has another shape, is not contiguous, or lies elsewhere.
+        RuntimeError: it requires grad.
     """
     if not isinstance(value, torch.Tensor) or value.dtype != dtype:
         raise TypeError(argument_error(owner, name, f"{describe_dtype(dtype)} [{', '.join(map(str, shape))}]", value))
@@ -109,31 +110,8 @@ def check_field(
         raise ValueError(strides_error(owner, name, "contiguous", value))
     if like is not None and value.device != like.device:
         raise ValueError(device_error(owner, name, like.device, value))
-
-
-def overlap(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Whether two contiguous tensors have memory in common."""
-    start_a, start_b = a.data_ptr(), b.data_ptr()
-    return start_a < start_b + b.nbytes and start_b < start_a + a.nbytes
-
-
-def check_apart(op: str, written: dict[str, torch.Tensor], read: dict[str, torch.Tensor]) -> None:
-    """Refuse contiguous outputs that share memory with one another, or with inputs that they are not themselves.
-
-    Args:
-        op: the op.
-        written: what it writes, by the names of the arguments.
-        read: what it reads while it writes.
-    """
-    names = list(written)
-    for place, name in enumerate(names):
-        for other in names[place + 1 :]:
-            if overlap(written[name], written[other]):
-                raise ValueError(f"specdec_ops.{op}: {name} must not share memory with {other}")
-        for other, value in read.items():
-            same = written[name].data_ptr() == value.data_ptr() and written[name].shape == value.shape
-            if not same and overlap(written[name], value):
-                raise ValueError(f"specdec_ops.{op}: {name} must be {other} or share no memory with it")
+    if dtype.is_floating_point and value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(grad_error(owner))
 
 
 def is_int(value) -> bool:

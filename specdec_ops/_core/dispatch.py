@@ -196,6 +196,14 @@ def is_free(backend: str) -> bool:
     return backend == "auto" and _environment_choice() == "auto"
 
 
+def takes_cpu_kernels(op: str, device: torch.device | str) -> bool:
+    """Whether the CPU kernels run an op, where a call leaves it open: they are built, and the environment names no
+    other backend.
+    """
+    cpu_device = torch.device(device).type == "cpu"
+    return cpu_device and _environment_choice() in ("auto", "cpu") and backends(op, device)["cpu"] is None
+
+
 def forget() -> None:
     """Drop every remembered choice, so that a changed environment is read again. For tests."""
     _resolved.clear()

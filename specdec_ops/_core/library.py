@@ -19,12 +19,21 @@ from collections.abc import Callable
 
 import torch
 
-from . import alloc, dispatch
+from . import alloc, dispatch, loader
+from .checks import grad_error
 
 _LIBRARY = torch.library.Library("specdec_ops", "DEF")
 _NAMESPACE = torch.ops.specdec_ops
 # Types of a call that hides nothing: a parameter differs from a tensor in its name alone.
 _PLAIN = frozenset((torch.Tensor, torch.nn.Parameter, type(None), int, float, bool, str, list, tuple))
+# Fields of contracts whose arguments have other names in public ops.
+_CALLED = {
+    **dict.fromkeys(("ancestors", "depths", "num_nodes", "offsets", "first_child", "next_sibling"), "topology"),
+    **dict.fromkeys(("draft_to_target", "target_to_draft", "token_map"), "vocab_map"),
+    **dict.fromkeys(("cosines", "sines"), "rope"),
+    **{f"{name}s": name for name in ("query_start", "temperature", "top_p", "top_k", "seed")},
+}
+_CALLED_IN_OUT = {"next_tokens": "next_token", "parents_out": "parents", "num_nodes_out": "num_nodes"}
 _SCHEMA_TYPES = {
     torch.Tensor: "Tensor",
     torch.Tensor | None: "Tensor?",
@@ -40,6 +49,7 @@ _SCHEMA_TYPES = {
 # Private names, so a PyTorch that drops one only costs the bypass.
 _dispatch_modes = getattr(torch._C, "_len_torch_dispatch_stack", lambda: 1)
 _tracing = torch._C._get_tracing_state  # torch.jit.trace records operators, and nothing of what they do
+_increment_version = torch.autograd.graph.increment_version
 _transforms = getattr(torch._C._functorch, "maybe_current_level", lambda: 1)  # vmap and the like hide what a tensor is
 
 
@@ -190,6 +200,8 @@ class Operator:
         decided_by: Callable[[tuple, tuple], tuple] | None = None,
         answers: Callable[[tuple, tuple], bool] | None = None,
         pieces: Callable[[tuple, tuple], typing.Iterable[tuple[tuple, tuple]]] | None = None,
+        may_be: dict[str, tuple[str, ...]] | None = None,
+        own_outputs: bool = False,
     ):
         """Registers the operator.
 
@@ -206,6 +218,8 @@ class Operator:
             answers: `answers(arguments, outputs)` returns whether it has answered a call that leaves nothing to
                 compute. Implementations are spared such calls.
             pieces: `pieces(arguments, outputs)` cuts a call into several that implementations take.
+            may_be: of an output the arguments that it may be itself, and share no memory with otherwise.
+            own_outputs: no caller gives outputs; those of `__call__` are the public op's own, and apart.
         """
         self.name = name
         self._arguments, self._outputs = arguments, outputs
@@ -217,6 +231,13 @@ class Operator:
         self._first_tensor = next(place for place, kind in enumerate(fields.values()) if kind is torch.Tensor)
         self._decided_by = decided_by
         self._answers, self._pieces = answers, pieces
+        names = self._names = [*fields, *written]
+        self._may_be = tuple(
+            1000 * names.index(output) + names.index(argument)
+            for output, others in (may_be or {}).items()
+            for argument in others
+        )
+        self._own_outputs = own_outputs
         self._make_outputs = make_outputs
         inputs, marks = _schema(fields), map(chr, itertools.count(ord("a")))
         if make_outputs is None:
@@ -259,7 +280,11 @@ class Operator:
         if self.bypass_dispatcher(arguments, out):
             if out is None:
                 out = self._make_outputs(arguments, alloc.empty, **what)
-            self._run(arguments, backend, out, what)
+                self._run(arguments, backend, out, what)
+            elif self._own_outputs:
+                self._run(arguments, backend, out, what)
+            else:
+                self._write(arguments, backend, out, what)
         elif self._make_outputs is None:
             self._operator(*arguments, *out, backend)
         elif out is None:
@@ -283,6 +308,43 @@ class Operator:
                 if not are_plain(out[place]):
                     return False
         return True
+
+    def _write(self, arguments: tuple, backend: str, outputs: tuple, what: dict | None = None) -> None:
+        """Run into tensors of the caller's, which must be apart; autograd is told that they are not what they were.
+
+        The compiled module compares addresses; without it nothing does.
+        """
+        module, _ = loader.load()
+        if module is not None:
+            shared = module.shared_memory(arguments, outputs, self._may_be)
+            if shared is not None:
+                self._refuse_shared(*shared, arguments, outputs)
+        given = itertools.chain(*outputs) if self._output_lists else outputs  # lists of tensors, or none
+        written = [tensor for tensor in given if tensor is not None]
+        if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in written]):
+            raise RuntimeError(grad_error(self.name))
+        self._run(arguments, backend, outputs, what)
+        _increment_version(written)
+
+    def _refuse_shared(self, written: int, other: int, arguments: tuple, outputs: tuple) -> None:
+        if arguments[self._first_tensor].is_meta:
+            return  # nothing has an address
+        first = len(arguments)
+        several = sum(output is not None for output in outputs) > 1
+
+        def called(field: int) -> str:
+            name = self._names[field]
+            if field < first or self._make_outputs is None:
+                return _CALLED.get(name, name)
+            return f"out.{_CALLED_IN_OUT.get(name, name)}" if several else "out"
+
+        name = called(written)
+        if written == other:
+            raise ValueError(f"specdec_ops.{self.name}: {name} must not be expanded, nor overlap itself")
+        must = f"not share memory with {called(other)}"
+        if 1000 * written + other in self._may_be:
+            must = f"be {called(other)} or share no memory with it"
+        raise ValueError(f"specdec_ops.{self.name}: {name} must {must}")
 
     def _run(self, arguments: tuple, backend: str, outputs: tuple, what: dict | None = None) -> None:
         """With `what` where nothing is hidden, and the call may be kept."""
@@ -315,11 +377,11 @@ class Operator:
 
     def _out(self, *flat, **outputs):
         arguments, (backend,) = self._split(flat)
-        self._run(arguments, backend, self._outputs(*(outputs.get(name) for name in self._outputs._fields)))
+        self._write(arguments, backend, self._outputs(*(outputs.get(name) for name in self._outputs._fields)))
 
     def _in_place(self, *flat):
         arguments, (*outputs, backend) = self._split(flat)
-        self._run(arguments, backend, self._outputs._make(outputs))
+        self._write(arguments, backend, self._outputs._make(outputs))
 
     def _split(self, flat: tuple) -> tuple[tuple, tuple]:
         count = len(self._arguments._fields)

@@ -5,6 +5,7 @@ streams and memory. Nothing is checked; the public ops have done so.
 """
 
 import functools
+import threading
 from collections.abc import Callable
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from . import alloc, loader
 
 def implementation(op: str, backend: str) -> Callable:
     """The function `implementation(arguments, outputs)` of an op in the compiled module."""
-    found = cpu(op, _module()) if backend == "cpu" else cuda(op, _module(), Device())
+    found = cpu(op, _module()) if backend == "cpu" else cuda(op, _module(), _DEVICE)
     found.__name__ = found.__qualname__ = f"{op}_{backend}"
     return found
 
@@ -39,17 +40,19 @@ def cpu(op: str, module) -> Callable:
 
 
 class Device:
-    """What a CUDA call asks of PyTorch. Tests have one of their own, without a GPU."""
+    """What a CUDA call asks of PyTorch and of the compiled module. Tests have one of their own, without a GPU."""
 
     def stream(self, device: torch.device) -> tuple[int, int]:
         """The device's index and the handle of the stream that PyTorch uses there now."""
         stream = torch.cuda.current_stream(device)
         return stream.device_index, stream.cuda_stream
 
-    def is_capturing(self, device: torch.device) -> bool:
-        """Whether that stream's calls are being captured into a CUDA graph."""
-        with torch.cuda.device(device):
-            return torch.cuda.is_current_stream_capturing()
+    def zeroed(self, index: int, size: int) -> int:
+        """The address of `size` bytes of zeros on a device, which live as long as the process."""
+        return _module().zeroed_memory(index, size)
+
+
+_DEVICE = Device()
 
 
 def cuda(op: str, module, on: Device) -> Callable:
@@ -59,37 +62,66 @@ def cuda(op: str, module, on: Device) -> Callable:
     def implementation(arguments: tuple, outputs: tuple, **options) -> None:
         device = next(value for value in arguments if isinstance(value, torch.Tensor)).device
         index, stream = on.stream(device)
-        scratch = counters = None  # kept until the launch has been made
+        scratch = None  # kept until the launch has been made
 
-        def memory(scratch_bytes: int, count: int) -> tuple[int, int]:
-            """Addresses of what the launcher says that it needs; see `_counters`.
+        def memory(scratch_bytes: int, count: int, stream_id: int, captured: bool) -> tuple[int, int]:
+            """Addresses of what the launcher says that it needs; see `Counters`.
 
             Scratch may hold anything and is this call's alone: PyTorch hands it on in the order of the stream.
             """
-            nonlocal scratch, counters
+            nonlocal scratch
             scratch = alloc.empty((scratch_bytes,), torch.uint8, device)
-            counters = _counters(on, device, stream, count)
-            return scratch.data_ptr(), counters.data_ptr()
+            counters = _counters_of(on, index).of_call(count, stream_id, captured) if count > 0 else 0
+            return scratch.data_ptr(), counters
 
         launch(arguments, outputs, memory, index, stream, **options)
 
     return implementation
 
 
-_zeroed: dict[tuple, torch.Tensor] = {}
+@functools.cache
+def _counters_of(on: Device, index: int) -> "Counters":
+    return Counters(functools.partial(on.zeroed, index))
 
 
-def _counters(on: Device, device: torch.device, stream: int, count: int) -> torch.Tensor:
-    """Zeroed int32 counters for the next call on this stream.
+class Counters:
+    """The int32 counters of a device's calls: slices of slabs that are zeroed once and never freed.
 
-    Calls on one stream run one after another, and each leaves zeros, so they share one tensor that lives on. A call
-    that is captured into a CUDA graph gets counters of its own, zeroed by the graph in each replay: they live in the
-    graph's memory, and a graph may be replayed on any stream, beside others.
+    Every call leaves the zeros that it has found. Calls on one stream run one after another, so they share a slice. A
+    call that is captured into a CUDA graph gets a slice of its own: a graph may be replayed on any stream, beside
+    others, and nobody says when it ends. So a graph needs no node that writes zeros, and costs 4 bytes per counter for
+    the life of the process.
+
+    A stream is known by its number, not by its address: the address of one that is destroyed goes to the next one,
+    while calls of the old one may still run.
     """
-    if on.is_capturing(device):
-        return torch.zeros(count, dtype=torch.int32, device=device)
-    counters = _zeroed.get((device, stream))
-    if counters is None or counters.shape[0] < count:
-        size = max(1024, 1 << (count - 1).bit_length())
-        counters = _zeroed[device, stream] = torch.zeros(size, dtype=torch.int32, device=device)
-    return counters
+
+    SLAB = 1 << 18  # counters: 1 MiB
+    LEAST = 1024  # of a stream
+    GRAIN = 32  # no two slices in one line of the cache
+
+    def __init__(self, zeroed: Callable[[int], int]) -> None:
+        """zeroed: gives the address of so many bytes of zeros."""
+        self._zeroed, self._lock = zeroed, threading.Lock()
+        self._next = self._left = 0  # of the newest slab: an address, and counters
+        self._of_stream: dict[int, tuple[int, int]] = {}  # address and counters
+
+    def of_call(self, count: int, stream_id: int, captured: bool) -> int:
+        """The address of `count` zeroed counters for the next call on a stream."""
+        if captured:
+            return self._slice(count)
+        address, size = self._of_stream.get(stream_id, (0, 0))
+        if size < count:
+            size = max(self.LEAST, 1 << (count - 1).bit_length())
+            address = self._slice(size)
+            self._of_stream[stream_id] = (address, size)
+        return address
+
+    def _slice(self, count: int) -> int:
+        count = -(-count // self.GRAIN) * self.GRAIN
+        with self._lock:
+            if self._left < count:
+                self._left = max(count, self.SLAB)
+                self._next = self._zeroed(4 * self._left)
+            address, self._next, self._left = self._next, self._next + 4 * count, self._left - count
+        return address

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from specdec_ops._core.checks import KERNEL_DTYPES
-from specdec_ops._core.dispatch import backends
+from specdec_ops._core.dispatch import takes_cpu_kernels
 from specdec_ops._core.library import FirstCall
 from specdec_ops.ops.attention.tree_attention import tree_attention
 from specdec_ops.ops.kv.gather_layer_kv import gather_layer_kv
@@ -20,7 +20,7 @@ from .rows import Rows, Shape
 def _has_exact_attention(shape: Shape, dtype: torch.dtype) -> bool:
     """Whether attention can give a node of a tree, to the last bit, what plain decoding of its path would give."""
     sound = shape.head_dim % 16 == 0 and shape.head_dim <= 256 and dtype in KERNEL_DTYPES
-    return sound and shape.device.type == "cpu" and backends("tree_attention", "cpu")["cpu"] is None
+    return sound and takes_cpu_kernels("tree_attention", shape.device)
 
 
 def _form(rows: torch.Tensor | None) -> tuple:

@@ -10,21 +10,22 @@ from typing import NamedTuple
 import torch
 
 from specdec_ops._core.checks import argument_error
-from specdec_ops._core.dispatch import backends
+from specdec_ops._core.dispatch import takes_cpu_kernels
 from specdec_ops._core.library import FirstCall
 from specdec_ops.ops.linear.linear import MAX_FEW_ROWS, linear
 from specdec_ops.ops.linear.rms_norm import rms_norm
 from specdec_ops.rope import Rope
 
 from .cache import Cache
+from .listing import Replaced, lines_of
 from .rows import Output, Rows, Shape
 from .text import Tokenizer
 
 
 @functools.cache
 def row_invariant_backend(device: str) -> str:
-    """The backend of `linear` whose rows never depend on each other, where there is one."""
-    return "cpu" if device == "cpu" and backends("linear", "cpu")["cpu"] is None else "auto"
+    """The backend of `linear` whose rows never depend on each other, where there is one and no other is named."""
+    return "cpu" if takes_cpu_kernels("linear", device) else "auto"
 
 
 class Norm(NamedTuple):
@@ -188,6 +189,9 @@ class Decoder:
         tokenizer: for prompts and answers as strings, or None.
         eos: ids that end a text.
         name: what it was loaded from.
+        replaced: which modules of the model that it was made from each op stands for; `print` lists them.
+        restore: gives that model's parameters memory of their own again, as if it had never been loaded; the decoder
+            goes on with what it has. None where it shares none.
     """
 
     shape: Shape
@@ -201,6 +205,8 @@ class Decoder:
     tokenizer: Tokenizer | None = None
     eos: tuple[int, ...] = ()
     name: str = "decoder"
+    replaced: tuple[Replaced, ...] = ()
+    restore: Callable[[], None] | None = None
 
     def first_layers(self, count: int) -> Decoder:
         """Its leading layers under its final norm and head: a draft that needs no weights of its own.
@@ -256,3 +262,6 @@ class Decoder:
     def __repr__(self) -> str:
         shape = self.shape
         return f"<Decoder {self.name}: {shape.layers} layers, dim {shape.dim}, vocabulary {shape.vocab}, {shape.dtype}>"
+
+    def __str__(self) -> str:
+        return "\n  ".join([repr(self), *lines_of(self.replaced)])

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
-import collections
-import dataclasses
 import itertools
 import time
 import warnings
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -22,14 +19,14 @@ from specdec_ops.status import AcceptStatus
 from specdec_ops.topology import Topology
 
 from . import rules
+from .answers import Answers, as_prompts
 from .batch import Batch, Law
 from .cache import Cache
 from .diagnose import Diagnosis, Prompt, diagnose
 from .model import Model
-from .pace import Adaptation
-from .progress import bar
+from .pace import Adaptation, Plan
 from .request import Request, State
-from .result import Chunk, Result
+from .result import Chunk
 from .rows import Rows
 from .sampling import Sampling
 from .scheduler import Scheduler
@@ -37,13 +34,7 @@ from .scheduler import Scheduler
 _OP = "Engine"
 
 
-def _renumbered(chunk: Chunk, place: int) -> Chunk:
-    """The same piece under the place of its prompt."""
-    result = chunk.result and dataclasses.replace(chunk.result, request=place)
-    return dataclasses.replace(chunk, request=place, result=result)
-
-
-class Engine:
+class Engine(Answers):
     """Speculative decoding of a target model with a draft; plain decoding without.
 
     With the names of `specdec_ops.decode` and `specdec_ops.integrations.transformers`::
@@ -115,8 +106,6 @@ class Engine:
         self.max_batch, self.max_length, self._prefill_rows = max_batch, max_length, prefill_rows
         self._adapt, self._has_warned = adapt, False
         self._adaptation: Adaptation | None = None
-        if draft is not None:
-            self._adaptation = Adaptation(draft.weighs_rows, 1 + (draft.max_depth or draft.max_nodes - 1))
         self.on_round: Callable[[int, list[int], dict[str, float]], None] | None = None
         self._nodes = 1 if draft is None else draft.max_nodes
         self._target_roots = 1 if draft is None else draft.target_roots
@@ -128,6 +117,8 @@ class Engine:
             room = self.cache.pool.pages * page_size
             limits = {"max_batch": max_batch, "max_length": min(slots, room), "max_slots": room}
             self.proposer = draft.bind(target, is_coupled=is_coupled, **limits)
+            most = 1 + (draft.max_depth or draft.max_nodes - 1)
+            self._adaptation = Adaptation(draft.weighs_rows, most, self.proposer.seconds_of_level)
         self._longest = min(max_length, self.cache.pool.pages * page_size - self._nodes)  # text of one request
         if self._longest < 2:
             raise ValueError(argument_error(_OP, "pages", f"enough for {self._nodes + 2} slots", pages))
@@ -135,13 +126,12 @@ class Engine:
         self._requests: dict[int, Request] = {}
         self._laws: dict[tuple, Law] = {}
         self._device = target.shape.device
-        self._inboxes: dict[int, collections.deque[Chunk]] = {}  # of the answers that `astream` waits for
-        self._turn = asyncio.Lock()
+        super().__init__()
 
     def __repr__(self) -> str:
         running = len(self.scheduler.running)
         waiting = len(self._requests) - running
-        return f"<Engine of {self.target} with {self.draft}, rule {self.rule}: {running} run, {waiting} wait>"
+        return f"<Engine of {self.target!r} with {self.draft}, rule {self.rule}: {running} run, {waiting} wait>"
 
     # Requests come and go.
 
@@ -190,6 +180,9 @@ class Engine:
         request = self._requests.get(number)
         if request is not None:
             request.finish("cancelled")
+
+    def _withdraw(self, number: int) -> None:
+        self._requests.pop(number).finish("cancelled")
 
     def pause(self, number: int) -> None:
         """Let a request take part in no round until `resume`; its prompt is run all the same.
@@ -309,13 +302,17 @@ class Engine:
         may_adapt = draft is not None and self._adapt and (law.is_greedy or self.rule == "match")
         may_adapt = may_adapt and self._target_roots == 1
         adaptation = self._adaptation if may_adapt else None
-        drafts = draft is not None and (adaptation is None or adaptation.wants_draft(len(requests)))
-        marks = [time.perf_counter()]
+        plan: Plan = "plain" if draft is None else "draft"
+        if adaptation is not None:
+            plan = adaptation.plan(len(requests))
+        drafts, marks = plan == "draft", [time.perf_counter()]
         batch = Batch(requests, self.cache, law, adaptation and adaptation.seconds_of_rows(len(requests)))
         if drafts:
             drafted = self.proposer.propose(batch)
         else:
-            drafted = Drafted(batch.last_tokens[:, None], chains((1,), self._device), is_chain=True)
+            rows = 2 if plan == "probe" else 1
+            tokens = batch.last_tokens[:, None].expand(-1, rows).contiguous()
+            drafted = Drafted(tokens, chains((rows,), self._device), is_chain=True)
         marks.append(time.perf_counter())
         logits, hidden = self._score(batch, drafted)
         logits = law.without_improbable(logits)
@@ -326,16 +323,21 @@ class Engine:
         logprobs = self._logprobs(batch, logits, acceptance, candidates)
         columns = [acceptance.num_accepted[:, None], acceptance.status[:, None], acceptance.tokens]
         table = torch.cat(columns if candidates is None else [*columns, candidates], dim=1)
-        for place, request in enumerate(requests):
-            self._show(request, hidden[place], acceptance.nodes[place])
-        accepted = self._take(requests, table.tolist(), drafted, logprobs)  # the one copy to the host
+        rows = table.tolist()  # the one copy to the host
+        if self.draft is not None and self.draft.wants_hidden:
+            for place, (request, (count, *_)) in enumerate(zip(requests, rows, strict=True)):
+                path = hidden[place, : count + 1]
+                if not drafted.is_chain:
+                    path = hidden[place].index_select(0, acceptance.nodes[place, : count + 1].clamp(min=0))
+                self._show(request, path)
+        accepted = self._take(requests, rows, drafted, logprobs)
         if drafts:
             self.proposer.observe(batch, drafted, acceptance, accepted)
         marks.append(time.perf_counter())
         if adaptation is not None:
             rows, given = sum(drafted.sizes or (drafted.tokens.numel(),)), sum(accepted) / len(accepted) + 1
-            adaptation.record(len(requests), drafts, rows, marks[1] - marks[0], marks[-1] - marks[1], given)
-            self._warn_of_loss(adaptation.loss)
+            adaptation.record(len(requests), plan, rows, marks[1] - marks[0], marks[-1] - marks[1], given)
+            self._warn_of_loss(adaptation)
         if self.on_round is not None and drafts:
             spans = dict(zip(("draft", "score", "rest"), (b - a for a, b in itertools.pairwise(marks)), strict=True))
             depth = acceptance.nodes.shape[1] - 1
@@ -365,19 +367,19 @@ class Engine:
             request.take(tokens[: count + 1], found, self._longest)
         return [row[0] for row in table]
 
-    def _warn_of_loss(self, speedup: float | None) -> None:
-        if speedup is not None and not self._has_warned:
+    def _warn_of_loss(self, adaptation: Adaptation) -> None:
+        if adaptation.loss is not None and not self._has_warned:
             self._has_warned = True
+            decodes = "would decode at no more than" if adaptation.is_bound else "decodes at"
             warnings.warn(
-                f"specdec_ops.{_OP}: this draft decodes at {speedup:.2f}x the speed of plain decoding here, so it "
-                "is left out and tried again now and then; Engine.diagnose() tells why",
+                f"specdec_ops.{_OP}: this draft {decodes} {adaptation.loss:.2f}x the speed of plain decoding here, so "
+                "it is left out and tried again now and then; Engine.diagnose() tells why",
                 stacklevel=4,
             )
 
-    def _show(self, request: Request, hidden: torch.Tensor, nodes: torch.Tensor | None = None) -> None:
-        """Hand rows of the target's last layer to a draft that wants them: all, or those of the accepted path."""
+    def _show(self, request: Request, hidden: torch.Tensor) -> None:
+        """Hand rows of the target's last layer to a draft that wants them."""
         if self.scheduler.drafts_for(request) and self.draft.wants_hidden:
-            hidden = hidden if nodes is None else hidden.index_select(0, nodes[nodes >= 0])
             self.proposer.see(request, request.sequence.length, hidden)
 
     def _score(self, batch: Batch, drafted: Drafted) -> tuple[torch.Tensor, torch.Tensor]:
@@ -435,71 +437,7 @@ class Engine:
                 chunks.append(Chunk(request.number, text, tokens))
         return chunks
 
-    # Whole answers, and streams of them.
-
-    def generate(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling: Sampling | Sequence[Sampling] | None = None,
-        *,
-        progress=False,
-    ) -> list[Result]:
-        """Decode prompts to their ends.
-
-        Args:
-            prompts: strings or lists of token ids; a single one is a list of one.
-            sampling: of all, or one for each.
-            progress: show a progress bar of prompts that are done (needs tqdm).
-
-        Returns:
-            Results in the order of the prompts.
-        """
-        results: dict[int, Result] = {}
-        prompts = self._prompts(prompts)
-        with bar(len(prompts), progress) as shown:
-            for chunk in self.stream(prompts, sampling):
-                if chunk.result is not None:
-                    results[chunk.request] = chunk.result
-                    shown.update(1)
-        return [results[place] for place in range(len(prompts))]
-
-    def stream(
-        self, prompts: Prompt | Sequence[Prompt], sampling: Sampling | Sequence[Sampling] | None = None
-    ) -> Iterator[Chunk]:
-        """Decode prompts and yield pieces of their answers as they come. Closing the iterator cancels what is left."""
-        places = self._submit_all(self._prompts(prompts), sampling)
-        try:
-            while places:
-                for chunk in self.step():
-                    place = places.get(chunk.request)
-                    if place is not None:
-                        yield _renumbered(chunk, place)
-                        if chunk.result is not None:
-                            del places[chunk.request]
-        finally:
-            for number in places:
-                self.cancel(number)
-
-    async def astream(self, prompt: Prompt, sampling: Sampling | None = None) -> AsyncIterator[Chunk]:
-        """`stream` of one prompt for asyncio. Any number of them share the engine's rounds."""
-        number = self.submit(prompt, sampling)
-        inbox = self._inboxes[number] = collections.deque()
-        try:
-            done = False
-            while not done:
-                async with self._turn:
-                    if not inbox:
-                        for chunk in await asyncio.to_thread(self.step):
-                            if chunk.request in self._inboxes:
-                                self._inboxes[chunk.request].append(chunk)
-                while inbox:
-                    chunk = inbox.popleft()
-                    done = chunk.result is not None
-                    yield _renumbered(chunk, 0)
-                await asyncio.sleep(0)
-        finally:
-            del self._inboxes[number]
-            self.cancel(number)
+    # Why it is as fast as it is.
 
     def diagnose(self, prompts: Prompt | Sequence[Prompt], *, max_tokens: int = 64) -> Diagnosis:
         """Measure where time goes and how far draft and target agree. Takes a few answers' time; the engine is idle.
@@ -520,31 +458,6 @@ class Engine:
             raise RuntimeError(f"specdec_ops.{_OP}: diagnose needs an idle engine, {len(self._requests)} requests run")
         adapt, self._adapt = self._adapt, False
         try:
-            return diagnose(self, self._prompts(prompts), max_tokens)
+            return diagnose(self, as_prompts(prompts), max_tokens)
         finally:
             self._adapt = adapt
-
-    @staticmethod
-    def _prompts(prompts) -> list[Prompt]:
-        if not isinstance(prompts, Sequence | torch.Tensor):
-            must = "strings or sequences of token ids, one or more"
-            raise TypeError(argument_error(_OP, "prompts", must, prompts))
-        if isinstance(prompts, torch.Tensor):
-            prompts = prompts.tolist()
-        if isinstance(prompts, str) or (len(prompts) and is_int(prompts[0])):
-            return [prompts]
-        return list(prompts)
-
-    def _submit_all(self, prompts: list[Prompt], sampling) -> dict[int, int]:
-        each = list(sampling) if isinstance(sampling, Sequence) else [sampling] * len(prompts)
-        if len(each) != len(prompts):
-            raise ValueError(f"specdec_ops.{_OP}: sampling must be one or {len(prompts)}, got {len(each)}")
-        places: dict[int, int] = {}
-        try:
-            for place, (prompt, settings) in enumerate(zip(prompts, each, strict=True)):
-                places[self.submit(prompt, settings)] = place
-        except Exception:
-            for number in places:
-                self._requests.pop(number).finish("cancelled")
-            raise
-        return places

@@ -5,11 +5,16 @@ from __future__ import annotations
 import bisect
 import math
 from collections.abc import Callable
+from typing import Literal
 
 _MEMORY, _MEMORY_OF_TOKENS = 0.95, 0.985  # weights of the past in running means: tokens differ much from round to round
 _FIRST = 3  # the shortest of the first rounds counts: the very first also makes what later ones have
 _OUTLIER = 1.5  # a round that took longer than this times the mean was interrupted, and counts as one that did not
 _MARGIN = 1.03  # a draft has to lose by more than this share before it is left out
+
+Plan = Literal["plain", "probe", "draft"]
+"""What a round does. One that probes is a plain one whose pass has two rows for each request, so that it tells what
+rows cost."""
 
 
 class _Seconds:
@@ -107,13 +112,17 @@ class Pace:
     A round with a draft takes longer than a plain one and gives more tokens. What counts is seconds per token of a
     request. A few plain rounds tell how long those take; then rounds with the draft go on until they have given so
     little that chance does not explain it, or as long as they pay, with a plain round now and then. A draft that does
-    not pay is tried again after a while, each time after twice as long.
+    not pay is tried again after a while, each time after twice as long. To try a draft costs more than its rounds: a
+    model runs all prompts first. So one that says how long a level takes is first judged by that, and by what a pass
+    over two rows for each request takes: if it would lose even if it were always right, it is not tried.
 
-    One for each number of requests. A new one starts from the judgement of one for about as many requests.
+    One for each number of requests. A new one starts from the judgement of one for about as many requests, if that has
+    tried the draft.
 
     Args:
         most: the most tokens that a round with the draft can give. If these would not pay, it is not tried soon again.
         like: of another number of requests.
+        probes: whether the draft can be judged before it is tried.
     """
 
     _PLAIN_FIRST = 2
@@ -122,8 +131,11 @@ class Pace:
     _PLAIN_EVERY = 64  # rounds with a draft between two plain ones
     _RETRY_EVERY, _LONGEST_WAIT = 128, 2048  # plain rounds until a draft that did not pay is tried again
 
-    def __init__(self, most: float = math.inf, like: Pace | None = None) -> None:
-        self._most = most
+    def __init__(self, most: float = math.inf, like: Pace | None = None, *, probes: bool = False) -> None:
+        if like is not None and not like.has_tried:
+            like = None  # what passes over other numbers of rows would cost says nothing of these
+        self._most, self._probes = most, probes
+        self._has_tried = False
         self._with_draft, self._plain = _Seconds(), _Seconds()
         self._tokens = _Tokens()
         self._plain_left = self._PLAIN_FIRST
@@ -133,7 +145,23 @@ class Pace:
 
     def wants_draft(self) -> bool:
         """Whether the next round should draft."""
-        return self._plain_left == 0 and self._left_out == 0
+        return self._plain_left == 0 and self._left_out == 0 and not self._probes
+
+    def wants_probe(self) -> bool:
+        """Whether the next round should tell what `judge` is to be told, before anything is drafted."""
+        return self._plain_left == 0 and self._left_out == 0 and self._probes
+
+    def judge(self, most_speedup: float) -> None:
+        """A draft that is always right would decode at this speed, in that of plain decoding."""
+        self._probes = False
+        if most_speedup < 1:
+            self._leave_out(most_speedup)
+            self._probes = True  # before it is tried
+
+    def _leave_out(self, speedup: float, wait: int | None = None) -> None:
+        wait = wait or (self._RETRY_EVERY if self._pays else min(2 * self._wait, self._LONGEST_WAIT))
+        self._pays, self._wait, self._left_out, self._last_speedup = False, wait, wait, speedup
+        self._tokens = _Tokens()
 
     def record(self, drafted: bool, seconds: float, tokens: float) -> None:
         """A round took this long and gave this many tokens per request."""
@@ -143,6 +171,7 @@ class Pace:
             self._plain_left = max(0, self._plain_left - 1)
             self._left_out = max(0, self._left_out - 1)
             return
+        self._has_tried = True
         self._with_draft.add(seconds)
         self._tokens.add(tokens)
         self._since_plain += 1
@@ -158,11 +187,7 @@ class Pace:
             loses = self._tokens.count >= self._LEAST and self._tokens.value + allowed < needed
         never_pays = needed > self._most and self._with_draft.count >= self._LEAST  # the first ran a prompt, too
         if loses or never_pays:
-            self._wait = self._RETRY_EVERY if self._pays else min(2 * self._wait, self._LONGEST_WAIT)
-            if never_pays:
-                self._wait = self._LONGEST_WAIT
-            self._pays, self._left_out = False, self._wait
-            self._last_speedup, self._tokens = self._tokens.value / needed, _Tokens()
+            self._leave_out(self._tokens.value / needed, self._LONGEST_WAIT if never_pays else None)
         elif self._tokens.count >= self._MOST:
             self._pays = True
 
@@ -180,6 +205,11 @@ class Pace:
         """Whether drafts are used, but for tries of one that did not pay."""
         return self._pays
 
+    @property
+    def has_tried(self) -> bool:
+        """Whether there was a round with the draft."""
+        return self._has_tried
+
 
 class Adaptation:
     """What an engine has learned of its rounds, by the number of their requests.
@@ -187,13 +217,18 @@ class Adaptation:
     Args:
         weighs_rows: whether the draft decides itself, by how long passes take; see `Draft`.
         most: the most tokens that a round with the draft can give.
+        seconds_of_level: of the proposer.
     """
 
-    def __init__(self, weighs_rows: bool, most: float) -> None:
-        self._weighs_rows, self._most = weighs_rows, most
+    def __init__(
+        self, weighs_rows: bool, most: int, seconds_of_level: Callable[[int], float | None] = lambda requests: None
+    ) -> None:
+        self._weighs_rows, self._most, self._seconds_of_level = weighs_rows, most, seconds_of_level
+        self._levels: dict[int, float] = {}
         self._times: dict[int, PassTimes] = {}
         self._paces: dict[int, Pace] = {}
         self.loss: float | None = None  # the speed-up of a draft that the last round has judged to lose
+        self.is_bound = False  # whether that is the most that it could be
 
     def _times_of(self, requests: int) -> PassTimes:
         return self._times.setdefault(requests, PassTimes(requests))
@@ -201,26 +236,40 @@ class Adaptation:
     def _pace_of(self, requests: int) -> Pace:
         if requests not in self._paces:
             nearest = min(self._paces, key=lambda known: abs(known - requests), default=None)
-            self._paces[requests] = Pace(self._most, None if nearest is None else self._paces[nearest])
+            like = None if nearest is None else self._paces[nearest]
+            self._paces[requests] = Pace(self._most, like, probes=True)
         return self._paces[requests]
 
-    def wants_draft(self, requests: int) -> bool:
-        """Whether the next round should draft."""
+    def plan(self, requests: int) -> Plan:
+        """What the next round should do."""
         if self._weighs_rows:
-            return self._times_of(requests).are_usable
-        return self._pace_of(requests).wants_draft()
+            return "draft" if self._times_of(requests).are_usable else "plain"
+        pace = self._pace_of(requests)
+        if pace.wants_probe():
+            level = self._seconds_of_level(requests)
+            if level is not None:
+                self._levels[requests] = level
+                return "probe"
+            pace.judge(math.inf)
+        return "draft" if pace.wants_draft() else "plain"
+
+    def _most_speedup(self, requests: int) -> float:
+        """Of a draft whose tokens are all accepted, with as many levels as are best."""
+        seconds, level = self._times_of(requests).seconds, self._levels[requests]
+        plain = seconds(requests)
+        return max(n * plain / ((n - 1) * level + seconds(n * requests)) for n in range(2, self._most + 1))
 
     def seconds_of_rows(self, requests: int) -> Callable[[int], float] | None:
         """What a round takes without its draft, by the rows of its pass; None: not known."""
         times = self._times_of(requests)
         return times.seconds if times.are_usable else None
 
-    def record(self, requests: int, drafted: bool, rows: int, draft_seconds: float, seconds: float, tokens: float):
+    def record(self, requests: int, plan: Plan, rows: int, draft_seconds: float, seconds: float, tokens: float):
         """A round is over.
 
         Args:
             requests: of the round.
-            drafted: whether the draft was asked.
+            plan: what it did.
             rows: of its pass.
             draft_seconds: what the draft took.
             seconds: what the rest took.
@@ -229,5 +278,8 @@ class Adaptation:
         self._times_of(requests).add(rows, seconds)
         if not self._weighs_rows:
             pace = self._pace_of(requests)
-            pace.record(drafted, draft_seconds + seconds, tokens)
-            self.loss = None if pace.pays else pace.speedup
+            if plan == "probe":
+                pace.judge(self._most_speedup(requests))
+            else:
+                pace.record(plan == "draft", draft_seconds + seconds, tokens)
+            self.loss, self.is_bound = (None if pace.pays else pace.speedup), not pace.has_tried

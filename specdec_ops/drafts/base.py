@@ -147,6 +147,13 @@ class Proposer(abc.ABC):
             accepted: num_accepted of each request, on the host.
         """
 
+    def seconds_of_level(self, requests: int) -> float | None:
+        """How long a level of a tree with one node takes for so many requests; None if nothing is known or it is short.
+
+        Asked before the first tree for so many requests, so that a draft which can't pay is never made to run prompts.
+        """
+        return None
+
     def retract(self, request: Request, length: int) -> None:
         """Only the first `length` tokens of the text it knows still hold, which is what the request has, and no draft.
 

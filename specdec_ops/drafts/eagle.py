@@ -31,23 +31,28 @@ _WEIGHTS = ("fc", "qkv", "out", "up", "down")
 class _State(Sequence):
     """The pages of a request, and the features of the tokens that the draft has not run yet.
 
-    `length` rows have been run; feature 0 here belongs to the next one.
+    `length` rows have been run; feature 0 here belongs to the next one. `rows` are those of the target that no feature
+    has been made of: a request that is not drafted for has no use for them.
     """
 
-    __slots__ = ("features",)
+    __slots__ = ("features", "rows")
 
     def __init__(self, before_the_text: torch.Tensor) -> None:
         super().__init__()
-        self.features = [before_the_text]
+        self.features = before_the_text
+        self.rows: list[torch.Tensor] = []
 
-    def take(self, count: int) -> torch.Tensor:
+    def take(self, count: int, norm: Norm) -> torch.Tensor:
         """[count, dim]: features of the next rows."""
-        features = torch.cat(self.features) if len(self.features) > 1 else self.features[0]
+        if self.rows:
+            self.features = torch.cat((self.features, norm(torch.cat(self.rows))))
+            self.rows = []
+        features = self.features
         if len(features) < count:
             raise RuntimeError(
                 f"specdec_ops.{_OP}: the target's rows of {count} tokens must have been seen, got {len(features)}"
             )
-        self.features = [features[count:]]
+        self.features = features[count:]
         return features[:count]
 
 
@@ -191,8 +196,8 @@ class EagleProposer(GrownTrees):
         request.draft_state = _State(torch.zeros(1, shape.dim, dtype=shape.dtype, device=shape.device))
 
     def see(self, request: Request, start: int, hidden: torch.Tensor) -> None:
-        """Keep the features: each belongs to the token after it."""
-        request.draft_state.features.append(self._target.norm(hidden))
+        """Keep the rows: the feature of each belongs to the token after it."""
+        request.draft_state.rows.append(hidden)
 
     def _run_roots(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """Run what the cache does not have yet, from true features: rows after the last round's root, node 0 included.
@@ -216,7 +221,7 @@ class EagleProposer(GrownTrees):
     def _run_text(self, requests: list[Request], sizes: tuple[int, ...], page_table: torch.Tensor) -> torch.Tensor:
         """[rows, dim]: the next rows of each request."""
         device, states = self.cache.device, [request.draft_state for request in requests]
-        features = torch.cat([state.take(size) for state, size in zip(states, sizes, strict=True)])
+        features = torch.cat([state.take(size, self._target.norm) for state, size in zip(states, sizes, strict=True)])
         tokens = [r.ids[s.length : s.length + size] for r, s, size in zip(requests, states, sizes, strict=True)]
         lengths = torch.tensor([state.length for state in states], dtype=torch.int32).to(device)
         if len(set(sizes)) > 1:

@@ -130,7 +130,10 @@ class Sorted(Draft):
         if not isinstance(model, Decoder):
             raise TypeError(argument_error(_OP, "model", "a specdec_ops.decode.Decoder", model))
         if model.logit_softcap is not None:
-            raise ValueError(f"specdec_ops.{_OP}: model must be one without a soft cap of its logits, got {model!r}")
+            must = (
+                "one without a soft cap of its logits, which early_exit lacks, so thresholds would mean another thing"
+            )
+            raise ValueError(argument_error(_OP, "model", must, model))
         self.exits, self.thresholds = _checked_exits(exits, len(model.layers)), _checked_thresholds(thresholds)
         if len(self.thresholds) != len(self.exits):
             must = f"one for each of the exits {self.exits}"

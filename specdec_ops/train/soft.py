@@ -64,7 +64,8 @@ class Soft(Task):
         if len(asked.thresholds) != len(exits):
             raise ValueError(f"{PROGRAM}: thresholds must be one for each exit, got {asked.thresholds}")
         if target.logit_softcap is not None:
-            raise ValueError(f"{PROGRAM}: target must be a model without a soft cap of its logits, got {target!r}")
+            must = "a model without a soft cap of its logits, which drafts.Sorted refuses"
+            raise ValueError(f"{PROGRAM}: target must be {must}, got {target!r}")
         self.target, self.asked, self.exits = target, asked, exits
         held_out = max(1, min(16, len(texts) // 10))
         self._learned, self._tokens = texts[:-held_out], sum(len(text.tokens) for text in texts)

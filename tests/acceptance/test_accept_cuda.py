@@ -13,7 +13,7 @@ from specdec_ops import chain_accept, sample_children, sample_tokens
 from specdec_ops._core import dispatch
 from tests.acceptance.accept_cases import RULES, Bands, chain, make_case, random_parents, star
 from tests.emulator import build, kernels, mutants
-from tests.emulator.checks import NO_FENCE, assert_race, assert_same, launch_tests, outputs
+from tests.emulator.checks import NO_FENCE, assert_race, assert_same, launch_tests, outputs, reveals
 
 if reason := build.why_not():
     pytest.skip(reason, allow_module_level=True)
@@ -117,15 +117,27 @@ def test_launches():
     small = make_case("recursive", [chain(3)], 100)
     ids = make_case("greedy", [chain(3)], 100).changed(target=torch.zeros(1, 3, dtype=torch.int32))
     large = make_case("greedy", [star(3)], 16_384)
-    many = make_case("greedy", [chain(65)] * 2, 16_384)
     expectations = [(small, "lazy", 1), (small, "eager", 3), (small, "auto", 1), (ids, "eager", 1)]
-    for case, path, expected in [*expectations, (large, "auto", 3), (many, "auto", 1)]:
+    for case, path, expected in [*expectations, (large, "auto", 3)]:
         before = kernels.launches("accept")
         accepted(case, path)
         assert kernels.launches("accept") - before == expected
     before = kernels.launches("sample")
     emulated(functools.partial(sample_tokens, torch.randn(2, 9000), seeds=1, positions=2), "sample")
     assert kernels.launches("sample") - before == 1
+
+
+def test_which_rows_are_read_by_many_blocks():
+    """Those of up to 512 nodes in a batch: 8 requests with 61 nodes each, and 9 no more. Short rows never."""
+
+    def counters(batch, vocab):
+        rows = torch.empty(batch, 61, vocab, device="meta")
+        tokens = torch.empty(batch, 60, dtype=torch.int32, device="meta")
+        call = functools.partial(chain_accept, rows, tokens, rows[:, 1:], rule="token", seeds=0, positions=0)
+        return kernels.needs_of(call)[1]
+
+    assert counters(8, 128_256) == counters(8, 16_384) == 8 * (2 * 61 + 1)
+    assert counters(9, 128_256) == counters(8, 16_383) == 0
 
 
 def test_scratch():
@@ -169,6 +181,18 @@ def test_lazy_reads_rows_of_the_path_only(gap):
     assert rejected == (gap > 0)
     assert count + 2 <= target < count + 2.01
     assert count + 2 * rejected <= draft < count + 2 * rejected + 0.01
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("children", [3, 20, 32])
+def test_children_cost_one_logit_each(path, children):
+    """Of the target and of the draft, beside whole rows: the first question brings those of all siblings at once."""
+    case = make_case("recursive", [star(children)], ROW, dtype=torch.bfloat16, gap=30.0)
+    launch = accept_launch(case, path)
+    traffic = kernels.traffic(launch)
+    assert launch.tensors["num_accepted"].tolist() == [0]
+    for name in ("target", "draft_logits"):
+        assert traffic[name].read % (2 * ROW) == 2 * children
 
 
 def test_eager_reads_every_row_once():
@@ -244,6 +268,22 @@ def test_planted_bug_in_the_excluded_tokens():
     changed = ("acceptance/cuda/accept.cuh", "shared.bits[word] = 0;", "shared.bits[word] = 5;")
     got = mutants.replay(launch, "plain", *changed)
     assert not torch.equal(got["tokens"], right.tokens)
+
+
+# What is loaded before it is asked for.
+AHEAD = {
+    "logits of another node's children": ("cuda/accept.cuh", "known.row != task.row", "known.row < 0"),
+    "logits of a sibling": ("cuda/accept.cuh", "known.logit[at]", "known.logit[at ^ 1]"),
+    "the draft's chunk of before": ("cuda/row.cuh", "    raw_other = next_other;\n", ""),
+}
+
+
+@pytest.mark.parametrize("name", AHEAD)
+def test_planted_bug_in_what_is_loaded_ahead(name):
+    """Trees of two levels: with few tokens, that children of different nodes share; or rows of several steps."""
+    vocab, count = (9000, 12) if "chunk" in name else (6, 40)
+    case = make_case("recursive", [[-1, 0, 0, 1, 1, 2, 2]] * count, vocab, gap=2.0)
+    assert reveals(accept_launch(case, "lazy"), *AHEAD[name])
 
 
 # What is left of a draft row: (the test of it, logits of the draft, temperature). A difference that is never summed,

@@ -11,7 +11,7 @@ from tests.attention.attention_cases import chain, expected, make_case
 from tests.attention.attention_cases import random_tree as random_parents
 from tests.attention.test_merge_states import DTYPES, states
 from tests.emulator import build, kernels
-from tests.emulator.checks import RACE, assert_same, launch_tests, outputs
+from tests.emulator.checks import RACE, assert_same, launch_tests, outputs, reveals
 from tests.harness.close import assert_as_good_as_torch
 from tests.harness.trees import random_tree
 from tests.topology.test_build_topology import MALFORMED, lengths, padded
@@ -103,6 +103,17 @@ def test_launch_errors_are_those_of_cuda():
     launch = topology_launch(torch.zeros(1, 2049, dtype=torch.int32), torch.tensor([2049], dtype=torch.int32))
     with pytest.raises(RuntimeError, match=r"build_topology on the emulator: CUDA error 1$"):
         kernels.run(launch)
+
+
+def test_the_driver_is_asked_once_for_a_kernel_s_shared_memory():
+    """Only where a launch needs more than the ones before it: longer ancestor sets, here."""
+    launches = [attention(nodes, 70, dim=192, heads=4) for nodes in (30, 30, 31, 300, 30)]  # one kernel: 128 rows
+    before, asked = kernels.permissions_asked("tree_attention"), []
+    for launch in launches:
+        kernels.run(launch)
+        asked.append(kernels.permissions_asked("tree_attention") - before)
+    assert asked[0] <= 1 and asked[0] == asked[1] == asked[2]
+    assert asked[3] == asked[4] == asked[0] + 1
 
 
 def test_a_join_without_fences_is_a_race():
@@ -238,6 +249,45 @@ def test_padding_moves_no_byte_of_scratch(nodes, heads, parts):
     moved = kernels.traffic(launch)["scratch"]
     assert moved.written == kv_heads * rows * (dim + 2) * 4
     assert moved.read == kv_heads * rows * (dim * 4 + dim // 4 * 4 + 3 * 4)
+
+
+@pytest.mark.parametrize(("nodes", "heads"), [(1, 4), (4, 4), (16, 4), (40, 4), (3, 1)])
+def test_scratch_is_a_quarter_of_keys_and_values(nodes, heads):
+    """At most, written and read, however many rows there are: a split has eight slots or more for each.
+
+    In 16 bits, without the maxima and totals, which a dim of 64 makes a thirtieth.
+    """
+    launch = attention(nodes, 2048, heads=heads, dim=64)
+    moved = kernels.traffic(launch)
+    cache = kernels.extent(launch.tensors["k_cache"]) + kernels.extent(launch.tensors["v_cache"])
+    assert moved["scratch"].written + moved["scratch"].read <= (0.25 + 0.03) * cache
+    assert (moved["scratch"].written > 0) == (nodes * heads * 8 * 2 <= 2048)
+
+
+def launch_beside(others):
+    """Of a request with 4 nodes, which has four splits, beside that many with 120 nodes."""
+    trees = [random_tree(4, 0), *(random_tree(120, seed) for seed in range(others))]
+    rows, batch = 120 if others else 4, len(trees)
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randn(2, 120, 2, 64, generator=generator).bfloat16()[:batch, :rows]
+    k, v = torch.randn(2, 2, 1200, 1, 64, generator=generator).bfloat16()[:, :batch]
+    contexts = torch.tensor([1024, 700], dtype=torch.int32)[:batch]
+    topology = Topology.from_trees(trees)
+    return kernels.launch_of(lambda: tree_attention(q, k, v, topology, contexts, return_lse=True))
+
+
+def test_splits_are_the_request_s_own():
+    """Neighbours with more rows, and padding, do not change a bit."""
+    alone, beside = launch_beside(0), launch_beside(1)
+    kernels.run(alone)
+    kernels.run(beside)
+    assert torch.equal(alone.tensors["out"][0], beside.tensors["out"][0, :4])
+
+
+def test_planted_bug_in_the_splits():
+    """Rows of the call in place of the request's."""
+    changed = ("attention/cuda/tree_attention.cuh", "at_least(end_row - first_row, 0) * launch.group", "p.queries * 2")
+    assert reveals(launch_beside(1), *changed, only="tree_attention_bf16_64")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

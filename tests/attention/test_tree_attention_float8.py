@@ -1,16 +1,21 @@
 """tree_attention over fp8 (e4m3) caches: the same answer as over what the caches' numbers are."""
 
 import dataclasses
+import itertools
 
 import pytest
 import torch
 
-from specdec_ops import backends
+from specdec_ops import Tree, backends, tree_attention
 from tests.attention.attention_cases import assert_right, chain, make_case, random_tree, star
 from tests.emulator import build, kernels
 
 FLOAT8 = torch.float8_e4m3fn
-BACKENDS = ["torch", *([] if build.why_not() else [kernels.BACKEND]), *(["cuda"] if torch.cuda.is_available() else [])]
+BACKENDS = [
+    "torch",
+    *([] if build.why_not() else [kernels.BACKEND]),
+    *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []),
+]
 
 
 def float8_case(trees, contexts, dtype, **options):
@@ -76,6 +81,22 @@ def test_every_code_is_read_exactly(backend):
     cache[0, :4, 0] = values.view(4, 64).to(cache.device)
     got = dataclasses.replace(case, v_cache=cache.view(FLOAT8)).run(backend, v_scale=1.0, k_scale=1.0)
     assert torch.equal(got[0, :, 0].cpu(), values.view(FLOAT8).view(4, 64).to(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dim", [64, 128])
+def test_a_code_of_nan_reaches_those_who_see_it(dim, dtype, backend):
+    """Both signs, in K and in V, of the context and of a sibling."""
+    device = device_of(backend)
+    tree = Tree([-1, 0, 0, 0]).to(device)
+    for sign, in_keys, slot in itertools.product((0x7F, 0xFF), (False, True), (2, 6)):
+        q = torch.ones(1, 4, 2, dim, device=device, dtype=dtype)
+        k, v = (torch.full((1, 9, 1, dim), 0x38, dtype=torch.uint8) for _ in range(2))  # 1 in e4m3
+        (k if in_keys else v)[0, slot] = sign
+        k, v = (cache.view(torch.float8_e4m3fn).to(device) for cache in (k, v))
+        out = tree_attention(q, k, v, tree, 5, backend=backend)
+        sees = torch.tensor([True] * 4 if slot == 2 else [False, True, False, False], device=device)
+        assert out[0, sees].isnan().all() and (out[0, ~sees] == 1).all(), (sign, in_keys, slot)
 
 
 @pytest.mark.parametrize("name", ["cpu", "triton"])

@@ -6,7 +6,7 @@ import re
 import pytest
 import torch
 
-from specdec_ops import kv_propagate, tree_attention
+from specdec_ops import AttentionState, kv_propagate, tree_attention
 from tests.attention.attention_cases import chain, make_case, random_tree
 
 SMALLEST, LARGEST = -(2**31), 2**31 - 1
@@ -118,7 +118,23 @@ def test_a_dense_cache_of_more_slots_than_32_bits_count(target):
     torch.testing.assert_close(got, case.v_cache[:, :1].expand(1, 2, 2, 64), rtol=1e-2, atol=1e-2)
 
 
-@pytest.mark.parametrize("offsets", [(0, 4, 3), (1, 2, 5), (0, LARGEST, 5), (0, SMALLEST, 5)])
+@pytest.mark.parametrize("return_lse", [False, True])
+def test_packed_rows_that_nobody_owns(return_lse, target):
+    """Before the first request and behind the last one: padding."""
+    case = make_case([chain(3), chain(2)], [4, 9], packed=True, device=target.device)
+    moved = torch.cat((case.q.new_full((2, *case.q.shape[1:]), float("nan")), case.q))
+    topology = dataclasses.replace(case.topology, offsets=int32(2, 5, 7, device=target.device))
+    out, lse = torch.full_like(moved, 7), torch.full(moved.shape[:-1], 7.0, device=target.device)
+    given = AttentionState(out, lse) if return_lse else out
+    dataclasses.replace(case, q=moved, topology=topology).run(target.backend, return_lse=return_lse, out=given)
+    assert torch.equal(out[2:7], case.run(target.backend)[:5])
+    assert (out[:2] == 0).all() and (out[7:] == 0).all()
+    if return_lse:
+        assert (lse[:2] == -float("inf")).all() and (lse[7:] == -float("inf")).all()
+        assert lse[2:7].isfinite().all()
+
+
+@pytest.mark.parametrize("offsets", [(0, 4, 3), (0, LARGEST, 5), (0, SMALLEST, 5), (-1, 2, 5)])
 def test_offsets(offsets, target):
     """An error, or at least no wild read: what is seen of a request stays finite."""
     case = make_case([chain(3), chain(2)], [4, 9], packed=True, device=target.device)
@@ -127,7 +143,7 @@ def test_offsets(offsets, target):
         case, topology=dataclasses.replace(case.topology, offsets=int32(*offsets, device=target.device))
     )
     if reports(target):
-        with pytest.raises(ValueError, match=r"topology.offsets must rise from 0 to at most \d rows, got"):
+        with pytest.raises(ValueError, match=r"topology.offsets must rise from at least 0 to at most \d rows, got"):
             given.run(target.backend)
     else:
         given.run(target.backend, out=torch.zeros_like(case.q))

@@ -109,9 +109,11 @@ def test_each_kind_of_case_runs(case, toy_roofs):
         peers_timed = [row["contestant"] for row in cell.rows if row["role"] == "pytorch" and row["p50_us"] != ""]
         assert "eager" in peers_timed, report.problem(cell, "pytorch")
         if case.op == "tree_attention":
-            forms = {"sdpa", "sdpa packed", "sdpa packed head-major"}
+            forms = {"sdpa", "sdpa packed", "sdpa head-major", "sdpa packed head-major"}
             assert forms <= set(peers_timed), report.problem(cell, "pytorch")
             assert cell.ours["roof_percent"] > 0
+            by_head = cell.of("specdec_ops head-major")
+            assert by_head is not None and by_head["best_peer"] == cell.ours["best_peer"]
 
 
 @pytest.mark.parametrize("layout", ["list", "one tensor", "pages"])
@@ -239,20 +241,24 @@ def fake_cells(ratio, nodes=64, **changes):
     shape = {"op": "tree_attention", "model": "Llama-3-8B", "dtype": "bf16", "context": 1024, "lengths": "equal"}
     shape |= {"batch": 1, "tree": "random", "nodes": nodes, "mode": "warm", "problem": "", "contestant": "specdec_ops"}
     shape |= {"p50_us": 1.0, "ratio": ratio, "gemm_percent": 85.0, "read_percent": 75.0, "role": "ours"}
+    shape |= {"heads": 32, "kv_heads": 8, "roof_percent": ""}
     return results.Cell([shape | changes])
 
 
 def test_targets_name_the_cells_that_miss():
-    good, bad = fake_cells(6.0), fake_cells(3.0, context=4096, gemm_percent=70.0)
+    good, bad = fake_cells(6.0, roof_percent=90.0), fake_cells(0.9, context=4096, roof_percent=80.0)
     verdicts = targets.verdicts([good, bad])
-    ratios, gemm = verdicts[0], verdicts[1]
-    assert ratios.met is False and ratios.missed == [f"{bad.label}: 3.00x"]
-    assert gemm.met is False and gemm.missed == [f"{bad.label}: 70%"]
-    assert targets.verdicts([good])[0].met is True
-    assert targets.verdicts([good])[2].met is None  # no fp32 cell
-    decode = fake_cells(4.5, nodes=1, mode="cold")
-    assert targets.verdicts([decode])[3].met is True
-    wide = fake_cells(5.0, nodes=256, tree="random", gemm_percent=70.0)
+    assert verdicts[0].met is False and verdicts[0].missed == [f"{bad.label}: 0.9x"]
+    assert verdicts[2].met is False and verdicts[2].missed == [f"{bad.label}: 0.90x"]
+    assert verdicts[5].met is False and verdicts[5].missed == [f"{bad.label}: 80%"]
+    assert verdicts[6].met is True and verdicts[3].met is None  # no cell of few nodes
+    decode = [fake_cells(4.5, nodes=1, mode="cold", roof_percent=75.0, context=context) for context in (1024, 4096)]
+    judged = targets.verdicts(decode)
+    assert judged[3].missed == [f"{decode[1].label}: 75%"] and judged[4].met is True
+    by_head = fake_cells(0.5, contestant="specdec_ops head-major")
+    both = results.Cell(good.rows + by_head.rows)
+    assert targets.verdicts([both])[1].missed == [f"{both.label}: 0.5x"]
+    wide = fake_cells(5.0, nodes=256, tree="random", gemm_percent=70.0, roof_percent=90.0)
     assert targets.verdicts([good, wide])[-1].missed == [f"{wide.label}: 82.4%"]
 
 
@@ -349,8 +355,37 @@ def test_no_kernel_can_beat_the_roof_of_arithmetic():
     for isa, count in counts.items():
         assert count in ((0, 2 * 100 * 4 * 2 * 16 * 16 * 32) if isa == "amx" else (0, 2 * 100 * 12 * 2 * lanes[isa]))
     assert counts["generic"] > 0 and _C.multiply_adds("sse9", 100, 1) == 0
-    loop = roofs.multiply_add_loop("fp32")
-    assert loop.rate > 0 and counts[loop.isa] > 0 and loop.isa in roofs.LOOPS["fp32"]
+    for isa in roofs.allowed_isas("fp32"):
+        assert isa in roofs.LOOPS["fp32"] and counts[isa] > 0 and roofs.multiply_add_loop(isa).rate > 0
+
+
+def test_a_roof_is_of_the_instruction_sets_that_may_be_used(monkeypatch):
+    """Where the kernels are held to one, the roof has none of the newer ones; a contestant that is held has its own."""
+    monkeypatch.setenv("SPECDEC_OPS_CPU_ISA", "generic")
+    _C.set_cpu_isa("")
+    try:
+        assert roofs.allowed_isas("fp32") == roofs.allowed_isas("bf16") == ["generic"]
+    finally:
+        monkeypatch.delenv("SPECDEC_OPS_CPU_ISA")
+        _C.set_cpu_isa("")
+    case = cases.attention(Model("m", 4, 2, 16), 100, TreeShape("t", chain(8)), "fp32")
+    known = roofs.Roofs(1e30, {"fp32": (4e9, 10)}, rates={("fp32", "avx2"): 1e9})
+    both = [Contestant("specdec_ops", "ours", list), Contestant("specdec_ops avx2", "ours", list, isa="avx2")]
+    timings = {each.name: timing.Timing([1e-3]) for each in both}
+    rows = results.rows_of(case, "warm", both, timing.Measurement(timings), known, {})
+    assert [row["roof_us"] for row in rows] == pytest.approx([1e6 * case.flops / 4e9, 1e6 * case.flops / 1e9])
+
+
+def test_the_ratio_is_against_the_fastest_layout():
+    """Whatever ours gets: a cache that suits PyTorch is no other league."""
+    case = cases.toy()
+    names = {"specdec_ops": "ours", "specdec_ops head-major": "ours", "sdpa": "pytorch", "sdpa head-major": "pytorch"}
+    listed = [Contestant(name, role, list) for name, role in names.items()]
+    seconds = dict(zip(names, (4.0, 2.0, 3.0, 1.0), strict=True))
+    measured = timing.Measurement({name: timing.Timing([value]) for name, value in seconds.items()})
+    rows = results.rows_of(case, "warm", listed, measured, roofs.Roofs(1e9), {})
+    assert {row["best_peer"] for row in rows} == {"sdpa head-major"}
+    assert [row["ratio"] for row in rows[:2]] == [0.25, 0.5]
 
 
 def test_the_roof_is_the_longer_of_the_best_read_and_the_best_arithmetic():

@@ -4,6 +4,8 @@ import pytest
 
 from benchmarks.decode import sorted as table
 from specdec_ops import drafts
+from specdec_ops.decode import Engine, Sampling
+from specdec_ops.ops.linear.quantized_weight import QuantizedWeight
 from tests.harness.tiny_models import first_layers, make_decoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -22,15 +24,16 @@ def made() -> dict[str, drafts.Sorted]:
     }
 
 
-def entries_of(forms):
-    return table.run_seed(forms, PROMPTS, 0, 16, (), lambda number, of: None)
+def entries_of(forms, temperature: float = 0.0):
+    return table.run_seed(forms, PROMPTS, 0, temperature, 16, (), lambda number, of: None)
 
 
-def test_every_column(tmp_path):
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_every_column(temperature, tmp_path):
     forms = table.forms_of(TARGET, made(), 64)
-    entries = entries_of(forms)
+    entries = entries_of(forms, temperature)
     table.check(entries)
-    rows = [row | FIXED for row in table.rows_of("tiny", 0, forms, entries)]
+    rows = [row | FIXED for row in table.rows_of("tiny", 0, temperature, forms, entries)]
     assert [row["contestant"] for row in rows] == ["plain", "S2D .5 .5 0", "first exit", "tree, first exit"]
     plain, mixed, first, tree = rows
     assert plain["tokens_per_call"] == 1 and plain["measured"] == 1 and "c" not in plain
@@ -42,7 +45,8 @@ def test_every_column(tmp_path):
     assert first["layer_passes"] == 1 and first["head_passes"] == 1
     assert 1 < mixed["layer_passes"] < 3 and mixed["layer_rows"] >= mixed["layer_passes"]
     assert sum(mixed[name] for name in ("left_first", "left_second", "left_last")) == pytest.approx(1)
-    assert (first["paper_7B"], first["paper_70B"]) == (1.38, 1.83) and "paper_70B" not in tree
+    paper = tuple(first.get(f"paper_{name}") for name in ("7B", "13B", "70B"))
+    assert paper == ((1.30, 1.35, None) if temperature else (1.38, 1.38, 1.83)) and "paper_70B" not in tree
     out = tmp_path / "table.csv"
     table.results.write(out, rows, True, table.COLUMNS)
     later = [row | {"seed": 1, "measured": 2 * (row["measured"] or 1)} for row in rows]
@@ -53,7 +57,8 @@ def test_every_column(tmp_path):
     assert mean["seeds"] == 2 and mean["measured"] == pytest.approx(1.5 * mixed["measured"], rel=1e-3)
     assert (mean["lowest"], mean["highest"]) == pytest.approx((mixed["measured"], 2 * mixed["measured"]), rel=1e-3)
     lines = table.table(again)
-    assert len(lines) == 5 and "1.34/1.38/1.92" in lines[2]
+    assert len(lines) == 5 and ("1.27/1.38/-" if temperature else "1.34/1.38/1.92") in lines[2]
+    assert lines[1].startswith(f"tiny, T = {temperature:g} ")
     pytest.importorskip("matplotlib")
     assert "plot" in table.draw(again, tmp_path / "table.png") and (tmp_path / "table.png").stat().st_size > 1000
 
@@ -72,7 +77,7 @@ def test_wrong_text_gets_no_time():
     entries = entries_of(forms)
     entries[1].runs[2].answers[0][5] += 1
     table.check(entries)
-    rows = table.rows_of("tiny", 0, forms, entries)
+    rows = table.rows_of("tiny", 0, 0.0, forms, entries)
     assert rows[1]["problem"].startswith("WRONG: the text of prompt 2") and "measured" not in rows[1]
     assert rows[2]["problem"] == ""
 
@@ -80,4 +85,15 @@ def test_wrong_text_gets_no_time():
 def test_names_are_the_papers():
     names = [table.name_of(thresholds) for thresholds in table.THRESHOLDS]
     assert names == ["S2D .5 .5 0", "S2D .75 .7 0", "S2D .9 .85 0"]
-    assert set(names) <= set(table.PAPER)
+    assert set(names) <= set(table.PAPER) and set(table.PAPER_SAMPLED) <= set(table.PAPER)
+
+
+def test_weights_of_another_form_are_the_same_model():
+    """Float32 and int8 of one model, as the targets of the table are made."""
+    plain = table.remade(TARGET, table.dense_weight)
+    coarse = table.remade(TARGET, lambda weight: table.quantize_linear(table.dense_weight(weight)))
+    texts = [Engine(model).generate(PROMPTS, Sampling(max_tokens=8)) for model in (TARGET, plain)]
+    assert [result.tokens for result in texts[0]] == [result.tokens for result in texts[1]]
+    assert isinstance(coarse.head.weight, QuantizedWeight)
+    assert all(isinstance(layer.mlp.down.weight, QuantizedWeight) for layer in coarse.layers)
+    assert coarse.layers[1].attention.rope is TARGET.layers[1].attention.rope

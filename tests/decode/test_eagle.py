@@ -155,7 +155,7 @@ def test_misplaced_features_are_found():
     draft = drafts.Eagle(fc, target.layers[0], levels=2, width=1, branching=1, nodes=3)
     engine = Engine(target, draft, adapt=False)
     start = engine.proposer.start
-    engine.proposer.start = lambda request: (start(request), request.draft_state.features.append(torch.zeros(1, DIM)))
+    engine.proposer.start = lambda request: (start(request), request.draft_state.rows.append(torch.zeros(1, DIM)))
     prompt = [0, CYCLE[0], CYCLE[CYCLE[0]]]
     result = engine.generate([prompt], Sampling(max_tokens=8))[0]
     assert result.stats.accepted == 0 and result.stats.target_calls == 8
@@ -270,7 +270,7 @@ def test_trees_have_the_nodes_that_are_worth_their_rows(slope, batch, expected, 
     monkeypatch.setattr(
         pace.Adaptation, "seconds_of_rows", lambda self, requests: lambda rows: 1e3 * (1 + slope * rows)
     )
-    monkeypatch.setattr(pace.Adaptation, "wants_draft", lambda self, requests: True)
+    monkeypatch.setattr(pace.Adaptation, "plan", lambda self, requests: "draft")
     engine = Engine(TARGET, noisy_eagle(TARGET, hot=False, levels=3, width=3, branching=4, nodes=9), max_batch=batch)
     sizes, propose = set(), engine.proposer.propose
 

@@ -35,6 +35,8 @@ DRAFTS = {
     "tree": lambda: drafts.MultiCandidate(DRAFT, (3, 2, 1)),
     "tree with repeats": lambda: drafts.MultiCandidate(DRAFT, (2, 2), replacement=True),
     "eagle": lambda: noisy_eagle(TARGET, levels=3, width=3, branching=4, nodes=9),
+    "sorted chain": lambda: drafts.Sorted(TARGET, (1, 2), (0.7, 0.0), steps=4, head=None),
+    "sorted tree": lambda: drafts.Sorted(TARGET, (1, 2), (0.7, 0.0), tree=drafts.TreeShape(3, 3, 4, 9), head=None),
     "mixture": lambda: noisy_mixture(TARGET, levels=3, width=3, branching=4, nodes=9),
     "mixture on the target's last layer": lambda: noisy_mixture(TARGET, 1, levels=3, width=3, branching=4, nodes=9),
 }
@@ -92,7 +94,7 @@ def test_a_request_does_not_depend_on_the_others(expected):
     assert [result.tokens for result in results] == [result.tokens for result in alone]
 
 
-@pytest.mark.parametrize("name", ["n-gram tree", "chain", "tree", "eagle", "mixture"])
+@pytest.mark.parametrize("name", ["n-gram tree", "chain", "tree", "eagle", "sorted chain", "sorted tree", "mixture"])
 def test_few_pages_lose_nothing(name, expected):
     """Requests that have to give their pages back go on where they were."""
     asked, texts = expected
@@ -133,13 +135,14 @@ def test_nothing_follows_an_eos(name, expected):
     asked, texts = expected
     ends = [eos_of(text, 5) for text in texts]
     asked = [dataclasses.replace(sampling, eos=end) for sampling, end in zip(asked, ends, strict=True)]
-    results = Engine(TARGET, DRAFTS[name](), rule="match", adapt=False).generate(PROMPTS, asked)
+    target = dataclasses.replace(TARGET, eos=(ends[0],))  # trees that know of it grow nothing below this one
+    results = Engine(target, DRAFTS[name](), rule="match", adapt=False).generate(PROMPTS, asked)
     for result, text, end in zip(results, texts, ends, strict=True):
         assert result.tokens == text[: text.index(end) + 1]
         assert result.finish_reason == "eos"
 
 
-@pytest.mark.parametrize("name", ["plain", "own chain", "tree", "eagle", "mixture"])
+@pytest.mark.parametrize("name", ["plain", "own chain", "tree", "eagle", "sorted chain", "sorted tree", "mixture"])
 @pytest.mark.parametrize("max_tokens", [1, 2, 7])
 def test_max_tokens_is_never_overshot(name, max_tokens, expected):
     asked, texts = expected

@@ -125,6 +125,64 @@ def test_other_numbers_of_requests_start_from_the_judgement_of_the_nearest():
     assert played(Pace(like=lost), 3.0, 1.1, 100) < 101
 
 
+def slow_passes(monkeypatch, engine, *, of_draft: float, of_rows) -> list[int]:
+    """A clock of the test for passes of the draft and of the target. Returns the rows of the draft's passes."""
+    now, seen = [0.0], []
+    monkeypatch.setattr("specdec_ops.decode.engine.time.perf_counter", lambda: now[0])
+    forward, score = engine.proposer.forward, engine._score
+
+    def drafted(rows, want=True):
+        now[0] += of_draft
+        seen.append(rows.count)
+        return forward(rows, want)
+
+    def scored(batch, drafted):
+        now[0] += of_rows(drafted.tokens.numel())
+        return score(batch, drafted)
+
+    engine.proposer.forward, engine._score = drafted, scored
+    return seen
+
+
+def test_a_draft_that_could_not_pay_if_it_were_always_right_runs_no_prompt(monkeypatch):
+    """With one level a round gives 2 tokens in 7 seconds, and 2 for the draft; plain rounds take 4."""
+    engine = Engine(TARGET, drafts.Chain(TARGET, 4), "match", max_batch=3)
+    seen = slow_passes(monkeypatch, engine, of_draft=2.0, of_rows=lambda rows: 1.0 + rows)
+    asked = [dataclasses.replace(sampling, max_tokens=60) for sampling in samplings(0.9)[:3]]
+    with pytest.warns(UserWarning, match=r"would decode at no more than 0\.89x the speed of plain") as warned:
+        results = engine.generate(PROMPTS[:3], asked)
+    assert len(warned) == 1
+    assert seen == [3, 3], "two passes over a row for each request"
+    for prompt, sampling, result in zip(PROMPTS, asked, results, strict=False):
+        assert result.tokens == by_hand(prompt, sampling)
+        assert 1 <= result.stats.drafted <= 2 and result.stats.target_calls <= 60
+
+
+def test_a_draft_is_judged_for_each_number_of_requests(monkeypatch):
+    """What can't pay for three can for one, for whom rows cost less."""
+    engine = Engine(TARGET, drafts.Chain(TARGET, 4), "match", max_batch=3)
+    slow_passes(monkeypatch, engine, of_draft=0.6, of_rows=lambda rows: 1 + max(0, rows - 5) / 2)
+    with pytest.warns(UserWarning, match="would decode at no more than"):
+        together = engine.generate(PROMPTS[:3], Sampling(max_tokens=30))
+    alone = engine.generate(PROMPTS[3], Sampling(max_tokens=30))[0]
+    assert all(result.stats.drafted < 5 for result in together)
+    assert alone.stats.tokens_per_call > 2
+
+
+def test_a_draft_that_was_ruled_out_is_judged_again():
+    """After longer and longer while; and tried when it could pay."""
+    pace, waits = Pace(probes=True), []
+    for most_speedup in (0.9, 0.9, 0.8, 1.2):
+        waited = 0
+        while not pace.wants_probe():
+            assert not pace.wants_draft()
+            pace.record(False, 1.0, 1.0)
+            waited += 1
+        waits.append(waited)
+        pace.judge(most_speedup)
+    assert waits == [2, 128, 256, 512] and pace.wants_draft()
+
+
 def test_goodput_is_the_greatest_of_all_trees():
     """Against every choice of nodes that has a node's parent with it."""
     generator = random.Random(1)

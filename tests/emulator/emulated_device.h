@@ -67,6 +67,7 @@ inline uint32_t pack_pair(float low, float high) {
 
 inline float to_float(Float8 value) {
   const int exponent = value.bits >> 3 & 15, mantissa = value.bits & 7;
+  if (exponent == 15 && mantissa == 7) return NAN;
   const float magnitude =
       exponent == 0 ? std::ldexp(float(mantissa), -9) : std::ldexp(float(8 + mantissa), exponent - 10);
   return value.bits & 0x80 ? -magnitude : magnitude;
@@ -260,6 +261,11 @@ inline size_t shared_bytes_per_block(int) { return emulator::shared_bytes_per_bl
 template <class Params>
 cudaError_t launch(void (*kernel)(Params), dim3 grid, dim3 block, size_t shared_bytes, int, cudaStream_t,
                    const Params& params) {
+  constexpr size_t kWithoutAsking = 48 * 1024;
+  if (shared_bytes > kWithoutAsking) {
+    const cudaError_t error = emulator::allow_shared_bytes(reinterpret_cast<const void*>(kernel), shared_bytes);
+    if (error != cudaSuccess) return error;
+  }
   auto body = [&] { kernel(params); };
   using Body = decltype(body);
   return emulator::run(grid, block, shared_bytes, [](void* body) { (*static_cast<Body*>(body))(); }, &body);

@@ -97,6 +97,10 @@ uint64_t& launches();
 // What a block may have: of the largest devices, unless a test wants a small one.
 size_t& shared_bytes_per_block();
 
+// How often the driver was asked to let a kernel have more than 48 KiB of shared memory.
+uint64_t& permissions_asked();
+cudaError_t allow_shared_bytes(const void* kernel, size_t bytes);
+
 // Runs body(argument) in every thread of the grid. One launch at a time: the caller sees to that.
 cudaError_t run(dim3 grid, dim3 block, size_t shared_bytes, void (*body)(void*), void* argument);
 

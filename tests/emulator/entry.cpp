@@ -38,6 +38,8 @@ SPECDEC_EXPORT void specdec_scratch([[maybe_unused]] const void* call, int64_t* 
 
 SPECDEC_EXPORT uint64_t specdec_launches() { return emulator::launches(); }
 
+SPECDEC_EXPORT uint64_t specdec_permissions_asked() { return emulator::permissions_asked(); }
+
 SPECDEC_EXPORT void specdec_grant(size_t shared_bytes) { emulator::shared_bytes_per_block() = shared_bytes; }
 
 // Returns nullptr, or what went wrong. The text is good until the next call.

@@ -155,6 +155,11 @@ def launches(op: str) -> int:
     return library(op, op).specdec_launches()
 
 
+def permissions_asked(op: str) -> int:
+    """How often this op's library has asked for more than 48 KiB of shared memory."""
+    return library(op, op).specdec_permissions_asked()
+
+
 class EmulatedModule:
     """Stands in for the compiled module: OP_cuda runs the emulated launcher of OP."""
 
@@ -168,13 +173,13 @@ class EmulatedModule:
         return functools.partial(self._launch, op)
 
     def _launch(self, op, arguments, outputs, memory, device, stream, path=0):
-        assert (device, stream) == EmulatedDevice().stream(None)
+        assert (device, stream) == _DEVICE.stream(None)
         settings = (self._settings.get("multiprocessors", MULTIPROCESSORS), path)
         params = params_of(op, arguments, outputs)
         scratch_bytes, count = scratch_sizes(op, call_of(op, params, 0, 0, *settings))
         scratch = counters = 0
         if scratch_bytes or count:
-            scratch, counters = memory(scratch_bytes, count)
+            scratch, counters = memory(scratch_bytes, count, stream, False)
         run_call(op, call_of(op, params, scratch, counters, *settings))
         left = bytes((ctypes.c_char * (4 * count)).from_address(counters)) if count else b""
         assert not any(left), f"{op} leaves counters that are not zero"
@@ -186,13 +191,18 @@ class EmulatedDevice(native.Device):
     def stream(self, device):
         return 0, 0
 
-    def is_capturing(self, device):
-        return False
+    def zeroed(self, index, size):
+        _SLABS.append(torch.zeros(size, dtype=torch.uint8))
+        return _SLABS[-1].data_ptr()
+
+
+_SLABS = []  # of counters
+_DEVICE = EmulatedDevice()
 
 
 def implementation(op: str, **settings) -> Callable:
     """An op's implementation, from `_core.native` to the emulated launcher."""
-    run_op = native.cuda(op, EmulatedModule(**settings), EmulatedDevice())
+    run_op = native.cuda(op, EmulatedModule(**settings), _DEVICE)
 
     def checked(arguments, outputs, **options):
         if op == "tree_attention":  # refuses what dispatch refuses for the backend "cuda"
@@ -230,7 +240,7 @@ def library(name, op):
     """A library of an op, with the types of its functions."""
     loaded = ctypes.CDLL(build.made(f"{name}.so"))
     loaded.specdec_call_bytes.restype = ctypes.c_size_t
-    loaded.specdec_launches.restype = ctypes.c_uint64
+    loaded.specdec_launches.restype = loaded.specdec_permissions_asked.restype = ctypes.c_uint64
     loaded.specdec_scratch.argtypes = [ctypes.c_char_p, ctypes.POINTER(ctypes.c_int64)]
     loaded.specdec_scratch.restype = None
     loaded.specdec_run.restype = ctypes.c_char_p

@@ -38,7 +38,8 @@ LEFT_OUT_IF_QUICK = (
     "*_aot", "*_cuda", "*_triton", "*_triton_*", "*_mutants", "*_statistics", "*_properties", "*_enumeration",
     "test_accept_pitfalls_inputs", "test_add_an_op", "test_benchmarks*", "test_build_options", "test_compat_trees",
     "test_cuda_build", "test_dlpack", "test_emulator", "test_examples*", "test_gpu*", "test_import", "test_library",
-    "test_accept_library", "test_packaging", "test_remote_fuzz",
+    "test_accept_library", "test_hostile_settings", "test_packaging", "test_racing_writers", "test_random_calls",
+    "test_remote_fuzz",
 )  # fmt: skip
 
 

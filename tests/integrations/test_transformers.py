@@ -1,6 +1,8 @@
 """Hugging Face models on our ops, against the models' own forward and generate."""
 
+import functools
 import itertools
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,12 +12,13 @@ pytest.importorskip("transformers", reason="an extra: pip install specdec_ops[tr
 
 from transformers import DynamicCache, LogitsProcessor, StaticCache, StoppingCriteria, TextStreamer
 
-from specdec_ops import Tree, drafts, greedy_accept
+from specdec_ops import Tree, drafts, greedy_accept, linear, rms_norm
 from specdec_ops.decode import Cache, Engine, Rows, Sampling
 from specdec_ops.decode.cache import Sequence
-from specdec_ops.integrations.transformers import TreeView, load, register, tree_decode
+from specdec_ops.integrations.transformers import TreeView, load, patch, register, tree_decode
+from tests.harness.tiny_models import Characters
 from tests.integrations import hugging_face
-from tests.integrations.hugging_face import MODELS, VOCAB, make, prompts
+from tests.integrations.hugging_face import MODELS, OTHERS, VOCAB, make, prompts, write_gguf
 
 TREE = Tree.from_branching((2, 2, 1), root=True)
 CONTEXT = 23
@@ -178,7 +181,7 @@ def test_generate_refuses(options, message):
         model.generate(ids, attention_mask=mask, max_new_tokens=3, custom_generate=tree_decode, **options)
 
 
-@pytest.mark.parametrize("name", [name for name in MODELS if name != "gpt2"])
+@pytest.mark.parametrize("name", [name for name in (*MODELS, *OTHERS) if name != "gpt2"])
 @torch.no_grad()
 def test_attention_alone_in_the_models_own_loop(name):
     """generate with a padded batch and with a single prompt, and a tree in a loop by hand: no mask, one keyword."""
@@ -202,6 +205,50 @@ def test_attention_alone_in_the_models_own_loop(name):
     out = model(tokens.long(), position_ids=positions, past_key_values=cache, specdec=TreeView(topology, lengths))
     for node, (row, right) in enumerate(zip(out.logits[0], by_path, strict=True)):
         torch.testing.assert_close(row, right, atol=2e-5, rtol=2e-5, msg=f"node {node}")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_patched_model_says_the_same_and_can_be_undone(name):
+    """A padded batch, a single prompt and prompt lookup; print lists what is patched; undone, all bits are the same."""
+    model, (ids, mask) = make(name), prompts()
+    asked = {"do_sample": False, "max_new_tokens": 15}
+
+    def texts():
+        yield model.generate(ids, attention_mask=mask, **asked)
+        yield model.generate(ids[:1], **asked)
+        yield model.generate(ids[:1], prompt_lookup_num_tokens=3, **asked)
+
+    expected, logits, classes = list(texts()), model(ids[:1]).logits, [type(module) for module in model.modules()]
+    implementation, state = model.config._attn_implementation, {**model.state_dict()}
+    with patch(model) as patched:
+        assert all(torch.equal(a, b) for a, b in zip(texts(), expected, strict=True))
+        linears = [n for n, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+        norms = [n for n, module in model.named_modules() if "RMSNorm" in type(module).__name__]
+        assert set(patched.modules) == {*linears, *norms} and linears
+        said = str(model)
+        assert said.count("on specdec_ops(") >= 1 and ("(lm_head): Linear on specdec_ops(" in said or "neox" in name)
+        assert model.state_dict().keys() == state.keys()
+        assert all(value.data_ptr() == state[key].data_ptr() for key, value in model.state_dict().items())
+        assert model(ids[:1]).logits.requires_grad, "where gradients are wanted, modules are what they were"
+        with pytest.raises(ValueError, match="model must not be patched already"):
+            patch(model)
+    assert [type(module) for module in model.modules()] == classes
+    assert model.config._attn_implementation == implementation
+    assert torch.equal(model(ids[:1]).logits, logits)
+
+
+def test_patched_modules_run_our_ops(monkeypatch):
+    """Each product and norm of a pass, once."""
+    calls = []
+    for name, op in (("linear", linear), ("rms_norm", rms_norm)):
+        seen = functools.partial(lambda op, name, *given, **named: calls.append(name) or op(*given, **named), op, name)
+        monkeypatch.setattr(sys.modules["specdec_ops.integrations.transformers.patch"], name, seen)
+    model, (ids, _) = make("qwen3"), prompts()
+    expected = model(ids[:1]).logits
+    with torch.no_grad(), patch(model):
+        got = model(ids[:1]).logits
+    torch.testing.assert_close(got, expected.detach(), atol=2e-5, rtol=2e-5)
+    assert calls.count("linear") == 2 * 7 + 1 and calls.count("rms_norm") == 2 * 4 + 1
 
 
 @torch.no_grad()
@@ -252,6 +299,64 @@ def test_folders_and_their_tokenizers(tmp_path):
         load(tmp_path / "nothing")
     with pytest.raises(ValueError, match="weights must be 'int8', 'bfloat16' or None, got 'int4'"):
         load(tmp_path, weights="int4")
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_is_printed_are_the_modules_and_what_runs_in_their_places(name):
+    """Every module with parameters once, under its name in the model."""
+    model = make(name)
+    decoder = load(model)
+    listed = [module for replaced in decoder.replaced for module in replaced.modules]
+    with_parameters = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    assert len(listed) == len(set(listed)) and set(listed) >= with_parameters
+    others = set(listed) - with_parameters  # they have the modules of projections in them
+    assert others == {name for name, _ in model.named_modules() if name.endswith((".self_attn", ".attention", ".attn"))}
+    said = str(decoder)
+    assert said.startswith(repr(decoder)) and said.count("tree_attention") in (1, 2)
+    assert said.count("\n") < 2 * len(listed)
+
+
+def test_layers_that_are_alike_are_listed_once():
+    said = str(load(make("llama")))
+    assert "model.layers.0 to model.layers.1\n" in said
+    assert "self_attn.q_proj, self_attn.k_proj, self_attn.v_proj: linear, float32 [128, 32]" in said
+    said = str(load(make("gemma2"), weights="int8"))
+    assert "model.layers.0\n" in said and "window 5, soft cap 50" in said and "linear, int8 [128, 32]" in said
+
+
+@pytest.mark.parametrize("name", ["llama", "llama, biases, long rope", "gpt2"])
+@torch.no_grad()
+def test_a_model_can_have_its_memory_back(name):
+    model, (ids, _) = make(name), prompts()
+    pointers = {name: parameter.untyped_storage().nbytes() for name, parameter in model.named_parameters()}
+    expected = model(ids[:1]).logits
+    decoder = load(model)
+    text = Engine(decoder).generate([ids[0].tolist()], Sampling(max_tokens=8))[0].tokens
+    decoder.restore()
+    assert {name: p.untyped_storage().nbytes() for name, p in model.named_parameters()} == pointers
+    assert torch.equal(model(ids[:1]).logits, expected)
+    if name != "gpt2":
+        model.model.layers[0].self_attn.k_proj.weight.zero_()
+    assert Engine(decoder).generate([ids[0].tolist()], Sampling(max_tokens=8))[0].tokens == text
+
+
+@pytest.mark.parametrize(("kind", "error"), [("f32", 1e-5), ("q8_0", 0.02), ("q4_0", 0.02), ("q4_1", 0.02)])
+@torch.no_grad()
+def test_a_gguf_file_is_the_model_that_it_was_made_of(kind, error, tmp_path):
+    """Blocks are multiplied as they lie there, by rows rounded to 8 bits; what is no whole block is float32."""
+    pytest.importorskip("gguf")
+    model, (context, tokens) = make("llama"), random_tree()
+    write_gguf(model, tmp_path / "tiny.gguf", kind)
+    expected = torch.stack([model(text).logits[0, -1] for text in texts_of(tokens, context)])
+    decoder = load(tmp_path / "tiny.gguf", Characters())
+    got = tree_logits(decoder, context, tokens)
+    assert (got - expected).norm() <= error * expected.norm()
+    assert decoder.eos == (5,) and decoder.shape.layers == 2 and decoder.tokenizer.encode("0") == [0]
+    form = "float32" if kind == "f32" else kind
+    assert f"attn_q, attn_k, attn_v: linear, {form} [128, 32]" in str(decoder)
+    assert "ffn_down: linear, float32 [32, 48]" in str(decoder)
+    with pytest.raises(ValueError, match="weights must be None for a GGUF file, got 'int8'"):
+        load(tmp_path / "tiny.gguf", Characters(), weights="int8")
 
 
 def test_a_decoder_reads_the_models_own_memory():

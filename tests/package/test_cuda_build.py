@@ -132,7 +132,7 @@ def test_no_spills_and_no_local_memory(usage):
 
 def assert_fits(usage):
     for where, used in usage.items():
-        assert used["STACK"] == 0 and used["LOCAL"] == 0, (where, used)
+        assert used["STACK"] <= most_stack(where[1]) and used["LOCAL"] == 0, (where, used)
         assert used["REG"] <= most_registers(*where), (where, used)
 
 
@@ -210,8 +210,8 @@ def attention_shape(function):
 
 
 def most_registers(arch, function):
-    """Per thread. The widest blocks of tree_attention fill a multiprocessor, those of 128 threads leave half of it; two
-    blocks of early exit share one where their memory fits.
+    """Per thread. Three blocks of 128 threads of tree_attention share a multiprocessor, and two of 256 threads, but for
+    128 rows of large dims; two blocks of early exit share one where their memory fits.
     """
     if any(kernel in function for kernel in EXIT):
         return 255 if "Li64" in function and arch not in ("90", "100") else 128
@@ -220,8 +220,30 @@ def most_registers(arch, function):
             (most for kernel, most in (ACCEPTANCE | DRAFT | APPEND).items() if kernel in function), MOST_REGISTERS
         )
     dim, rows = shape
-    warps = max(4, rows // 16 * (2 if rows <= 32 or (dim > 128 and rows <= 64) else 1))
-    return min(255, 65536 // (32 * warps))
+    if rows == 128:
+        return 255 if dim > 128 else 128
+    return 128 if dim > 128 and rows == 64 else 168
+
+
+def most_stack(function):
+    """Bytes per thread. Blocks of 256 threads of tree_attention spill a little, so that two of them fit."""
+    return 96 if attention_shape(function) in SPILLED else 0
+
+
+SPILLED = {*((dim, 128) for dim in DIMS if dim <= 128), (192, 64), (256, 64)}
+
+
+def loop_over_tiles(body):
+    """The instructions of the innermost loop that holds all kinds of a tile's work: copies, scores and values."""
+    code = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,6})\*/\s+([^;]+);", body)]
+    loops = []
+    for at, text in code:
+        back = re.search(r"\bBRA\S*(?: \S+,)? 0x([0-9a-f]+)", text)
+        if back and int(back[1], 16) < at:
+            loop = [inner for place, inner in code if int(back[1], 16) <= place <= at]
+            if all(any(re.search(what, inner) for inner in loop) for what in (*MATRIX.values(), COPIES)):
+                loops.append(loop)
+    return min(loops, key=len)
 
 
 COPIES = r"\bLDGSTS\.E\S*\.128\b"
@@ -235,8 +257,20 @@ def test_attention_uses_what_the_hardware_has(functions):
     for function, body in kernels.items():
         for what, pattern in needed.items():
             assert re.search(pattern, body), (function, what)
-        assert not re.search(r"\b(LDL|STL)\b", body), function
+        if attention_shape(function) not in SPILLED:
+            assert not re.search(r"\b(LDL|STL)\b", body), function
     assert len(kernels) == ATTENTION
+
+
+def test_what_attention_spills_is_not_in_its_way(functions):
+    """Nothing is written in the loop over tiles; of the few words that are read most are for masked tiles."""
+    spilled = [body for function, body in functions.items() if attention_shape(function) in SPILLED]
+    assert len(spilled) == 2 * sum(dim <= 128 for dim in DIMS) + 2 * 2
+    for body in spilled:
+        loop = loop_over_tiles(body)
+        assert sum(bool(re.search(MATRIX["HMMA"], text)) for text in loop) >= 64
+        assert not any(re.search(r"\bSTL\b", text) for text in loop), body.partition("\n")[0]
+        assert sum(bool(re.search(r"\bLDL\b", text)) for text in loop) <= 16, body.partition("\n")[0]
 
 
 def test_heads_use_what_the_hardware_has(functions):
@@ -331,5 +365,7 @@ def test_without_a_gpu_the_reason_is_a_sentence():
     assert re.match(reason, MODULE.cuda_device_error(0))
     with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
         launch(lambda: run("merge_states"))
+    with pytest.raises(RuntimeError, match=r"^counters: (no CUDA driver|.*sees no device)"):
+        MODULE.zeroed_memory(0, 64)
     with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
         launch(chain_call())

@@ -310,3 +310,46 @@ def test_the_tree_needs_no_torch():
     folder = sys.modules["specdec_ops"].__file__.rpartition("__init__")[0]
     run = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=False)
     assert run.stdout == "9\n", run.stderr
+
+
+def test_sequences_share_their_beginnings():
+    tree, tokens = Tree.from_sequences([(7, 8, 9), (7, 8, 5, 6), (3,), (7, 8), (3, 8)], root_token=1)
+    assert tokens.tolist() == [1, 7, 3, 8, 8, 9, 5, 6]
+    assert tree.parents.tolist() == [-1, 0, 0, 1, 2, 3, 3, 6]
+    forest, tokens = Tree.from_sequences([(7, 8), (3,)])
+    assert (forest.parents.tolist(), tokens.tolist()) == ([-1, -1, 0], [7, 3, 8])
+    assert [len(Tree.from_sequences(nothing)[0]) for nothing in ([], [()])] == [0, 0]
+
+
+@some
+@given(st.lists(st.lists(st.integers(0, 3), max_size=6), max_size=12), st.booleans())
+def test_sequences_are_the_paths_of_their_tree(sequences, root):
+    tree, tokens = Tree.from_sequences(sequences, root_token=9 if root else None)
+    prefixes = {tuple(sequence[:end]) for sequence in sequences for end in range(1, len(sequence) + 1)}
+    spelled = [tuple(tokens[list(tree.path(node))].tolist())[int(root) :] for node in range(len(tree))]
+    assert len(spelled) == len(set(spelled)) == len(tree)
+    assert set(spelled) - {()} == prefixes
+    assert tree.is_level_ordered
+    ranked = [
+        path
+        for length in range(1, 7)
+        for path in dict.fromkeys(tuple(s[:length]) for s in sequences if len(s) >= length)
+    ]
+    assert [path for path in spelled if path] == ranked
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "why"),
+    (
+        (5, TypeError, "sequences must be"),
+        ([5], TypeError, "sequences must be"),
+        (["ab"], TypeError, "sequences must be"),
+        ([(1.5,)], TypeError, "1.5"),
+        ([(True,)], TypeError, "True"),
+        ([(-1,)], ValueError, "got -1"),
+        ([(2**31,)], ValueError, "2147483648"),
+    ),
+)
+def test_sequences_of_something_else_are_refused(arguments, error, why):
+    with pytest.raises(error, match=why):
+        Tree.from_sequences(arguments)

@@ -169,7 +169,7 @@ def _recursive(
                         exclude(request.excluded, token)
                     if weighted:
                         if request.draft.logits is not None:
-                            factor = total / remaining
+                            factor = tl.div_rn(total, remaining)
                             if not CHILD_ROWS:
                                 factor += tl.load(state + node * NODE_WORDS + TERM_FACTOR).to(tl.float32, bitcast=True)
                             put_float(state, head, TERM_FACTOR, factor)
@@ -206,7 +206,7 @@ def _overlap(request, node, rho, BLOCK: tl.constexpr):
         ids = start + lane
         p = target_probability(request, node, ids, ids < size)
         q = draft_probability(request, node, ids, ids < size)
-        total += tl.minimum(q, p / rho)
+        total += tl.minimum(q, tl.div_rn(p, rho))
     return tl.minimum(tl.sum(total, 0), 1.0)
 
 

@@ -395,7 +395,7 @@ def take_from_draft(request, node, left, BLOCK: tl.constexpr):
             put_float(state, node, DRAFT_ROW, greatest)
             put_float(state, node, DRAFT_ROW + 2, left)
             _, total = _left_of_draft(request, node, BLOCK)
-            put_float(state, node, DRAFT_ROW + 2, 1.0 / total)
+            put_float(state, node, DRAFT_ROW + 2, tl.div_rn(tl.full([], 1.0, tl.float32), total))
             ratio = tl.exp2((greatest - maximum) * scale) * inverse
             put_float(state, node, TERM_FACTOR, get_float(state, node, TERM_FACTOR) * (ratio * total))
     return left
@@ -421,7 +421,7 @@ def residual_draw(
             w = target_probability(request, node, ids, inside)
             if head >= 0:
                 q = draft_probability(request, head, ids, inside)
-                w = tl.maximum(w - gain * tl.minimum(q, w / rho), 0.0)
+                w = tl.maximum(w - gain * tl.minimum(q, tl.div_rn(w, rho)), 0.0)
         else:
             w, _ = residual_weight(request, node, head, use_excluded, ids, inside)
         w = tl.where(w > least, w, 0.0)

@@ -115,7 +115,7 @@ def _reject(request, node, child, token, REPLACEMENT: tl.constexpr, CHILD_ROWS: 
     alive = (alpha > 0.0) & (total > 0.0)
     if request.draft.logits is not None:
         if weighted:
-            factor = tl.where(alive, total / tl.where(alive, alpha * remaining, 1.0), 0.0)
+            factor = tl.where(alive, tl.div_rn(total, tl.where(alive, alpha * remaining, 1.0)), 0.0)
             if CHILD_ROWS:
                 put_int(state, child, TERM_BEFORE, head)
                 head = child

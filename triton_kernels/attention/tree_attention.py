@@ -14,9 +14,10 @@ import torch
 import triton
 from specdec_ops.triton_kernels.common.launch import batch_stride, on
 
-from .tree_attention_kernels import merge_splits_kernel, tree_attention_kernel
+from .tree_attention_join import merge_splits_kernel
+from .tree_attention_kernels import tree_attention_kernel
 
-MERGE_ROWS = 4
+MERGE_ROWS, MERGE_PARTS = 2, 16  # of a program, and under way at a time: 32 numbers of dim 256 in a thread
 SCRATCH_BYTES = 256 * 2**20
 LOG2E = 1.4426950408889634
 MAX_INT32 = 2**31 - 1
@@ -151,9 +152,8 @@ def tree_attention(arguments, outputs) -> None:
                 merge_splits_kernel[(triton.cdiv(max_queries * heads, MERGE_ROWS), count)](
                     output, scratch, out_scale, num_nodes, offsets, context_lens, query_starts, sinks,
                     num_nodes_stride, first, batch, heads, max_queries, q.shape[0], nodes, capacity, query_start,
-                    window, num_splits, splits, DIM=dim,
-                    PADDED_DIM=triton.next_power_of_2(dim), ROWS=MERGE_ROWS, TREE=ancestors is not None,
-                    num_warps=4, num_stages=3, **common,
+                    window, num_splits, splits, DIM=dim, PADDED_DIM=triton.next_power_of_2(dim), ROWS=MERGE_ROWS,
+                    PARTS=MERGE_PARTS, TREE=ancestors is not None, num_warps=4, num_stages=3, **common,
                 )  # fmt: skip
 
 

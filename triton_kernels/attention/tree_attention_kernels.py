@@ -317,23 +317,25 @@ def tree_attention_kernel(
         lse += (q_first if offsets is not None else request.to(tl.int64) * max_queries) * heads
 
     if offsets is not None:  # noqa: SIM102 (known at compile time, the next one is not)
-        # Rows from max_queries on (more rows than nodes, or rows after the last request) are padding.
+        # Padding: rows from max_queries on (more rows than nodes, or rows after the last request), and those before the
+        # first request.
         if (split == 0) & (row_block == row_blocks - 1):
             zero0 = tl.zeros([BLOCK_M, DIM0], out.dtype.element_ty)
-            for m0 in range(max_queries * GROUP, written_rows * GROUP, BLOCK_M):
-                m = m0 + lane
-                inside = m < written_rows * GROUP
-                at = (m // GROUP).to(tl.int64) * out_row_stride + (kv_head * GROUP + m % GROUP) * out_head_stride
-                tl.store(out + at[:, None] + d0[None, :], zero0, mask=inside[:, None] & (d0 < DIM)[None, :])
-                if DIM1 > 0:
-                    zero1 = tl.zeros([BLOCK_M, DIM1], out.dtype.element_ty)
-                    tl.store(out + at[:, None] + d1[None, :], zero1, mask=inside[:, None] & (d1 < DIM)[None, :])
-                if lse is not None:
-                    tl.store(
-                        lse + (m // GROUP).to(tl.int64) * heads + kv_head * GROUP + m % GROUP,
-                        float("-inf"),
-                        mask=inside,
-                    )
+            for piece in range(2):
+                begin = tl.where(piece == 0, max_queries, -q_first)
+                before = tl.where(request == 0, q_first, 0).to(tl.int32)
+                count_rows = tl.where(piece == 0, written_rows - max_queries, before)
+                for m0 in range(0, count_rows * GROUP, BLOCK_M):
+                    m = m0 + lane
+                    inside = m < count_rows * GROUP
+                    at_row = begin + m // GROUP
+                    at = at_row * out_row_stride + (kv_head * GROUP + m % GROUP) * out_head_stride
+                    tl.store(out + at[:, None] + d0[None, :], zero0, mask=inside[:, None] & (d0 < DIM)[None, :])
+                    if DIM1 > 0:
+                        zero1 = tl.zeros([BLOCK_M, DIM1], out.dtype.element_ty)
+                        tl.store(out + at[:, None] + d1[None, :], zero1, mask=inside[:, None] & (d1 < DIM)[None, :])
+                    if lse is not None:
+                        tl.store(lse + at_row * heads + kv_head * GROUP + m % GROUP, float("-inf"), mask=inside)
 
     m = row_block * BLOCK_M + lane
     row = m // GROUP
@@ -440,60 +442,4 @@ def tree_attention_kernel(
         tl.store(out_at[:, None] + d1[None, :], acc1.to(out.dtype.element_ty),
                  mask=inside[:, None] & (d1 < DIM)[None, :])  # fmt: skip
     if lse is not None:
-        tl.store(lse + row.to(tl.int64) * heads + head, row_lse, mask=inside)
-
-
-@triton.jit(do_not_specialize=_VOLATILE, do_not_specialize_on_alignment=_VOLATILE_POINTERS)
-def merge_splits_kernel(
-    output, scratch, out_scale, num_nodes, offsets, context_lens, query_starts, sinks, num_nodes_stride,
-    request_begin, batch, heads, max_queries, tokens, nodes, capacity, query_start, window, num_splits, max_splits,
-    DIM: tl.constexpr, PADDED_DIM: tl.constexpr, ROWS: tl.constexpr, SPLIT_SLOTS: tl.constexpr, BLOCK_N: tl.constexpr,
-    WINDOW: tl.constexpr, TREE: tl.constexpr,
-):  # fmt: skip
-    """Grid: (row blocks, requests). A program owns ROWS of the (tree row, head) pairs and adds their splits in order.
-
-    The arguments are those of tree_attention_kernel.
-    """
-    out, out_batch_stride, out_row_stride, out_head_stride, lse = output
-    split_out, split_stats = scratch
-    local_request = tl.program_id(1)
-    request = request_begin + local_request
-    context = tl.minimum(tl.maximum(tl.load(context_lens + request), 0), capacity)
-    _, _, splits = _splits(context, window, num_splits, max_splits, SPLIT_SLOTS, BLOCK_N, WINDOW)
-    if splits == 1:  # written by the first kernel
-        return
-    q_first, own_rows, written_rows, start_node, count = _request_rows(
-        request, batch, max_queries, tokens, offsets, num_nodes, num_nodes_stride, nodes, query_start, query_starts
-    )
-    m = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    row = m // heads
-    head = m % heads
-    real = row < tl.minimum(own_rows, max_queries)
-    if TREE:
-        real = real & (start_node + row >= 0) & (start_node + row < count)
-    d = tl.arange(0, PADDED_DIM)
-    at = (local_request * max_splits).to(tl.int64) * max_queries * heads + m
-    step = max_queries.to(tl.int64) * heads
-
-    maximum = tl.full([ROWS], float("-inf"), tl.float32)
-    for split in range(splits):
-        maximum = tl.maximum(maximum, tl.load(split_stats + (at + split * step) * 2, mask=real, other=float("-inf")))
-    safe = tl.where(maximum == float("-inf"), 0.0, maximum)
-    total = tl.zeros([ROWS], tl.float32)
-    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
-    for split in range(splits):
-        here = at + split * step
-        weight = tl.exp2(tl.load(split_stats + here * 2, mask=real, other=float("-inf")) - safe)
-        total += weight * tl.load(split_stats + here * 2 + 1, mask=real, other=0.0)
-        at_value = split_out + here[:, None] * DIM + d[None, :]
-        value = tl.load(at_value, mask=real[:, None] & (d < DIM)[None, :], other=0.0)
-        acc += weight[:, None] * value
-
-    acc, _, row_lse = _finish(acc, acc, maximum, total, head, sinks, real, out_scale, 0)
-    inside = row < tl.minimum(written_rows, max_queries)
-    out += request.to(tl.int64) * out_batch_stride + q_first * out_row_stride
-    out_at = out + row.to(tl.int64) * out_row_stride + head.to(tl.int64) * out_head_stride
-    tl.store(out_at[:, None] + d[None, :], acc.to(out.dtype.element_ty), mask=inside[:, None] & (d < DIM)[None, :])
-    if lse is not None:
-        lse += (q_first if offsets is not None else request.to(tl.int64) * max_queries) * heads
         tl.store(lse + row.to(tl.int64) * heads + head, row_lse, mask=inside)

@@ -70,8 +70,9 @@ def exponential(v):
     """-log1p(-v) for v in [0, 1], to some ulp. Triton has no log1p.
 
     The logarithm of y = 1 - v is exact enough, but y is rounded; the quotient puts back what the rounding took (the
-    rounded y is off by as much in log(y) as in 1 - y). Where y rounds to 1, the answer is v.
+    rounded y is off by as much in log(y) as in 1 - y). Where y rounds to 1, the answer is v. It decides draws, so the
+    quotient is rounded as on other backends: `/` of float32 is approximate on GPUs.
     """
     y = 1.0 - v
     taken = 1.0 - y
-    return tl.where(taken > 0.0, -tl.log(y) * (v / tl.where(taken > 0.0, taken, 1.0)), v)
+    return tl.where(taken > 0.0, -tl.log(y) * tl.div_rn(v, tl.where(taken > 0.0, taken, 1.0)), v)

@@ -217,7 +217,7 @@ def _search_cut(row, size, maximum, scale, cut, cut_id, need, target, BLOCK: tl.
         middle = low + (high - low) // 2
         low_value = _value_of(low)
         by_value = 0.5 * low_value + 0.5 * _value_of(high - 1)
-        by_value = tl.where(step == 0, maximum - 16.0 / scale, by_value)
+        by_value = tl.where(step == 0, maximum - tl.div_rn(tl.full([], 16.0, tl.float32), scale), by_value)
         usable = (by_value > float("-inf")) & (step % 2 == 0)
         middle = tl.where(usable, _key_of(by_value), middle)
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
@@ -234,7 +234,7 @@ def _search_cut(row, size, maximum, scale, cut, cut_id, need, target, BLOCK: tl.
     new_id = 2147483647
     if (high - low <= 1) & (low_count - high_count > 1) & (low_count != need):
         weight = tl.exp2((value - maximum) * scale)
-        by_mass = tl.where(weight > 0.0, (target - high_mass) / tl.where(weight > 0.0, weight, 1.0), 1e9)
+        by_mass = tl.where(weight > 0.0, tl.div_rn(target - high_mass, tl.where(weight > 0.0, weight, 1.0)), 1e9)
         rank = tl.maximum(need - high_count, tl.ceil(tl.minimum(by_mass, 1e9)).to(tl.int32))
         new_id = _id_of_tie(row, size, value, tl.maximum(rank, 1), BLOCK)
     new_id = tl.where(value == cut, tl.minimum(new_id, cut_id), new_id)
@@ -270,7 +270,7 @@ def row_distribution(
     temperature, top_k, top_p = sampling
     maximum, argmax, sound = row_maximum(row, size, BLOCK)
     one_hot_id = tl.where(sound & (temperature > 0.0), -1, argmax)
-    scale = LOG2E / tl.where(temperature > 0.0, temperature, 1.0)
+    scale = tl.div_rn(tl.full([], LOG2E, tl.float32), tl.where(temperature > 0.0, temperature, 1.0))
     cut = tl.full([], float("-inf"), tl.float32)
     cut_id = tl.full([], 2147483647, tl.int32)
     inverse = tl.full([], 1.0, tl.float32)
@@ -290,7 +290,7 @@ def row_distribution(
                 if ENTROPY:
                     moment += tl.where(weight > 0.0, weight * ((z - maximum) * scale), 0.0)
             whole = tl.sum(total, 0)
-            inverse = 1.0 / whole
+            inverse = tl.div_rn(tl.full([], 1.0, tl.float32), whole)
             if ENTROPY:
                 entropy = tl.log(whole) - LN2 * (tl.sum(moment, 0) * inverse)
     return TokenDistribution(maximum, scale, inverse, cut, cut_id, one_hot_id), argmax, sound, entropy
@@ -312,8 +312,11 @@ def next_logit(row, size, last, last_id, BLOCK: tl.constexpr):
 
 @triton.jit
 def draw_score(weight, v, BY_WEIGHT):
-    """What a draw takes the greatest of: weight / exponential, or the weight where all of these are 0."""
-    return tl.where(BY_WEIGHT, weight, weight / exponential(v))
+    """What a draw takes the greatest of: weight / exponential, or the weight where all of these are 0.
+
+    It decides, so it is rounded as on other backends: `/` of float32 is approximate on GPUs.
+    """
+    return tl.where(BY_WEIGHT, weight, tl.div_rn(weight, exponential(v)))
 
 
 @triton.jit

@@ -20,6 +20,7 @@ namespace specdec::cpu {
 namespace {
 
 constexpr int kKeptOfPath = 8;  // rows on whose path traversal goes back; the others never do
+constexpr int kFewTerms = 3;    // up to these are gone through in each pass
 
 // Scratch of one thread's requests.
 struct Workspace {
@@ -29,11 +30,13 @@ struct Workspace {
   std::vector<DistributionRow> rows;
   std::vector<uint64_t> excluded;
   std::vector<KeptRow> kept_target, kept_draft;  // of node i, or row i, at i % size
+  std::vector<FoldedTerms> folded;               // the same
   RowReader reader;
 
   Workspace(const AcceptParams& p, int threads) : reader(threads) {
     kept_target.resize(p.rule == AcceptRule::kTraversal ? kKeptOfPath : 1);
     kept_draft.resize(kept_target.size());
+    folded.resize(kept_target.size());
     const WalkNeeds needs = walk_needs(p);
     if (needs.states) states.resize(p.max_depth + 1);
     if (needs.terms) terms.resize(p.nodes), rows.resize(p.nodes);
@@ -139,14 +142,43 @@ class CpuRows {
         .distribution_row(draft_row(term.row), p.draft_dtype, p.target_to_draft, p.draft_vocab, term.distribution,
                           term.factor);
   }
+  const Term& term_of(const Weights& weights, int32_t i) const { return i == 0 ? weights.first : weights.more[i - 1]; }
+
+  // Terms [begin, end) of the weights.
+  void set_terms(WeightPass& pass, const Weights& weights, int32_t begin, int32_t end) {
+    pass.terms = end - begin;
+    if (begin < end) pass.first = distribution_row_of_draft(term_of(weights, begin));
+    for (int32_t i = begin + 1; i < end; ++i) w.rows[i - begin - 1] = distribution_row_of_draft(term_of(weights, i));
+    pass.more = w.rows.data();
+  }
+  // Sets target and terms of the pass. Of many terms all but the last are folded into the target: a node's terms only
+  // ever become more.
+  void set_rows(WeightPass& pass, const Weights& weights) {
+    pass.target = distribution_row_of_target(weights.node, weights.target);
+    if (weights.terms <= kFewTerms) return set_terms(pass, weights, 0, weights.terms);
+    FoldedTerms& folded = w.folded[weights.node % w.folded.size()];
+    if (folded.left == nullptr) {
+      folded.left.reset(new float[(int64_t(p.vocab) + kGroup - 1) / kGroup * kGroup]);
+      const int64_t blocks = (int64_t(p.vocab) + kSumBlock - 1) / kSumBlock;
+      folded.scales.reset(new float[blocks]);
+      std::fill_n(folded.scales.get(), blocks, 1.0f);
+    }
+    const int32_t last = weights.terms - 1;
+    if (folded.request != request || folded.node != weights.node || folded.terms > last) folded.terms = 0;
+    WeightPass step{};
+    step.target = pass.target;
+    pass.target.weights = folded.left.get(), pass.target.scales = folded.scales.get();
+    if (folded.terms > 0) step.target = pass.target;
+    set_terms(step, weights, folded.terms, last);
+    if (step.terms > 0) w.reader.fold(step, p.vocab, folded.left.get());
+    folded.request = request, folded.node = weights.node, folded.terms = last;
+    set_terms(pass, weights, last, weights.terms);
+    pass.folded = true;
+  }
   WeightPass pass_of(const Weights& weights, const NoiseKey* noise) {
     WeightPass pass{};
     pass.kind = weights.kind;
-    pass.target = distribution_row_of_target(weights.node, weights.target);
-    pass.terms = weights.terms;
-    if (weights.terms > 0) pass.first = distribution_row_of_draft(weights.first);
-    for (int32_t i = 0; i + 1 < weights.terms; ++i) w.rows[i] = distribution_row_of_draft(weights.more[i]);
-    pass.more = w.rows.data();
+    set_rows(pass, weights);
     pass.gain = weights.gain;
     pass.rho = weights.rho;
     pass.threshold = weights.threshold;

@@ -64,6 +64,7 @@ struct WeightPass {
   DistributionRow target, first;
   const DistributionRow* more;
   int32_t terms;  // of `first` and `more`
+  bool folded;    // `target` has other terms taken off already
   float gain, rho, threshold;
   const uint64_t* excluded;  // bit set over the vocabulary, or nullptr
   bool noisy;                // false: every uniform is 1, so that the greatest weight wins
@@ -81,6 +82,8 @@ struct RowKernels {
   ScanPart (*kept)(const RowSpan& span, float max, float scale, const Cut& cut);
   // Sum of the weights of tokens [begin, end), which are offered to the sink if there is one.
   float (*weigh)(const WeightPass& pass, int64_t begin, int64_t end, DrawSink* sink);
+  // What the terms leave of p for tokens [begin, end), below 0 too; to a multiple of kGroup. `left` is all of them.
+  void (*fold)(const WeightPass& pass, int64_t begin, int64_t end, float* left);
   // kRhoPoints sums of min(p, (from + (i + 1) * step) * q).
   void (*rho_sums)(const DistributionRow& target, const DistributionRow& draft, float from, float step, int64_t begin,
                    int64_t end, float* sums);

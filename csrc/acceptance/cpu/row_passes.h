@@ -344,7 +344,8 @@ static void weigh_any(const WeightPass& pass, int64_t token, int count, float* w
 static SPECDEC_INLINE void weigh_group(const WeightPass& pass, int64_t token, int count, float* weight, float* other) {
   if (pass.kind == WeightKind::kDraft) {
     fill(pass.first, token, count, weight);
-  } else if (pass.terms == 1 && pass.kind == WeightKind::kResidual && pass.target.weights && pass.first.weights) {
+  } else if (pass.terms == 1 && pass.kind == WeightKind::kResidual && !pass.folded && pass.target.weights &&
+             pass.first.weights) {
     weigh_kept_pair(pass.target, pass.first, token, weight);
   } else {
     weigh_any(pass, token, count, weight, other);
@@ -398,6 +399,22 @@ static float weigh(const WeightPass& pass, int64_t begin, int64_t end, DrawSink*
     sum = sum + part;
   }
   return total(sum);
+}
+
+static void fold(const WeightPass& pass, int64_t begin, int64_t end, float* left) {
+  alignas(64) float other[kGroup];
+  for (int64_t token = begin; token < end; token += kGroup) {
+    const int count = int(min_of<int64_t>(kGroup, end - token));
+    fill(pass.target, token, count, left + token);
+    for (int term = 0; term < pass.terms; term++) {
+      const DistributionRow& row = term == 0 ? pass.first : pass.more[term - 1];
+      fill(row, token, count, other);
+      for (int i = 0; i < kGroup; i += kWidth) {
+        const Vec taken = splat(row.factor) * load(other + i);
+        store(left + token + i, load(left + token + i) - taken);
+      }
+    }
+  }
 }
 
 static void rho_sums(const DistributionRow& target, const DistributionRow& draft, float from, float step, int64_t begin,
@@ -471,6 +488,6 @@ static void top(const RowSpan& span, DrawSink* sink) { SPECDEC_BY_DTYPE(span.dty
 
 #undef SPECDEC_BY_DTYPE
 
-extern const RowKernels kRowKernels = {scan, above, collect, kept, weigh, rho_sums, top};
+extern const RowKernels kRowKernels = {scan, above, collect, kept, weigh, fold, rho_sums, top};
 
 }  // namespace specdec::cpu::SPECDEC_ISA

@@ -182,6 +182,11 @@ Pass RowReader::weigh(WeightPass& pass, int64_t vocab, bool draw) {
   return result;
 }
 
+void RowReader::fold(const WeightPass& pass, int64_t vocab, float* left) {
+  pool_.deal(chunks_of(vocab),
+             [&](int64_t chunk) { kernels_.fold(pass, chunk * kChunk, std::min((chunk + 1) * kChunk, vocab), left); });
+}
+
 // The best `count` with a score of at least that; then -1.
 int RowReader::best_of_draw(const WeightPass& pass, int64_t vocab, int count, float least, int32_t* out) {
   std::vector<Best> parts(pool_.threads(), Best(size_t(count), pass.noisy, false, least));

@@ -36,6 +36,13 @@ struct KeptRow {
   }
 };
 
+// What is left of a node's row of the target after the first `terms` terms. So each of many terms, one for every sibling
+// with a row of its own, is read once and not again in each later pass.
+struct FoldedTerms {
+  int32_t request = -1, node = -1, terms = 0;
+  std::unique_ptr<float[]> left, scales;  // scales are 1: see DistributionRow
+};
+
 // Scratch and threads; one for each row that is worked on at a time.
 class RowReader {
  public:
@@ -48,6 +55,9 @@ class RowReader {
 
   // Sum of the weights of `vocab` tokens and, with a draw, its winner or -1.
   Pass weigh(WeightPass& pass, int64_t vocab, bool draw);
+
+  // Writes what the terms leave of p, also below 0.
+  void fold(const WeightPass& pass, int64_t vocab, float* left);
 
   // The best `count` of a draw, then -1. Returns how many there are. From p alone every possible token can come,
   // however unlikely it is next to those before it. From a residual those come whose score float32 can hold, or if

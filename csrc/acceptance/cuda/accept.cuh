@@ -60,13 +60,22 @@ struct Answer {
   RhoSums rho;
 };
 
+// Logits of one row, of the tokens of the children of its node: a lane has one. A walk asks for them one after the
+// other, so the first question brings all of them.
+struct ChildLogits {
+  int32_t row;                              // -1: none yet
+  int32_t token[kWarpSize], id[kWarpSize];  // -1: no child, or a token that the row doesn't have
+  float logit[kWarpSize];
+};
+
 struct WalkShared {
   uint32_t* slots;  // of the reductions
   uint32_t* bits;   // excluded tokens
   Task* task;
   Answer* answer;
-  AcceptParams* call;  // with links and tokens in shared memory
-  int32_t* nodes;      // [3, nodes] tokens, first children, next siblings; or target ids, tokens, ...
+  ChildLogits* children;  // of the last target row and the last draft row that were asked for
+  AcceptParams* call;     // with links and tokens in shared memory
+  int32_t* nodes;         // [4, nodes] tokens, first children, next siblings, target ids; and how many nodes there are
   CutScratch cut;
 
   __device__ WalkShared(SharedMemory& memory, const AcceptParams& p)
@@ -74,16 +83,17 @@ struct WalkShared {
         bits(memory.take<uint32_t>(bit_words(p))),
         task(memory.take<Task>(1)),
         answer(memory.take<Answer>(1)),
+        children(memory.take<ChildLogits>(2)),
         call(memory.take<AcceptParams>(1)),
         nodes(memory.take<int32_t>(staged(p))),
         cut(memory) {}
   static size_t bytes(const AcceptParams& p) {
     return SharedMemory::bytes<uint32_t>(TeamReducer::kWords) + SharedMemory::bytes<uint32_t>(bit_words(p)) +
-           SharedMemory::bytes<Task>(1) + SharedMemory::bytes<Answer>(1) + SharedMemory::bytes<AcceptParams>(1) +
-           SharedMemory::bytes<int32_t>(staged(p)) + CutScratch::bytes();
+           SharedMemory::bytes<Task>(1) + SharedMemory::bytes<Answer>(1) + SharedMemory::bytes<ChildLogits>(2) +
+           SharedMemory::bytes<AcceptParams>(1) + SharedMemory::bytes<int32_t>(staged(p)) + CutScratch::bytes();
   }
   __host__ __device__ static int32_t staged(const AcceptParams& p) {
-    return p.nodes <= kMaxStagedNodes ? 4 * p.nodes : 0;
+    return p.nodes <= kMaxStagedNodes ? 4 * p.nodes + 1 : 0;
   }
 };
 
@@ -247,9 +257,9 @@ class WorkerWarps {
         break;
       case TaskKind::kTargetProbability:
       case TaskKind::kDraftProbability:
-        if (leader()) {
+        if (reduce_.team.rank < kWarpSize) {
           const Proposal found = proposal(task);
-          shared_.answer->pass = {found.probability, found.possible};
+          if (leader()) shared_.answer->pass = {found.probability, found.possible};
         }
         break;
       case TaskKind::kPass:
@@ -286,14 +296,45 @@ class WorkerWarps {
     if (leader()) shared_.answer->distribution = distribution;
   }
 
+  // The team's first warp.
   __device__ Proposal proposal(const Task& task) const {
     const bool of_target = task.kind == TaskKind::kTargetProbability;
-    const int32_t id = of_target ? task.count : rows_.draft_id(task.count);
-    if (id < 0) return {0.0f, false};
+    const int32_t token = task.count;
     const TokenDistribution& distribution = task.weights.target;
+    const Row row = of_target ? rows_.target(task.row) : rows_.draft(task.row);
+    ChildLogits& known = shared_.children[of_target ? 0 : 1];
+    uint32_t found = 0;
+    if (!distribution.one_hot && WalkShared::staged(rows_.p) > 0 && (of_target || !rows_.p.child_rows)) {
+      if (known.row != task.row) load_children(known, row, task.row, of_target);
+      found = warp_ballot(known.token[reduce_.team.rank] == token);
+    }
+    const int32_t at = lowest_bit(found);
+    const int32_t id = found != 0 ? known.id[at] : of_target ? token : rows_.draft_id(token);
+    if (id < 0) return {0.0f, false};
     if (distribution.one_hot) return {id == distribution.argmax ? 1.0f : 0.0f, id == distribution.argmax};
-    const float logit = logit_at(of_target ? rows_.target(task.row) : rows_.draft(task.row), id);
+    const float logit = found != 0 ? known.logit[at] : logit_at(row, id);
     return {probability_of(distribution, logit, id), logit > negative_infinity() && keeps(distribution, logit, id)};
+  }
+
+  // The tree is in shared memory, so lanes find their children side by side; what they load is under way at once.
+  __device__ void load_children(ChildLogits& known, const Row& row, int32_t node, bool of_target) const {
+    const AcceptParams& p = rows_.p;
+    const int32_t lane = reduce_.team.rank, count = min(*p.num_nodes, p.nodes);
+    int32_t before = node, child = p.first_child == nullptr ? node + 1 : p.first_child[node], token = -1;
+    for (int32_t i = 0; i <= lane && child > before && child < count; ++i) {
+      if (i == lane) token = p.draft_tokens[child - p.first_token_node];
+      before = child;
+      child = p.first_child == nullptr ? -1 : p.next_sibling[child];
+    }
+    if (token < 0 || token >= p.vocab) token = -1;
+    const int32_t id = token < 0 || of_target ? token : rows_.draft_id(token);
+    const float logit = id < 0 ? negative_infinity() : logit_at(row, id);
+    warp_sync();
+    known.token[lane] = token;
+    known.id[lane] = id;
+    known.logit[lane] = logit;
+    if (lane == 0) known.row = node;
+    warp_sync();
   }
 
   // The best tokens of one draw come out one by one: each pass looks below the one before. Where p alone is drawn from
@@ -374,7 +415,10 @@ class WorkerWarps {
 __device__ inline void stage(const AcceptLaunch& launch, const WalkShared& shared, int32_t request) {
   const AcceptParams& p = launch.call;
   for (int32_t word = threadIdx.x; word < bit_words(p); word += blockDim.x) shared.bits[word] = 0;
-  if (threadIdx.x == 0) *shared.call = p;
+  if (threadIdx.x == 0) {
+    *shared.call = p;
+    shared.children[0].row = shared.children[1].row = -1;
+  }
   if (WalkShared::staged(p) == 0) return;
   const int32_t asked = p.num_nodes[request * p.num_nodes_stride_batch], count = min(max(asked, 1), p.nodes);
   int32_t *tokens = shared.nodes, *first_child = tokens + p.nodes, *next_sibling = first_child + p.nodes;
@@ -392,6 +436,9 @@ __device__ inline void stage(const AcceptLaunch& launch, const WalkShared& share
   }
   if (threadIdx.x != 0) return;
   AcceptParams& call = *shared.call;
+  ids[p.nodes] = asked;
+  call.num_nodes = ids + p.nodes;
+  call.num_nodes_stride_batch = 0;
   call.draft_tokens = tokens;
   call.draft_tokens_stride_batch = 0;
   if (p.first_child != nullptr) {

@@ -126,6 +126,39 @@ __device__ __forceinline__ void for_each_chunk(const BlockTeam& team, const Row&
   }
 }
 
+// The same of two rows at once, use(first token, logits, logits of the other row). Without the other one its logits are
+// not written.
+template <class Use>
+__device__ __forceinline__ void for_each_chunk_of_two(const BlockTeam& team, const Row& row, const Row& other,
+                                                      bool with_other, Span span, const Use& use) {
+  const int64_t step = kChunk * team.size;
+  int64_t first = span.begin + kChunk * team.rank;
+  RawChunk raw{}, raw_other{};
+  if (first < span.end && is_plain(row, first)) raw = load_plain(row, first);
+  if (with_other && first < span.end && is_plain(other, first)) raw_other = load_plain(other, first);
+#pragma unroll 1
+  for (; first < span.end; first += step) {
+    RawChunk next{}, next_other{};
+    const bool goes_on = first + step < span.end;
+    if (goes_on && is_plain(row, first + step)) next = load_plain(row, first + step);
+    if (with_other && goes_on && is_plain(other, first + step)) next_other = load_plain(other, first + step);
+    float logit[kChunk], other_logit[kChunk];
+    if (is_plain(row, first)) {
+      convert(raw, row.dtype, logit);
+    } else {
+      load_single(row, int32_t(first), logit);
+    }
+    if (with_other && is_plain(other, first)) {
+      convert(raw_other, other.dtype, other_logit);
+    } else if (with_other) {
+      load_single(other, int32_t(first), other_logit);
+    }
+    use(int32_t(first), logit, other_logit);
+    raw = next;
+    raw_other = next_other;
+  }
+}
+
 // The same for passes that have little to do with a chunk, and wait for memory: four chunks are on their way at once.
 template <class Use>
 __device__ __forceinline__ void stream_chunks(const BlockTeam& team, const Row& row, Span span, const Use& use) {

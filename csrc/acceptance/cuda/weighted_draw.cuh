@@ -36,8 +36,8 @@ __device__ __forceinline__ bool has_token(const uint32_t* bits, int32_t token) {
   return bits[token / 32] >> token % 32 & 1;
 }
 
-// The probabilities of the tokens of a chunk in a draft row.
-__device__ inline void draft_probabilities(const RequestRows& rows, const Term& term, int32_t first,
+// The probabilities of the tokens of a chunk in a draft row. With `loaded` they are given its logits.
+__device__ inline void draft_probabilities(const RequestRows& rows, const Term& term, int32_t first, bool loaded,
                                            float (&probability)[kChunk]) {
   const Row row = rows.draft(term.row);
   if (rows.p.target_to_draft == nullptr) {
@@ -46,7 +46,7 @@ __device__ inline void draft_probabilities(const RequestRows& rows, const Term& 
       for (int i = 0; i < kChunk; ++i) probability[i] = 0;
       return;
     }
-    load_logits(row, first, probability);
+    if (!loaded) load_logits(row, first, probability);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) probability[i] = probability_of(term.distribution, probability[i], first + i);
     return;
@@ -58,9 +58,14 @@ __device__ inline void draft_probabilities(const RequestRows& rows, const Term& 
   }
 }
 
-// Turns a chunk of the target's logits into weights.
+// Whether the tokens of a chunk lie side by side in the draft's rows, too, so that they can be loaded ahead.
+__device__ __forceinline__ bool has_draft_chunks(const RequestRows& rows, const Weights& w) {
+  return w.terms > 0 && rows.p.target_to_draft == nullptr;
+}
+
+// Turns a chunk of the target's logits into weights. `first_draft` are those of the first term's row, if has_draft_chunks.
 __device__ inline void weigh(const RequestRows& rows, const Weights& w, const uint32_t* bits, int32_t first,
-                             float (&weight)[kChunk]) {
+                             const float (&first_draft)[kChunk], float (&weight)[kChunk]) {
   const bool of_draft = w.kind == WeightKind::kDraft;
 #pragma unroll
   for (int i = 0; i < kChunk; ++i) weight[i] = of_draft ? 0.0f : probability_of(w.target, weight[i], first + i);
@@ -68,8 +73,11 @@ __device__ inline void weigh(const RequestRows& rows, const Weights& w, const ui
 #pragma unroll 1
   for (int32_t t = 0; t < w.terms; ++t) {
     const Term& term = t == 0 ? w.first : w.more[t - 1];
+    const bool loaded = t == 0 && has_draft_chunks(rows, w);
     float q[kChunk];
-    draft_probabilities(rows, term, first, q);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) q[i] = loaded ? first_draft[i] : 0.0f;
+    draft_probabilities(rows, term, first, loaded, q);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       weight[i] -= w.kind == WeightKind::kKseq ? w.gain * fminf(q[i], weight[i] * inverse_rho)
@@ -136,16 +144,19 @@ __device__ inline WeightsSum pass_over(TeamReducer& reduce, const RequestRows& r
                                        uint64_t limit) {
   Best best;
   float sum = 0;
-  for_each_chunk(reduce.team, rows.target(w.node), span, [&](int32_t first, const float (&logit)[kChunk]) {
+  const bool with_draft = has_draft_chunks(rows, w);
+  const Row target = rows.target(w.node), draft = with_draft ? rows.draft(w.first.row) : target;
+  const auto use = [&](int32_t first, const float (&logit)[kChunk], const float (&first_draft)[kChunk]) {
     float weight[kChunk], chunk_sum = 0;
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) weight[i] = logit[i];
-    weigh(rows, w, bits, first, weight);
+    weigh(rows, w, bits, first, first_draft, weight);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) chunk_sum += weight[i];
     sum += chunk_sum;
     if (draws && chunk_sum > 0) draw_chunk(noise, first, weight, limit, best);
-  });
+  };
+  for_each_chunk_of_two(reduce.team, target, draft, with_draft, span, use);
   return reduce(WeightsSum{best.key, sum, 0}, [](const WeightsSum& a, const WeightsSum& b) {
     return WeightsSum{a.best > b.best ? a.best : b.best, a.sum + b.sum, 0};
   });
@@ -156,16 +167,21 @@ __device__ __forceinline__ int32_t token_or_none(uint64_t key) { return key != 0
 __device__ inline RhoSums rho_sums_of(TeamReducer& reduce, const RequestRows& rows, const Weights& w, float low,
                                       float step) {
   RhoSums sums{};
-  for_each_chunk(reduce.team, rows.target(w.node), {0, rows.p.vocab}, [&](int32_t first, const float (&z)[kChunk]) {
+  const bool with_draft = rows.p.target_to_draft == nullptr;
+  const Row target = rows.target(w.node), draft = rows.draft(w.first.row);
+  const auto use = [&](int32_t first, const float (&z)[kChunk], const float (&first_draft)[kChunk]) {
     float q[kChunk];
-    draft_probabilities(rows, w.first, first, q);
+#pragma unroll
+    for (int i = 0; i < kChunk; ++i) q[i] = with_draft ? first_draft[i] : 0.0f;
+    draft_probabilities(rows, w.first, first, with_draft, q);
 #pragma unroll
     for (int i = 0; i < kChunk; ++i) {
       const float p = probability_of(w.target, z[i], first + i);
 #pragma unroll
       for (int k = 0; k < kRhoPoints; ++k) sums.sum[k] += fminf(p, (low + float(k + 1) * step) * q[i]);
     }
-  });
+  };
+  for_each_chunk_of_two(reduce.team, target, draft, with_draft, whole(target), use);
   return reduce(sums, [](const RhoSums& a, const RhoSums& b) {
     RhoSums both;
 #pragma unroll

@@ -219,6 +219,7 @@ class AttentionKernel {
                                              buffers.k_copy + size_t(g) * kGroupSlots * dim_, v_copy_of(buffers, g));
     buffers.asides = 0;
     if (!all_seen) set_aside(t, buffers);
+    t.fetched_ahead = task_.fetch_ahead;
     t.ahead = task_.fetch_ahead ? slots_.ahead(begin + kTile, kTile) : Ahead{};
     Engine::pack_keys(t, dim_, buffers.k_packed);
     Engine::pack_values(t, dim_, buffers.v_packed);
@@ -350,13 +351,28 @@ class AttentionKernel {
   // Finds the largest score of each row (in buffers.top) and tells whether one is far enough above the maximum in use.
   template <int kVecs>
   bool rises(int row, int slots, Buffers& buffers) {
+    // Several maxima side by side, or each would wait for the one before.
+    constexpr int kChains = 4 / kVecs;
     const Vec scale = splat(exponent_scale_);
-    Vec top[kVecs];
+    Vec tops[kChains][kVecs], top[kVecs];
     SPECDEC_UNROLL
-    for (int j = 0; j < kVecs; j++) top[j] = load(buffers.scores + j * kWidth);
-    for (int i = 1; i < slots; i++) {
+    for (int j = 0; j < kVecs; j++) {
       SPECDEC_UNROLL
-      for (int j = 0; j < kVecs; j++) top[j] = maximum(load(buffers.scores + (i * kVecs + j) * kWidth), top[j]);
+      for (int c = 0; c < kChains; c++) tops[c][j] = load(buffers.scores + (c * kVecs + j) * kWidth);
+    }
+    for (int i = kChains; i < slots; i += kChains) {  // a span's slots are a multiple of four
+      SPECDEC_UNROLL
+      for (int c = 0; c < kChains; c++) {
+        SPECDEC_UNROLL
+        for (int j = 0; j < kVecs; j++)
+          tops[c][j] = maximum(load(buffers.scores + ((i + c) * kVecs + j) * kWidth), tops[c][j]);
+      }
+    }
+    SPECDEC_UNROLL
+    for (int j = 0; j < kVecs; j++) {
+      top[j] = tops[0][j];
+      SPECDEC_UNROLL
+      for (int c = 1; c < kChains; c++) top[j] = maximum(tops[c][j], top[j]);
     }
     bool raise = false;
     SPECDEC_UNROLL

@@ -43,7 +43,7 @@ struct EngineInterface {
   static const int kMaxVecs;       // most vectors of a block of rows: 1, 2 or 4
   static const int kTile;          // slots that go through the kernel together: whole groups of kGroupSlots
   static const int kSpan;          // of them, those whose scores are made at once, so that they stay in the first cache
-  static const int kStep;          // slots are padded to a multiple of this
+  static const int kStep;          // slots are padded to a multiple of this, itself one of 4
   static const int kWeightFloats;  // floats of a weight
   static const bool kQueriesByRow;  // packed queries are [rows][depth], else block by block [depth][rows of the block]
 
@@ -128,6 +128,7 @@ struct EngineCheck {
   static_assert(Engine::kMaxVecs == 1 || Engine::kMaxVecs == 2 || Engine::kMaxVecs == 4);
   static_assert(Engine::kTile % kGroupSlots == 0 && Engine::kTile % Engine::kSpan == 0);
   static_assert(Engine::kSpan % Engine::kStep == 0, "a span is whole steps");
+  static_assert(Engine::kStep % 4 == 0, "maxima are found for four slots at a time");
   static_assert(!Engine::kQueriesByRow || Engine::kMaxVecs == 1, "rows that are not blocked have one vector");
   static constexpr bool kHolds = true;
 };

@@ -50,7 +50,7 @@ struct FewRowsEngine {
   static constexpr bool kQueriesByRow = true;
   static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
   static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = 1, kTile = 64, kSpan = kTile,
-                       kStep = kWidth / kGroupRows;
+                       kStep = max_of(4, kWidth / kGroupRows);
 
   static int query_depth(int dim) { return dim; }
   static size_t key_floats(int) { return 0; }
@@ -69,7 +69,7 @@ struct FewRowsEngine {
   static void scores(const Tile<Element, kTile>& t, int, int, int dim, const float* q, const float*, float* s) {
     constexpr int kSlots = kWidth / kGroupRows;
     for (int i = 0; i < t.padded; i += kSlots) {
-      t.ahead.fetch(i / kSlots, t.padded / kSlots);
+      t.ahead.fetch(i, i + kSlots, t.padded);
       for (int i2 = 0; i2 < kSlots; i2++) store(s + (i + i2) * kWidth, splat(0.0f));
       const Element* keys[kSlots];
       for (int k = 0; k < kSlots; k++) keys[k] = row_of(t.k, i + k);

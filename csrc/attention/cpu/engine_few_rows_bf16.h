@@ -76,7 +76,7 @@ struct FewRowsBf16Engine {
     constexpr int kSlots = kWidth / kGroupRows;
     const int depth = query_depth(dim);
     for (int i = 0; i < t.padded; i += kSlots) {
-      t.ahead.fetch(i / kSlots, t.padded / kSlots);
+      t.ahead.fetch(i, i + kSlots, t.padded);
       const Element* keys[kSlots];
       for (int k = 0; k < kSlots; k++) keys[k] = row_of(t.k, i + k);
       for (int r = 0; r < t.rows; r += kGroupRows) {

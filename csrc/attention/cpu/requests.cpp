@@ -20,7 +20,7 @@ bool anyone_sees(const TreeAttentionParams& p, int b, const Request& r, int begi
   for (int node = r.first_node + r.first_row; node < r.first_node + r.end_row; node++)
     for (int other = begin; other < std::min(end, node + 1); other++) {
       const uint64_t ancestors = p.ancestors[(tree + node) * p.words + other / 64];
-      const bool near = p.window == 0 || p.depths[tree + node] - p.depths[tree + other] < p.window;
+      const bool near = p.window == 0 || int64_t(p.depths[tree + node]) - p.depths[tree + other] < p.window;
       if (near && (ancestors >> other % 64 & 1) != 0) return true;
     }
   return false;
@@ -34,7 +34,7 @@ int first_seen(const TreeAttentionParams& p, int b, const Request& r) {
     const int32_t* depths = p.depths + (p.topology_batch == 1 ? 0 : int64_t(b) * p.nodes) + r.first_node;
     lowest = *std::min_element(depths + r.first_row, depths + r.end_row);
   }
-  return std::clamp(r.context_len + lowest - p.window + 1, 0, r.context_len);
+  return int(std::clamp(int64_t(r.context_len) + lowest - p.window + 1, int64_t(0), int64_t(r.context_len)));
 }
 
 // Refuses a page that does not exist and that a row of the request sees. Others may hold anything: freed ones before
@@ -56,8 +56,8 @@ void check_pages(const TreeAttentionParams& p, int b, const Request& r) {
 // Packed rows of a request, and whether their numbers make sense.
 void read_offsets(const TreeAttentionParams& p, int b, Request& r) {
   const int begin = read_once(p.offsets + b), end = read_once(p.offsets + b + 1);
-  if (end < begin || begin < 0 || end > p.queries || (b == 0 && begin != 0))
-    refuse("topology.offsets must rise from 0 to at most " + std::to_string(p.queries) + " rows, got " +
+  if (end < begin || begin < 0 || end > p.queries)
+    refuse("topology.offsets must rise from at least 0 to at most " + std::to_string(p.queries) + " rows, got " +
            std::to_string(begin) + " and " + std::to_string(end) + " at [" + std::to_string(b) + "]");
   r.first_query = begin;
   r.queries = end - begin;
@@ -91,6 +91,13 @@ Request read_request(const TreeAttentionParams& p, int b) {
   r.slots = int(slots);
   if (p.page_table && r.end_row > r.first_row) check_pages(p, b, r);
   return r;
+}
+
+void blank_rows_of_nobody(const TreeAttentionParams& p) {
+  if (!p.offsets || p.batch == 0) return;
+  const int64_t begin = std::clamp(read_once(p.offsets), 0, p.queries);
+  for (int64_t row = 0; row < begin; row++) blank_row(p, 0, row);
+  for (int64_t row = std::max(read_once(p.offsets + p.batch), 0); row < p.queries; row++) blank_row(p, 0, row);
 }
 
 void blank_row(const TreeAttentionParams& p, int b, int64_t row) {

@@ -23,4 +23,7 @@ Request read_request(const TreeAttentionParams& p, int b);
 // Writes 0 and -inf: a row without a node.
 void blank_row(const TreeAttentionParams& p, int b, int64_t row);
 
+// The same for packed rows before the first request and behind the last one.
+void blank_rows_of_nobody(const TreeAttentionParams& p);
+
 }  // namespace specdec::cpu

@@ -21,8 +21,9 @@ struct Ahead {
   int64_t k_stride = 0, v_stride = 0;  // bytes
   int slots = 0, bytes = 0;
 
-  SPECDEC_INLINE void fetch(int part, int parts) const {
-    for (int i = slots * part / parts; i < slots * (part + 1) / parts; i++)
+  // The share of those rows that belongs to slots [from, to) of the `padded` ones at hand.
+  SPECDEC_INLINE void fetch(int from, int to, int padded) const {
+    for (int i = slots * from / padded; i < slots * to / padded; i++)
       for (int b = 0; b < bytes; b += 64) {
         __builtin_prefetch(k + i * k_stride + b, 0, 2);
         __builtin_prefetch(v + i * v_stride + b, 0, 2);
@@ -34,7 +35,8 @@ template <class Element, int kTile>
 struct Tile {
   int begin, count, padded;  // first slot, slots, slots with padding
   bool masked;
-  int rows;  // of the task
+  bool fetched_ahead;  // in software, by whoever was at the tile before
+  int rows;            // of the task
   Group<Element> k[kTile / kGroupSlots], v[kTile / kGroupSlots];
   Ahead ahead;
 };

@@ -119,8 +119,7 @@ std::vector<Plan> make_plans(const TreeAttentionParams& p) {
         plans.push_back(plan);
       }
   }
-  if (p.offsets && p.batch > 0)
-    for (int64_t row = std::max(read_once(p.offsets + p.batch), 0); row < p.queries; row++) blank_row(p, 0, row);
+  blank_rows_of_nobody(p);
   return plans;
 }
 
@@ -164,6 +163,7 @@ void run_tasks(const Plan* plans, size_t count, const Sizes& sizes, int threads)
         tasks.take([&](int64_t i) {
           attend_split(plans[i], 0, buffer.get(), partial);
           for (int c = 1; c < plans[i].splits; c++) {
+            Interruption::check();
             attend_split(plans[i], c, buffer.get(), later);
             plans[i].kernel->merge(plans[i].task, partial, later);
           }

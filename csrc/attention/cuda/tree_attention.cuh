@@ -15,20 +15,22 @@
 // whatever it is; but V is multiplied by a weight of 0, and 0 * NaN is NaN. So in masked tiles a warp looks at the
 // values it is about to multiply. Those that are not finite become 0, and are added to the rows that see them.
 //
-// Split over the slots. The number of splits is worked out by every block from the request's context length alone; the
-// grid has room for as many as the cache's capacity allows, and blocks without a split end at once. Splits leave their
+// Split over the slots. The number of splits is worked out by every block from the request's context length and its
+// number of rows; the grid has room for as many as the cache's capacity allows, and blocks without a split end at once.
+// Splits leave their
 // unnormalised sums in scratch memory, and the last block to arrive joins them in the order of the slots, so the result
 // does not depend on who was last. It also sets the counter back to zero. A request with one split writes its result
 // directly. Scratch is sized for requests that fill the cache; where a large batch would need more than 256 MiB,
 // several launches serve a slice of it each, one after the other, through the same scratch and counters.
 //
-// A row's result depends on its request alone, to the last bit: splits come from the context length, tiles lie on a grid
-// that does too, and each row's sums are made in the same order whatever the size of the block.
+// A row's result depends on its request alone, to the last bit: splits come from the context length and the rows of the
+// request that are real, tiles lie on a grid, and each row's sums are made in the same order whatever the size of the
+// block. So a request that asks with fewer rows may be cut into more splits, and differ in rounding.
 //
 // Bytes: K and V once per KV head and row block (of 128 rows; of 64 for dims above 192 on devices with 99 KiB), q once
 // per split, out once; in the last split 8 per tree row and 64 nodes, twice, and 8 more per packed row and tail tile; 4
-// per slot for paged caches; with S > 1 splits 2 * S * (dim + 2) * 4 per real row of
-// scratch.
+// per slot for paged caches; with S > 1 splits 2 * S * (dim + 2) * 4 of scratch per
+// real row. That is a quarter of K and V at most in 16 bits: a split has at least kSlotsPerRow slots for each row.
 //
 // Packing rows of a group is what XQA does, the split is Flash-Decoding's, the softmax FlashAttention-2's.
 #pragma once
@@ -49,6 +51,7 @@ struct BlockWork {
   int32_t request, kv_head, first_row, split, splits;
   int32_t first_q, own_rows;  // of the request, in q
   int32_t first_node;
+  int32_t rows;  // of the request that are real, times the query heads of the group
   int32_t context;
   int32_t begin, end;            // slots of this split
   int32_t lowest;                // slots before it are outside of every row's window
@@ -61,14 +64,19 @@ struct BlockWork {
 __host__ __device__ __forceinline__ int32_t at_least(int32_t a, int32_t b) { return a > b ? a : b; }
 __host__ __device__ __forceinline__ int32_t at_most(int32_t a, int32_t b) { return a < b ? a : b; }
 
+// A split reads 2 * dim * 2 bytes a slot, and its sums take 2 * dim * 4 a row, written and read.
+constexpr int32_t kSlotsPerRow = 8;
+
 // Into how many splits to cut this many slots: 256 a split up to 16 splits, then 512 a split up to about 256 blocks over
-// the KV heads, which fills the largest GPUs twice with a single request.
-__host__ __device__ __forceinline__ int32_t splits_of(int32_t slots, int32_t kv_heads, int32_t num_splits) {
+// the KV heads, which fills the largest GPUs twice with a single request; but with so many slots a split that what it
+// leaves for `rows` rows is little next to what it reads.
+__host__ __device__ __forceinline__ int32_t splits_of(int32_t slots, int32_t kv_heads, int32_t num_splits,
+                                                      int32_t rows) {
   if (num_splits > 0) return num_splits;
   const int32_t most = at_most(at_least(256 / kv_heads, 16), 128);
   const int32_t few = at_most(slots / 256 + (slots % 256 != 0), 16);
   const int32_t many = at_most(slots / 512 + (slots % 512 != 0), most);
-  return at_least(at_least(few, many), 1);
+  return at_least(at_most(at_least(few, many), slots / kSlotsPerRow / at_least(rows, 1)), 1);
 }
 
 // Rows, nodes and context of the block's request.
@@ -97,6 +105,7 @@ __device__ __forceinline__ BlockWork block_of(const TreeAttentionLaunch& launch)
   work.real_begin = work.first_row / launch.group;
   work.real_end = at_most((work.first_row + Shape::kRows - 1) / launch.group + 1, work.own_rows);
   work.first_node = 0;
+  int32_t first_row = 0, end_row = work.own_rows;  // of the request that are real
   work.ancestors = nullptr;
   work.depths = nullptr;
   if (p.ancestors != nullptr) {
@@ -107,9 +116,12 @@ __device__ __forceinline__ BlockWork block_of(const TreeAttentionLaunch& launch)
     const int64_t first = int64_t(p.query_start) + (p.query_starts == nullptr ? 0 : p.query_starts[work.request]);
     work.first_node = first > p.nodes ? p.nodes : first < -int64_t(p.queries) ? -p.queries : int32_t(first);
     const int32_t count = at_most(at_least(p.num_nodes[tree], 0), p.nodes);
-    work.real_begin = at_least(work.real_begin, -work.first_node);
-    work.real_end = at_most(work.real_end, count - work.first_node);
+    first_row = at_least(first_row, -work.first_node);
+    end_row = at_most(end_row, count - work.first_node);
+    work.real_begin = at_least(work.real_begin, first_row);
+    work.real_end = at_most(work.real_end, end_row);
   }
+  work.rows = at_least(end_row - first_row, 0) * launch.group;
   return work;
 }
 
@@ -121,7 +133,7 @@ __device__ __forceinline__ BlockWork block_work(const TreeAttentionLaunch& launc
   // Splits are cut from the context, in whole tiles; the last one has the nodes, too.
   const int32_t first = p.window > 0 ? at_least(work.context - p.window + 1, 0) / Shape::kSlots * Shape::kSlots : 0;
   const int32_t length = work.context - first;
-  const int32_t wanted = at_most(splits_of(length, p.kv_heads, p.num_splits), launch.max_splits);
+  const int32_t wanted = at_most(splits_of(length, p.kv_heads, p.num_splits, work.rows), launch.max_splits);
   const int32_t tiles = length / Shape::kSlots + (length % Shape::kSlots != 0);
   const int32_t size = at_least((tiles + wanted - 1) / wanted, 1) * Shape::kSlots;
   work.splits = at_least(length / size + (length % size != 0), 1);

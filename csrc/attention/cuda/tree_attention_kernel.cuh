@@ -132,7 +132,8 @@ __device__ __forceinline__ void write_result(const WarpRows<Shape>& sums, typena
 }
 
 template <class Shape>
-__global__ void __launch_bounds__(Shape::kThreads, 1) tree_attention_kernel(TreeAttentionLaunch launch) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
+    tree_attention_kernel(TreeAttentionLaunch launch) {
   const BlockWork work = block_work<Shape>(launch);
   SPECDEC_SHARED(int32_t, arrived, );
   if (work.split < work.splits) {
@@ -168,8 +169,8 @@ inline TreeAttentionLaunch tree_attention_launch(const TreeAttentionParams& call
   // At least one row block, so that padding is written.
   launch.row_blocks = int32_t((int64_t(launch.max_queries) * launch.group + rows - 1) / rows);
   launch.row_blocks = at_least(launch.row_blocks, 1);
-  // As many splits as a request that fills the cache has.
-  launch.max_splits = splits_of(call.slots, call.kv_heads, call.num_splits);
+  // As many splits as a request has that fills the cache and asks with one row.
+  launch.max_splits = splits_of(call.slots, call.kv_heads, call.num_splits, 1);
   const int64_t blocks = int64_t(call.kv_heads) * launch.row_blocks * launch.max_splits;  // of a request
   int64_t most = 0x7fffffff / blocks;
   if (launch.max_splits > 1) most = kScratchBytes / (blocks * rows * (compiled_dim + 2) * int64_t(sizeof(float)));
@@ -189,6 +190,7 @@ inline int tree_attention_rows(const TreeAttentionParams& call, int compiled_dim
 // What every device since 8.0 grants to a block that asks, what those for data centers do (8.0, 9.0, 10.0), and CUDA's
 // own split and `arrived` of it.
 constexpr size_t kSharedBytesPerBlock = 99 * 1024, kSharedBytesOfLarge = 163 * 1024, kSharedBytesOfCuda = 1024 + 128;
+constexpr size_t kSharedBytesOfHopper = 228 * 1024;  // of all blocks of a multiprocessor, also of 10.0
 
 // The most rows of a block. Dims above 192 have 128 on large devices only.
 inline bool has_room_for_128(int compiled_dim, int device) {
@@ -201,6 +203,8 @@ cudaError_t launch_tree_attention(const TreeAttentionParams& call, int device, c
   static_assert(SharedTiles<Shape>::bytes(1024 / 64) <=
                     (kLarge ? kSharedBytesOfLarge : kSharedBytesPerBlock) - kSharedBytesOfCuda,
                 "1,024 nodes fit");
+  static_assert(Shape::kMinBlocks * (SharedTiles<Shape>::bytes(256 / 64) + kSharedBytesOfCuda) <= kSharedBytesOfHopper,
+                "so many blocks share a multiprocessor");
   TreeAttentionLaunch slice = tree_attention_launch(call, Shape::kRows, Shape::kDim);
   cudaError_t error = cudaSuccess;
   for (; slice.first_request < call.batch && error == cudaSuccess; slice.first_request += slice.requests) {

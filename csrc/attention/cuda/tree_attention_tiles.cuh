@@ -23,6 +23,11 @@ namespace specdec::cuda {
 // between warps: how a row's sum is rounded depends on the dimension alone, not on how many rows its neighbours have.
 // Warps beyond those that multiply help with copies and with the join of splits.
 //
+// With 128 rows, or 64 of dim 256, the compiler holds a few numbers in local memory to stay within 128 registers: up to
+// 84 bytes a thread, none of which are written in the loop over tiles, and one word of which is read there beside 64
+// matrix instructions, eight more in masked tiles. For that a multiprocessor has 16 warps instead of 8, and twice as
+// many bytes under way.
+//
 // Sizes are chosen for the 99 KiB of the smallest current devices (8.6, 8.9, 12.0) and for more than one block on the
 // larger ones. Only 128 rows of dim 256 do not fit there: those devices serve them as two blocks of 64.
 template <class T_, class Cache_, int kDim_, int kRows_>
@@ -39,6 +44,9 @@ struct TileShape {
   static constexpr int kColumns = kDim / kColumnWarps;
   static constexpr int kWorkers = kRowWarps * kColumnWarps;  // warps that multiply
   static constexpr int kThreads = (kWorkers < 4 ? 4 : kWorkers) * kWarpSize;
+  // Blocks that are to share a multiprocessor, which limits a thread's registers: 168 where a block has 4 warps, 128
+  // where it has 8.
+  static constexpr int kMinBlocks = kThreads <= 128 ? 3 : kDim > 128 && kRows > 64 ? 1 : 2;
   static constexpr int kPitch = kDim + 8;                             // of q
   static constexpr int kCachePitch = kDim + 16 / int(sizeof(Cache));  // of K and V
   static constexpr int kTile = kSlots * kCachePitch;                  // elements of K, or of V, of one stage
@@ -193,7 +201,7 @@ __device__ __forceinline__ void add_nonfinite(float (&out)[4], uint32_t seen, ui
 }
 
 // out += weights . v. `v` is at the warp's first column. In a masked tile `seen` tells which slots the lane's rows see,
-// and others don't reach them, whatever they hold. (fp8 codes are read as finite numbers.)
+// and others don't reach them, whatever they hold.
 template <class Shape, bool kMasked>
 __device__ __forceinline__ void add_values(WarpRows<Shape>& rows, const float (&weights)[Shape::kSlots / 8][4],
                                            const typename Shape::Cache* v, uint32_t seen, int lane) {
@@ -215,6 +223,14 @@ __device__ __forceinline__ void add_values(WarpRows<Shape>& rows, const float (&
           uint32_t even[2], odd[2];
           widen_float8<T>(turned(b[2 * i]), even[0], odd[0]);
           widen_float8<T>(turned(b[2 * i + 1]), even[1], odd[1]);
+          if constexpr (kMasked) {
+            const bool nonfinite = has_nonfinite<T>(even[0]) || has_nonfinite<T>(even[1]) || has_nonfinite<T>(odd[0]) ||
+                                   has_nonfinite<T>(odd[1]);
+            if (warp_ballot(nonfinite) != 0) {
+              add_nonfinite<T>(rows.out[4 * j + 2 * i], seen >> 8 * step, even[0], even[1]);
+              add_nonfinite<T>(rows.out[4 * j + 2 * i + 1], seen >> 8 * step, odd[0], odd[1]);
+            }
+          }
           mma_m16n8k16<T>(rows.out[4 * j + 2 * i], a, even[0], even[1]);
           mma_m16n8k16<T>(rows.out[4 * j + 2 * i + 1], a, odd[0], odd[1]);
         }

@@ -7,13 +7,13 @@
 
 #include <algorithm>
 #include <atomic>
-#include <chrono>
 #include <cstdint>
 #include <exception>
 #include <thread>
 #include <type_traits>
 
 #include "common/cpu/float_state.h"
+#include "common/cpu/interruption.h"
 #include "common/cpu/team_limit.h"
 
 #ifdef _OPENMP
@@ -32,10 +32,6 @@ inline TeamLimit team_limit;  // of the process
 
 // Whether the threads of a team should be done at about the same time, or some have much more to do than others.
 enum class Parts { kEven, kUneven };
-
-inline int64_t nanoseconds() {
-  return int64_t(std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1));
-}
 
 // The first exception of a team. None may leave a parallel region: it is kept, and thrown where the team was started.
 class TeamFailure {
@@ -67,9 +63,11 @@ void run_team(int threads, const Body& body, Parts parts = Parts::kEven) {
   if (threads > 1) {
     int64_t entered = 0, done = 0;
     TeamFailure failure;
+    Interruption* const call = Interruption::of_this_thread();
 #pragma omp parallel num_threads(threads)
     {
       const IeeeArithmetic arithmetic;
+      const Interruption::Worker works_for(call);
       const int worker = omp_get_thread_num();
       if (worker == 0) entered = nanoseconds();
       failure.guard([&] { body(worker); });
@@ -94,7 +92,7 @@ class Shares {
   // Takes shares as long as there are any: work(share), or work(begin, end) for all that are taken at once.
   template <class Work>
   void take(const Work& work) {
-    for (int64_t begin; (begin = next_.fetch_add(at_once_, std::memory_order_relaxed)) < count_;) {
+    for (int64_t begin; (begin = next()) < count_;) {
       const int64_t end = std::min(begin + at_once_, count_);
       const Done done{done_, end - begin};
       if constexpr (std::is_invocable_v<Work, int64_t, int64_t>) {
@@ -109,11 +107,19 @@ class Shares {
   void wait() const {
     constexpr int kSpins = 1 << 10;
     for (int spins = 0; done_.load(std::memory_order_acquire) < count_; spins++) {
-      if (spins >= kSpins) std::this_thread::yield();  // it may be on this thread's core that another one is held up
+      if (spins < kSpins) continue;
+      std::this_thread::yield();  // it may be on this thread's core that another one is held up
+      Interruption::check();
     }
   }
 
  private:
+  // A call that is to end takes no more.
+  int64_t next() {
+    Interruption::check();
+    return next_.fetch_add(at_once_, std::memory_order_relaxed);
+  }
+
   // Shares count as done even if an exception ends them, or others would wait for them for ever.
   struct Done {
     std::atomic<int64_t>& done;

@@ -56,6 +56,18 @@ class ScratchLayout {
   int64_t end_ = 0;
 };
 
+// What a stream is, whatever its handle was before: a number that no other one has or had (before CUDA 12 the handle
+// itself), and whether its calls are being captured into a graph.
+struct StreamState {
+  uint64_t id;
+  bool captured;
+};
+StreamState stream_state(cudaStream_t stream);
+
+// Bytes of zeros on a device that are never freed. It may be called while a stream is captured, and waits for none of
+// the caller's work.
+cudaError_t zeroed_memory(int device, size_t bytes, void** memory);
+
 // One helpful sentence for an error of a launch on this device.
 std::string explain(cudaError_t error, int device);
 

@@ -157,14 +157,26 @@ struct StoredStates {
     state.sum = warp_sum(state.sum);
     state.weighted_logit_sum = warp_sum(state.weighted_logit_sum);
     own = 0;
-    // The second keys of the slots can't get in where none of the first did.
+    // The second keys of the slots can't get in where none of the first did. Those of a rank are loaded before the
+    // first is inserted: a warp waits for memory once for every kAtOnce * 32 slots.
+    constexpr int kAtOnce = 9;  // of a Hopper GPU, which has two slots for each of 132 multiprocessors
     bool any = true;
+#pragma unroll 1
     for (int32_t rank = 0; rank < top_k && any; ++rank) {
       any = false;
-      for (int32_t first = 0; first < count; first += kWarpSize) {
-        const uint64_t* at = keys_of(row) + int64_t(rank) * slots;
-        const uint64_t offered = first + lane < count ? at[first + lane] : 0;
-        any = insert_keys(own, offered, top_k, lane) || any;
+      const uint64_t* at = keys_of(row) + int64_t(rank) * slots;
+#pragma unroll 1
+      for (int32_t first = lane; first - lane < count; first += kAtOnce * kWarpSize) {
+        uint64_t offered[kAtOnce];
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int32_t slot = first + i * kWarpSize;
+          offered[i] = slot < count ? at[slot] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          if (first - lane + i * kWarpSize < count) any = insert_keys(own, offered[i], top_k, lane) || any;
+        }
       }
     }
     return state;

@@ -20,50 +20,66 @@ static SPECDEC_INLINE Vec broadcast_chunk(const char* at) {
 #endif
 }
 
-#if defined(__AVX512F__)
-static_assert(kStreams == 4, "");
-// A single row: the lanes of a vector that other rows would have go to other rows of the weights. Four of them are read
-// a whole line at a time, and their chunks change places, which takes a third of the loads and a quarter of the
-// multiply-adds. Each sum is that of multiply_chunks, in its order.
-template <class Multiplier>
+// kWidth elements as they are multiplied, and fewer of them with zeros behind.
+template <class Storage>
+struct Line {
+  static constexpr int kBytes = kWidth * int(sizeof(typename Storage::Element)), kChunks = kWidth / 4;
+  static SPECDEC_INLINE Vec at(const char* from) {
+    return Storage::load_vec(reinterpret_cast<const typename Storage::Element*>(from));
+  }
+  static SPECDEC_INLINE Vec some(const char* from, int bytes) {
+    alignas(64) char copy[kBytes] = {};
+    __builtin_memcpy(copy, from, bytes);
+    return at(copy);
+  }
+};
+
+#if defined(__AVX2__)
+// A single row (kOneRowAlone): each sum is that of multiply_chunks, in its order.
+template <class Multiplier, class From>
 static void multiply_chunks_with_one(const WeightRows<kStreams>& weights, const char* rows, int chunks, float* kept,
                                      bool begin) {
-  Vec sum = splat(0.0f);
-  int chunk = 0;
-  for (; chunk + 4 <= chunks; chunk += 4, rows += 4 * kChunk) {
-    if (weights.ahead) {
-      SPECDEC_UNROLL
-      for (int k = 0; k < 4; k++) weights.fetch(k, chunk * kChunk);
-    }
-    Vec line[4];
-    SPECDEC_UNROLL
-    for (int k = 0; k < 4; k++) line[k] = load(reinterpret_cast<const float*>(weights.row[k] + chunk * kChunk));
-    const Vec low[2] = {_mm512_shuffle_f32x4(line[0], line[1], 0x44), _mm512_shuffle_f32x4(line[2], line[3], 0x44)};
-    const Vec high[2] = {_mm512_shuffle_f32x4(line[0], line[1], 0xee), _mm512_shuffle_f32x4(line[2], line[3], 0xee)};
-    const Vec of_chunk[4] = {_mm512_shuffle_f32x4(low[0], low[1], 0x88), _mm512_shuffle_f32x4(low[0], low[1], 0xdd),
-                             _mm512_shuffle_f32x4(high[0], high[1], 0x88),
-                             _mm512_shuffle_f32x4(high[0], high[1], 0xdd)};
-    SPECDEC_UNROLL
-    for (int i = 0; i < 4; i++) sum = Multiplier::apply(sum, of_chunk[i], broadcast_chunk(rows + i * kChunk));
-  }
-  for (; chunk < chunks; chunk++, rows += kChunk) {
-    alignas(64) char of_chunk[kVectorBytes];
-    for (int k = 0; k < 4; k++) __builtin_memcpy(of_chunk + k * kChunk, weights.row[k] + chunk * kChunk, kChunk);
-    sum = Multiplier::apply(sum, load(reinterpret_cast<const float*>(of_chunk)), broadcast_chunk(rows));
-  }
-  const __m128 sums[4] = {_mm512_castps512_ps128(sum), _mm512_extractf32x4_ps(sum, 1), _mm512_extractf32x4_ps(sum, 2),
-                          _mm512_extractf32x4_ps(sum, 3)};
+  constexpr int kAtOnce = From::kChunks;
+  Vec sum[kOneRowVectors];
   SPECDEC_UNROLL
-  for (int k = 0; k < 4; k++) keep(kept + k * kWidth, _mm512_zextps128_ps512(sums[k]), begin);
+  for (int v = 0; v < kOneRowVectors; v++) sum[v] = splat(0.0f);
+  const auto add = [&](const Vec(&line)[kStreams], int count) __attribute__((always_inline)) {
+    Vec of_chunk[kAtOnce][kOneRowVectors];
+    chunks_of(line, of_chunk);
+    SPECDEC_UNROLL
+    for (int i = 0; i < kAtOnce; i++) {
+      if (i >= count) break;
+      const Vec row = broadcast_chunk(rows + i * kChunk);
+      SPECDEC_UNROLL
+      for (int v = 0; v < kOneRowVectors; v++) sum[v] = Multiplier::apply(sum[v], of_chunk[i][v], row);
+    }
+  };
+  int64_t offset = 0;
+  Vec line[kStreams];
+  for (; chunks >= kAtOnce; chunks -= kAtOnce, offset += From::kBytes, rows += kAtOnce * kChunk) {
+    if (weights.ahead && offset % kLine == 0) {
+      SPECDEC_UNROLL
+      for (int k = 0; k < kStreams; k++) weights.fetch(k, offset);
+    }
+    SPECDEC_UNROLL
+    for (int k = 0; k < kStreams; k++) line[k] = From::at(weights.row[k] + offset);
+    add(line, kAtOnce);
+  }
+  if (chunks > 0) {
+    const int bytes = From::kBytes / kAtOnce * chunks;
+    for (int k = 0; k < kStreams; k++) line[k] = From::some(weights.row[k] + offset, bytes);
+    add(line, chunks);
+  }
+  keep(kept, sums_of_one(sum), begin);
 }
 #endif
 
 // Floating-point sums of a piece; Multiplier::apply(sum, weights, rows) multiplies a chunk's dims.
 template <class Multiplier, int kSome, int kVectors>
 static void multiply_chunks(const WeightRows<kSome>& weights, const char* rows, int chunks, float* kept, bool begin) {
-#if defined(__AVX512F__)
+#if defined(__AVX2__)
   if constexpr (kSome == kStreams && kVectors == 1) {
-    if (weights.one_row) return multiply_chunks_with_one<Multiplier>(weights, rows, chunks, kept, begin);
+    if (weights.one_row) return multiply_chunks_with_one<Multiplier, Line<Float32>>(weights, rows, chunks, kept, begin);
   }
 #endif
   Vec sum[kSome][kVectors];
@@ -97,7 +113,9 @@ static void multiply_chunks(const WeightRows<kSome>& weights, const char* rows, 
   SPECDEC_UNROLL
   for (int v = 0; v < kVectors; v++) {
     SPECDEC_UNROLL
-    for (int k = 0; k < kSome; k++, kept += kWidth) keep(kept, sum[k][v], begin);
+    for (int k = 0; k < kSome; k += 4, kept += kWidth) {
+      keep(kept, sums_of_four(sum[k][v], sum[k + 1][v], sum[k + 2][v], sum[k + 3][v]), begin);
+    }
   }
 }
 
@@ -119,7 +137,9 @@ struct CopiedPiece {
 
 // Rows in float32.
 struct FloatRows {
-  static constexpr bool kOneRowAlone = kWidth == 16;
+#if defined(__AVX2__)
+  static constexpr bool kOneRowAlone = true;
+#endif
   static constexpr int kPieceDims = 256, kChunkDims = 4, kMaxVectors = 3;
   static SPECDEC_INLINE int piece_vectors(int dims) { return (dims + kChunkDims - 1) / kChunkDims; }
   static SPECDEC_INLINE int row_vectors(int dim) { return piece_vectors(dim); }
@@ -142,7 +162,7 @@ struct FloatRows {
 
 // Weights of float32 as they lie.
 struct Float32Form : FloatRows {
-  static constexpr int kLineDims = 16;
+  static constexpr int kPieceDims = 640, kLineDims = 16;
   CopiedPiece<4 * kPieceDims + kLine> copied;
   static SPECDEC_INLINE int64_t weight_bytes(int dims) { return 4 * int64_t(dims); }
   template <int kSome>
@@ -151,7 +171,7 @@ struct Float32Form : FloatRows {
   }
 };
 
-// Weights that are widened.
+// Weights that are widened: for one row in registers, else a piece at a time.
 template <class Storage>
 struct WidenedForm : FloatRows {
   static constexpr int kSize = int(sizeof(typename Storage::Element)), kLineDims = 64 / kSize;
@@ -159,6 +179,7 @@ struct WidenedForm : FloatRows {
   static SPECDEC_INLINE int64_t weight_bytes(int dims) { return kSize * int64_t(dims); }
   template <int kSome>
   SPECDEC_INLINE void stage(WeightRows<kSome>& weights, int dims) {
+    if (multiplied_as_they_lie(weights, dims)) return;
     using Element = typename Storage::Element;
     for (int k = 0; k < kSome; k++) {
       const auto* from = reinterpret_cast<const Element*>(weights.row[k]);
@@ -176,6 +197,21 @@ struct WidenedForm : FloatRows {
       weights.row[k] = reinterpret_cast<const char*>(wide[k]);
     }
     weights.ahead = 0;
+  }
+  template <int kSome>
+  static SPECDEC_INLINE bool multiplied_as_they_lie(const WeightRows<kSome>& weights, int dims) {
+    return kSome == kStreams && weights.one_row && dims % kChunkDims == 0;
+  }
+  template <int kSome, int kVectors>
+  static void multiply(const WeightRows<kSome>& weights, const char* rows, int dims, float* kept, bool begin) {
+#if defined(__AVX2__)
+    if constexpr (kSome == kStreams && kVectors == 1) {
+      if (multiplied_as_they_lie(weights, dims)) {
+        return multiply_chunks_with_one<FloatRows, Line<Storage>>(weights, rows, dims / kChunkDims, kept, begin);
+      }
+    }
+#endif
+    FloatRows::multiply<kSome, kVectors>(weights, rows, dims, kept, begin);
   }
 };
 
@@ -260,7 +296,7 @@ struct WidenedBlocksForm : FloatRows {
 // Weights and rows in bfloat16, multiplied in pairs. Rows are rounded to it, as PyTorch does before such a weight.
 struct PairsForm {
   static constexpr bool kOneRowAlone = true;
-  static constexpr int kPieceDims = 512, kChunkDims = 8, kLineDims = 32, kMaxVectors = 3;
+  static constexpr int kPieceDims = 1280, kChunkDims = 8, kLineDims = 32, kMaxVectors = 3;
   CopiedPiece<2 * kPieceDims + kLine> copied;
   static SPECDEC_INLINE int piece_vectors(int dims) { return (dims + kChunkDims - 1) / kChunkDims; }
   static SPECDEC_INLINE int row_vectors(int dim) { return piece_vectors(dim); }

@@ -4,15 +4,14 @@
 // of the weights (four dims of float32, eight of bfloat16) are broadcast to all of them as they lie in memory, and the
 // rows are packed to match. So a row is always summed alike, in four sums of every fourth dim or group of dims, whatever
 // else lies in its vector, and one row costs what four do, which a processor that waits for memory has time for. A
-// multiply-add in registers needs few loads (eight rows of the weights times three vectors are 24 of them for 11 loads),
-// and four vectors of sums are reduced at once to four outputs of every row.
+// multiply-add in registers needs few loads: eight rows of the weights times three vectors are 24 of them for 11 loads.
 //
-// The dim is cut into pieces, the same for every number of rows. Sums of a piece begin at zero and are then added to
-// those of the pieces before, which also keeps sums short. Where the packed rows fit in the second-level cache, a few
-// rows of the weights are multiplied to their end, and their sums stay in the first-level cache; else a piece of 32
-// packed rows stays there, and is multiplied with all of the tile's rows before the next piece. Pieces of the weights
-// come from memory, a few rows side by side, each a stream, and those that are next are fetched meanwhile into the
-// second-level cache.
+// The dim is cut into pieces, the same for every number of rows. Sums of a piece begin at zero. At its end four vectors
+// of them are reduced at once to four outputs of every row, which are added to those of the pieces before: that keeps
+// sums short, and what is kept small. Where the packed rows fit in the second-level cache, a few rows of the weights are
+// multiplied to their end; else a piece of 32 packed rows meets all of the tile's rows before the next piece. Pieces of
+// the weights come from memory, a few rows side by side, each a stream, and those that are next are fetched meanwhile
+// into the second-level cache.
 #pragma once
 
 #include "common/cpu/simd.h"
@@ -124,9 +123,6 @@ struct WeightRows {
   }
 };
 
-// Adds the sums of a piece, or begins with them.
-static SPECDEC_INLINE void keep(float* kept, Vec sum, bool begin) { store(kept, begin ? sum : load(kept) + sum); }
-
 // The four sums of each dot product become one: lane 4 * row + slot.
 static SPECDEC_INLINE Vec sums_of_four(Vec a, Vec b, Vec c, Vec d) {
 #if defined(__AVX512F__)
@@ -151,6 +147,52 @@ static SPECDEC_INLINE Vec sums_of_four(Vec a, Vec b, Vec c, Vec d) {
 #endif
 }
 
+#if defined(__AVX2__)
+// A single row: the lanes of a vector that other rows would have go to other rows of the weights. Four of them are read
+// a whole vector at a time, and their chunks change places, which takes a third of the loads and half of the
+// multiply-adds or fewer.
+constexpr int kOneRowVectors = kStreams / kLaneRows;  // of sums: those of kLaneRows rows of the weights each
+static_assert(kStreams == 4 && kStreams % kLaneRows == 0, "");
+
+// of_chunk[i]: chunk i of each of the four.
+static SPECDEC_INLINE void chunks_of(const Vec (&line)[kStreams], Vec (&of_chunk)[kLaneRows][kOneRowVectors]) {
+#if defined(__AVX512F__)
+  const Vec low[2] = {_mm512_shuffle_f32x4(line[0], line[1], 0x44), _mm512_shuffle_f32x4(line[2], line[3], 0x44)};
+  const Vec high[2] = {_mm512_shuffle_f32x4(line[0], line[1], 0xee), _mm512_shuffle_f32x4(line[2], line[3], 0xee)};
+  of_chunk[0][0] = _mm512_shuffle_f32x4(low[0], low[1], 0x88);
+  of_chunk[1][0] = _mm512_shuffle_f32x4(low[0], low[1], 0xdd);
+  of_chunk[2][0] = _mm512_shuffle_f32x4(high[0], high[1], 0x88);
+  of_chunk[3][0] = _mm512_shuffle_f32x4(high[0], high[1], 0xdd);
+#else
+  SPECDEC_UNROLL
+  for (int v = 0; v < kOneRowVectors; v++) {
+    of_chunk[0][v] = _mm256_permute2f128_ps(line[2 * v], line[2 * v + 1], 0x20);
+    of_chunk[1][v] = _mm256_permute2f128_ps(line[2 * v], line[2 * v + 1], 0x31);
+  }
+#endif
+}
+
+// The four sums of each become one, in the order of sums_of_four and in row 0's lanes of its result.
+static SPECDEC_INLINE Vec sums_of_one(const Vec (&sum)[kOneRowVectors]) {
+#if defined(__AVX512F__)
+  const Vec pairs = sum[0] + _mm512_permute_ps(sum[0], 0x4e);
+  return _mm512_maskz_compress_ps(0x1111, pairs + _mm512_permute_ps(pairs, 0xb1));
+#else
+  __m128 two[kOneRowVectors];
+  SPECDEC_UNROLL
+  for (int v = 0; v < kOneRowVectors; v++) {
+    const Vec pairs = sum[v] + _mm256_permute_ps(sum[v], 0x4e);
+    const Vec sums = pairs + _mm256_permute_ps(pairs, 0xb1);
+    two[v] = _mm_unpacklo_ps(_mm256_castps256_ps128(sums), _mm256_extractf128_ps(sums, 1));
+  }
+  return _mm256_zextps128_ps256(_mm_movelh_ps(two[0], two[1]));
+#endif
+}
+#endif
+
+// Adds what sums_of_four made of a piece to what is kept of the pieces before, or begins with it.
+static SPECDEC_INLINE void keep(float* kept, Vec sums, bool begin) { store(kept, begin ? sums : load(kept) + sums); }
+
 // The order in which a tile is gone through, kSome of its rows at a time: with few packed rows from streams of
 // neighbouring rows, else neighbours at once. They are read to their end, or, with many long packed rows, a piece of
 // the whole tile comes first.
@@ -166,7 +208,7 @@ class TileProduct {
         places_((tile.count + kSome - 1) / kSome) {}
 
   void run() {
-    const int vectors = (rows_ + kLaneRows - 1) / kLaneRows, sums = vectors * (kSome * kWidth);
+    const int vectors = (rows_ + kLaneRows - 1) / kLaneRows, sums = vectors * kKept;
     const bool to_end = kStreamed || int64_t(bytes_of_rows<Form>(tile_.dim, rows_)) <= kSecondLevel;
     const int step = to_end ? 1 : places_;
     for (int first = 0; first < places_; first += step) {
@@ -184,6 +226,7 @@ class TileProduct {
 
  private:
   static constexpr int kMost = kStreamed ? kStreamVectors : Form::kMaxVectors;
+  static constexpr int kKept = kSome / 4 * kWidth;  // sums that are kept for a vector of rows
 
   // The row of a stream, or of neighbours, at a place. In a short tile the last one may be repeated.
   SPECDEC_INLINE int row_at(int k, int place) const {
@@ -217,7 +260,7 @@ class TileProduct {
     const Groups<Form> groups(min_of(kNearRows, rows_ - row), kStreamed);
     const char* rows = packed_ + int64_t(row / kLaneRows) * Form::row_vectors(tile_.dim) * kVectorBytes +
                        int64_t(piece) * Form::piece_vectors(pieces_.each) * groups.vectors * step_bytes<Form>(rows_);
-    kept += row / kLaneRows * (kSome * kWidth);
+    kept += row / kLaneRows * kKept;
     for (int group = 0; group < groups.count; group++) {
       const int size = groups.size(group);
       if (size == 1) Form::template multiply<kSome, 1>(weights, rows, dims, kept, piece == 0);
@@ -229,7 +272,7 @@ class TileProduct {
         if (size == 4) Form::template multiply<kSome, 4>(weights, rows, dims, kept, piece == 0);
       }
       rows += int64_t(size) * Form::piece_vectors(dims) * kVectorBytes;
-      kept += size * (kSome * kWidth);
+      kept += size * kKept;
       weights.ahead = 0;
     }
   }
@@ -237,20 +280,18 @@ class TileProduct {
   SPECDEC_INLINE void put(const float* kept, int vectors, int place) {
     for (int v = 0; v < vectors; v++) {
       SPECDEC_UNROLL
-      for (int k = 0; k < kSome; k += 4, kept += 4 * kWidth) {
-        alignas(64) float of_rows[kLaneRows][4];
-        store(of_rows[0],
-              sums_of_four(load(kept), load(kept + kWidth), load(kept + 2 * kWidth), load(kept + 3 * kWidth)));
+      for (int k = 0; k < kSome; k += 4) {
         const int rows = min_of(kLaneRows, rows_ - v * kLaneRows);
         float* to = outputs_ + v * kLaneRows * kWeightTile + (kStreamed ? k * places_ + place : place * kSome + k);
         for (int n = 0; n < rows; n++, to += kWeightTile) {
           if (kStreamed) {
             SPECDEC_UNROLL
-            for (int i = 0; i < 4; i++) to[i * places_] = of_rows[n][i];
+            for (int i = 0; i < 4; i++) to[i * places_] = kept[4 * n + i];
           } else {
-            __builtin_memcpy(to, of_rows[n], sizeof(of_rows[n]));
+            __builtin_memcpy(to, kept + 4 * n, 4 * sizeof(float));
           }
         }
+        kept += kWidth;
       }
     }
   }
@@ -262,8 +303,7 @@ class TileProduct {
   const Pieces<Form> pieces_;
   const int places_;
   Form form_;
-  alignas(64) float kept_[kStreamed ? kSome * kWidth * ((kStreamedRows + kLaneRows - 1) / kLaneRows)
-                                    : kWeightTile * kRowBlock * 4];
+  alignas(64) float kept_[kStreamed ? kSome * kStreamedRows : kWeightTile * kRowBlock];
 };
 
 template <class Form>

@@ -7,24 +7,34 @@ the model's parameters become views of the joined ones, so that nothing is store
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import torch
 
 from specdec_ops.decode.decoder import Attention, Decoder, Layer, Mlp, Norm, Projection
+from specdec_ops.decode.listing import Replaced, linear_of
 from specdec_ops.decode.rows import Shape
 from specdec_ops.rope import Rope
 
 _OP = "integrations.transformers.load"
+_EMBEDDING = "embedding"
 Prepare = Callable[[torch.Tensor], object]  # a weight [out, dim] as it comes, to one that `linear` takes
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """How a model is to run."""
+    """How a model is to run, and what has been put in the place of its modules so far."""
 
     dtype: torch.dtype
     prepare: Prepare
+    replaced: list[tuple[tuple[torch.nn.Module, ...], str]] = dataclasses.field(default_factory=list)
+    joined: list[torch.nn.Parameter] = dataclasses.field(default_factory=list)
+    """parameters that are views of joined ones"""
+
+    def note(self, by: str, *modules: torch.nn.Module) -> None:
+        """`by` runs in place of these modules."""
+        self.replaced.append((modules, by))
 
 
 def _joined(linears: list, settings: Settings) -> Projection:
@@ -36,28 +46,50 @@ def _joined(linears: list, settings: Settings) -> Projection:
     for linear in linears:
         rows = slice(start, start := start + len(linear.weight))
         linear.weight.data = weight[rows]
+        settings.joined.append(linear.weight)
         if bias is not None:
             linear.bias.data = bias[rows]
-    return _projection(weight, bias, settings)
+            settings.joined.append(linear.bias)
+    return _projection(weight, bias, settings, *linears)
 
 
-def _projection(weight: torch.Tensor, bias: torch.Tensor | None, settings: Settings) -> Projection:
+def _projection(weight: torch.Tensor, bias: torch.Tensor | None, settings: Settings, *modules) -> Projection:
+    """Of a weight that stands for these modules."""
     bias = None if bias is None else bias.detach().to(settings.dtype)
-    return Projection(settings.prepare(weight.detach()), bias)
+    prepared = settings.prepare(weight.detach())
+    settings.note(linear_of(prepared), *modules)
+    return Projection(prepared, bias)
 
 
 def _linear(linear, settings: Settings) -> Projection:
-    return _projection(linear.weight, linear.bias, settings)
+    return _projection(linear.weight, linear.bias, settings, linear)
+
+
+def _embedding(module, settings: Settings) -> torch.Tensor:
+    settings.note(_EMBEDDING, module)
+    return module.weight.detach()
 
 
 def _rms_norm(norm, settings: Settings, *, plus_one: bool = False) -> Norm:
+    settings.note("rms_norm, or in the linear that follows", norm)
     weight = norm.weight.detach()
     weight = weight.float() + 1 if plus_one else weight.to(settings.dtype)
     return Norm(weight, None, getattr(norm, "variance_epsilon", None) or norm.eps)
 
 
 def _layer_norm(norm, settings: Settings) -> Norm:
+    settings.note("layer_norm of PyTorch", norm)
     return Norm(norm.weight.detach().to(settings.dtype), norm.bias.detach().to(settings.dtype), norm.eps)
+
+
+def _attention(module, settings: Settings, *parts, **options) -> Attention:
+    """What stands for a module of attention, whose projections are noted already."""
+    made = Attention(*parts, **options)
+    said = ["kv_append with the rotation" if made.rope else "kv_append", "tree_attention"]
+    said += [f"window {made.window}"] if made.window else []
+    said += [f"soft cap {made.softcap:g}"] if made.softcap else []
+    settings.note(", ".join(said), module)
+    return made
 
 
 def _gated(name: str) -> str:
@@ -98,7 +130,9 @@ def _llama(model, settings: Settings) -> Decoder:
         layers.append(
             Layer(
                 _rms_norm(part.input_layernorm, settings, plus_one=gemma),
-                Attention(
+                _attention(
+                    attention,
+                    settings,
                     _linear(attention.qkv_proj, settings)
                     if joined
                     else _joined([attention.q_proj, attention.k_proj, attention.v_proj], settings),
@@ -129,7 +163,7 @@ def _llama(model, settings: Settings) -> Decoder:
         )
     return Decoder(
         _shape(model, layers, settings),
-        inner.embed_tokens.weight.detach(),
+        _embedding(inner.embed_tokens, settings),
         layers,
         _rms_norm(inner.norm, settings, plus_one=gemma),
         _linear(model.lm_head, settings),
@@ -151,8 +185,10 @@ def _gpt_neox(model, settings: Settings) -> Decoder:
         layers.append(
             Layer(
                 _layer_norm(part.input_layernorm, settings),
-                Attention(
-                    _projection(joined.weight[order], bias, settings),
+                _attention(
+                    part.attention,
+                    settings,
+                    _projection(joined.weight[order], bias, settings, joined),
                     _linear(part.attention.dense, settings),
                     heads,
                     heads,
@@ -166,7 +202,7 @@ def _gpt_neox(model, settings: Settings) -> Decoder:
         )
     return Decoder(
         _shape(model, layers, settings),
-        inner.embed_in.weight.detach(),
+        _embedding(inner.embed_in, settings),
         layers,
         _layer_norm(inner.final_layer_norm, settings),
         _linear(model.get_output_embeddings(), settings),
@@ -181,12 +217,12 @@ def _gpt2(model, settings: Settings) -> Decoder:
         raise ValueError(f"specdec_ops.{_OP}: GPT-2 with scale_attn_by_inverse_layer_idx or unscaled is not supported")
 
     def turned(conv) -> Projection:  # its weights are [dim, out]
-        return _projection(conv.weight.t().contiguous(), conv.bias, settings)
+        return _projection(conv.weight.t().contiguous(), conv.bias, settings, conv)
 
     layers = [
         Layer(
             _layer_norm(part.ln_1, settings),
-            Attention(turned(part.attn.c_attn), turned(part.attn.c_proj), heads, heads, head_dim),
+            _attention(part.attn, settings, turned(part.attn.c_attn), turned(part.attn.c_proj), heads, heads, head_dim),
             _layer_norm(part.ln_2, settings),
             Mlp(turned(part.mlp.c_fc), turned(part.mlp.c_proj), part.mlp.act),
         )
@@ -194,11 +230,11 @@ def _gpt2(model, settings: Settings) -> Decoder:
     ]
     return Decoder(
         _shape(model, layers, settings),
-        inner.wte.weight.detach(),
+        _embedding(inner.wte, settings),
         layers,
         _layer_norm(inner.ln_f, settings),
         _linear(model.lm_head, settings),
-        position_embedding=inner.wpe.weight.detach().to(settings.dtype),
+        position_embedding=_embedding(inner.wpe, settings).to(settings.dtype),
     )
 
 
@@ -224,18 +260,34 @@ FAMILIES: dict[str, Callable] = {
 }
 
 
+def refuse_unsupported(op: str, model) -> None:
+    """Raise ValueError if a model's family is not supported, by the name of an op."""
+    kind = model.config.model_type
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"specdec_ops.{op}: model must be of one of {', '.join(FAMILIES)}, got {kind!r}{_why_not(model.config)}"
+        )
+
+
 def decoder_of(model, settings: Settings) -> Decoder:
     """The model on this package's ops.
 
     Raises:
         ValueError: its family is not supported.
     """
-    kind = model.config.model_type
-    if kind not in FAMILIES:
-        raise ValueError(
-            f"specdec_ops.{_OP}: model must be of one of {', '.join(FAMILIES)}, got {kind!r}{_why_not(model.config)}"
-        )
-    return FAMILIES[kind](model, settings)
+    refuse_unsupported(_OP, model)
+    decoder = FAMILIES[model.config.model_type](model, settings)
+    names = {module: name for name, module in model.named_modules()}
+    in_order = sorted(settings.replaced, key=lambda one: one[1] != _EMBEDDING)  # stable
+    decoder.replaced = tuple(Replaced(tuple(names[module] for module in modules), by) for modules, by in in_order)
+    decoder.restore = functools.partial(_separate, settings.joined)
+    return decoder
+
+
+def _separate(parameters: list[torch.nn.Parameter]) -> None:
+    """Give parameters that are views memory of their own."""
+    for parameter in parameters:
+        parameter.data = parameter.data.clone()
 
 
 def _why_not(config) -> str:

@@ -8,6 +8,7 @@ import os
 import torch
 
 from specdec_ops.decode.decoder import Attention, Decoder, Layer, Mlp, Norm, Projection
+from specdec_ops.decode.listing import Replaced, linear_of
 from specdec_ops.decode.rows import Shape
 from specdec_ops.ops.linear.gguf_weight import BLOCK_BYTES, GgufWeight
 from specdec_ops.rope import Rope
@@ -23,6 +24,7 @@ class _File:
 
         self._reader = GGUFReader(path)
         self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self.replaced: list[Replaced] = []
 
     def field(self, name: str, default=None):
         found = self._reader.fields.get(name)
@@ -44,8 +46,15 @@ class _File:
         kinds = {tensor.tensor_type.name for tensor in tensors}
         if len(kinds) == 1 and (kind := kinds.pop().lower()) in BLOCK_BYTES:
             blocks = torch.cat([torch.from_numpy(tensor.data.copy()) for tensor in tensors])
-            return GgufWeight(blocks, kind)
-        return torch.cat([self.floats(name) for name in names])
+            weight = GgufWeight(blocks, kind)
+        else:
+            weight = torch.cat([self.floats(name) for name in names])
+        self.note(linear_of(weight), *names)
+        return weight
+
+    def note(self, by: str, *names: str) -> None:
+        """`by` runs what the file has under these names."""
+        self.replaced.append(Replaced(tuple(name.removesuffix(".weight") for name in names), by))
 
 
 def load_gguf(path: str, tokenizer, dtype: torch.dtype) -> Decoder:
@@ -71,11 +80,14 @@ def load_gguf(path: str, tokenizer, dtype: torch.dtype) -> Decoder:
     rope = Rope(file.field("llama.rope.freq_base", 10000.0), pairs, length)
 
     def norm(name: str) -> Norm:
+        file.note("rms_norm, or in the linear that follows", name)
         return Norm(file.floats(f"{name}.weight"), None, eps)
 
+    file.note("embedding", "token_embd")
     layers = []
     for index in range(count):
         of = f"blk.{index}."
+        file.note("kv_append with the rotation, tree_attention", f"{of}attn")
         layers.append(
             Layer(
                 norm(of + "attn_norm"),
@@ -109,4 +121,5 @@ def load_gguf(path: str, tokenizer, dtype: torch.dtype) -> Decoder:
         tokenizer=tokenizer,
         eos=() if eos is None else (eos,),
         name=os.path.basename(path),
+        replaced=tuple(file.replaced),
     )

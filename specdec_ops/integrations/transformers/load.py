@@ -21,8 +21,9 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def load(model, tokenizer=None, *, dtype: torch.dtype | None = None, weights: str | None = None) -> Decoder:
     """A decoder-only Hugging Face model on this package's ops.
 
-    The model is not changed: its own `forward` and `generate` work as before. Only its q, k, v and its gate and up
-    weights are laid one after another in memory.
+    Each of the model's modules has an op in its place: `print` of what comes back lists them. The model itself works as
+    before, its own `forward` and `generate` included. Only its q, k, v and its gate and up weights are laid one after
+    another in memory, which `restore()` of what comes back undoes.
 
     Supported are Llama, Mistral, Qwen2, Qwen3, Phi-3, Gemma 2, Gemma 3 (text), GPT-NeoX and GPT-2: with grouped heads,
     sliding windows, soft caps, norms of q and k, tied heads and partial rotation as the model has them.

@@ -341,7 +341,9 @@ def tree_accept(
         rule: "recursive", "traversal", "target_only" (without draft_logits) or "kseq" (with draft_logits).
         replacement: the siblings were drawn with replacement. "kseq" takes that for granted.
         draft_rows: "parent" as above; "child": row n is what node n itself was sampled from, independently of its
-            siblings, as when they come from different drafts. For "recursive" and "traversal".
+            siblings, as when they come from different drafts. For "recursive" and "traversal". Sample each such node
+            with its own number in place of its parent's (`sample_children(..., parents=...)`): siblings that two drafts
+            sample for one parent would share their noise.
         thresholds: of "target_only": (single, accumulated), from 0 to 1. A child is accepted if its probability is at
             least `single`, or if the uniform number times `accumulated` is below the sum so far. **Below 1 the rule is
             lossy.**

@@ -213,6 +213,8 @@ def check_per_request(op: str, name: str, value, dtype: torch.dtype, batch: int,
         value = value.expand(batch)
     if value.device != device:
         raise ValueError(device_error(op, name, device, value))
+    if value.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(grad_error(op))
     return value if value.is_contiguous() else value.contiguous()
 
 

@@ -176,7 +176,9 @@ class Request(Links):
         """A draft row's values by the ids of the target."""
         if self.target_to_draft is None:
             return values
-        return torch.where(self.target_to_draft >= 0, values[self.target_to_draft.clamp(min=0)], unknown)
+        entries = self.target_to_draft
+        known = (entries >= 0) & (entries < len(values))
+        return torch.where(known, values[entries.where(known, 0)], unknown)
 
     def read(self, key, rows, node, settings):
         if key not in self.laws:

@@ -91,6 +91,7 @@ tree_attention = Operator(
         arguments.path_invariant,
     ),
     answers=_answers_attention,
+    may_be={"out": ("q",)},
 )
 
 
@@ -125,4 +126,5 @@ merge_states = Operator(
     MergeStatesOutputs,
     _make_merged,
     answers=lambda arguments, outputs: outputs.out.numel() == 0,
+    may_be={"out": ("out_a", "out_b"), "lse": ("lse_a", "lse_b")},
 )

@@ -135,10 +135,10 @@ def check_offsets(offsets, tokens: int) -> None:
     """Refuse offsets of packed rows that go beyond them or back."""
     ends = offsets.tolist()
     for request, (begin, end) in enumerate(itertools.pairwise(ends)):
-        if not ends[0] == 0 <= begin <= end <= tokens:
+        if not 0 <= begin <= end <= tokens:
             raise ValueError(
-                f"specdec_ops.tree_attention: topology.offsets must rise from 0 to at most {tokens} rows, got {begin} "
-                f"and {end} at [{request}]"
+                f"specdec_ops.tree_attention: topology.offsets must rise from at least 0 to at most {tokens} rows, "
+                f"got {begin} and {end} at [{request}]"
             )
 
 

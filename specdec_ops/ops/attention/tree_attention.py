@@ -115,10 +115,11 @@ def tree_attention(
     """Attention of draft-tree nodes over a key/value cache: each node sees the context, its ancestors and itself.
 
     Node i of request b has its key and value in slot `context_lens[b] + i` of that request and stands at position
-    `context_lens[b] + depth(i)`. Row r of request b in `q` is node `query_start + r`. A row sees every context slot
-    and the tree slots of its node's ancestors and of the node itself. A row whose node does not exist is padding: its
-    output is 0 and its log-sum-exp -inf, as for a row that sees nothing. Slots that no row of a request sees may hold
-    anything, NaN included, and so may the page-table entries of pages that no row sees.
+    `context_lens[b] + depth(i)`. Row r of request b in `q` is node `query_start + r`. A row sees every context slot and
+    the tree slots of its node's ancestors and of the node itself. A row whose node does not exist is padding: its
+    output is 0 and its log-sum-exp -inf, as for a row that sees nothing and for packed rows of no request. Slots that
+    no row of a request sees may hold anything, NaN included, and so may the page-table entries of pages that no row
+    sees.
 
     Nothing waits for the device and no mask is built: lengths, tree and page table are read by the kernel. A request's
     result depends on that request alone, not on its neighbours in the batch. For inference: there is no backward.
@@ -145,11 +146,11 @@ def tree_attention(
         softcap: scores become `softcap * tanh(score / softcap)`.
         sinks: float32 `[heads]`: one more logit per head, without a value, in each softmax.
         alibi_slopes: float32 `[heads]`: scores lose `slope * (position of the row - position of the slot)`.
-        k_scale: scale of a quantised cache: multiplies the keys. (An fp8 NaN code may be read as 480.)
+        k_scale: scale of a quantised cache: multiplies the keys.
         v_scale: the same for the values.
         return_lse: also return the natural log of each softmax denominator (sinks included).
         num_splits: into how many parts to cut the slots, 1 to 256; a fixed number gives a fixed order of reduction. By
-            default a function of the request's own lengths.
+            default a function of the request's own length and number of rows.
         path_invariant: whether a row's result depends on its path alone, to the last bit: on its query and on the keys
             and values at the positions that it sees (context, ancestors by depth, itself). Not on the call's other
             rows, on the slots in which its ancestors lie, on where the context ends and the tree begins, on pages,
@@ -200,6 +201,8 @@ def tree_attention(
         raise _argument_error("window", "None or an int of at least 1", window, is_int)
     if num_splits is not None and (not is_int(num_splits) or not 1 <= num_splits <= MAX_SPLITS):
         raise _argument_error("num_splits", f"None or an int from 1 to {MAX_SPLITS}", num_splits, is_int)
+    if not isinstance(return_lse, bool):
+        raise TypeError(argument_error("tree_attention", "return_lse", "a bool", return_lse))
     if not isinstance(path_invariant, bool):
         raise TypeError(argument_error("tree_attention", "path_invariant", "a bool", path_invariant))
     if path_invariant and num_splits is not None:
@@ -227,7 +230,7 @@ def tree_attention(
         query_start,
         scale,
         min(window or 0, INT32_MAX),
-        softcap or 0.0,
+        float(softcap or 0.0),
         sinks,
         alibi_slopes,
         out_scale,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from specdec_ops._core.checks import INT32_MAX, argument_error, as_int32, describe_dtype, device_error
+from specdec_ops._core.checks import INT32_MAX, argument_error, as_int32, describe_dtype, device_error, grad_error
 from specdec_ops.rope import Rope
 
 
@@ -66,6 +66,8 @@ def rope_tables(op: str, rope, head_dim: int, like: torch.Tensor) -> tuple[torch
         if table.shape != cosines.shape or table.shape[0] < 1 or 2 * table.shape[1] > head_dim:
             must = f"two tables [positions, pairs] of one shape, of at most {head_dim // 2} pairs"
             raise ValueError(argument_error(op, name, must, table))
+        if table.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(grad_error(op))
     return cosines, sines
 
 

@@ -80,6 +80,7 @@ kv_append = Operator(
     KvAppendOutputs,
     None,
     answers=lambda arguments, outputs: 0 in arguments.k.shape[:-2],
+    may_be={"q_out": ("q",)},
 )
 
 

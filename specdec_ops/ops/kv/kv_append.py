@@ -184,6 +184,8 @@ def kv_append(
         if context_lens is None and positions is None:
             must = "int32 or int64 of k's rows with a rope and no context_lens"
             raise TypeError(argument_error(_OP, "positions", must, None))
+        if cosines.shape[1] == 0:  # no pair turns, and its tables have no addresses
+            cosines = sines = None
     if not isinstance(interleaved, bool):
         raise TypeError(argument_error(_OP, "interleaved", "a bool", interleaved))
     if not is_number(norm_eps) or not 0 <= norm_eps <= FLOAT_MAX:

@@ -94,6 +94,8 @@ def kv_propagate(
         raise ValueError(f"specdec_ops.{_OP}: requests must be given with a batch of {len(k_caches[0])}, got None")
     if not is_number(norm_eps) or not 0 <= norm_eps <= FLOAT_MAX:
         raise ValueError(argument_error(_OP, "norm_eps", "a finite number of at least 0", norm_eps))
+    if not isinstance(interleaved, bool):
+        raise TypeError(argument_error(_OP, "interleaved", "a bool", interleaved))
     if torch.is_grad_enabled() and any(t.requires_grad for t in (hidden, *norms, *keys, *values)):
         raise RuntimeError(grad_error(_OP))
     cosines, sines, slots = _angles(hidden, rope, positions, slots, k_caches[0].shape[3])
@@ -105,7 +107,7 @@ def kv_propagate(
         float(norm_eps),
         cosines,
         sines,
-        bool(interleaved),
+        interleaved,
         requests,
         slots.contiguous(),
         page_table,

@@ -53,6 +53,7 @@ linear = Operator(
     LinearOutputs,
     _make_outputs,
     answers=lambda arguments, outputs: outputs.out.numel() == 0,
+    may_be={"out": ("residual",)},
 )
 
 
@@ -86,4 +87,5 @@ rms_norm = Operator(
     RmsNormOutputs,
     _make_normed,
     answers=lambda arguments, outputs: outputs.out.numel() == 0,
+    may_be={"out": ("x", "residual")},
 )

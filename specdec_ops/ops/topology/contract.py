@@ -123,6 +123,7 @@ grow_tree = Operator(
     GrowTreeOutputs,
     None,
     answers=lambda arguments, outputs: arguments.top_logprobs.shape[0] == 0,
+    own_outputs=True,  # those of a CandidatePool, which made them
 )
 
 
@@ -191,4 +192,5 @@ prune_tree = Operator(
     PruneTreeOutputs,
     _make_pruned,
     answers=lambda arguments, outputs: arguments.scores.shape[0] == 0,
+    own_outputs=True,
 )

@@ -4,7 +4,7 @@
 
 namespace specdec::cpu::SPECDEC_ISA {
 
-// Eight slots by two vectors of rows, or sixteen by one.
-const TaskKernel* select_kernel(DType dtype, int rows, int) { return select_float_kernel<2, 64>(dtype, rows); }
+// Six slots by four vectors of rows, twelve by two, or sixteen by one.
+const TaskKernel* select_kernel(DType dtype, int rows, int) { return select_float_kernel<4, 96>(dtype, rows); }
 
 }  // namespace specdec::cpu::SPECDEC_ISA

@@ -26,6 +26,7 @@ static SPECDEC_INLINE __m512i flipped(__m512i v) { return _mm512_xor_si512(v, _m
 
 // A packed piece: what is too much, the scale, the high bytes, the low bytes.
 struct Int8Form {
+  static constexpr bool kOneRowAlone = true;
   static constexpr int kPieceDims = 640, kLineDims = 64, kMaxVectors = 3;
   alignas(64) char copy[kSlots][kPieceDims];
 
@@ -62,6 +63,41 @@ struct Int8Form {
       put(to, _mm_mullo_epi32(sum, _mm_set1_epi32(-128)));
       put(to + place.apart, _mm_castps_si128(_mm_set1_ps(rounding.scale)));
     }
+  }
+
+  // A single row: lanes of other rows go to other rows of the weights.
+  static SPECDEC_INLINE void multiply_one(const WeightRows<kStreams>& weights, const char* rows, int dims, float* kept,
+                                          bool begin) {
+    const int chunks = chunks_of(dims);
+    const char *high_bytes = rows + 2 * kChunk, *low_bytes = high_bytes + chunks * kChunk;
+    __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
+    const auto add = [&](Vec of_chunk, int chunk) __attribute__((always_inline)) {
+      const __m512i weight = flipped(_mm512_castps_si512(of_chunk));
+      high = _mm512_dpbusd_epi32(high, weight, chunk_at(high_bytes + chunk * kChunk));
+      low = _mm512_dpbusd_epi32(low, weight, chunk_at(low_bytes + chunk * kChunk));
+    };
+    int chunk = 0;
+    for (; chunk + kLaneRows <= chunks; chunk += kLaneRows) {
+      Vec line[kStreams], of_chunk[kLaneRows][kOneRowVectors];
+      SPECDEC_UNROLL
+      for (int k = 0; k < kStreams; k++) {
+        if (weights.ahead) weights.fetch(k, chunk * kChunk);
+        line[k] = load(reinterpret_cast<const float*>(weights.row[k] + chunk * kChunk));
+      }
+      avx512_vnni::chunks_of(line, of_chunk);
+      SPECDEC_UNROLL
+      for (int i = 0; i < kLaneRows; i++) add(of_chunk[i][0], chunk + i);
+    }
+    for (; chunk < chunks; chunk++) {
+      alignas(64) char of_chunk[kVectorBytes];
+      for (int k = 0; k < kStreams; k++)
+        __builtin_memcpy(of_chunk + k * kChunk, weights.row[k] + chunk * kChunk, kChunk);
+      add(load(reinterpret_cast<const float*>(of_chunk)), chunk);
+    }
+    const __m512i whole = _mm512_add_epi32(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low), chunk_at(rows));
+    const Vec sum[kOneRowVectors] = {_mm512_cvtepi32_ps(whole)};
+    const Vec sums = sums_of_one(sum), scale = _mm512_castsi512_ps(chunk_at(rows + kChunk));
+    store(kept, begin ? sums * scale : fma(sums, scale, load(kept)));
   }
 
   // With few sums high and low bytes have their own, so that more of them are under way, and weights are loaded once.
@@ -102,21 +138,34 @@ struct Int8Form {
     SPECDEC_UNROLL
     for (int v = 0; v < kVectors; v++) {
       SPECDEC_UNROLL
-      for (int k = 0; k < kSome; k++, kept += kWidth) {
-        put_sum(_mm512_add_epi32(_mm512_slli_epi32(high[k][v], 8), low[k][v]), rows, kVectors, v, kept, begin);
+      for (int k = 0; k < kSome; k += 4, kept += kWidth) {
+        __m512i sum[4];
+        SPECDEC_UNROLL
+        for (int i = 0; i < 4; i++) {
+          sum[i] = _mm512_add_epi32(_mm512_slli_epi32(high[k + i][v], 8), low[k + i][v]);
+        }
+        put_sums(sum[0], sum[1], sum[2], sum[3], rows, kVectors, v, kept, begin);
       }
     }
   }
 
-  // Makes a number of a piece's integer sum with vector v of the rows, and adds it to what is kept.
-  static SPECDEC_INLINE void put_sum(__m512i sum, const char* rows, int vectors, int v, float* kept, bool begin) {
-    const Vec whole = _mm512_cvtepi32_ps(_mm512_add_epi32(sum, vector_at(rows + v * kVectorBytes)));
+  // Makes numbers of a piece's integer sums with vector v of the rows, and adds them to what is kept.
+  static SPECDEC_INLINE void put_sums(__m512i a, __m512i b, __m512i c, __m512i d, const char* rows, int vectors, int v,
+                                      float* kept, bool begin) {
+    const __m512i too_much = vector_at(rows + v * kVectorBytes);
+    const auto whole = [&](__m512i sum) __attribute__((always_inline)) {
+      return _mm512_cvtepi32_ps(_mm512_add_epi32(sum, too_much));
+    };
+    const Vec sums = sums_of_four(whole(a), whole(b), whole(c), whole(d));
     const Vec scale = load(reinterpret_cast<const float*>(rows + (vectors + v) * kVectorBytes));
-    store(kept, begin ? whole * scale : fma(whole, scale, load(kept)));
+    store(kept, begin ? sums * scale : fma(sums, scale, load(kept)));
   }
 
   template <int kSome, int kVectors>
   static void multiply(const WeightRows<kSome>& weights, const char* rows, int dims, float* kept, bool begin) {
+    if constexpr (kSome == kStreams && kVectors == 1) {
+      if (weights.one_row) return multiply_one(weights, rows, dims, kept, begin);
+    }
     if (kSome == kStreams && kVectors < 3) return multiply_both<kSome, kVectors>(weights, rows, dims, kept, begin);
     const int chunks = chunks_of(dims);
     const char* bytes = rows + 2 * kVectors * kVectorBytes;
@@ -160,7 +209,9 @@ struct Int8Form {
     SPECDEC_UNROLL
     for (int v = 0; v < kVectors; v++) {
       SPECDEC_UNROLL
-      for (int k = 0; k < kSome; k++, kept += kWidth) put_sum(sum[k][v], rows, kVectors, v, kept, begin);
+      for (int k = 0; k < kSome; k += 4, kept += kWidth) {
+        put_sums(sum[k][v], sum[k + 1][v], sum[k + 2][v], sum[k + 3][v], rows, kVectors, v, kept, begin);
+      }
     }
   }
 };
@@ -239,8 +290,9 @@ struct BlocksForm {
     for (int v = 0; v < kVectors; v++) {
       const Vec scale = load(reinterpret_cast<const float*>(rows + v * kVectorBytes));
       SPECDEC_UNROLL
-      for (int k = 0; k < kSome; k++, kept += kWidth) {
-        store(kept, begin ? sum[k][v] * scale : fma(sum[k][v], scale, load(kept)));
+      for (int k = 0; k < kSome; k += 4, kept += kWidth) {
+        const Vec sums = sums_of_four(sum[k][v], sum[k + 1][v], sum[k + 2][v], sum[k + 3][v]);
+        store(kept, begin ? sums * scale : fma(sums, scale, load(kept)));
       }
     }
   }
