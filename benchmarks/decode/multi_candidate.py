@@ -327,7 +327,10 @@ def draw(table: str, rows: list[dict], path: Path) -> str:
     else:
         names = {"forms": ("tokens_per_call", "ratio_plain", "nll_more"), "law": ("tv_at_least",)}
         columns = names.get(table, ("microseconds",))
-        labels = [", ".join(str(row[name]) for name in ("form", "rule") if row.get(name)) for row in rows]
+        labels = [
+            ", ".join([*(row[name] for name in ("form", "rule") if row.get(name)), f"T = {row.get('temperature')}"])
+            for row in rows
+        ]
         if table == "topology":
             labels = [f"{row['tree']}, context {row['context']}: {row['kind']}" for row in rows]
         size = (3.4 * len(columns) + 3, 1 + 0.3 * len(rows))

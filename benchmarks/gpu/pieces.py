@@ -75,10 +75,10 @@ def first_steps(settings: Settings) -> list[Step]:
         module_step(settings),
         pytest_step(settings, "names", 40.0, ["tests/emulator/test_emulator.py", "-k", "on_a_gpu"], 1),
         pytest_step(settings, "small calls", 60.0, [gpu_tests, "-k", "small_calls and cuda"]),
-        pytest_step(settings, "graphs and streams", 60.0, [gpu_tests, "-k", "cuda and not small_calls"]),
+        pytest_step(settings, "graphs and streams", 60.0, [gpu_tests, "-k", "(cuda or captured) and not small_calls"]),
         bench_step(settings, "attention", 75.0, "--op", "tree_attention"),
         bench_step(settings, "others", 75.0),
-        pytest_step(settings, "attention tests", 60.0, [*attention, *more, "-k", "cuda and not emulated"]),
+        pytest_step(settings, "attention tests", 60.0, [*attention, *more, "-k", "cuda-on-cuda or float8"]),
         pytest_step(settings, "triton", 60.0, [gpu_tests, "-k", "small_calls and triton"]),
     ]
 

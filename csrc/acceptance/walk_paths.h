@@ -113,6 +113,7 @@ class PathWalk : WalkBase<Rows> {
   SPECDEC_WALK bool passes_alone(int32_t node, int32_t child, const TokenDistribution& target,
                                  const TokenDistribution& draft) {
     const int32_t token = token_of(child);
+    if (!is_token(token)) return false;
     const float probability = rows.target_probability(target, node, token);
     const Proposal proposal = greedy || !p.draft ? Proposal{1.0f, true} : rows.draft_proposal(draft, node, token);
     if (!proposal.possible) status |= kDraftTokenImpossible;

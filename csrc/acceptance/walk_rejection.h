@@ -233,6 +233,7 @@ class RejectionWalk : WalkBase<Rows> {
     rows.sync();
   }
   SPECDEC_WALK void mark(int32_t token, bool excluded) {
+    if (!is_token(token)) return;  // it was one when it was rejected: somebody writes
     if (excluded) {
       rows.exclude(token);
     } else {
@@ -284,7 +285,8 @@ class RejectionWalk : WalkBase<Rows> {
   // From a node back to its parent; returns the node as the parent's candidate.
   SPECDEC_WALK Candidate come_back(WalkState& s) {
     mark_rejected(s, -1, false);
-    Candidate leaf{s.node, token_of(s.node), 1.0f, s.edge};
+    const int32_t token = token_of(s.node);  // read once more, and so looked at once more
+    Candidate leaf{s.node, is_token(token) ? token : 0, 1.0f, s.edge};
     s = scratch.states[s.level - 1];
     rows.sync();  // before the state is written again
     mark_rejected(s, leaf.child, true);

@@ -102,8 +102,10 @@ class CoinWalk : WalkBase<Rows> {
   SPECDEC_WALK void clear_tried(int32_t node, int32_t end, bool rejected) {
     if (!rejected) return;
     rows.sync();
-    for (int32_t child = unless_padding(first_child(node)); child >= 0 && child != end; child = next_child(child))
-      if (is_token(token_of(child))) rows.include(token_of(child));
+    for (int32_t child = unless_padding(first_child(node)); child >= 0 && child != end; child = next_child(child)) {
+      const int32_t token = token_of(child);
+      if (is_token(token)) rows.include(token);
+    }
     rows.sync();
   }
 };

@@ -120,7 +120,7 @@ class Parts:
 
         Args:
             tensors: join and join_bias; of each block, such as self_attention, the weights self_attention.qkv, out, up
-                and down, the norms attention_norm and mlp_norm, and of weights in int8 the scales, qkv.scales and so on.
+                and down, the norms attention_norm and mlp_norm, and of those in int8 the scales, qkv.scales and so on.
             sizes: of the draft.
             shape: of the target.
         """

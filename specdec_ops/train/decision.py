@@ -8,8 +8,8 @@ entropy and top-10 probabilities ("confidence": 11-44-1, a draw of accepted or n
 cross-entropy; AdamW.
 
 The paper's texts were what its decoding said; these are the target's own answers, so that examples serve lossless
-decoding too. Its networks trained for ten passes over the examples, of which the best on held-out ones was kept; here
-the minutes decide.
+decoding too. Its networks trained for ten passes over the examples; here the minutes decide. As there, the network that
+does best on held-out examples is kept: the one that orders the most pairs of an accepted and another one rightly.
 
 The folder OUT gets draft.safetensors and draft.json, which `drafts.Decision.load` reads, and what `trainer` writes.
 """
@@ -17,6 +17,7 @@ The folder OUT gets draft.safetensors and draft.json, which `drafts.Decision.loa
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import math
 import sys
@@ -146,17 +147,34 @@ class Network(torch.nn.Module):
 
     Args:
         sizes: inputs, and outputs of each layer but the last.
+
+    Attributes:
+        layers: that are trained.
+        best: a copy of them from when they did best, and how well that was.
     """
 
     def __init__(self, sizes: tuple[int, ...]) -> None:
         super().__init__()
         self.layers = torch.nn.ModuleList(torch.nn.Linear(*pair) for pair in itertools.pairwise((*sizes, 1)))
+        self.best = copy.deepcopy(self.layers).requires_grad_(False)
+        self.register_buffer("best_area", torch.zeros(()))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[rows] of [rows, inputs]."""
-        for layer in self.layers[:-1]:
+        return self.scores(self.layers, x)
+
+    def keep(self, found: float) -> None:
+        """Copy the layers as they are if they have never done as well."""
+        if found > self.best_area:
+            self.best.load_state_dict(self.layers.state_dict())
+            self.best_area.fill_(found)
+
+    @staticmethod
+    def scores(layers: torch.nn.ModuleList, x: torch.Tensor) -> torch.Tensor:
+        """[rows] of [rows, inputs], by some layers."""
+        for layer in layers[:-1]:
             x = layer(x).relu()
-        return self.layers[-1](x)[:, 0]
+        return layers[-1](x)[:, 0]
 
 
 class Decision(Task):
@@ -190,14 +208,15 @@ class Decision(Task):
         return (functional.binary_cross_entropy_with_logits(scores, self._labels[chosen]),)
 
     def held_out(self) -> tuple[float, float]:
-        """Shares of held-out rows that it judges rightly at the threshold, and of pairs that it orders rightly."""
-        scores = self.module(self._exam).sigmoid()
+        """Of the best so far: shares of held-out rows judged rightly at the threshold, and of pairs in right order."""
+        self.module.keep(area(self.module(self._exam), self._accepted))
+        scores = self.module.scores(self.module.best, self._exam).sigmoid()
         right = (scores > self.asked.threshold) == self._accepted
         return right.float().mean().item(), area(scores, self._accepted)
 
     def save(self, folder: Path, about: dict) -> None:
         """See `Task.save`."""
-        layers = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in self.module.layers]
+        layers = [(layer.weight.detach().clone(), layer.bias.detach().clone()) for layer in self.module.best]
         found = drafts.Decision(layers, self.asked.features, self.asked.threshold)
         about |= {"examples": len(self._examples[0].worth), "accepted": round(self._accepted.float().mean().item(), 4)}
         found.save(folder, self.draft, about)

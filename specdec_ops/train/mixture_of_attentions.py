@@ -10,8 +10,8 @@ texts only sees tokens after the refresh point.
 The loss is the cross-entropy with the target's law, as for `specdec_ops.train.eagle`, plus SmoothL1 of rows; with
 `--target-layers` half of that is over rows after the target's final norm, half over those that enter its last layers.
 
-The folder OUT gets draft.safetensors and draft.json, which `drafts.MixtureOfAttentions.load` reads, and what `trainer`
-writes.
+The folder OUT gets draft.safetensors and draft.json, which `specdec_ops.drafts.MixtureOfAttentions` loads, and what
+`trainer` writes.
 """
 
 from __future__ import annotations

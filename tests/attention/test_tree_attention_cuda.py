@@ -1,7 +1,6 @@
 """The CUDA kernels, emulated, under sanitizers and in many orders. Their values are tested with all other backends'."""
 
 import dataclasses
-import functools
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from tests.attention.attention_cases import chain, expected, make_case
 from tests.attention.attention_cases import random_tree as random_parents
 from tests.attention.test_merge_states import DTYPES, states
 from tests.emulator import build, kernels
-from tests.emulator.checks import RACE, assert_same, launch_tests, outputs
+from tests.emulator.checks import RACE, assert_same, launch_tests, outputs, reveals
 from tests.harness.close import assert_as_good_as_torch
 from tests.harness.trees import random_tree
 from tests.topology.test_build_topology import MALFORMED, lengths, padded
@@ -265,21 +264,30 @@ def test_scratch_is_a_quarter_of_keys_and_values(nodes, heads):
     assert (moved["scratch"].written > 0) == (nodes * heads * 8 * 2 <= 2048)
 
 
+def launch_beside(others):
+    """Of a request with 4 nodes, which has four splits, beside that many with 120 nodes."""
+    trees = [random_tree(4, 0), *(random_tree(120, seed) for seed in range(others))]
+    rows, batch = 120 if others else 4, len(trees)
+    generator = torch.Generator().manual_seed(5)
+    q = torch.randn(2, 120, 2, 64, generator=generator).bfloat16()[:batch, :rows]
+    k, v = torch.randn(2, 2, 1200, 1, 64, generator=generator).bfloat16()[:, :batch]
+    contexts = torch.tensor([1024, 700], dtype=torch.int32)[:batch]
+    topology = Topology.from_trees(trees)
+    return kernels.launch_of(lambda: tree_attention(q, k, v, topology, contexts, return_lse=True))
+
+
 def test_splits_are_the_request_s_own():
     """Neighbours with more rows, and padding, do not change a bit."""
-    trees, contexts = [random_tree(4, 0), random_tree(120, 1)], torch.tensor([1024, 700], dtype=torch.int32)
-    q = torch.randn(2, 120, 2, 64, dtype=torch.bfloat16)
-    k, v = torch.randn(2, 2, 1200, 1, 64, dtype=torch.bfloat16)
-    outs = []
-    for rows, batch in ((120, 2), (4, 1)):
-        topology = Topology.from_trees(trees[:batch])
-        call = functools.partial(
-            tree_attention, q[:batch, :rows], k[:batch], v[:batch], topology, contexts[:batch], return_lse=True
-        )
-        launch = kernels.launch_of(call)
-        kernels.run(launch)
-        outs.append(launch.tensors["out"][0, :4])
-    assert torch.equal(*outs)
+    alone, beside = launch_beside(0), launch_beside(1)
+    kernels.run(alone)
+    kernels.run(beside)
+    assert torch.equal(alone.tensors["out"][0], beside.tensors["out"][0, :4])
+
+
+def test_planted_bug_in_the_splits():
+    """Rows of the call in place of the request's."""
+    changed = ("attention/cuda/tree_attention.cuh", "at_least(end_row - first_row, 0) * launch.group", "p.queries * 2")
+    assert reveals(launch_beside(1), *changed, only="tree_attention_bf16_64")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -11,7 +11,11 @@ from tests.attention.attention_cases import assert_right, chain, make_case, rand
 from tests.emulator import build, kernels
 
 FLOAT8 = torch.float8_e4m3fn
-BACKENDS = ["torch", *([] if build.why_not() else [kernels.BACKEND]), *(["cuda"] if torch.cuda.is_available() else [])]
+BACKENDS = [
+    "torch",
+    *([] if build.why_not() else [kernels.BACKEND]),
+    *([pytest.param("cuda", marks=pytest.mark.gpu)] if torch.cuda.is_available() else []),
+]
 
 
 def float8_case(trees, contexts, dtype, **options):

@@ -7,6 +7,7 @@ import torch
 
 from specdec_ops import Tree, drafts
 from specdec_ops.decode import Engine, Sampling
+from tests.decode import test_engine
 from tests.decode.test_engine import DRAFT, LENGTH, PROMPTS, TARGET, by_hand, samplings
 from tests.harness.tiny_models import make_decoder, noisy_eagle, noisy_mixture
 
@@ -18,6 +19,7 @@ DRAFTS = {
     "tree with repeats": lambda: drafts.MultiCandidate(DRAFT, (2, 2), replacement=True),
     "eagle": lambda: noisy_eagle(TARGET, levels=3, width=3, branching=4, nodes=9),
     "mixture": lambda: noisy_mixture(TARGET, 1, levels=3, width=3, branching=4, nodes=9),
+    **{name: test_engine.DRAFTS[name] for name in ("sorted chain", "sorted tree")},
 }
 ASKED = samplings(0.9)
 

@@ -8,6 +8,7 @@ import torch
 from specdec_ops import drafts
 from specdec_ops.decode import Engine, Sampling
 from specdec_ops.drafts.mixture_of_attentions_parts import Sizes
+from specdec_ops.train.eagle import Teacher
 from specdec_ops.train.mixture_of_attentions import Beside
 from specdec_ops.train.mixture_of_attentions_net import masks
 from tests.decode.mixture_reference import Reference
@@ -52,15 +53,21 @@ def watch(engine: Engine) -> list:
     return noted
 
 
+def row_of_network(net, text: list[int], known: int, target) -> torch.Tensor:
+    """What `wanted` is, from the network that is trained."""
+    tokens = torch.tensor([text], dtype=torch.int32)
+    beside = Beside(target, net.sizes.target_layers, torch.float64).run(tokens)
+    seen = masks(torch.arange(-1, len(text) - 1).clamp(max=known - 2)[None], torch.zeros(1, dtype=torch.bool))
+    embedded = Teacher(target, None).embed(tokens).double()
+    return net.double()(embedded, net.states(beside.stacked), seen, beside.stacked).features[0, -1]
+
+
 def wanted(net, text: list[int], known: int, target) -> torch.Tensor:
     """The row of a text's last token, of which the target has run all but the last of the first `known`."""
+    if net.sizes.target_layers:  # the equations below end before those
+        return row_of_network(net, text, known, target)
     net = net.double()
-    beside = Beside(target, net.sizes.target_layers, torch.float64).run(torch.tensor([text], dtype=torch.int32))
-    if net.sizes.target_layers:
-        starts = torch.arange(-1, len(text) - 1).clamp(max=known - 2)[None]
-        embedded = target.embedding[torch.tensor([text])].double()
-        seen = masks(starts, torch.zeros(1, dtype=torch.bool))
-        return net(embedded, net.states(beside.stacked), seen, beside.stacked).features[0, -1]
+    beside = Beside(target, 0, torch.float64).run(torch.tensor([text], dtype=torch.int32))
     reference = Reference(net, target)
     for stacked in beside.stacked[0, : known - 1]:
         reference.verify(stacked)

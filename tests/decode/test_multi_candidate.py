@@ -164,6 +164,21 @@ def test_a_request_does_not_depend_on_the_others(name, temperature):
 
 
 @pytest.mark.parametrize("name", FORESTS)
+def test_one_draft_serves_two_targets_at_once(name):
+    """A round of one lies between two rounds of the other; each says what it says alone."""
+    shared, targets, asked = FORESTS[name](), (TARGET, make_decoder(7)), samplings(0.9)
+    engines = [Engine(target, shared, "longest_path", max_batch=2) for target in targets]
+    numbers = [[engine.submit(*task) for task in zip(PROMPTS, asked, strict=True)] for engine in engines]
+    found = [{}, {}]
+    while not all(engine.is_idle for engine in engines):
+        for engine, results in zip(engines, found, strict=True):
+            results |= {chunk.request: chunk.result for chunk in engine.step() if chunk.result is not None}
+    for target, results, order in zip(targets, found, numbers, strict=True):
+        alone = Engine(target, FORESTS[name](), "longest_path", max_batch=2).generate(PROMPTS, asked)
+        assert [results[number].tokens for number in order] == [result.tokens for result in alone]
+
+
+@pytest.mark.parametrize("name", FORESTS)
 def test_few_pages_lose_nothing(name):
     """Requests that have to give their pages back keep what the target has drawn for them."""
     asked = samplings(0.9)

@@ -54,6 +54,27 @@ def test_area_is_the_share_of_pairs():
     assert train.area(scores, accepted) == pytest.approx(float(sum(pairs)) / 6)
 
 
+def test_the_best_network_is_kept(texts):
+    """Whatever comes after it: what is saved is what did best on the held-out examples."""
+    gatherer = train.Gatherer(TARGET, DRAFT, 64, every=2)
+    parts = [gatherer.examples(text, number) for number, text in enumerate(texts[:4])]
+    examples = tuple(train.Examples(*map(torch.cat, zip(*some, strict=True))) for some in (parts[:3], parts[3:]))
+    asked = train.parser().parse_args(["--target", "x", "--out", "y", "--labels", "soft"])
+    task = train.Decision(DRAFT, examples, asked)
+    seen, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(12):
+        for parameter in task.module.layers.parameters():
+            parameter.data.normal_(generator=generator)
+        seen.append(train.area(task.module(task._exam), task._accepted))
+        with torch.no_grad():
+            assert task.held_out()[1] == pytest.approx(max(seen))
+    assert max(seen) > seen[-1] and len(set(seen)) > 3, "the last one is not meant to be the best"
+    assert {name for name in task.module.state_dict() if "best" in name} == {
+        "best_area",
+        *(f"best.{layer}.{part}" for layer in (0, 1) for part in ("weight", "bias")),
+    }
+
+
 def asked_for(tmp_path, *changes) -> list[str]:
     options = ["--target", "somewhere/tiny", "--draft", str(tmp_path / "draft"), "--out", str(tmp_path / "out")]
     options += ["--texts", str(tmp_path / "texts"), "--texts-share", "0", "--minutes", "0.05", "--examples", "300"]

@@ -104,10 +104,10 @@ def test_names_on_a_gpu(tmp_path):
     if nvcc is None:
         pytest.skip("there is no nvcc")
     program = tmp_path / "device_names"
-    source = build.FOLDER / "device_names.cpp"
+    sources = [build.FOLDER / "device_names.cpp", build.ROOT / "csrc" / "common" / "cuda" / "memory.cu"]
     arch = "native" if torch.cuda.is_available() else "sm_80"
     options = ["-std=c++17", f"-arch={arch}", f"-I{build.ROOT / 'csrc'}", "-x", "cu", "-o", program]
-    done = subprocess.run([nvcc, *options, source], capture_output=True, text=True)
+    done = subprocess.run([nvcc, *options, *sources], capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     if torch.cuda.is_available():
         assert build.output_of([program]) == (0, RIGHT)

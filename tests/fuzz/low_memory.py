@@ -65,8 +65,8 @@ def propagation(small):
     rows, dim = (1, 64) if small else (64, 4096)
     hidden, weight = torch.zeros(rows, dim), torch.zeros(64, dim)
     layers = [(None, weight, weight)] * 2
-    caches, slots = [torch.zeros(1, 64, 1, 64) for _ in range(2)], torch.arange(rows, dtype=torch.int32)
-    return lambda: kv_propagate(hidden, layers, slots, slots, caches, caches, rope=None, backend="cpu")
+    caches, slots = torch.zeros(2, 2, 1, 64, 1, 64), torch.arange(rows, dtype=torch.int32)
+    return lambda: kv_propagate(hidden, layers, slots, slots, *caches, rope=None, backend="cpu")
 
 
 OPS = {

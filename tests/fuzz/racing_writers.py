@@ -22,11 +22,13 @@ from specdec_ops import (
     kv_append,
     kv_commit,
     kv_propagate,
+    longest_path_accept,
     match_accept,
     prune_tree,
     sample_children,
     tree_accept,
     tree_attention,
+    typical_accept,
 )
 
 WILD = torch.tensor([-(2**31), -(2**30), -7, -2, -1, 0, 1, 2, 3, 5, 40, 1000, 2**20, 2**30, 2**31 - 1])
@@ -54,7 +56,15 @@ def accept(rule):
         return written, lambda: greedy_accept(logits, tokens, topology)
     if rule == "match":
         return written, lambda: match_accept(logits, tokens, topology, seeds=1, positions=2, top_k=20)
-    options = {"seeds": 1, "positions": 2, "vocab_map": vocab_map, "rule": rule}
+    if rule == "typical":
+        return written, lambda: typical_accept(logits, tokens, topology, seeds=1, positions=2)
+    if rule == "target_only":
+        return written, lambda: tree_accept(logits, tokens, topology, seeds=1, positions=2, rule=rule)
+    options = {"seeds": 1, "positions": 2, "vocab_map": vocab_map}
+    if rule == "longest":
+        options["draft_logits"] = draft
+        return written, lambda: longest_path_accept(logits, tokens, topology, width=2, **options)
+    options |= {"rule": "traversal", "draft_rows": "child"} if rule == "child_rows" else {"rule": rule}
     return [*written, vocab_map.target_to_draft], lambda: tree_accept(logits, tokens, topology, draft, **options)
 
 
@@ -73,7 +83,8 @@ def append():
     positions = slots.clone()
     rope = (torch.ones(50, 32), torch.zeros(50, 32))
     options = {"slots": slots, "positions": positions, "page_table": pages, "q": k, "rope": rope}
-    return [pages, slots, positions], lambda: kv_append(k, k, cache, cache, None, None, **options)
+    other = torch.zeros_like(cache)
+    return [pages, slots, positions], lambda: kv_append(k, k, cache, other, None, None, **options)
 
 
 def commit():
@@ -83,7 +94,8 @@ def commit():
     )
     nodes, copies, lengths = int32([0, 2, 5, -1], [0, 1, 3, 7]), int32([1, 2], [-1, -1]), int32(20, 30)
     options = {"page_table": pages, "copies": copies}
-    return [pages, nodes, copies, lengths], lambda: kv_commit(caches, caches, nodes, lengths, **options)
+    others = [torch.zeros_like(cache) for cache in caches]
+    return [pages, nodes, copies, lengths], lambda: kv_commit(caches, others, nodes, lengths, **options)
 
 
 def gather():
@@ -104,8 +116,8 @@ def propagate():
     )
     slots, requests = torch.arange(6, dtype=torch.int32), torch.zeros(6, dtype=torch.int32)
     options = {"page_table": pages, "requests": requests, "rope": None}
-    written = [pages, slots, requests]
-    return written, lambda: kv_propagate(hidden, [(None, weight, weight)] * 3, slots, slots, caches, caches, **options)
+    written, others = [pages, slots, requests], [torch.zeros_like(cache) for cache in caches]
+    return written, lambda: kv_propagate(hidden, [(None, weight, weight)] * 3, slots, slots, caches, others, **options)
 
 
 def topology():
@@ -137,8 +149,9 @@ def children():
     return [parents, vocab_map.draft_to_target], lambda: sample_children(logits, 4, parents=parents, **options)
 
 
+RULES = ("greedy", "match", "recursive", "traversal", "kseq", "child_rows", "target_only", "longest", "typical")
 OPS = {
-    **{f"accept_{rule}": (accept, rule) for rule in ("greedy", "match", "recursive", "traversal", "kseq")},
+    **{f"accept_{rule}": (accept, rule) for rule in RULES},
     "attention": (attention, False),
     "path_attention": (attention, True),
     **{function.__name__: (function,) for function in (append, commit, gather, propagate, topology, growth, children)},

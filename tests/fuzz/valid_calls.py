@@ -83,7 +83,7 @@ def hostile(draws: Draws):
     threads, dtype = torch.get_num_threads(), torch.get_default_dtype()
     with contextlib.ExitStack() as stack:
         stack.callback(torch.set_num_threads, threads)
-        torch.set_num_threads(draws.of(1, 2, 3, 8))
+        torch.set_num_threads(draws.of(1, 2, 3))
         if draws.chance(0.5):
             stack.callback(torch.set_flush_denormal, False)
             torch.set_flush_denormal(True)

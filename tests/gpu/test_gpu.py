@@ -3,6 +3,8 @@
 The values themselves are the business of the ops' own tests, which run on CUDA tensors too where there is a GPU.
 """
 
+import functools
+
 import pytest
 import torch
 
@@ -75,6 +77,42 @@ def test_graph_replay_with_changed_inputs(case, backend, device="cuda"):
         replay()
         replay()
         assert_same(results, case.call(changed, backend), f"seed {seed},")
+
+
+@every_kernel
+def test_two_graphs_at_once(case, backend, device="cuda"):
+    """Two graphs of one call, captured on one stream and replayed on two: they share no counters."""
+    inputs = [to(case.make(seed), device) for seed in (1, 2)]
+    alone = [case.call(tensors, backend) for tensors in inputs]
+    graphs = [capture(lambda tensors=tensors: case.call(tensors, backend)) for tensors in inputs]
+    streams = [torch.cuda.Stream() for _ in inputs]
+    torch.cuda.synchronize()
+    for _ in range(ROUNDS):
+        for (replay, _), stream in zip(graphs, streams, strict=True):
+            with torch.cuda.stream(stream):
+                replay()
+    torch.cuda.synchronize()
+    for expected, (_, got) in zip(alone, graphs, strict=True):
+        assert_same(got, expected)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_captured_call_writes_no_zeros(tmp_path):
+    """Its counters are zero already: the graph of an op that needs some has the op's kernels alone."""
+    logits = torch.randn(2, 40_000, device="cuda")
+    noise = {"seeds": torch.tensor([1, 2], device="cuda"), "positions": 3}
+    call = functools.partial(specdec_ops.sample_tokens, logits, **noise, backend="cuda")
+    if reason := specdec_ops.backends("sample_tokens", "cuda")["cuda"]:
+        pytest.skip(reason)
+    call()
+    graph = torch.cuda.CUDAGraph()
+    graph.enable_debug_mode()
+    with torch.cuda.graph(graph):
+        call()
+    graph.debug_dump(str(tmp_path / "graph.dot"))
+    nodes = (tmp_path / "graph.dot").read_text()
+    assert "sample_kernel" in nodes and "MEMSET" not in nodes.upper()
 
 
 @every_kernel

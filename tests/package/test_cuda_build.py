@@ -365,5 +365,7 @@ def test_without_a_gpu_the_reason_is_a_sentence():
     assert re.match(reason, MODULE.cuda_device_error(0))
     with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
         launch(lambda: run("merge_states"))
+    with pytest.raises(RuntimeError, match=r"^counters: (no CUDA driver|.*sees no device)"):
+        MODULE.zeroed_memory(0, 64)
     with pytest.raises(RuntimeError, match=r"no CUDA driver|sees no device"):
         launch(chain_call())

@@ -302,10 +302,9 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("threads", [1, 2])
-def test_a_long_call_notices_an_interrupt(threads):
+def test_a_long_call_notices_an_interrupt():
     """A call takes a second and more here, and an interrupt is looked for each tenth of one."""
-    command = [sys.executable, "-c", INTERRUPTED.format(threads=threads)]
+    command = [sys.executable, "-c", INTERRUPTED.format(threads=2)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     assert float(done.stdout) < 1.0

@@ -167,8 +167,9 @@ def caches() -> LayerCache:
     weights = torch.randn(2 * DIM, DIM)
     caches = [torch.zeros(1, 16, 2, DIM)]
     positions = torch.arange(3)
-    kv_propagate(torch.randn(3, DIM), [(None, weights, weights)], positions, positions, caches, caches, rope=10_000.0)
-    kv_commit(caches, caches, positions[None], 0)
+    others = [cache.clone() for cache in caches]
+    kv_propagate(torch.randn(3, DIM), [(None, weights, weights)], positions, positions, caches, others, rope=10_000.0)
+    kv_commit(caches, others, positions[None], 0)
     assert_type(gather_layer_kv(caches, caches, positions), torch.Tensor)
     new, rope = torch.randn(1, 3, 2, DIM), Rope(10_000.0, DIM // 2, 32, scaling={"rope_type": "linear", "factor": 2.0})
     assert_type(rope.to("cpu"), Rope)

@@ -24,8 +24,8 @@ constexpr int kRowsTogether = 16;  // up to here tasks whose heads are neighbour
 constexpr size_t kMaxStates = size_t(1) << 21;
 
 const PathKernel* select_path_kernel(DType dtype) {
-  const PathKernel* kernel = nullptr;
-  const Isa isa = current_isa();
+  [[maybe_unused]] const PathKernel* kernel = nullptr;
+  [[maybe_unused]] const Isa isa = current_isa();
 #ifdef SPECDEC_HAVE_AVX512_BF16
   if (isa >= Isa::kAvx512Bf16 && (kernel = avx512_bf16::select_path_kernel(dtype))) return kernel;
 #endif

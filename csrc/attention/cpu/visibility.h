@@ -28,8 +28,8 @@ class Visibility {
     }
     first_seen_ = all_see_ = 0;
     if (p_.window == 0) return;
-    first_seen_ = min_of(task_.context_len + int(lowest) - p_.window + 1, task_.context_len);
-    all_see_ = min_of(task_.context_len + int(highest) - p_.window + 1, task_.context_len);
+    first_seen_ = begin_of_window(lowest);
+    all_see_ = begin_of_window(highest);
   }
 
   // Context slots before it are outside of every row's window.
@@ -94,6 +94,12 @@ class Visibility {
   }
 
  private:
+  // The first context slot that a row of this depth sees. A depth may be any number.
+  int begin_of_window(float depth) const {
+    const double begin = double(task_.context_len) + depth - p_.window + 1;
+    return int(begin < 0 ? 0 : min_of<double>(begin, task_.context_len));
+  }
+
   const Task& task_;
   const TreeAttentionParams& p_;
   float* depth_;   // of each row

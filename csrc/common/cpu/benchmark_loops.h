@@ -107,17 +107,28 @@ static SPECDEC_LOOP_INLINE Factor factor_of(float value) { return Floats{} + val
 static SPECDEC_LOOP_INLINE Floats added(Floats sum, Factor a, Factor b) { return sum * a + b; }
 #endif
 
+// Makes the compiler believe that a vector has changed.
+template <class Vector>
+static SPECDEC_LOOP_INLINE void keep(Vector& vector) {
+#if defined(__x86_64__) || defined(__i386__)
+  __asm__ volatile("" : "+x"(vector));
+#elif defined(__aarch64__)
+  __asm__ volatile("" : "+w"(vector));
+#else
+  __asm__ volatile("" : "+m"(vector));
+#endif
+}
+
 // Indices are constants, not of a loop: else compilers keep the sums in memory.
 template <size_t... kSum>
 static double multiply_adds_of(int64_t rounds, std::index_sequence<kSum...>) {
   Floats sums[] = {Floats{} + float(kSum)...};
   Factor a = factor_of(0.999f), b = factor_of(0.001f);
-  __asm__("" : "+x"(a), "+x"(b));  // or the compiler would know the result
+  keep(a);  // or the compiler would know the result
+  keep(b);
   for (int64_t round = 0; round < rounds; round++) {
     ((sums[kSum] = added(sums[kSum], a, b)), ...);
-    ([&]() __attribute__((always_inline)) { __asm__ volatile(""
-                                                             : "+x"(sums[kSum])); }(),
-     ...);  // each round is done, not summed up
+    (keep(sums[kSum]), ...);  // each round is done, not summed up
   }
   return double(rounds) * sizeof...(kSum) * kOperations;
 }

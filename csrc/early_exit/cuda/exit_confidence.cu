@@ -4,10 +4,11 @@
 
 namespace specdec::cuda {
 
-extern template cudaError_t exit_confidence_of<BFloat16>(const ExitLaunch&, int, cudaStream_t);
-extern template cudaError_t exit_confidence_of<Float16>(const ExitLaunch&, int, cudaStream_t);
-extern template cudaError_t exit_confidence_of<float>(const ExitLaunch&, int, cudaStream_t);
-extern template cudaError_t exit_confidence_of<int8_t>(const ExitLaunch&, int, cudaStream_t);
+extern template cudaError_t exit_confidence_of<BFloat16, 1>(const ExitLaunch&, int, cudaStream_t);
+extern template cudaError_t exit_confidence_of<Float16, 1>(const ExitLaunch&, int, cudaStream_t);
+extern template cudaError_t exit_confidence_of<float, 1>(const ExitLaunch&, int, cudaStream_t);
+extern template cudaError_t exit_confidence_of<int8_t, 2>(const ExitLaunch&, int, cudaStream_t);
+extern template cudaError_t exit_confidence_of<int8_t, 1>(const ExitLaunch&, int, cudaStream_t);
 
 namespace {
 
@@ -46,13 +47,14 @@ cudaError_t exit_confidence_cuda(const ExitLaunch& arguments, int device, cudaSt
   launch.norm_aligned = is_aligned(p.norm_weight, 0);
   switch (p.head_type) {
     case HeadType::kFloat32:
-      return exit_confidence_of<float>(launch, device, stream);
+      return exit_confidence_of<float, 1>(launch, device, stream);
     case HeadType::kBFloat16:
-      return exit_confidence_of<BFloat16>(launch, device, stream);
+      return exit_confidence_of<BFloat16, 1>(launch, device, stream);
     case HeadType::kFloat16:
-      return exit_confidence_of<Float16>(launch, device, stream);
+      return exit_confidence_of<Float16, 1>(launch, device, stream);
     default:
-      return exit_confidence_of<int8_t>(launch, device, stream);
+      if (p.hidden_dtype == DType::kFloat32) return exit_confidence_of<int8_t, 2>(launch, device, stream);
+      return exit_confidence_of<int8_t, 1>(launch, device, stream);
   }
 }
 

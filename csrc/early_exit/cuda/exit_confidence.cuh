@@ -280,14 +280,14 @@ cudaError_t pick_rows(const ExitLaunch& launch, int device, cudaStream_t stream)
   return result;
 }
 
-// Heads of one type. Instantiated in early_exit/cuda/instantiations.
-template <class Element>
+// Heads of one type, and of int8 ones with hidden rows in kParts parts. Instantiated in early_exit/cuda/instantiations.
+template <class Element, int kParts>
 cudaError_t exit_confidence_of(const ExitLaunch& launch, int device, cudaStream_t stream) {
   if constexpr (std::is_same_v<Element, float>) {
     return pick_rows<float, float, 1, 8, 32>(launch, device, stream);
   } else if constexpr (!std::is_same_v<Element, int8_t>) {
     return pick_rows<Element, Element, 1, 8, 16, 32, 64>(launch, device, stream);
-  } else if (launch.call.hidden_dtype == DType::kFloat32) {
+  } else if constexpr (kParts == 2) {
     return pick_rows<int8_t, Float16, 2, 8, 16>(launch, device, stream);
   } else {
     return pick_rows<int8_t, Float16, 1, 8, 16, 32>(launch, device, stream);

@@ -5,6 +5,9 @@
 
 namespace specdec::cuda {
 
+extern template cudaError_t launch_exit_mlp<4>(const MlpLaunch&, int32_t, int, cudaStream_t);
+extern template cudaError_t launch_exit_mlp<8>(const MlpLaunch&, int32_t, int, cudaStream_t);
+
 namespace {
 
 // Below this many weights the first layer is not worth many blocks.

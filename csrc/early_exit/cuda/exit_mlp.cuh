@@ -367,6 +367,7 @@ __global__ void __launch_bounds__(kMlpThreads, 1) exit_mlp_kernel(MlpLaunch laun
   if (threadIdx.x == 0) *p.stop = !any;
 }
 
+// Instantiated in early_exit/cuda/instantiations.
 template <int kRows>
 cudaError_t launch_exit_mlp(const MlpLaunch& launch, int32_t blocks, int device, cudaStream_t stream) {
   return cuda::launch(exit_mlp_kernel<kRows>, dim3(unsigned(blocks)), dim3(kMlpThreads), MlpShared<kRows>::bytes(),

@@ -1,12 +1,14 @@
 // Keys and values of skipped layers on the CPU: W_k and W_v of a layer are two small heads, so the kernels of
 // few rows make their products, a tile of 64 outputs at a time, and read the weights in order.
 //
-// Layers come one after the other: rows are normalised and packed, tiles are shared out between threads, and rows are
-// rotated and stored from a buffer of float32. A row that has no place costs no product. An output is made by one
-// thread, from its first input to its last, so no result depends on their number. Memory read: the weights once.
+// A call has one team of threads. Layers come one after the other, each in three phases whose shares go to threads as
+// they come free: rows are normalised and packed, tiles are multiplied, and rows are rotated and stored from a buffer of
+// float32. A row that has no place costs no product. An output is made by one thread, from its first input to its last,
+// so no result depends on their number. Memory read: the weights once.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <deque>
 #include <vector>
 
 #include "common/cpu/thread_pool.h"
@@ -104,47 +106,73 @@ void store_row(const KvPropagateParams& p, const KvLayer& layer, const Place& pl
   }
 }
 
-// A layer's results of the rows that have places, in `results` [K and V, rows, width].
-class LayerProduct {
+// The phases of a layer. Its rows are packed while those of the layer before are stored, but where tiles of that one are
+// still multiplied; and results are not written before all of the layer before are stored.
+struct LayerShares {
+  Shares rows, tiles, places;
+  LayerShares(int64_t rows, int64_t tiles) : rows(rows), tiles(tiles), places(rows) {}
+};
+
+class PropagateCall {
  public:
-  LayerProduct(const KvPropagateParams& p, const std::vector<Place>& places)
+  PropagateCall(const KvPropagateParams& p, const std::vector<Place>& places)
       : p_(p),
         places_(places),
         type_(static_cast<WeightType>(p.dtype)),
         packed_(product_form(type_, type_ == WeightType::kBFloat16), p.dim, int(places.size())),
         width_(p.kv_heads * p.head_dim),
+        tiles_((width_ + kWeightTile - 1) / kWeightTile),
         results_(2 * places.size() * width_) {}
 
-  void run(const KvLayer& layer, const ThreadPool& pool) {
+  void run(int threads) {
+    std::deque<LayerShares> shares;  // they do not move
+    for (int at = 0; at < p_.count; at++) shares.emplace_back(places_.size(), 2 * tiles_);
+    run_team(threads, [&](int) {
+      std::vector<float> y(float_row(p_.dim));
+      for (int at = 0; at < p_.count; at++) {
+        const KvLayer& layer = p_.layers[at];
+        shares[at].rows.take([&](int64_t n) { pack(layer, int(n), y); });
+        shares[at].rows.wait();
+        if (at > 0) shares[at - 1].places.wait();
+        shares[at].tiles.take([&](int64_t tile) { multiply(layer, int(tile)); });
+        shares[at].tiles.wait();
+        shares[at].places.take([&](int64_t n) { store(layer, int(n)); });
+      }
+    });
+  }
+
+ private:
+  void pack(const KvLayer& layer, int n, std::vector<float>& y) {
     const InputRows rows = {p_.hidden,   p_.dtype, p_.hidden_stride_row, layer.norm_weight, layer.norm_dtype,
                             p_.norm_eps, p_.dim};
-    pool.run(places_.size(), [&](int64_t n, int) {
-      std::vector<float> y(float_row(p_.dim));
-      product_kernels().normalise(rows, places_[n].row, y.data());
-      packed_.set(int(n), y.data());
-    });
-    const int tiles = (width_ + kWeightTile - 1) / kWeightTile;
-    pool.run(2 * tiles, [&](int64_t at, int) {
-      multiply(at < tiles ? layer.k_weight : layer.v_weight, int(at % tiles) * kWeightTile, row(at < tiles ? 0 : 1, 0));
-    });
+    product_kernels().normalise(rows, places_[n].row, y.data());
+    packed_.set(n, y.data());
+  }
+
+  // Tiles of W_k come first, then those of W_v.
+  void multiply(const KvLayer& layer, int at) {
+    const int part = at < tiles_ ? 0 : 1, first = at % tiles_ * kWeightTile;
+    const int count = std::min(kWeightTile, width_ - first);
+    const WeightTile tile = WeightTile::of(type_, part == 0 ? layer.k_weight : layer.v_weight, first, width_, p_.dim);
+    packed_.multiply(tile, [&](int n, const float* sums) { std::copy_n(sums, count, row(part, n) + first); });
+  }
+
+  void store(const KvLayer& layer, int n) {
+    float* keys = row(0, n);
+    const float* values = row(1, n);
+    if (p_.dtype == DType::kFloat32) store_row<float>(p_, layer, places_[n], keys, values);
+    if (p_.dtype == DType::kBFloat16) store_row<BFloat16Bits>(p_, layer, places_[n], keys, values);
+    if (p_.dtype == DType::kFloat16) store_row<Float16Bits>(p_, layer, places_[n], keys, values);
   }
 
   float* row(int part, int64_t n) { return &results_[(part * places_.size() + n) * width_]; }
-
- private:
-  void multiply(const void* weight, int first, float* results) {
-    const int count = std::min(kWeightTile, width_ - first);
-    const WeightTile tile = WeightTile::of(type_, weight, first, width_, p_.dim);
-    packed_.multiply(
-        tile, [&](int row, const float* sums) { std::copy_n(sums, count, results + int64_t(row) * width_ + first); });
-  }
 
   const KvPropagateParams& p_;
   const std::vector<Place>& places_;
   const WeightType type_;
   PackedRows packed_;
-  const int width_;
-  std::vector<float> results_;
+  const int width_, tiles_;
+  std::vector<float> results_;  // of a layer: [K and V, rows that have places, width]
 };
 
 }  // namespace
@@ -159,19 +187,7 @@ void kv_propagate_cpu(const KvPropagateParams& p, int threads) {
   const std::vector<Place> places = find_places(p);
   if (places.empty()) return;
   const double products = 2.0 * places.size() * p.dim * p.kv_heads * p.head_dim;
-  const ThreadPool pool(int(std::min<double>(std::max(threads, 1), products / kProductsPerThread + 1)));
-  LayerProduct product(p, places);
-  for (int at = 0; at < p.count; at++) {
-    const KvLayer& layer = p.layers[at];
-    product.run(layer, pool);
-    pool.run(places.size(), [&](int64_t n, int) {
-      float* keys = product.row(0, n);
-      const float* values = product.row(1, n);
-      if (p.dtype == DType::kFloat32) store_row<float>(p, layer, places[n], keys, values);
-      if (p.dtype == DType::kBFloat16) store_row<BFloat16Bits>(p, layer, places[n], keys, values);
-      if (p.dtype == DType::kFloat16) store_row<Float16Bits>(p, layer, places[n], keys, values);
-    });
-  }
+  PropagateCall(p, places).run(threads_for(products, kProductsPerThread, threads));
 }
 
 }  // namespace specdec

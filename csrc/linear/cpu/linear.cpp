@@ -1,11 +1,12 @@
-// linear on the CPU: rows are normalised and packed, then the weights are read once, a tile of 64 rows at a time.
+// linear on the CPU: rows are normalised and packed, then the weights are read once, a tile of up to 64 rows at a time.
 //
 // A call has one team of threads. Few rows are packed before it begins; more are shared out among threads, which then
-// wait for each other once. Tiles go to threads as they come free, several neighbouring ones at a time. An
+// wait for each other once. Parts of neighbouring tiles go to threads as they come free. An
 // output is made by one thread, from its first input to its last, so no result depends on their number, and its order
 // of sums is that of linear/cpu/row_lanes.h, whatever the number of rows. With an activation a tile has 32 rows of the
-// gate and those of the other half that are multiplied with their results. Memory read: the weights once, for up to 64
-// rows. Scratch: the packed rows.
+// gate and those of the other half that are multiplied with their results; of many rows, which wait for arithmetic, it
+// has 32 as well, so that threads get nearly equal parts. Memory read: the weights once, for up to 64 rows. Scratch: the
+// packed rows.
 #include <algorithm>
 
 #include "common/cpu/thread_pool.h"
@@ -26,7 +27,7 @@ class LinearCall {
       : p_(p),
         kernels_(product_kernels()),
         packed_(form_of(p), p.dim, p.rows),
-        outputs_each_(p.activation == Activation::kNone ? kWeightTile : kWeightTile / 2),
+        outputs_each_(p.activation == Activation::kNone && packed_.streamed() ? kWeightTile : kWeightTile / 2),
         tiles_((int64_t(p.outputs) + outputs_each_ - 1) / outputs_each_),
         row_bytes_(weight_row_bytes(p.weight_type, p.dim)) {}
 
@@ -34,17 +35,16 @@ class LinearCall {
     const int64_t elements = int64_t(p_.rows) * p_.dim;
     const double work = double(p_.outputs) * (double(row_bytes_) + elements);
     threads = int(std::min({double(std::max(threads, 1)), work / kWorkPerThread + 1, double(tiles_)}));
-    // Parts of about kBytesAtOnce, as many for each thread.
-    const int64_t parts =
-        std::max<int64_t>(1, tiles_ * outputs_each_ * row_bytes_ / (kBytesAtOnce * threads)) * threads;
-    const int64_t at_once = (tiles_ + parts - 1) / parts;
+    // Parts of about kBytesAtOnce, as many for each thread, and of nearly as many tiles.
+    const int64_t parts = std::min(
+        tiles_, std::max<int64_t>(1, tiles_ * outputs_each_ * row_bytes_ / (kBytesAtOnce * threads)) * threads);
     const bool alone = threads == 1 || elements <= kPackedAlone;
     if (alone) pack_rows(0, p_.rows);
-    Shares rows(alone ? 0 : p_.rows), tiles(tiles_, at_once);
+    Shares rows(alone ? 0 : p_.rows), shares(parts);
     run_team(threads, [&](int) {
       rows.take([&](int64_t begin, int64_t end) { pack_rows(int(begin), int(end)); });
       rows.wait();
-      tiles.take([&](int64_t begin, int64_t end) { multiply(begin, end); });
+      shares.take([&](int64_t part) { multiply(tiles_ * part / parts, tiles_ * (part + 1) / parts); });
     });
   }
 

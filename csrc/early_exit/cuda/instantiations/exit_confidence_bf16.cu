@@ -2,6 +2,6 @@
 
 namespace specdec::cuda {
 
-template cudaError_t exit_confidence_of<BFloat16>(const ExitLaunch&, int, cudaStream_t);
+template cudaError_t exit_confidence_of<BFloat16, 1>(const ExitLaunch&, int, cudaStream_t);
 
 }  // namespace specdec::cuda

@@ -2,6 +2,6 @@
 
 namespace specdec::cuda {
 
-template cudaError_t exit_confidence_of<int8_t>(const ExitLaunch&, int, cudaStream_t);
+template cudaError_t exit_confidence_of<int8_t, 1>(const ExitLaunch&, int, cudaStream_t);
 
 }  // namespace specdec::cuda

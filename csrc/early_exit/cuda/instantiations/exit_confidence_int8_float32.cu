@@ -1,0 +1,7 @@
+#include "early_exit/cuda/exit_confidence.cuh"
+
+namespace specdec::cuda {
+
+template cudaError_t exit_confidence_of<int8_t, 2>(const ExitLaunch&, int, cudaStream_t);
+
+}  // namespace specdec::cuda
