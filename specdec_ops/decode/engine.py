@@ -118,7 +118,8 @@ class Engine(Answers):
             limits = {"max_batch": max_batch, "max_length": min(slots, room), "max_slots": room}
             self.proposer = draft.bind(target, is_coupled=is_coupled, **limits)
             most = 1 + (draft.max_depth or draft.max_nodes - 1)
-            self._adaptation = Adaptation(draft.weighs_rows, most, self.proposer.seconds_of_level)
+            least = 1 + (draft.min_depth or most - 1)
+            self._adaptation = Adaptation(draft.weighs_rows, most, self.proposer.seconds_of_level, least)
         self._longest = min(max_length, self.cache.pool.pages * page_size - self._nodes)  # text of one request
         if self._longest < 2:
             raise ValueError(argument_error(_OP, "pages", f"enough for {self._nodes + 2} slots", pages))
@@ -259,7 +260,10 @@ class Engine(Answers):
                 rootless.append(request)
                 ends.append(end - 1)
         want = torch.tensor(ends).to(self._device) if ends else False
+        began = time.perf_counter()
         logits, hidden = self.target.forward(rows, self.cache, want=want)
+        if self._adaptation is not None and self._device.type == "cpu":  # elsewhere a clock would have to wait for it
+            self._adaptation.record_prompt(sum(sizes), time.perf_counter() - began)
         for (request, size), row in zip(parts, starts, strict=False):
             self._show(request, hidden[row : row + size])
             request.sequence.length += size

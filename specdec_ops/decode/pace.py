@@ -11,6 +11,7 @@ _MEMORY, _MEMORY_OF_TOKENS = 0.95, 0.985  # weights of the past in running means
 _FIRST = 3  # the shortest of the first rounds counts: the very first also makes what later ones have
 _OUTLIER = 1.5  # a round that took longer than this times the mean was interrupted, and counts as one that did not
 _MARGIN = 1.03  # a draft has to lose by more than this share before it is left out
+_ROWS_OF_PROMPT = 32  # in a pass that tells what a row takes where rows are cheapest
 
 Plan = Literal["plain", "probe", "draft"]
 """What a round does. One that probes is a plain one whose pass has two rows for each request, so that it tells what
@@ -218,12 +219,18 @@ class Adaptation:
         weighs_rows: whether the draft decides itself, by how long passes take; see `Draft`.
         most: the most tokens that a round with the draft can give.
         seconds_of_level: of the proposer.
+        least: the fewest tokens that it makes a round's pass score for each request.
     """
 
     def __init__(
-        self, weighs_rows: bool, most: int, seconds_of_level: Callable[[int], float | None] = lambda requests: None
+        self,
+        weighs_rows: bool,
+        most: int,
+        seconds_of_level: Callable[[int], float | None] = lambda requests: None,
+        least: int = 2,
     ) -> None:
         self._weighs_rows, self._most, self._seconds_of_level = weighs_rows, most, seconds_of_level
+        self._least, self._row = least, math.inf
         self._levels: dict[int, float] = {}
         self._times: dict[int, PassTimes] = {}
         self._paces: dict[int, Pace] = {}
@@ -254,10 +261,23 @@ class Adaptation:
         return "draft" if pace.wants_draft() else "plain"
 
     def _most_speedup(self, requests: int) -> float:
-        """Of a draft whose tokens are all accepted, with as many levels as are best."""
-        seconds, level = self._times_of(requests).seconds, self._levels[requests]
-        plain = seconds(requests)
-        return max(n * plain / ((n - 1) * level + seconds(n * requests)) for n in range(2, self._most + 1))
+        """Of a draft whose tokens are all accepted, with as many levels as are best of those that it may have.
+
+        A pass over more rows than were ever measured takes as long as the measured ones lead to expect, and no less per
+        row than a prompt's, whose many rows are the cheapest.
+        """
+        times, level = self._times_of(requests), self._levels[requests]
+        plain, row = times.seconds(requests), self._row if math.isfinite(self._row) else 0.0
+
+        def seconds(tokens: int) -> float:
+            return (tokens - 1) * level + max(times.seconds(tokens * requests), tokens * requests * row)
+
+        return max(tokens * plain / seconds(tokens) for tokens in range(self._least, self._most + 1))
+
+    def record_prompt(self, rows: int, seconds: float) -> None:
+        """A pass over parts of prompts took this long."""
+        if rows >= _ROWS_OF_PROMPT:
+            self._row = min(self._row, seconds / rows)
 
     def seconds_of_rows(self, requests: int) -> Callable[[int], float] | None:
         """What a round takes without its draft, by the rows of its pass; None: not known."""

@@ -55,6 +55,7 @@ class Draft(abc.ABC):
             text before them), "distinct" (drawn without replacement) or "repeated" (with).
         max_nodes: of a tree, its roots included.
         max_depth: the most levels below the roots, where that is known to be less than max_nodes - 1.
+        min_depth: the fewest levels below the roots; None: max_depth.
         max_positions: the longest text that it can follow; None: any.
         target_roots: how many candidates for the next token the target draws, the roots of the next tree: they are
             `Request.candidates`. 1: the next token itself, which is in the text already when it becomes node 0.
@@ -69,6 +70,7 @@ class Draft(abc.ABC):
     proposals: Proposals
     max_nodes: int
     max_depth: int | None = None
+    min_depth: int | None = None
     max_positions: int | None = None
     target_roots: int = 1
     is_chain: bool = False

@@ -51,6 +51,7 @@ class FixedTreeDraft(ModelDraft):
         self.target_roots, self.stop, self.stops_together = target_roots, stop, stops_together
         self.proposals = "repeated" if replacement else "distinct"
         self.max_nodes, self.max_depth = len(self.tree), len(branching)
+        self.min_depth = None if stop is None else 1
         self.is_chain = target_roots == 1 and set(branching) == {1}
 
     def bind(self, target: Model, **limits) -> FixedTreeProposer:

@@ -10,7 +10,7 @@ import torch
 from specdec_ops import drafts
 from specdec_ops.decode import Engine, Sampling
 from specdec_ops.decode.decoder import Projection
-from specdec_ops.decode.pace import Pace, PassTimes
+from specdec_ops.decode.pace import Adaptation, Pace, PassTimes
 from specdec_ops.drafts.ngram import _Chances, _Grown, _worthwhile
 from tests.decode.test_engine import PROMPTS, TARGET, by_hand, samplings
 from tests.harness.tiny_models import DIM
@@ -145,11 +145,11 @@ def slow_passes(monkeypatch, engine, *, of_draft: float, of_rows) -> list[int]:
 
 
 def test_a_draft_that_could_not_pay_if_it_were_always_right_runs_no_prompt(monkeypatch):
-    """With one level a round gives 2 tokens in 7 seconds, and 2 for the draft; plain rounds take 4."""
+    """Four levels give 5 tokens in about 17 seconds, and 8 for the draft; plain rounds take 4."""
     engine = Engine(TARGET, drafts.Chain(TARGET, 4), "match", max_batch=3)
     seen = slow_passes(monkeypatch, engine, of_draft=2.0, of_rows=lambda rows: 1.0 + rows)
     asked = [dataclasses.replace(sampling, max_tokens=60) for sampling in samplings(0.9)[:3]]
-    with pytest.warns(UserWarning, match=r"would decode at no more than 0\.89x the speed of plain") as warned:
+    with pytest.warns(UserWarning, match=r"would decode at no more than 0\.80x the speed of plain") as warned:
         results = engine.generate(PROMPTS[:3], asked)
     assert len(warned) == 1
     assert seen == [3, 3], "two passes over a row for each request"
@@ -167,6 +167,24 @@ def test_a_draft_is_judged_for_each_number_of_requests(monkeypatch):
     alone = engine.generate(PROMPTS[3], Sampling(max_tokens=30))[0]
     assert all(result.stats.drafted < 5 for result in together)
     assert alone.stats.tokens_per_call > 2
+
+
+def test_a_pass_takes_no_less_per_row_than_a_prompt():
+    """Two rows each tell little of seven: eight requests, 0.7 for a level of the draft, 1.25 for 16 rows."""
+    plans = {}
+    for row in (None, 0.08):
+        adaptation = Adaptation(False, 7, lambda requests: 0.7, least=7)
+        for seconds in (1.0, 1.0):
+            adaptation.record(8, adaptation.plan(8), 8, 0.0, seconds, 1.0)
+        if row is not None:
+            adaptation.record_prompt(256, 256 * row)
+            adaptation.record_prompt(256, 300 * row)  # interrupted
+            adaptation.record_prompt(16, 0.0)  # too few
+        assert adaptation.plan(8) == "probe"
+        adaptation.record(8, "probe", 16, 0.0, 1.25, 1.0)
+        plans[row] = (adaptation.plan(8), adaptation.loss)
+    assert plans[None] == ("draft", None)
+    assert plans[0.08][0] == "plain" and plans[0.08][1] == pytest.approx(7 / (6 * 0.7 + 56 * 0.08))
 
 
 def test_a_draft_that_was_ruled_out_is_judged_again():
