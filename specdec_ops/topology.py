@@ -116,9 +116,9 @@ class Topology:
         - bool `[batch, nodes, nodes]`, or `[nodes, nodes]` for one tree;
         - int32 or int64 `[batch, nodes, words]` or `[nodes, words]`: bit j of a row, lowest first, is node j.
           TensorRT-LLM's packed mask is this with int32;
-        - flat bool `[sum(num_nodes * (context_lens + num_nodes))]`: FlashInfer's `custom_mask`, request after request,
+        - flat bool `[sum(num_nodes * (context_lens + num_nodes))]`: FlashInfer's custom_mask, request after request,
           the columns of the context first;
-        - flat uint8: FlashInfer's `packed_custom_mask`, the same as bits, lowest first; each request starts a byte.
+        - flat uint8: FlashInfer's packed_custom_mask, the same as bits, lowest first; each request starts a byte.
 
         Entries of rows and columns from `num_nodes` on are ignored, and so are bits behind the last node.
 

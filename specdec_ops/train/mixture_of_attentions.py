@@ -146,7 +146,7 @@ def _of(made: Made, teacher: Teacher, texts: Texts, row_weight: float) -> Losses
 
 
 class MixtureOfAttentions(Task):
-    """The draft of `drafts.MixtureOfAttentions`.
+    """The draft of `specdec_ops.drafts.MixtureOfAttentions`.
 
     Args:
         target: the model that the draft is for.
