@@ -49,7 +49,7 @@ struct FewRowsEngine {
   using Output = FewRowsOutput;
   static constexpr bool kQueriesByRow = true;
   static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
-  static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = 1, kTile = 64, kSpan = kTile,
+  static constexpr int kPairs = 1, kWeightFloats = 1, kMaxVecs = 1, kTile = 32, kSpan = kTile,
                        kStep = max_of(4, kWidth / kGroupRows);
 
   static int query_depth(int dim) { return dim; }
@@ -69,7 +69,7 @@ struct FewRowsEngine {
   static void scores(const Tile<Element, kTile>& t, int, int, int dim, const float* q, const float*, float* s) {
     constexpr int kSlots = kWidth / kGroupRows;
     for (int i = 0; i < t.padded; i += kSlots) {
-      t.ahead.fetch(i, i + kSlots, t.padded);
+      t.ahead.fetch_keys(i, i + kSlots, t.padded);
       for (int i2 = 0; i2 < kSlots; i2++) store(s + (i + i2) * kWidth, splat(0.0f));
       const Element* keys[kSlots];
       for (int k = 0; k < kSlots; k++) keys[k] = row_of(t.k, i + k);
@@ -127,6 +127,7 @@ struct FewRowsEngine {
       for (int j = 0; j < kDims; j++) acc[n][j] = splat(0.0f);
     }
     for (int i = 0; i < t.count; i++) {
+      if (d == 0) t.ahead.fetch_values(i, i + 1, t.padded);  // in their own turn: a burst fills the queue of misses
       const Element* value = row_of(t.v, i) + d;
       Vec v[kDims];
       SPECDEC_UNROLL

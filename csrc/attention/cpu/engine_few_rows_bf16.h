@@ -49,7 +49,7 @@ struct FewRowsBf16Engine {
   using Output = InterleavedOutput;
   static constexpr bool kQueriesByRow = true;
   static SPECDEC_INLINE size_t weights_offset(int, int) { return 0; }
-  static constexpr int kPairs = 2, kWeightFloats = 1, kMaxVecs = 1, kTile = 64, kSpan = kTile,
+  static constexpr int kPairs = 2, kWeightFloats = 1, kMaxVecs = 1, kTile = 32, kSpan = kTile,
                        kStep = kWidth / kGroupRows;
 
   static int query_depth(int dim) { return round_up(dim / 2, kWidth); }
@@ -76,7 +76,7 @@ struct FewRowsBf16Engine {
     constexpr int kSlots = kWidth / kGroupRows;
     const int depth = query_depth(dim);
     for (int i = 0; i < t.padded; i += kSlots) {
-      t.ahead.fetch(i, i + kSlots, t.padded);
+      t.ahead.fetch_keys(i, i + kSlots, t.padded);
       const Element* keys[kSlots];
       for (int k = 0; k < kSlots; k++) keys[k] = row_of(t.k, i + k);
       for (int r = 0; r < t.rows; r += kGroupRows) {
@@ -147,6 +147,8 @@ struct FewRowsBf16Engine {
       for (int j = 0; j < 2 * kBlocks; j++) acc[n][j] = splat(0.0f);
     }
     for (int i = from; i < to; i += 2) {
+      if (first_dim == 0)
+        t.ahead.fetch_values(i, i + 2, t.padded);  // in their own turn: a burst fills the queue of misses
       const Element *even = row_of(t.v, i), *odd = row_of(t.v, i + 1);
       Vec weight[kGroupRows];
       SPECDEC_UNROLL

@@ -205,7 +205,7 @@ static SPECDEC_INLINE void weigh_pairs(const float* s, int slots, Vec scale, con
 struct DotEngine {
   using Storage = BFloat16;
   using Element = uint16_t;
-  static constexpr int kPairs = 2, kWeightFloats = 1, kMaxVecs = 4, kTile = 128, kSpan = 64, kStep = 16;
+  static constexpr int kPairs = 2, kWeightFloats = 1, kMaxVecs = 4, kTile = 64, kSpan = 64, kStep = 16;
   template <int kVecs>
   static constexpr int kRegisterRows = kVecs == 1 ? 16 : 24 / kVecs;
 

@@ -24,11 +24,16 @@ struct Ahead {
 
   // The share of those rows that belongs to slots [from, to) of the `padded` ones at hand.
   SPECDEC_INLINE void fetch(int from, int to, int padded) const {
+    fetch_keys(from, to, padded);
+    fetch_values(from, to, padded);
+  }
+  SPECDEC_INLINE void fetch_keys(int from, int to, int padded) const { fetch_rows(k, k_stride, from, to, padded); }
+  SPECDEC_INLINE void fetch_values(int from, int to, int padded) const { fetch_rows(v, v_stride, from, to, padded); }
+
+ private:
+  SPECDEC_INLINE void fetch_rows(const char* rows, int64_t stride, int from, int to, int padded) const {
     for (int i = slots * from / padded; i < slots * to / padded; i++)
-      for (int b = 0; b < bytes; b += 64) {
-        __builtin_prefetch(k + i * k_stride + b, 0, 2);
-        __builtin_prefetch(v + i * v_stride + b, 0, 2);
-      }
+      for (int b = 0; b < bytes; b += 64) __builtin_prefetch(rows + i * stride + b, 0, 2);
   }
 };
 
