@@ -132,7 +132,7 @@ def test_no_spills_and_no_local_memory(usage):
 
 def assert_fits(usage):
     for where, used in usage.items():
-        assert used["STACK"] <= most_stack(where[1]) and used["LOCAL"] == 0, (where, used)
+        assert used["STACK"] <= most_stack(*where) and used["LOCAL"] == 0, (where, used)
         assert used["REG"] <= most_registers(*where), (where, used)
 
 
@@ -143,7 +143,8 @@ FROM_PTX = {
     "build_topology_kernel": "100",
     "kv_propagate_kernelINS0_7KvShapeI13__nv_bfloat16": "100",
     "tree_attention_kernelINS0_9TileShapeI13__nv_bfloat16S3_Li256": "100",
-    "exit_mlp_kernel": "120",
+    "exit_mlp_kernelILi4E": "120",
+    "exit_mlp_kernelILi8E": "100",
     "gather_layer_kv_kernel": "100",
     "kv_commit_kernel": "120",
     "kv_copy_pages_kernel": "120",
@@ -158,6 +159,7 @@ FROM_SOURCES = {
     "screened_exit_f16": "100",
     "tree_attention_bf16_fp8_128": "100",
     "exit_confidence_int8": "120",
+    "exit_confidence_int8_float32": "100",
     "screened_exit_f32": "120",
     "tree_attention_f16_fp8_64": "120",
 }
@@ -225,8 +227,12 @@ def most_registers(arch, function):
     return 128 if dim > 128 and rows == 64 else 168
 
 
-def most_stack(function):
-    """Bytes per thread. Blocks of 256 threads of tree_attention spill a little, so that two of them fit."""
+def most_stack(arch, function):
+    """Bytes per thread. Blocks of 256 threads of tree_attention spill a little, so that two of them fit; of fp8 caches
+    64 rows of dim 64 keep four words there on 12.0, so that three do.
+    """
+    if arch == "120" and "Float8" in function and attention_shape(function) == (64, 64):
+        return 16
     return 96 if may_spill(function) else 0
 
 
