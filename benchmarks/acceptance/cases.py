@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
-from benchmarks.harness.cases import ITEM_BYTES, Case, Model, TreeShape, branching, chain
+from benchmarks.harness.cases import ITEM_BYTES, Case, Model, TreeShape, branching, chain, presets
 
 VOCABULARIES = (32_000, 128_256, 151_936)
 
@@ -111,14 +111,7 @@ def gpu_first() -> list[AcceptCase]:
     return [acceptance(rule, 8) for rule in ("greedy", "recursive")]
 
 
-PRESETS = {
-    "quick": quick,
-    "standard": standard,
-    "full": standard,
-    "gpu-quick": quick,
-    "gpu": standard,
-    "gpu-first": gpu_first,
-}
+PRESETS = presets(quick, standard, gpu_first)
 
 
 def toy(rule: str = "recursive", **changes) -> AcceptCase:

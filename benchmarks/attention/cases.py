@@ -23,6 +23,7 @@ from benchmarks.harness.cases import (
     Case,
     Model,
     TreeShape,
+    presets,
 )
 
 SMOLLM2 = Model("SmolLM2-135M", 9, 3, 64)
@@ -202,14 +203,7 @@ def gpu() -> list[AttentionCase]:
     return cases + merges(1, 8, 32)
 
 
-PRESETS = {
-    "quick": quick,
-    "standard": standard,
-    "full": full,
-    "gpu-quick": gpu_quick,
-    "gpu": gpu,
-    "gpu-first": gpu_first,
-}
+PRESETS = presets(quick, standard, gpu_first, full=full, gpu_quick=gpu_quick, gpu=gpu)
 
 
 def toy(op: str = "tree_attention", **changes) -> AttentionCase:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass, replace
 
-from benchmarks.harness.cases import ITEM_BYTES, Model, RowsCase, TreeShape, chain
+from benchmarks.harness.cases import ITEM_BYTES, Model, RowsCase, TreeShape, chain, presets
 
 LLAMA2_HEAD = (32_000, 4096)
 LLAMA3_HEAD = (128_256, 4096)
@@ -149,14 +149,7 @@ def gpu_first() -> list[ExitCase | MlpCase]:
     return [ExitCase(*LLAMA3_HEAD, rows, "bf16") for rows in (1, 8)]
 
 
-PRESETS = {
-    "quick": quick,
-    "standard": standard,
-    "full": standard,
-    "gpu-quick": quick,
-    "gpu": standard,
-    "gpu-first": gpu_first,
-}
+PRESETS = presets(quick, standard, gpu_first)
 
 
 def toy(**changes) -> ExitCase:

@@ -128,3 +128,15 @@ class RowsCase(Case):
     @property
     def nodes(self) -> int:
         return self.rows
+
+
+def presets(quick, standard, gpu_first, *, full=None, gpu_quick=None, gpu=None) -> dict:
+    """The functions that list a family's cases, by the presets of `benchmarks.run`; None: as on CPUs."""
+    return {
+        "quick": quick,
+        "standard": standard,
+        "full": full or standard,
+        "gpu-quick": gpu_quick or quick,
+        "gpu": gpu or standard,
+        "gpu-first": gpu_first,
+    }

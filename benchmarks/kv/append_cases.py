@@ -4,7 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks.harness.cases import DRAFT_68M, ITEM_BYTES, LLAMA2_7B, LLAMA3_8B, TREES, Case, Model, TreeShape, chain
+from benchmarks.harness.cases import (
+    DRAFT_68M,
+    ITEM_BYTES,
+    LLAMA2_7B,
+    LLAMA3_8B,
+    TREES,
+    Case,
+    Model,
+    TreeShape,
+    chain,
+    presets,
+)
 
 
 @dataclass(frozen=True)
@@ -52,14 +63,7 @@ def gpu_first() -> list[AppendCase]:
     return [AppendCase(LLAMA3_8B, TREES[60], "bf16")]
 
 
-PRESETS = {
-    "quick": quick,
-    "standard": standard,
-    "full": standard,
-    "gpu-quick": quick,
-    "gpu": standard,
-    "gpu-first": gpu_first,
-}
+PRESETS = presets(quick, standard, gpu_first)
 
 
 def toy(**changes) -> AppendCase:

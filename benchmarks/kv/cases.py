@@ -15,6 +15,7 @@ from benchmarks.harness.cases import (
     RowsCase,
     TreeShape,
     chain,
+    presets,
 )
 
 
@@ -170,14 +171,7 @@ def gpu_first() -> list[Case]:
     return [KvCase(*PROPAGATIONS[0], 8, "bf16"), CommitCase(*EIGHT_LAYERS, 1, "list", "bf16")]
 
 
-PRESETS = {
-    "quick": quick,
-    "standard": standard,
-    "full": standard,
-    "gpu-quick": quick,
-    "gpu": standard,
-    "gpu-first": gpu_first,
-}
+PRESETS = presets(quick, standard, gpu_first)
 
 
 def toy(**changes) -> KvCase:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks.harness.cases import LLAMA3_8B, Model, RowsCase, TreeShape, chain
+from benchmarks.harness.cases import LLAMA3_8B, Model, RowsCase, TreeShape, chain, presets
 
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "int8": 1, "q8_0": 34 / 32, "q4_0": 18 / 32}
 """Of an element. Rows are bfloat16 before a bfloat16 weight, and else float32."""
@@ -113,14 +113,7 @@ def gpu_first() -> list[RowsCase]:
     return [LinearCase(*LLAMA32_1B, 8, "bf16"), *norms((8,), ("bf16",))]
 
 
-PRESETS = {
-    "quick": quick,
-    "standard": standard,
-    "full": full,
-    "gpu-quick": quick,
-    "gpu": standard,
-    "gpu-first": gpu_first,
-}
+PRESETS = presets(quick, standard, gpu_first, full=full)
 
 
 def toy(**changes) -> LinearCase:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from benchmarks.harness.cases import LLAMA3_8B, TREES, Case, Model, TreeShape, chain
+from benchmarks.harness.cases import LLAMA3_8B, TREES, Case, Model, TreeShape, chain, presets
 
 
 @dataclass(frozen=True)
@@ -99,14 +99,7 @@ def gpu() -> list[TopologyCase | GrowCase]:
     return [*cells((1, 8, 32), (64, 256)), *rounds((1, 8, 32))]
 
 
-PRESETS = {
-    "quick": quick,
-    "standard": standard,
-    "full": full,
-    "gpu-quick": gpu_quick,
-    "gpu": gpu,
-    "gpu-first": gpu_quick,
-}
+PRESETS = presets(quick, standard, gpu_quick, full=full, gpu_quick=gpu_quick, gpu=gpu)
 
 
 def toy(**changes) -> TopologyCase:

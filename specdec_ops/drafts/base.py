@@ -83,7 +83,7 @@ class Draft(abc.ABC):
 
         Only of drafts that want layers.
         """
-        raise NotImplementedError
+        raise TypeError(f"specdec_ops.drafts.{type(self).__name__}: it reads no layers, so nobody makes states of them")
 
     @abc.abstractmethod
     def bind(self, target: Model, *, max_batch: int, max_length: int, max_slots: int, is_coupled: bool) -> Proposer:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from specdec_ops._core.checks import argument_error
 from specdec_ops.decode.decoder import Decoder
 
 _WEIGHTS, _ABOUT = "draft.safetensors", "draft.json"
@@ -73,6 +74,12 @@ def save(folder: str | os.PathLike, kind: str, tensors: dict, target: Decoder, a
     ):
         write(folder / f"{name}.part")
         os.replace(folder / f"{name}.part", folder / name)
+
+
+def check_target(op: str, target: object) -> None:
+    """Refuse a target that is no Decoder: a draft that is trained for one reads its weights and sizes."""
+    if not isinstance(target, Decoder):
+        raise TypeError(argument_error(op, "target", "a specdec_ops.decode.Decoder", target))
 
 
 def load(folder: str | os.PathLike, kind: str, target: Decoder | None) -> tuple[dict[str, torch.Tensor], dict]:

@@ -120,8 +120,7 @@ class Eagle(GrownDraft):
             TypeError, ValueError: it was trained for another target, or there is no such draft in the folder.
             RuntimeError: the package safetensors is not installed.
         """
-        if not isinstance(target, Decoder):
-            raise TypeError(argument_error(_OP, "target", "a specdec_ops.decode.Decoder", target))
+        checkpoint.check_target(_OP, target)
         tensors, about = checkpoint.load(folder, "eagle", target)
         weights = {name: tensors[name] for name in _WEIGHTS}
         for name in _WEIGHTS:
@@ -177,8 +176,7 @@ class EagleProposer(GrownTrees):
     """The layer's cache, and the target's rows that it goes on from."""
 
     def __init__(self, draft: Eagle, target: Model, **limits) -> None:
-        if not isinstance(target, Decoder):
-            raise TypeError(argument_error(_OP, "target", "a specdec_ops.decode.Decoder", target))
+        checkpoint.check_target(_OP, target)
         shape, attention = target.shape, draft.layer.attention
         sizes = sizes_of_weight(draft.fc.weight)
         if sizes != (shape.dim, 2 * shape.dim):

@@ -102,8 +102,7 @@ class MixtureOfAttentions(GrownDraft):
             TypeError, ValueError: it was trained for another target, or there is no such draft in the folder.
             RuntimeError: the package safetensors is not installed.
         """
-        if not isinstance(target, Decoder):
-            raise TypeError(argument_error(_OP, "target", "a specdec_ops.decode.Decoder", target))
+        checkpoint.check_target(_OP, target)
         tensors, about = checkpoint.load(folder, "mixture_of_attentions", target)
         sizes = Sizes(**about["sizes"])
         return cls(Parts.of(tensors, sizes, target.shape), tensors.get("hot_vocab"), **options)
@@ -153,8 +152,7 @@ class MixtureProposer(GrownTrees):
     """Keys and values of tokens and states, in one cache whose slots are positions."""
 
     def __init__(self, draft: MixtureOfAttentions, target: Model, **limits) -> None:
-        if not isinstance(target, Decoder):
-            raise TypeError(argument_error(_OP, "target", "a specdec_ops.decode.Decoder", target))
+        checkpoint.check_target(_OP, target)
         shape, sizes = target.shape, draft.sizes
         stacked = 2 * shape.kv_heads * shape.head_dim
         if (sizes.stacked, sizes.kv_heads, sizes.head_dim) != (stacked, shape.kv_heads, shape.head_dim):

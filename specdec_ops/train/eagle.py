@@ -437,12 +437,11 @@ def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     made = trainer.parser(PROGRAM, "Train a draft for drafts.Eagle.")
     made.set_defaults(rate=1e-3, length=320)
-    made.add_argument("--hot-vocab", type=int, default=8192, help="tokens that it can draft (default: 8192)")
     made.add_argument("--inner", type=int, help="of its MLP (default: the target's)")
     made.add_argument("--passes", type=int, default=2, help="levels of drafting that it learns (default: 2)")
     made.add_argument("--row-weight", type=float, default=0.1, help="of SmoothL1 over rows (default: 0.1)")
     made.add_argument("--noise", type=float, default=0.0, help="in standard deviations of a feature (default: 0)")
-    made.add_argument("--save", choices=("int8", "bfloat16", "float32"), default="int8", help="form of the weights")
+    trainer.add_draft_options(made)
     return made
 
 

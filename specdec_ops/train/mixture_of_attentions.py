@@ -298,7 +298,6 @@ def parser() -> argparse.ArgumentParser:
     """Of the command line."""
     made = trainer.parser(PROGRAM, "Train a draft for drafts.MixtureOfAttentions.")
     made.set_defaults(rate=1e-3, length=320)
-    made.add_argument("--hot-vocab", type=int, default=8192, help="tokens that it can draft (default: 8192)")
     made.add_argument("--inner", type=int, default=336, help="of the MLPs over tokens and states (default: 336)")
     made.add_argument("--layer-inner", type=int, help="of the MLP over layers; 0: no layer self-attention")
     made.add_argument("--layer-share", type=float, default=0.25, help="of tokens that it learns from (default: 0.25)")
@@ -309,7 +308,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--draws", type=int, default=2, help="of refresh points for a text in a step (default: 2)")
     made.add_argument("--reuse", type=int, default=2, help="steps for each pass of the target (default: 2)")
     made.add_argument("--row-weight", type=float, default=0.1, help="of SmoothL1 over rows (default: 0.1)")
-    made.add_argument("--save", choices=("int8", "bfloat16", "float32"), default="int8", help="form of the weights")
+    trainer.add_draft_options(made)
     return made
 
 

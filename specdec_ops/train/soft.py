@@ -138,8 +138,7 @@ def parser() -> argparse.ArgumentParser:
         "--thresholds", type=float, nargs="+", default=[0.5, 0.5, 0.0], help="saved with the draft (default: 0.5 0.5 0)"
     )
     made.add_argument("--distill", type=float, default=0.0, help="share of the target's distribution (default: 0)")
-    made.add_argument("--hot-vocab", type=int, default=8192, help="tokens that it can draft (default: 8192)")
-    made.add_argument("--save", choices=("int8", "bfloat16", "float32"), default="int8", help="form of the weights")
+    trainer.add_draft_options(made)
     return made
 
 

@@ -247,6 +247,12 @@ def parser(program: str, description: str) -> argparse.ArgumentParser:
     return made
 
 
+def add_draft_options(made: argparse.ArgumentParser) -> None:
+    """Of drafts that have a head of their own and are saved by `specdec_ops.drafts.checkpoint`."""
+    made.add_argument("--hot-vocab", type=int, default=8192, help="tokens that it can draft (default: 8192)")
+    made.add_argument("--save", choices=("int8", "bfloat16", "float32"), default="int8", help="form of the weights")
+
+
 def load_model(path: str) -> Decoder:
     """A folder with a Hugging Face model, or a GGUF file."""
     from specdec_ops.integrations.transformers import load

@@ -58,7 +58,8 @@ def test_it_fits_its_target():
     own = checkpoint.identity(target)
     assert all(own.values()) and {name: ABOUT[name] for name in own} == own
     prompts = ["The three states of matter are", "Once upon a time there was"]
-    engines = [Engine(target, draft, max_batch=2, max_length=64) for draft in (drafts.Eagle.load(EAGLE, target), None)]
+    draft = drafts.Eagle.load(EAGLE, target)  # drafts whatever passes take: on a busy machine it might be left out
+    engines = [Engine(target, one, max_batch=2, max_length=64, adapt=False) for one in (draft, None)]
     found, plain = (engine.generate(prompts, Sampling(max_tokens=24)) for engine in engines)
     assert [result.tokens for result in found] == [result.tokens for result in plain]
     assert sum(result.stats.accepted for result in found) > 12
